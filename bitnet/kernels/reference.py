@@ -1,0 +1,133 @@
+"""BitLinear in plain torch: the specification that every other kernel is tested against.
+
+    activations   s_x = max(absmax(x), 1e-5) / 127 per token      x_q = clamp(round(x / s_x), -128, 127)
+    weights       (w_q, s_w) = the weight quantizer's codes and scale
+    product       y = (x_q @ w_q^T) * s_x * s_w + bias            integer accumulation, exact
+    backward      grad_x = grad_y @ W~, grad_W = grad_y^T @ x~    W~ = w_q * s_w and x~ = x_q * s_x; straight-through:
+                                                                  both quantizers count as the identity
+
+Source: arXiv 2402.17764, and "Training Tips, Code and FAQ" beside it. The normalization that the published snippet
+folds into its layer belongs to the model here, as in BitNet b1.58 2B-4T.
+
+Letters: M tokens, N out_features, K in_features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet.quant import affine, packing, ternary
+
+ACTIVATION_BITS = 8
+WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none")
+PACKED_BITS = {"ternary": 2, "binary": 2, "int4": 4, "int8": 8}
+
+
+def check_quantizer(quantizer: str) -> str:
+    """Return the name, or raise ValueError listing the ones there are."""
+    if quantizer not in WEIGHT_QUANTIZERS:
+        raise ValueError(f"weight quantizer {quantizer!r} is unknown; choose one of {', '.join(WEIGHT_QUANTIZERS)}")
+    return quantizer
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token absmax INT8: float `[.., K]` to codes int8 `[.., K]` and scale float32 `[.., 1]`."""
+    return affine.quantize_symmetric(x, ACTIVATION_BITS, affine.PerToken())
+
+
+def quantize_weight(weight: Tensor, quantizer: str) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[N, K]` and float32 scale of a weight, by the quantizer's name.
+
+    The scale is `[1, 1]` for the whole matrix (ternary, binary) or `[N, 1]` per output channel (int8, int4, absmax on
+    [-127, 127] and [-7, 7]).
+    """
+    if quantizer == "ternary":
+        codes, scale = ternary.quantize_ternary(weight)
+        return codes, scale.view(1, 1)
+    if quantizer == "binary":
+        codes, scale = ternary.quantize_binary(weight)
+        return codes, scale.view(1, 1)
+    if quantizer in ("int8", "int4"):
+        return affine.quantize_symmetric(weight, PACKED_BITS[quantizer], affine.PerChannel(0))
+    raise ValueError(f"the weight quantizer {check_quantizer(quantizer)!r} has no integer codes")
+
+
+def integer_matmul(x_codes: Tensor, weight_codes: Tensor, *, bits: int = 8) -> Tensor:
+    """`x_codes @ weight_codes^T`, exactly: int8 `[.., K]` and int8 `[N, K]` of `bits` bits to int32 `[.., N]`.
+
+    Runs as a float product, since torch has no fast exact int8 matmul on every device: every partial sum is an
+    integer, which float32 holds up to 2^24 and float64 up to 2^53, in whatever order it is summed.
+    """
+    largest_weight = 1 if bits == 2 else 2 ** (bits - 1)
+    dtype = torch.float32 if 128 * largest_weight * x_codes.shape[-1] <= 2**24 else torch.float64
+    # Somebody's autocast region must not turn the exact product into a bfloat16 one.
+    with torch.autocast(x_codes.device.type, enabled=False):
+        return F.linear(x_codes.to(dtype), weight_codes.to(dtype)).to(torch.int32)
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+) -> Tensor:
+    """Inference product on packed weights.
+
+    x: float `[.., K]`; packed: uint8 `[N, packed_width(K, bits)]` (drawn in `bitnet/quant/packing.py`); scale: float32
+    `[1, 1]` or `[N, 1]`; bias: `[N]` or None. Returns `[.., N]` in x's dtype; scaled and biased in float32.
+    """
+    x_codes, x_scale = quantize_activations(x)
+    accumulator = integer_matmul(x_codes, packing.unpack_codes(packed, bits, in_features), bits=bits)
+    y = accumulator.float() * x_scale * scale.view(-1)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+class _FakeQuantizeActivations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = affine.choose_qparams_symmetric(x, ACTIVATION_BITS, affine.PerToken())
+        return affine.fake_quantize(x, scale, None, *affine.integer_range(ACTIVATION_BITS))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quantizer: str) -> Tensor:
+        if quantizer == "ternary":
+            return ternary.fake_quantize_ternary(weight)
+        if quantizer == "binary":
+            return ternary.fake_quantize_binary(weight)
+        bits = PACKED_BITS[quantizer]
+        scale = affine.choose_qparams_symmetric(weight, bits, affine.PerChannel(0))
+        return affine.fake_quantize(weight, scale, None, *affine.integer_range(bits))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def fake_quantize_activations(x: Tensor) -> Tensor:
+    """x~ = x_q * s_x in x's dtype, with the identity as its gradient."""
+    return _FakeQuantizeActivations.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def fake_quantize_weight(weight: Tensor, quantizer: str) -> Tensor:
+    """W~ = w_q * s_w in the weight's dtype, with the identity as its gradient; `none` returns the weight itself."""
+    if check_quantizer(quantizer) == "none":
+        return weight
+    return _FakeQuantizeWeight.apply(weight, quantizer)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+    """Training product: a float matmul of the dequantized operands, differentiable by the straight-through rule.
+
+    x: float `[.., K]`; weight: `[N, K]` latent floats; bias: `[N]` or None. Returns `[.., N]`. With quantizer `none`
+    this is `F.linear`, bit for bit.
+    """
+    if quantizer == "none":
+        return F.linear(x, weight, bias)
+    return F.linear(fake_quantize_activations(x), fake_quantize_weight(weight, quantizer), bias)

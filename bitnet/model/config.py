@@ -1,0 +1,112 @@
+"""The shape of a model, under Hugging Face's field names, and the presets.
+
+The sizes named after the paper are arXiv 2402.17764's (with MHA, SwiGLU); `2b-4t` is microsoft/bitnet-b1.58-2B-4T.
+Every preset keeps hidden_size and intermediate_size multiples of 256 where its source does, so that the packed layout
+and the block formats of other engines need no padding.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from bitnet.kernels import check_quantizer
+
+ACTIVATIONS = ("silu", "relu2")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of one model. Raises ValueError for a combination that cannot be built."""
+
+    vocab_size: int = 32000
+    """Number of token ids; a training run takes it from its tokenizer."""
+    hidden_size: int = 512
+    """Width C of the residual stream."""
+    intermediate_size: int = 1536
+    """Width F of the feed-forward layer."""
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    """Heads that keep keys and values; fewer than num_attention_heads is grouped-query attention."""
+    head_dim: int | None = None
+    """Width D of a head; hidden_size / num_attention_heads unless given."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model accepts, in tokens."""
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    """Gate activation of the feed-forward layer: silu or relu2 (squared ReLU)."""
+    sub_norm: bool = True
+    """RMSNorm before o_proj and down_proj (attn_sub_norm, ffn_sub_norm), as in BitNet b1.58 2B-4T."""
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    quantizer: str = "ternary"
+    """Weight quantizer of every projection: ternary, binary, int8, int4 or none (the float twin)."""
+
+    def __post_init__(self) -> None:
+        check_quantizer(self.quantizer)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                "choose a divisor or give head_dim"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; choose a divisor"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_dim {self.head_width} is odd; rotary embedding rotates pairs, choose an even one")
+
+    @property
+    def head_width(self) -> int:
+        """Width D of a head: `head_dim`, or hidden_size / num_attention_heads where that is None."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def replace(self, **changes: object) -> "ModelConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "ModelConfig":
+        """Inverse of `dataclasses.asdict`. Raises ValueError for fields that do not exist."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model fields {', '.join(unknown)}; was this written by a newer version?")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _paper(hidden: int, ffn: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    ),
+    "demo": ModelConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256,
+    ),
+    "small": ModelConfig(vocab_size=8192, max_position_embeddings=512),
+    "125m": ModelConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+    ),
+    "700m": _paper(1536, 4096, 24, 16),
+    "1.3b": _paper(2048, 5460, 24, 32),
+    "3b": _paper(3200, 8640, 26, 32),
+    "2b-4t": ModelConfig(
+        vocab_size=128256, hidden_size=2560, intermediate_size=6912, num_hidden_layers=30, num_attention_heads=20,
+        num_key_value_heads=5, head_dim=128, max_position_embeddings=4096, rope_theta=500000.0, hidden_act="relu2",
+    ),
+}  # fmt: skip

@@ -1,0 +1,211 @@
+"""BitLinear, its packed inference form, and the two functions that bring them into anybody's model.
+
+    model = replace_linear(model)      nn.Linear -> BitLinear: same parameters, same state_dict, trains quantized
+    ...                                train as always
+    model = pack(model)                BitLinear -> PackedLinear: 2-bit codes and one scale, inference only
+
+The arithmetic is in `bitnet/kernels/reference.py`. BitLinear does not normalize its input; a model trained from
+scratch wants an RMSNorm before every projection (see `transformer.py`).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet import kernels
+from bitnet.quant import packed_width, unpack_codes
+from bitnet.quant.packing import pack_codes
+
+ModuleFilter = Callable[[str, nn.Linear], bool]
+
+
+class BitLinear(nn.Linear):
+    """Drop-in `nn.Linear` whose weights and activations are quantized in the forward pass.
+
+    Takes x `[.., in_features]` of any float dtype and returns `[.., out_features]`. The parameters stay latent floats
+    (its `state_dict` is a Linear's) and get straight-through gradients. `quantizer` is `ternary` (BitNet b1.58),
+    `binary` (1-bit BitNet), `int8` or `int4` (ordinary QAT), or `none`, which is exactly `nn.Linear`; all but `none`
+    quantize activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
+
+    `quantizer_enabled = False` turns it into a plain Linear for a while (the 16-bit warm start of a ternary run).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantizer: str = "ternary",
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.quantizer = kernels.check_quantizer(quantizer)
+        self.quantizer_enabled = True
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quantizer: str = "ternary") -> "BitLinear":
+        """A BitLinear that shares the parameters of `linear`: no copy, so ties and optimizers keep working."""
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", quantizer=quantizer)
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quantizer = self.quantizer if self.quantizer_enabled else "none"
+        return kernels.fake_quant_linear(x, self.weight, self.bias, quantizer)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, quantizer={self.quantizer}"
+
+
+class PackedLinear(nn.Module):
+    """Inference form of BitLinear: packed integer codes, float32 scale, int8 activations, integer product.
+
+    Buffers: `packed_weight` uint8 `[N, packed_width(K, bits)]` with 2 bits for ternary and binary, 4 and 8 for the
+    others (drawn in `bitnet/quant/packing.py`); `weight_scale` float32 `[1, 1]` or `[N, 1]`, which stays float32 when
+    the model is cast. `bias` is a frozen parameter or None. No gradient flows through it.
+    """
+
+    packed_weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantizer: str = "ternary",
+    ) -> None:
+        super().__init__()
+        if kernels.check_quantizer(quantizer) == "none":
+            raise ValueError("the quantizer 'none' has no packed form; keep the BitLinear or nn.Linear as it is")
+        self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
+        self.bits = kernels.PACKED_BITS[quantizer]
+        width = packed_width(in_features, self.bits)
+        self.register_buffer("packed_weight", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
+        scales = 1 if self.bits == 2 else out_features
+        self.register_buffer("weight_scale", torch.ones(scales, 1, dtype=torch.float32, device=device))
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quantizer: str) -> "PackedLinear":
+        """Quantize the latent weights of a Linear once and keep the codes and scale of that one quantization."""
+        layer = cls(linear.in_features, linear.out_features, False, device="meta", quantizer=quantizer)
+        with torch.no_grad():
+            codes, scale = kernels.quantize_weight(linear.weight, quantizer)
+            layer.packed_weight = pack_codes(codes, layer.bits)
+            layer.weight_scale = scale
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return layer.train(linear.training)
+
+    def codes(self) -> Tensor:
+        """The integer weights, int8 `[out_features, in_features]`."""
+        return unpack_codes(self.packed_weight, self.bits, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.packed_linear(
+            x, self.packed_weight, self.weight_scale, self.bias, bits=self.bits, in_features=self.in_features
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        # model.half() and model.to(bfloat16) cast every float buffer; a rounded scale would be a different weight.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.packed_weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"quantizer={self.quantizer}, bits={self.bits}"
+        )
+
+
+def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quantizer: str = "ternary") -> nn.Module:
+    """Swap the `nn.Linear` modules of any model for BitLinear, in place, and return the model.
+
+    `filter(name, linear)` says which to swap. Without one, every Linear is swapped but those that stay in high
+    precision in BitNet: a module called `lm_head`, and a Linear whose weight is tied to an Embedding. Subclasses of
+    nn.Linear are left alone, since their owners may read the weight instead of calling the module. The parameters are
+    shared, not copied. Raises ValueError where there is nothing to swap, so that no model trains in float unnoticed.
+    """
+    kernels.check_quantizer(quantizer)
+    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def keep_in_high_precision(name: str, linear: nn.Linear) -> bool:
+        return name.rpartition(".")[2] == "lm_head" or id(linear.weight) in tied
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear:
+            return None
+        wanted = filter(name, module) if filter else not keep_in_high_precision(name, module)
+        return BitLinear.from_linear(module, quantizer) if wanted else None
+
+    model, count = _swap(model, convert)
+    if not count:
+        kinds = sorted({type(module).__name__ for module in model.modules() if not any(module.children())})
+        raise ValueError(
+            f"replace_linear found no nn.Linear to swap in {type(model).__name__} (its leaf modules: "
+            f"{', '.join(kinds)}); check the filter, and convert look-alikes such as transformers' Conv1D first"
+        )
+    return model
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Turn every BitLinear of a trained model into its packed inference form, in place, and return the model.
+
+    Ternary and binary weights take 2 bits each, int4 and int8 take 4 and 8; layers with the quantizer `none` stay as
+    they are. Raises ValueError where the model has no BitLinear.
+    """
+    if not any(isinstance(module, BitLinear) for module in model.modules()):
+        raise ValueError(f"pack found no BitLinear in {type(model).__name__}; call replace_linear and train it first")
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, BitLinear) or module.quantizer == "none":
+            return None
+        return PackedLinear.from_linear(module, module.quantizer)
+
+    return _swap(model, convert)[0]
+
+
+def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
+    """Names and modules of the model's BitLinear layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            yield name, module
+
+
+def _swap(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> tuple[nn.Module, int]:
+    """Replace modules by `convert(name, module)` where it returns one; a module used in two places stays one module.
+    Returns the model (another object only if it was itself replaced) and how many were replaced."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        new = convert(name, module)
+        if new is not None:
+            replaced[module] = new
+    if model in replaced:
+        return replaced[model], 1
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+        if isinstance(parent, nn.TransformerEncoderLayer) and any(c in replaced.values() for c in parent.children()):
+            _disable_fused_path(parent)
+    return model, len(replaced)
+
+
+def _disable_fused_path(layer: Any) -> None:
+    # In eval mode torch's encoder layer reads linear1.weight itself and never calls the module, which would run the
+    # latent weights in float. This flag is one of the conditions it checks first.
+    layer.activation_relu_or_gelu = 0

@@ -1,0 +1,189 @@
+"""The decoder-only BitNet b1.58 transformer, whole.
+
+    h = embed(ids)
+    per layer   h += o_proj(attn_sub_norm(attention(input_layernorm(h))))
+                h += down_proj(ffn_sub_norm(act(gate_proj(n)) * up_proj(n))),  n = post_attention_layernorm(h)
+    logits = lm_head(norm(h))
+
+The seven projections of a layer are BitLinear; embedding, lm_head, norms, softmax and the residual stream are not
+quantized. The norms stand outside BitLinear, as in microsoft/bitnet-b1.58-2B-4T, and module names are Hugging Face's,
+so a checkpoint's tensor names are those of transformers' BitNetForCausalLM. No biases anywhere.
+
+Letters: B batch, T new tokens, S cached length, C hidden_size, H query heads, G key/value heads, D head_dim,
+F intermediate_size, V vocab_size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from bitnet.model.config import ModelConfig
+from bitnet.model.kv_cache import KVCache
+from bitnet.model.linear import BitLinear
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension; statistics in float32, output in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 `[max_position_embeddings, D]`, of `position * theta^(-2i/D)`; the two halves repeat
+    the same angles, since the rotation pairs dimension i with i + D/2 (the NEOX order)."""
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.rope_theta**-exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x `[B, heads, T, D]` by the angles of its positions; cos and sin are `[T, D]`."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_width
+        queries, keys = (heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = _projection(config, config.hidden_size, queries)
+        self.k_proj = _projection(config, config.hidden_size, keys)
+        self.v_proj = _projection(config, config.hidden_size, keys)
+        self.o_proj = _projection(config, queries, config.hidden_size)
+        self.attn_sub_norm = RMSNorm(queries, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        q, k, v = (
+            rearrange(projection(x), "b t (heads d) -> b heads t d", d=self.head_dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        T, total = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < T < total:  # new tokens behind cached ones: row t sees the S cached positions and the first t + 1 new
+            mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(total - T)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == total > 1, enable_gqa=grouped)
+        return self.o_proj(self.attn_sub_norm(rearrange(out, "b heads t d -> b t (heads d)")))
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: `down(norm(act(gate(x)) * up(x)))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = _projection(config, config.hidden_size, config.intermediate_size)
+        self.up_proj = _projection(config, config.hidden_size, config.intermediate_size)
+        self.down_proj = _projection(config, config.intermediate_size, config.hidden_size)
+        self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        self.hidden_act = config.hidden_act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate_proj(x)
+        gate = F.silu(gate) if self.hidden_act == "silu" else F.relu(gate).square()
+        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind an RMSNorm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: token ids `[B, T]` to hidden states `[B, T, C]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        end = start + input_ids.shape[1]
+        if end > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{end} tokens are more than the model's {self.config.max_position_embeddings} positions; "
+                "shorten the input, or train with a larger max_position_embeddings"
+            )
+        h = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            h = layer(h, self.cos[start:end], self.sin[start:end], cache)
+        if cache is not None:
+            cache.advance(end - start)
+        return self.norm(h)
+
+
+class BitNetForCausalLM(nn.Module):
+    """The language model: `model` (the decoder) and `lm_head`, which is the embedding again when they are tied."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+        """Logits `[B, T, V]` of token ids int64 `[B, T]`, or `[B, 1, V]` of the last position with `last_only`.
+
+        With a cache, the tokens continue the ones it holds and are added to it. Raises ValueError for more positions
+        than the model has.
+        """
+        h = self.model(input_ids, cache)
+        if last_only:
+            h = h[:, -1:]
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(h, head)
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Trainable and frozen parameters, tied ones once; without the embedding table and lm_head if asked."""
+        total = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            total -= self.model.embed_tokens.weight.numel()
+            total -= 0 if self.lm_head is None else self.lm_head.weight.numel()
+        return total
+
+
+def _projection(config: ModelConfig, in_features: int, out_features: int) -> Any:
+    # Any, because pack() puts a PackedLinear in its place.
+    return BitLinear(in_features, out_features, bias=False, quantizer=config.quantizer)
