@@ -1,0 +1,198 @@
+"""Run folders and checkpoints: safetensors files, written so that no crash can lose the previous one.
+
+    runs/NAME/
+      config.json              the whole training configuration
+      tokenizer.model
+      metrics.jsonl  loss.png
+      checkpoints/
+        step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model
+        index.json             {"last": "step-00000500", "best": "step-00000400"}
+
+A checkpoint is written into a folder of another name, flushed to disk and renamed; then `index.json` is replaced; only
+then are the checkpoints removed that it no longer names. At every moment `index.json` points at complete checkpoints.
+Nothing is pickled, so loading a checkpoint runs no code.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitnet.model import BitNetForCausalLM, ModelConfig
+
+INDEX = "index.json"
+MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER = (
+    "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.model",
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or made for another model; the message says which and what to do."""
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file in one step: readers see the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError, naming the file, where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a run or checkpoint of this project?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; it is not a file of this project")
+    return value
+
+
+def save_checkpoint(
+    run: Path,
+    *,
+    model: BitNetForCausalLM,
+    optimizer_state: dict[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    tokenizer: bytes,
+    best: bool,
+) -> Path:
+    """Write a checkpoint, make it the run's last one, and its best one if `best`; returns its folder.
+
+    `state` must hold the step under "step". Raises OSError (disk full, no permission) with the earlier checkpoints
+    untouched and nothing half-written left behind.
+    """
+    folder = run / "checkpoints" / f"step-{state['step']:08d}"
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    index = _read_index(run)
+    try:
+        if folder.name not in index.values():  # else this very step is already saved and only its rank may change
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            # Tied tensors appear once: the head of a tied model is no module of its own.
+            _save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
+            _save_tensors(temporary / OPTIMIZER, optimizer_state)
+            write_text_atomic(temporary / STATE, json.dumps(state, indent=1))
+            write_text_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+            (temporary / TOKENIZER).write_bytes(tokenizer)
+            _fsync_folder(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
+            os.replace(temporary, folder)
+            _fsync_folder(folder.parent)
+        index["last"] = folder.name
+        if best or "best" not in index:
+            index["best"] = folder.name
+        write_text_atomic(folder.parent / INDEX, json.dumps(index))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {state['step']} was not written to {folder.parent}: {error}") from error
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other.name not in index.values():
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def resolve(path: str | Path, which: str = "last") -> Path:
+    """The checkpoint folder meant by a path: a checkpoint itself, or a run, of which `which` is last or best.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(path)
+    if (path / MODEL).is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist; give a run folder made by train.py or one of its checkpoints")
+    name = _read_index(path).get(which)
+    if name is None:
+        raise CheckpointError(f"{path} holds no checkpoint; train one with: python train.py --out {path}")
+    if not (path / "checkpoints" / name / MODEL).is_file():
+        raise CheckpointError(f"{path} names {name} as its {which} checkpoint, but {MODEL} is missing there")
+    return path / "checkpoints" / name
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError for a truncated or foreign file."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; is {path.parent} a checkpoint of this project?") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete safetensors file ({error}); it was truncated or is of another format. "
+            "Use another checkpoint of the run"
+        ) from error
+
+
+def load_model(
+    checkpoint: Path, device: torch.device | str = "cpu", quantizer: str | None = None
+) -> BitNetForCausalLM:
+    """The model of a checkpoint folder, in float32 and evaluation mode.
+
+    `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file
+    or tensors that do not fit the configuration.
+    """
+    config = load_json(checkpoint / CONFIG)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{checkpoint / CONFIG} has no 'model' section; it is not a checkpoint of this project")
+    try:
+        model_config = ModelConfig.from_dict(config["model"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
+    if quantizer is not None:
+        model_config = model_config.replace(quantizer=quantizer)
+    with torch.device(device):
+        model = BitNetForCausalLM(model_config)
+    load_weights(model, checkpoint / MODEL, device)
+    return model.eval()
+
+
+def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:
+    """Copy the tensors of a file into a model, every one of them and no other. Raises CheckpointError otherwise."""
+    tensors = load_tensors(path, device)
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        detail = "; ".join(
+            f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong[:3]
+        )
+        raise CheckpointError(f"{path} does not fit the model's configuration at {len(wrong)} tensors ({detail})")
+    model.load_state_dict(tensors)
+
+
+def _read_index(run: Path) -> dict[str, str]:
+    path = run / "checkpoints" / INDEX
+    return load_json(path) if path.exists() else {}
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder can't be opened, and renames are durable without it
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

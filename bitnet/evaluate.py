@@ -1,0 +1,132 @@
+"""Held-out loss of a model: cross-entropy, perplexity and bits per byte.
+
+    loss = mean of -ln p(token | tokens before it)      perplexity = exp(loss)
+    bits per byte = sum of -log2 p / UTF-8 bytes of the text
+
+Bits per byte does not depend on the tokenizer; loss and perplexity compare only models that share one.
+
+    python -m bitnet.evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitnet import checkpoint
+from bitnet.data import TokenArray, iter_eval_batches, open_corpus, tokenize_corpus
+from bitnet.runtime import pick_device, pick_dtype
+from bitnet.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`."""
+
+    loss: float
+    """Mean negative log-likelihood, nats per token."""
+    standard_error: float
+    """Standard error of `loss` over the evaluated windows."""
+    bits_per_byte: float
+    tokens: int
+    """Number of predicted tokens."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def cross_entropy(model: nn.Module, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Next-token loss in float32 of ids and labels int64 `[B, T]`; labels of -100 do not count."""
+    logits = model(input_ids)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: TokenArray,
+    *,
+    context: int,
+    bytes_per_token: float,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate over non-overlapping windows of `context` tokens, the first `max_tokens` tokens of the split or all.
+
+    `dtype` bfloat16 or float16 runs the products under autocast, as training does. The model's mode is restored.
+    """
+    device = next(iter(model.state_dict().values())).device
+    was_training = model.training
+    model.eval()
+    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
+    window_losses: list[Tensor] = []
+    window_tokens: list[Tensor] = []
+    for input_ids, labels in iter_eval_batches(tokens, context, batch_size, max_batches):
+        input_ids, labels = input_ids.to(device), labels.to(device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            losses = cross_entropy(model, input_ids, labels, "none").view(labels.shape)
+        window_losses.append(losses.sum(1).double().cpu())
+        window_tokens.append((labels != -100).sum(1).cpu())
+    model.train(was_training)
+    sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
+    count = int(counts.sum())
+    loss = float(sums.sum()) / count
+    # Ratio estimator over windows: tokens inside one window are far from independent.
+    deviations = sums - loss * counts
+    error = math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
+    return Evaluation(loss, error, loss / math.log(2) / bytes_per_token, count)
+
+
+def evaluate_run(run: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Evaluation]:
+    """Weight quantizer and held-out evaluation of a run's best checkpoint, over its whole validation split.
+
+    Raises CheckpointError or ValueError for a run or corpus that isn't there.
+    """
+    folder = checkpoint.resolve(run, "best")
+    config = checkpoint.load_json(folder / checkpoint.CONFIG)
+    data = config["data"]
+    corpus = tokenize_corpus(
+        open_corpus(data["corpus"], max_bytes=data["max_bytes"]),
+        Tokenizer.load(folder / checkpoint.TOKENIZER),
+        data["cache"],
+        val_fraction=data["val_fraction"],
+    )
+    model = checkpoint.load_model(folder, device)
+    context = config["context"] or model.config.max_position_embeddings
+    bytes_per_token = corpus.bytes_per_token("val")
+    result = evaluate(model, corpus.split("val"), context=context, bytes_per_token=bytes_per_token, dtype=dtype)
+    return model.config.quantizer, result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one line a run; the gap is the run's loss against the last run's."""
+    runs = sys.argv[1:] if argv is None else list(argv)
+    if not runs or {"-h", "--help"} & set(runs):
+        print("usage: python -m bitnet.evaluate RUN [RUN ...]     (folders made by train.py; the last is the baseline)")
+        return 0 if runs else 2
+    device = pick_device("auto")
+    try:
+        results = [(run, *evaluate_run(run, device, pick_dtype("auto", device))) for run in runs]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    width = max(len(run) for run in runs)
+    print(f"{'held-out text':{width}}  quantizer  loss             perplexity  bits/byte  gap")
+    for run, quantizer, result in results:
+        gap = result.loss / results[-1][2].loss - 1
+        print(
+            f"{run:{width}}  {quantizer:9}  {result.loss:.4f} ± {result.standard_error:.4f}  "
+            f"{result.perplexity:10.2f}  {result.bits_per_byte:9.4f}" + (f"  {gap:+.2%}" if len(runs) > 1 else "")
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""Optimizer, its parameter groups, and the two-stage schedule of BitNet b1.58.
+
+Ternary training takes a higher peak learning rate than float training, and halves the run (Training Tips, table 2;
+BitNet a4.8, tables 6 and 7):
+
+    first half    lr = lr_peak * decay(p)           weight decay `weight_decay`
+    second half   lr = lr_peak_second * decay(p)    weight decay 0
+
+with p the progress from 0 to 1 and a linear warm-up before. Without a second peak there is one stage, which is the
+ordinary recipe of the float twin.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.model import bit_linears
+
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule. Raises ValueError for values that cannot train."""
+
+    optimizer: str = "adamw"
+    """adamw for everything, or muon for the projections' matrices (updates scaled to AdamW's RMS) and adamw for the
+    rest."""
+    lr: float = 3e-3
+    """Peak learning rate of the projections' matrices in the first stage."""
+    lr_rest: float | None = None
+    """Peak learning rate of embeddings, lm_head and norms; `lr` unless given."""
+    lr_second: float | None = None
+    """Peak learning rate of the matrices in the second half of the run (the rest drops by the same factor); none keeps
+    one stage."""
+    weight_decay: float = 0.1
+    """On the projections' matrices; embeddings and norms are not decayed."""
+    weight_decay_second: float = 0.0
+    """Weight decay of the second half, where there is a second stage."""
+    warmup_steps: int = 50
+    decay: str = "linear"
+    """Shape of the decay over the whole run: linear, cosine or constant."""
+    lr_min_ratio: float = 0.0
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest norm of the gradient of all parameters; larger ones are scaled down. 0 turns clipping off."""
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay {self.decay!r} is unknown; choose one of {', '.join(DECAYS)}")
+        for name in ("lr", "lr_rest", "lr_second"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; a learning rate must be above 0")
+
+
+def schedule(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
+    """Learning rate multiplier (of the first peak, 0 to 1) and weight decay for a step counted from 0."""
+    progress = step / max(1, total_steps)
+    multiplier, weight_decay = 1.0, config.weight_decay
+    if config.lr_second is not None and progress >= 0.5:
+        multiplier, weight_decay = config.lr_second / config.lr, config.weight_decay_second
+    if config.decay != "constant":
+        remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        multiplier *= config.lr_min_ratio + (1 - config.lr_min_ratio) * remaining
+    return multiplier * min(1.0, (step + 1) / max(1, config.warmup_steps)), weight_decay
+
+
+class Optimizer:
+    """One or two torch optimizers behind one face: `step`, `set_schedule`, and a state of named tensors.
+
+    The state is a flat dict, `{parameter name}.{slot}` to tensor, so that it goes into a safetensors file and survives
+    a change in the order of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        # Only the projections decay: the embedding is a look-up table and a norm's gain is no matrix.
+        matrices = [layer.weight for _, layer in bit_linears(model)]
+        projections = set(matrices)
+        rest = [parameter for parameter in self.names if parameter not in projections]
+        betas, fused = (config.beta1, config.beta2), rest[0].device.type in ("cpu", "cuda")
+        groups: list[dict] = [
+            {"params": matrices, "lr": config.lr, "peak_lr": config.lr, "decays": True},
+            {"params": rest, "lr": config.lr_rest or config.lr, "peak_lr": config.lr_rest or config.lr, "decays": False},
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon":
+            self.optimizers.append(torch.optim.Muon(groups[:1], adjust_lr_fn="match_rms_adamw"))
+            groups = groups[1:]
+        self.optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=fused))
+
+    def _groups(self) -> Iterable[dict]:
+        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def set_schedule(self, step: int, total_steps: int) -> float:
+        """Set learning rate and weight decay for a step; returns the learning rate of the first group."""
+        multiplier, weight_decay = schedule(step, total_steps, self.config)
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * multiplier
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        return float(next(iter(self._groups()))["lr"])
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and counters, named `{parameter name}.{slot}`; the tensors are not copied."""
+        return {
+            f"{self.names[parameter]}.{slot}": value
+            for optimizer in self.optimizers
+            for parameter, slots in optimizer.state.items()
+            for slot, value in slots.items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`. Raises ValueError where a tensor belongs to no parameter of this model."""
+        parameters: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {
+            self.names[p]: (optimizer, p)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for key, value in state.items():
+            name, _, slot = key.rpartition(".")
+            if name not in parameters:
+                raise ValueError(f"optimizer state {key!r} belongs to no parameter of this model")
+            optimizer, parameter = parameters[name]
+            # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
+            optimizer.state[parameter][slot] = value.to(parameter.device).clone()
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before."""
+    return float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))

