@@ -1,0 +1,407 @@
+"""From a corpus to training batches: tokenize it once into memory-mapped shards, then sample windows of them.
+
+    corpus = open_corpus("stdlib")                            # documents, read lazily
+    tokenized = tokenize_corpus(corpus, tokenizer, "data")    # data/stdlib-<fingerprint>/: shards and meta.json
+    sampler = BatchSampler(tokenized.split("train"), context=256, batch_size=32, seed=0)
+    input_ids, labels = sampler.batch(step)                   # a pure function of the step
+
+A split is one long stream of tokens: <s>, the document's tokens, </s>, the next <s>, ... as LLaMA is trained, so that
+a model knows where a text begins and says when it ends. Windows are cut from the stream without regard to documents,
+and attention may look across </s><s>: masking it buys little at this scale and would cost a mask per window.
+
+Validation is held out by document: of every round(1 / val_fraction) documents in a row, one, chosen by a hash of
+their number. A corpus of fewer documents than that (one long .txt file, say) is first cut at paragraphs into pieces
+of at most 32 K characters, and pieces are held out.
+
+Letters: B batch_size, T context, N tokens of a split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bitnet.corpus import Corpus, sha256_of
+from bitnet.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+HELD_OUT_CHARS = 32 * 1024  # largest piece when documents are cut for the validation split
+IGNORE_INDEX = -100  # label that cross_entropy skips
+_SPLIT_SEED = 20240227
+
+
+def tokenize_corpus(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    out_dir: str | Path,
+    *,
+    val_fraction: float = 0.05,
+    workers: int | None = None,
+    shard_tokens: int = 1 << 26,
+    progress: bool = True,
+) -> TokenizedCorpus:
+    """Tokenize a corpus into `out_dir/<name>-<fingerprint>/`, or find that this has been done.
+
+    Writes `train-00000.bin`, ..., `val-00000.bin`, ... (uint16 if the vocabulary fits, else uint32, native byte order),
+    `tokenizer.model` and `meta.json`. The folder appears whole or not at all. Memory holds the ids of about 1 MB of
+    text, or of one document if that is larger.
+
+    workers: sentencepiece threads, default one per core; the files do not depend on them.
+
+    ValueError for a corpus without text or too short to split, and for an earlier folder that is damaged.
+    """
+    if not 0 < val_fraction <= 0.5:
+        raise ValueError(f"val_fraction is {val_fraction}: give a number above 0 and at most 0.5, e.g. 0.05")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens is {shard_tokens}: give a positive number of tokens per file, e.g. {1 << 26}")
+    workers = workers or _cores()
+    every = round(1 / val_fraction)
+    corpus_fingerprint = corpus.fingerprint()
+    fingerprint = sha256_of(f"{FORMAT_VERSION} {every}", corpus_fingerprint, tokenizer.fingerprint)
+    folder = Path(out_dir) / f"{corpus.name}-{fingerprint[:12]}"
+    if folder.exists():
+        return TokenizedCorpus.load(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
+    try:
+        tokenizer.save(work / "tokenizer.model")
+        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        splits = _write_splits(corpus, tokenizer, work, dtype, every, workers, shard_tokens, progress)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "name": corpus.name,
+            "fingerprint": fingerprint,
+            "corpus_fingerprint": corpus_fingerprint,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype.name,
+            "val_every": every,
+            "splits": splits,
+        }
+        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        work.chmod(0o755)  # mkdtemp's 0o700 would hide a shared cache from others
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return TokenizedCorpus.load(folder)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_splits(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: np.dtype,
+    every: int,
+    workers: int,
+    shard_tokens: int,
+    progress: bool,
+) -> dict[str, dict[str, Any]]:
+    writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
+    columns, lines = shutil.get_terminal_size()  # tqdm's own guess shows nothing on a terminal of unknown size
+    bar = tqdm(
+        desc=f"tokenizing {corpus.name}",
+        total=corpus.total_bytes,
+        unit="B",
+        unit_scale=True,
+        ncols=columns,
+        nrows=lines,
+        disable=None if progress else True,  # None: silent unless stderr is a terminal
+    )
+    with bar:
+        index = 0
+        for batch in _batches(_splittable_documents(corpus, every)):
+            for document, ids in zip(batch, tokenizer.encode_batch(batch, threads=workers), strict=True):
+                size = len(document.encode())
+                writer = writers["val" if is_validation(index, every) else "train"]
+                writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], size)
+                bar.update(size)
+                index += 1
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def is_validation(index: int, every: int) -> bool:
+    """Whether document `index` is held out: one in each row of `every` is, at a place hashed from the row's number."""
+    row, place = divmod(index, every)
+    return place == int(sha256_of(f"{_SPLIT_SEED} {row}")[:16], 16) % every
+
+
+def _splittable_documents(corpus: Corpus, every: int) -> Iterator[str]:
+    """The corpus's documents; if they are fewer than `every`, pieces of them, at least `every` in all."""
+    # Counted in a pass of its own and read again: keeping them would need memory for `every` documents of any size.
+    lengths = [len(document) for document in itertools.islice(corpus.documents(), every)]
+    if not lengths:
+        raise ValueError(f"corpus {corpus.name!r} holds no text, only whitespace: give a corpus that is not empty")
+    if len(lengths) == every:
+        yield from corpus.documents()
+        return
+    if sum(lengths) < every:
+        raise ValueError(
+            f"corpus {corpus.name!r} has {sum(lengths)} characters, too few to hold out one part in {every}: "
+            "give more text"
+        )
+    target = max(1, min(HELD_OUT_CHARS, sum(lengths) // (2 * every)))
+    for document in corpus.documents():
+        yield from cut_text(document, target)
+
+
+def cut_text(text: str, max_chars: int) -> Iterator[str]:
+    """Pieces of at most `max_chars` that join to the text, cut at a blank line, newline or space where possible."""
+    start = 0
+    while start + max_chars < len(text):
+        end = start + max_chars
+        for separator, kept in (("\n\n", 2), ("\n", 1), (" ", 0)):  # a space begins the next word's piece
+            found = text.rfind(separator, start + max_chars // 2 + 1, end)
+            if found >= 0:
+                end = found + kept
+                break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(documents: Iterable[str], max_chars: int = 1_000_000) -> Iterator[list[str]]:
+    """Lists of documents, about `max_chars` each: hundreds of segments to share among threads, yet little memory."""
+    batch: list[str] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document)
+        if chars >= max_chars:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardWriter:
+    """Writes one split's stream into files of `shard_tokens` tokens, cut wherever the count falls."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
+        self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+        self._documents = self._bytes = 0
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        self._documents += 1
+        self._bytes += text_bytes
+        tokens = np.asarray(ids, dtype=self._dtype)
+        while tokens.size:
+            if self._file is None:
+                name = f"{self._split}-{len(self._shards):05d}.bin"
+                self._file = open(self._folder / name, "wb")  # noqa: SIM115  (open until the shard is full)
+                self._shards.append({"file": name, "tokens": 0})
+            room = self._limit - self._shards[-1]["tokens"]
+            self._file.write(tokens[:room].tobytes())
+            self._shards[-1]["tokens"] += min(room, tokens.size)
+            tokens = tokens[room:]
+            if self._shards[-1]["tokens"] == self._limit:
+                self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def close(self) -> dict[str, Any]:
+        """Finish; the split's entry in meta.json."""
+        self._close_file()
+        tokens = sum(shard["tokens"] for shard in self._shards)
+        return {"tokens": tokens, "documents": self._documents, "bytes": self._bytes, "shards": self._shards}
+
+
+class TokenArray:
+    """Arrays (memory-mapped shards) that read as one: `len(tokens)`, `tokens.read(start, length)`."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        """parts: 1-d integer arrays, of one dtype, in order."""
+        self._parts = [part for part in parts if len(part)]
+        self._starts = [0, *itertools.accumulate(len(part) for part in self._parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start to start + length, [length], in the shards' dtype (a view when they lie in one shard)."""
+        if start < 0 or length < 0 or start + length > len(self):
+            raise ValueError(f"cannot read {length} tokens from {start}: there are {len(self)}")
+        pieces = []
+        part = bisect_right(self._starts, start) - 1
+        while length > 0:
+            inside = start - self._starts[part]
+            pieces.append(self._parts[part][inside : inside + length])
+            start, length, part = start + len(pieces[-1]), length - len(pieces[-1]), part + 1
+        if not pieces:
+            return np.zeros(0, dtype=self._parts[0].dtype if self._parts else np.uint16)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class TokenizedCorpus:
+    """A folder written by `tokenize_corpus`. Attributes: `folder`, `meta` (the contents of meta.json)."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]):
+        self.folder = folder
+        self.meta = meta
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TokenizedCorpus:
+        """Open a folder and check its files' sizes; ValueError if it is not complete."""
+        folder = Path(folder)
+        remedy = "delete the folder, it will be built again"
+        if not (folder / "meta.json").is_file():
+            raise ValueError(
+                f"{str(folder)!r} is no tokenized corpus: it has no meta.json; {remedy} by tokenize_corpus"
+            )
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{str(folder)!r} has format {meta['format_version']}, this program has {FORMAT_VERSION}; {remedy}"
+                )
+            itemsize = np.dtype(meta["dtype"]).itemsize
+            shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
+            expected = {shard["file"]: shard["tokens"] * itemsize for shard in shards}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(folder / 'meta.json')!r} is damaged ({type(error).__name__}: {error}); {remedy}"
+            ) from error
+        for name, size in expected.items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise ValueError(f"{str(folder / name)!r} {state}, meta.json says {size} bytes; {remedy}")
+        return cls(folder, meta)
+
+    def _entry(self, split: str) -> dict[str, Any]:
+        if split not in self.meta["splits"]:
+            raise ValueError(f"there is no split {split!r}: the splits are {', '.join(self.meta['splits'])}")
+        return self.meta["splits"][split]
+
+    def split(self, split: str) -> TokenArray:
+        """The tokens of "train" or "val", memory-mapped."""
+        dtype = np.dtype(self.meta["dtype"])
+        return TokenArray(
+            [np.memmap(self.folder / s["file"], dtype=dtype, mode="r") for s in self._entry(split)["shards"]]
+        )
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text per token of the stream, <s> and </s> counted: bits per byte = loss / ln 2 / this."""
+        entry = self._entry(split)
+        return entry["bytes"] / entry["tokens"]
+
+
+class BatchSampler:
+    """Shuffled windows of a token stream, as a pure function of the step number.
+
+    An epoch is a shuffle of W non-overlapping windows of T + 1 tokens, T apart, from a random offset below 2 T; W =
+    (N - 1) // T - 1 (the slack that the offset needs), at least 1. Sample g of the run is window g % W of epoch g //
+    W, and step s has samples s B to s B + B - 1: nothing but the step number is needed to resume, and a batch larger
+    than W runs into the next epochs.
+
+    Attributes: `context`, `batch_size`, `windows_per_epoch`.
+    """
+
+    def __init__(self, tokens: TokenArray, context: int, batch_size: int, seed: int):
+        """tokens: N >= context + 1 of them, else ValueError."""
+        _check_window(tokens, context, batch_size)
+        if len(tokens) < context + 1:
+            raise ValueError(
+                f"the corpus has {len(tokens)} tokens, and one window of context {context} needs {context + 1}: "
+                f"use a context of at most {len(tokens) - 1}, or more text"
+            )
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: give 0 or more")
+        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
+        self.windows_per_epoch = max(1, (len(tokens) - 1) // context - 1)
+        # Two epochs, as a batch may lie across a border; kept, because an order can have millions of entries.
+        self._epochs: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        if epoch not in self._epochs:
+            rng = np.random.default_rng([self.seed, epoch])
+            slack = len(self.tokens) - 1 - self.windows_per_epoch * self.context
+            self._epochs[epoch] = int(rng.integers(slack + 1)), rng.permutation(self.windows_per_epoch)
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def window_start(self, sample: int) -> int:
+        """Where in the stream sample number `sample` (counted from the run's start) begins."""
+        epoch, place = divmod(sample, self.windows_per_epoch)
+        offset, order = self._epoch(epoch)
+        return offset + int(order[place]) * self.context
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels) of a step, int64 [B, T] each; labels are the inputs one token on.
+
+        rank, world: rows rank B / world to (rank + 1) B / world only, [B / world, T]; for data parallel ranks or, the
+        same thing in time, the micro-batches of gradient accumulation. B must be divisible by world.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}: steps count from 0")
+        if world < 1 or not 0 <= rank < world or self.batch_size % world:
+            raise ValueError(
+                f"rank {rank} of {world} cannot have its part of batch_size {self.batch_size}: "
+                f"use a batch_size divisible by world, and a rank from 0 to world - 1"
+            )
+        rows = self.batch_size // world
+        first = step * self.batch_size + rank * rows
+        window = np.empty((rows, self.context + 1), dtype=np.int64)  # [B / world, T + 1]
+        for row in range(rows):
+            window[row] = self.tokens.read(self.window_start(first + row), self.context + 1)
+        both = torch.from_numpy(window)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def iter_eval_batches(
+    tokens: TokenArray, context: int, batch_size: int, max_batches: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(input_ids, labels), int64 [<= B, T]: the stream in order, every token but the first a label exactly once.
+
+    The last window is padded with id 0 and label -100, which cross_entropy ignores; the last batch may have fewer
+    rows. max_batches: stop after so many batches, which are then the beginning of the stream. ValueError for fewer
+    than 2 tokens.
+    """
+    _check_window(tokens, context, batch_size)
+    if len(tokens) < 2:
+        raise ValueError(f"the split has {len(tokens)} token(s), and a score needs 2: give more text")
+    starts = range(0, len(tokens) - 1, context)
+    batches = -(-len(starts) // batch_size)
+    for b in range(batches if max_batches is None else min(batches, max_batches)):
+        rows = starts[b * batch_size : (b + 1) * batch_size]
+        input_ids = np.zeros((len(rows), context), dtype=np.int64)
+        labels = np.full((len(rows), context), IGNORE_INDEX, dtype=np.int64)
+        for row, start in enumerate(rows):
+            window = tokens.read(start, min(context + 1, len(tokens) - start))
+            input_ids[row, : len(window) - 1] = window[:-1]
+            labels[row, : len(window) - 1] = window[1:]
+        yield torch.from_numpy(input_ids), torch.from_numpy(labels)
+
+
+def _check_window(tokens: TokenArray, context: int, batch_size: int) -> None:
+    if context < 1 or batch_size < 1:
+        raise ValueError(f"context is {context} and batch_size is {batch_size}: both must be at least 1")
+    if not len(tokens):
+        raise ValueError("the split holds no tokens: give a corpus with text in it")
