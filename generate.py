@@ -1,0 +1,259 @@
+"""Continue a text with a trained model.
+
+python generate.py runs/demo --prompt "Once upon a time"
+
+python generate.py runs/demo --prompt "def " --samples 3 --seed 1
+
+cat story.txt | python generate.py runs/demo --max-new-tokens 50
+
+python generate.py runs/demo --interactive
+
+The text goes to standard output, notes and the closing line of speeds to standard error. That line names the seed; the
+same seed gives the same text.
+"""
+
+import os
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+# torch takes seconds to import, so it and whatever imports it come after the arguments have been read.
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[Path]
+    """A run folder of train.py, or one checkpoint of it."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint of a run folder."""
+    prompt: str = "-"
+    """Text to continue; - reads it from standard input and leaves out one newline at its end."""
+    interactive: bool = False
+    """Read prompts line by line; an empty line continues the last text. Ctrl-C stops a text, Ctrl-D ends."""
+    max_new_tokens: int = 200
+    """Most tokens to generate."""
+    samples: int = 1
+    """Texts to generate from the prompt, as one batch."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most likely token."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 from all."""
+    top_p: float = 0.95
+    """Sample from the most likely tokens that hold this share of the probability; 1 from all."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the most likely one; 0 leaves out none."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred become less likely."""
+    seed: int | None = None
+    """Start of the random numbers; without one it is random and printed. Interactively every text adds 1 to it."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """End the text before this string; may be given several times. \\n, \\r, \\t and \\\\ are understood."""
+    echo: bool = True
+    """Print the prompt in front of the text (never when interactive)."""
+    pack: bool = True
+    """Run on packed 2-bit weights; --no-pack runs the float weights that training fake-quantizes."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of activations, embedding, norms and cache."""
+    threads: int | None = None
+    """CPU threads; torch's own choice unless given."""
+
+
+def run(options: Options) -> None:
+    check(options)
+    prompt = None if options.interactive else read_prompt(options.prompt)
+    stop = [unescape(string) for string in options.stop]
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+
+    import torch
+
+    from bitnet.checkpoint import TOKENIZER, CheckpointError, load_model, resolve
+    from bitnet.generation import GenerationStats, SamplingConfig, TextStream, generate, limit_new_tokens
+    from bitnet.model import pack
+    from bitnet.runtime import DTYPES, pick_device
+    from bitnet.tokenizer import Tokenizer
+
+    sampling = SamplingConfig(
+        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
+    )
+    if sampling.greedy and options.samples > 1:
+        note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
+    device = pick_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    folder = resolve(options.model, options.checkpoint)
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    model = load_model(folder, device)
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
+            "put the tokenizer there that the model was trained with"
+        )
+    if options.pack:
+        pack(model)
+    model.to(DTYPES[options.dtype])
+
+    def complete(ids: list[int], text: str, seed: int) -> list[int]:
+        """Print `samples` continuations of a prompt's ids, behind `text`; returns the ids of the first, prompt too."""
+        count = limit_new_tokens(config, len(ids), options.max_new_tokens)
+        if count < options.max_new_tokens:
+            note(
+                f"generating at most {count} tokens, not {options.max_new_tokens}: "
+                f"the prompt takes {len(ids)} of the model's {config.max_position_embeddings} positions"
+            )
+        stats = GenerationStats()
+        steps = generate(
+            model, torch.tensor([ids] * options.samples), max_new_tokens=count, sampling=sampling, seed=seed,
+            eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, stats=stats,
+        )  # fmt: skip
+        streams = [TextStream(tokenizer, stop, prompt=ids) for _ in range(options.samples)]
+        printer = Printer(text, options.samples)
+        first = list(ids)
+        try:
+            for step in steps:
+                tokens = step.tolist()
+                printer.add([stream.push(token) for stream, token in zip(streams, tokens, strict=True)])
+                printer.show([stream.finished for stream in streams])
+                first.append(tokens[0])
+                if all(stream.finished for stream in streams):
+                    break
+            printer.add([stream.close() for stream in streams])
+            printer.show([True] * len(streams))
+        finally:  # Ctrl-C too
+            printer.end_line()
+            print(f"{stats} | seed {seed}", file=sys.stderr)
+        return first
+
+    if prompt is not None:
+        complete(tokenizer.encode(prompt, bos=True), prompt if options.echo else "", seed)
+        return
+
+    ids: list[int] = []
+    while (line := read_line()) is not None:
+        if line:
+            ids = tokenizer.encode(line, bos=True)
+        elif not ids:
+            continue
+        # A text that is continued again and again keeps its second half, so that there is always room.
+        ids = ids if line else ids[-(config.max_position_embeddings // 2) :]
+        try:
+            ids = complete(ids, "", seed)
+        except KeyboardInterrupt:
+            pass
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            ids = []
+        seed += 1
+
+
+class Printer:
+    """Prints the texts of a batch one behind the other, each under a header, the one in front as it comes."""
+
+    def __init__(self, text: str, samples: int) -> None:
+        self.text, self.samples, self.current = text, samples, 0
+        self.pending = [""] * samples
+        self.line_open = False
+        self.write(self.header())
+
+    def header(self) -> str:
+        return f"--- sample {self.current + 1} ---\n{self.text}" if self.samples > 1 else self.text
+
+    def add(self, pieces: list[str]) -> None:
+        self.pending = [old + new for old, new in zip(self.pending, pieces, strict=True)]
+
+    def show(self, finished: list[bool]) -> None:
+        while self.current < self.samples:
+            self.write(self.pending[self.current])
+            self.pending[self.current] = ""
+            if not finished[self.current]:
+                return
+            self.current += 1
+            if self.current < self.samples:
+                self.end_line()
+                self.write(self.header())
+
+    def write(self, text: str) -> None:
+        if text:
+            print(text, end="", flush=True)
+            self.line_open = not text.endswith("\n")
+
+    def end_line(self) -> None:
+        if self.line_open:
+            self.write("\n")
+
+
+def check(options: Options) -> None:
+    if options.samples < 1:
+        raise ValueError(f"--samples is {options.samples}; generate at least 1")
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads is {options.threads}; give at least 1")
+    if options.interactive and options.prompt != "-":
+        raise ValueError("--prompt and --interactive exclude each other; enter the prompt in the session")
+    if options.interactive and options.samples > 1:
+        raise ValueError(f"--samples {options.samples} does not go with --interactive; leave one of them out")
+
+
+def read_prompt(prompt: str) -> str:
+    if prompt == "-":
+        if sys.stdin.isatty():
+            note("type the prompt and end it with Ctrl-D, or give --prompt TEXT or --interactive")
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on standard input is not UTF-8 text ({error}); convert it first") from None
+        prompt = re.sub(r"\r?\n\Z", "", prompt)
+    if not prompt:
+        raise ValueError("the prompt is empty; give some text, with --prompt TEXT or on standard input")
+    return prompt
+
+
+def read_line() -> str | None:
+    """A line of the interactive session, or None at its end."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing and history
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
+        return None
+
+
+def unescape(text: str) -> str:
+    """A shell hands over a backslash and an n where a newline is meant."""
+    return re.sub(r"\\([nrt\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}.get(match[1], match[1]), text)
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="generate.py", args=arguments, description=__doc__)
+    with suppress(AttributeError):  # a terminal that lacks a character gets a "?", not a traceback
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has had enough, as in | head; keep the interpreter's last flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
