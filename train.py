@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from bitnet import checkpoint
 from bitnet.checkpoint import CheckpointError
-from bitnet.data import BatchSampler, TokenizedCorpus, open_corpus, tokenize_corpus
+from bitnet.corpus import open_corpus
+from bitnet.data import BatchSampler, TokenizedCorpus, tokenize_corpus
 from bitnet.evaluate import cross_entropy, evaluate
 from bitnet.generation import SamplingConfig, generate
 from bitnet.model import PRESETS as MODELS
@@ -223,7 +224,9 @@ class Run:
 
         self.corpus, self.tokenizer = prepare_data(config, saved and saved / checkpoint.TOKENIZER)
         # The vocabulary is the tokenizer's, which a given .model decides.
-        self.config = config = dataclasses.replace(config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size))
+        self.config = config = dataclasses.replace(
+            config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size)
+        )
         self.sampler = BatchSampler(self.corpus.split("train"), config.window, config.batch_size, config.seed)
 
         torch.manual_seed(config.seed)
@@ -302,11 +305,12 @@ class Run:
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
         ids = torch.tensor([self.tokenizer.encode(self.config.sample_prompt, bos=True)], device=self.device)
-        limit = min(tokens, self.config.model.max_position_embeddings - ids.shape[1])
         sampling = SamplingConfig(temperature=0.8, top_p=0.95)
         with eager():
-            new = [int(t[0]) for t in generate(self.model, ids, max_new_tokens=limit, sampling=sampling, seed=0)]
-        return self.config.sample_prompt + self.tokenizer.decode(new)
+            new = generate(
+                self.model, ids, max_new_tokens=tokens, sampling=sampling, seed=0, eos_id=self.tokenizer.eos_id
+            )
+            return self.config.sample_prompt + self.tokenizer.decode([int(row[0]) for row in new])
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Raises OSError, with the earlier ones untouched."""
@@ -361,7 +365,11 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(
-        total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=None if sys.stderr.isatty() else True
+        total=config.steps,
+        initial=run.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if sys.stderr.isatty() else True,
     )
     try:
         loop(run, tracker, bar)

@@ -141,9 +141,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         ) from error
 
 
-def load_model(
-    checkpoint: Path, device: torch.device | str = "cpu", quantizer: str | None = None
-) -> BitNetForCausalLM:
+def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
     """The model of a checkpoint folder, in float32 and evaluation mode.
 
     `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file

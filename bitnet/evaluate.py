@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import checkpoint
-from bitnet.data import TokenArray, iter_eval_batches, open_corpus, tokenize_corpus
+from bitnet.corpus import open_corpus
+from bitnet.data import TokenArray, iter_eval_batches, tokenize_corpus
 from bitnet.runtime import pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer
 

@@ -50,6 +50,7 @@ class OptimConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     """Largest norm of the gradient of all parameters; larger ones are scaled down. 0 turns clipping off."""
+
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
@@ -90,7 +91,12 @@ class Optimizer:
         betas, fused = (config.beta1, config.beta2), rest[0].device.type in ("cpu", "cuda")
         groups: list[dict] = [
             {"params": matrices, "lr": config.lr, "peak_lr": config.lr, "decays": True},
-            {"params": rest, "lr": config.lr_rest or config.lr, "peak_lr": config.lr_rest or config.lr, "decays": False},
+            {
+                "params": rest,
+                "lr": config.lr_rest or config.lr,
+                "peak_lr": config.lr_rest or config.lr,
+                "decays": False,
+            },
         ]
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":

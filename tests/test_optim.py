@@ -70,7 +70,7 @@ def test_state_round_trip_continues_bit_for_bit(name):
 
 def test_state_of_another_model_is_refused():
     optimizer = Optimizer(BitNetForCausalLM(PRESETS["tiny"]), OptimConfig())
-    with pytest.raises(ValueError, match="model.layers.99"):
+    with pytest.raises(ValueError, match=r"model\.layers\.99"):
         optimizer.load_state({"model.layers.99.weight.exp_avg": torch.zeros(1)})
 
 

@@ -112,14 +112,14 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
 def fake_quantize_activations(x: Tensor) -> Tensor:
     """x~ = x_q * s_x in x's dtype, with the identity as its gradient."""
-    return _FakeQuantizeActivations.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return _FakeQuantizeActivations.apply(x)
 
 
 def fake_quantize_weight(weight: Tensor, quantizer: str) -> Tensor:
     """W~ = w_q * s_w in the weight's dtype, with the identity as its gradient; `none` returns the weight itself."""
     if check_quantizer(quantizer) == "none":
         return weight
-    return _FakeQuantizeWeight.apply(weight, quantizer)  # type: ignore[no-untyped-call, no-any-return]
+    return _FakeQuantizeWeight.apply(weight, quantizer)
 
 
 def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:

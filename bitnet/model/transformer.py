@@ -13,6 +13,7 @@ Letters: B batch, T new tokens, S cached length, C hidden_size, H query heads, G
 F intermediate_size, V vocab_size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,6 +133,13 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:  # model.half() casts buffers too, and rounded angles are other positions
+            cos, sin = rope_tables(self.config)
+            self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
+        return self
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
