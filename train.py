@@ -127,8 +127,12 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """Inverse of `dataclasses.asdict`."""
-        parts = {"model": ModelConfig.from_dict, "data": lambda v: DataConfig(**v), "optim": lambda v: OptimConfig(**v)}
-        return cls(**{name: parts[name](value) if name in parts else value for name, value in values.items()})
+        parts: dict[str, Any] = {
+            "model": ModelConfig.from_dict(values["model"]),
+            "data": DataConfig(**values["data"]),
+            "optim": OptimConfig(**values["optim"]),
+        }
+        return cls(**{**values, **parts})
 
 
 def _paper_recipe(model: str, lr: float, lr_second: float) -> TrainConfig:
@@ -259,8 +263,8 @@ class Run:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 loss = cross_entropy(self.model, input_ids, labels) / self.config.micro_batches
             loss.backward()
-            total += loss.detach()
-        return float(total)
+            total += float(loss.detach())
+        return total
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step. Returns loss, gradient norm and learning rate. Raises Diverged before the weights are
@@ -361,7 +365,7 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
     def request_stop(signum: int, frame: Any) -> None:
         run.stop_signal = signum
-        signal.signal(signum, previous[signum])  # a second one ends the program at once
+        signal.signal(signum, previous[signal.Signals(signum)])  # a second one ends the program at once
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(

@@ -83,7 +83,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         # Only the projections decay: the embedding is a look-up table and a norm's gain is no matrix.
         matrices = [layer.weight for _, layer in bit_linears(model)]
         projections = set(matrices)

@@ -1,9 +1,9 @@
 """The one place that chooses a backend for the products of BitLinear.
 
-A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures. The
-choice is made at every call, from the device of the tensors: `BACKENDS` lists, per device type, the ones to prefer.
-`use_backend("name")` (or the environment variable BITNET_BACKEND) asks for one of them explicitly, and a request that
-cannot be met raises, where the automatic choice falls back.
+A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures, listed
+in `BACKENDS`. The choice is made at every call, from the device of the tensors. `use_backend("name")` (or the
+environment variable BITNET_BACKEND) asks for one of them explicitly, and a request that cannot be met raises, where
+the automatic choice falls back.
 """
 
 import os

@@ -75,7 +75,7 @@ def packed_linear(
     x: float `[.., K]`; packed: uint8 `[N, packed_width(K, bits)]` (drawn in `bitnet/quant/packing.py`); scale: float32
     `[1, 1]` or `[N, 1]`; bias: `[N]` or None. Returns `[.., N]` in x's dtype; scaled and biased in float32.
     """
-    x_codes, x_scale = quantize_activations(x)
+    x_codes, x_scale = quantize_activations(x.detach())  # the scale alone would carry a wrong gradient
     accumulator = integer_matmul(x_codes, packing.unpack_codes(packed, bits, in_features), bits=bits)
     y = accumulator.float() * x_scale * scale.view(-1)
     if bias is not None:
@@ -85,9 +85,13 @@ def packed_linear(
 
 class _FakeQuantizeActivations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         scale = affine.choose_qparams_symmetric(x, ACTIVATION_BITS, affine.PerToken())
         return affine.fake_quantize(x, scale, None, *affine.integer_range(ACTIVATION_BITS))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass  # the identity needs nothing; the method is what torch.func asks for
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class _FakeQuantizeActivations(torch.autograd.Function):
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantizer: str) -> Tensor:
+    def forward(weight: Tensor, quantizer: str) -> Tensor:
         if quantizer == "ternary":
             return ternary.fake_quantize_ternary(weight)
         if quantizer == "binary":
@@ -104,6 +108,10 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         bits = PACKED_BITS[quantizer]
         scale = affine.choose_qparams_symmetric(weight, bits, affine.PerChannel(0))
         return affine.fake_quantize(weight, scale, None, *affine.integer_range(bits))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass  # the identity needs nothing; the method is what torch.func asks for
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -6,6 +6,7 @@ and the block formats of other engines need no padding.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from bitnet.kernels import check_quantizer
@@ -49,8 +50,10 @@ class ModelConfig:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in ("int", int) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{field.name} is {value}; it must be at least 1")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value}; it must be above 0 and finite")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "

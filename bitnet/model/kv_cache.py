@@ -34,6 +34,8 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write `[B, G, T, D]` behind the filled positions of a layer; return views of all S + T of them."""
+        if keys.shape[0] != self.keys.shape[1]:
+            raise ValueError(f"the cache is for {self.keys.shape[1]} sequences and the input has {keys.shape[0]}")
         end = self.length + keys.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions and {end} are needed; make it longer")

@@ -138,7 +138,8 @@ def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quan
     `filter(name, linear)` says which to swap. Without one, every Linear is swapped but those that stay in high
     precision in BitNet: a module called `lm_head`, and a Linear whose weight is tied to an Embedding. Subclasses of
     nn.Linear are left alone, since their owners may read the weight instead of calling the module. The parameters are
-    shared, not copied. Raises ValueError where there is nothing to swap, so that no model trains in float unnoticed.
+    shared, not copied; hooks on a replaced module are not carried over. Raises ValueError where there is nothing to
+    swap, so that no model trains in float unnoticed.
     """
     kernels.check_quantizer(quantizer)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -197,15 +198,21 @@ def _swap(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None
     if model in replaced:
         return replaced[model], 1
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a module's second name
             if child in replaced:
                 setattr(parent, name, replaced[child])
-        if isinstance(parent, nn.TransformerEncoderLayer) and any(c in replaced.values() for c in parent.children()):
-            _disable_fused_path(parent)
+    new_modules = set(replaced.values())
+    for module in model.modules():
+        encoder = isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        if encoder and not new_modules.isdisjoint(module.modules()):
+            _disable_fused_path(module)
     return model, len(replaced)
 
 
-def _disable_fused_path(layer: Any) -> None:
-    # In eval mode torch's encoder layer reads linear1.weight itself and never calls the module, which would run the
-    # latent weights in float. This flag is one of the conditions it checks first.
-    layer.activation_relu_or_gelu = 0
+def _disable_fused_path(encoder: Any) -> None:
+    # In eval mode torch's encoder reads linear1.weight itself and never calls the module, which would run the latent
+    # weights in float. These flags are conditions that it checks first: the layer's, and the encoder's for padding.
+    if isinstance(encoder, nn.TransformerEncoderLayer):
+        encoder.activation_relu_or_gelu = 0
+    else:
+        encoder.use_nested_tensor = False

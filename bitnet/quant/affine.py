@@ -163,9 +163,9 @@ def _check_float(x: Tensor) -> None:
 
 def _blocks(x: Tensor, scales: torch.Size | list[int]) -> Tensor:
     """View x `[n0, n1, ..]` as `[s0, n0/s0, s1, n1/s1, ..]`, so that scale i of a dimension covers its i-th block."""
-    if len(scales) != x.ndim or any(s < 1 or n % s for n, s in zip(x.shape, scales, strict=True)):
+    if len(scales) != x.ndim or any(n != s and (s < 1 or n % s) for n, s in zip(x.shape, scales, strict=True)):
         raise ValueError(f"a scale of shape {list(scales)} does not tile a tensor of shape {list(x.shape)}")
-    return x.reshape([size for n, s in zip(x.shape, scales, strict=True) for size in (s, n // s)])
+    return x.reshape([size for n, s in zip(x.shape, scales, strict=True) for size in (s, n // s if s else 1)])
 
 
 def _inner_dims(x: Tensor) -> list[int]:
