@@ -31,12 +31,12 @@ from bitnet import checkpoint
 from bitnet.checkpoint import CheckpointError
 from bitnet.corpus import open_corpus
 from bitnet.data import BatchSampler, TokenizedCorpus, tokenize_corpus
-from bitnet.evaluate import cross_entropy, evaluate
+from bitnet.evaluate import Evaluation, evaluate
 from bitnet.generation import SamplingConfig, generate
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
-from bitnet.runtime import compile_layers, eager, pick_device, pick_dtype
+from bitnet.runtime import compile_model, eager, pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tracking import Tracker
 
@@ -240,7 +240,7 @@ class Run:
         self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
         if saved:
             self._load(saved)
-        self.compiled = compile_layers(self.model.model.layers, config.compile)
+        self.compiled = compile_model(self.model, config.compile)
         self.stop_signal: int | None = None
 
     def _load(self, saved: Path) -> None:
@@ -261,7 +261,7 @@ class Run:
             input_ids, labels = self.sampler.batch(step, part, self.config.micro_batches)
             input_ids, labels = input_ids.to(self.device), labels.to(self.device)
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                loss = cross_entropy(self.model, input_ids, labels) / self.config.micro_batches
+                loss = self.model.loss(input_ids, labels) / self.config.micro_batches
             loss.backward()
             total += float(loss.detach())
         return total
@@ -298,11 +298,12 @@ class Run:
         # Optimizer, validation and checkpoints took 5 to 8 % of the demo's time.
         return max(1, int(minutes * 60 * 0.92 / statistics.median(times)))
 
-    def validate(self, whole: bool) -> Any:
+    def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
         return evaluate(
             self.model, self.corpus.split("val"), context=self.config.window,
             bytes_per_token=self.corpus.bytes_per_token("val"), max_tokens=None if whole else self.config.eval_tokens,
+            batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
         )  # fmt: skip
 

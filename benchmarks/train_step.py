@@ -22,10 +22,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
-from bitnet.evaluate import cross_entropy
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.optim import Optimizer, clip_gradients
-from bitnet.runtime import compile_layers, eager, pick_device, pick_dtype
+from bitnet.runtime import compile_model, eager, pick_device, pick_dtype
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
@@ -54,11 +53,11 @@ class Contender:
         shape = (config.batch_size // config.micro_batches, config.window + 1)
         ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.input_ids, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        self.compiled = compile_layers(self.model.model.layers)
+        self.compiled = compile_model(self.model)
 
     def forward_backward(self) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss = cross_entropy(self.model, self.input_ids, self.labels)
+            loss = self.model.loss(self.input_ids, self.labels)
         loss.backward()
         return loss.detach()
 

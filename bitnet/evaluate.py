@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitnet import checkpoint
 from bitnet.corpus import open_corpus
-from bitnet.data import TokenArray, iter_eval_batches, tokenize_corpus
+from bitnet.data import IGNORE_INDEX, TokenArray, iter_eval_batches, tokenize_corpus
+from bitnet.model import BitNetForCausalLM
 from bitnet.runtime import pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer
 
@@ -42,15 +43,9 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def cross_entropy(model: nn.Module, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Next-token loss in float32 of ids and labels int64 `[B, T]`; labels of -100 do not count."""
-    logits = model(input_ids)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: BitNetForCausalLM,
     tokens: TokenArray,
     *,
     context: int,
@@ -70,13 +65,17 @@ def evaluate(
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
     for input_ids, labels in iter_eval_batches(tokens, context, batch_size, max_batches):
-        input_ids, labels = input_ids.to(device), labels.to(device)
+        # The last batch is filled up with rows that do not count: one shape, one compilation.
+        missing = batch_size - len(labels)
+        input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
+        labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = cross_entropy(model, input_ids, labels, "none").view(labels.shape)
+            losses = model.loss(input_ids, labels, "none")
         window_losses.append(losses.sum(1).double().cpu())
-        window_tokens.append((labels != -100).sum(1).cpu())
+        window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
     model.train(was_training)
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
+    sums, counts = sums[counts > 0], counts[counts > 0]
     count = int(counts.sum())
     loss = float(sums.sum()) / count
     # Ratio estimator over windows: tokens inside one window are far from independent.

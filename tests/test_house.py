@@ -23,7 +23,7 @@ LAYERS = [
     {"train", "generate"},
 ]
 # These know nothing of the package: they could be libraries of their own.
-LEAVES = {"quant", "runtime", "tokenizer", "corpus"}
+LEAVES = {"quant", "tokenizer", "corpus"}
 # Heavy or optional packages, and the one file that may import each, inside a function.
 LAZY = {"wandb": "tracking", "matplotlib": "tracking", "datasets": "corpus", "pyarrow": "corpus", "triton": "kernels"}
 

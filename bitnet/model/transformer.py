@@ -165,6 +165,7 @@ class BitNetForCausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.next_token_loss = next_token_loss  # an attribute, so that compile_model can replace it
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -178,10 +179,17 @@ class BitNetForCausalLM(nn.Module):
         than the model has.
         """
         h = self.model(input_ids, cache)
-        if last_only:
-            h = h[:, -1:]
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(h, head)
+        return F.linear(h[:, -1:] if last_only else h, self.head_weight)
+
+    def loss(self, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
+        -100 does not count: the mean, or `[B, T]` with reduction "none"."""
+        return self.next_token_loss(self.model(input_ids), self.head_weight, labels, reduction)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix `[V, C]`."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Trainable and frozen parameters, tied ones once; without the embedding table and lm_head if asked."""
@@ -190,6 +198,13 @@ class BitNetForCausalLM(nn.Module):
             total -= self.model.embed_tokens.weight.numel()
             total -= 0 if self.lm_head is None else self.lm_head.weight.numel()
         return total
+
+
+def next_token_loss(h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of hidden states `[B, T, C]` under an output matrix `[V, C]`; softmax in float32."""
+    logits = F.linear(h, head).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
+    return losses if reduction == "mean" else losses.view(labels.shape)
 
 
 def _projection(config: ModelConfig, in_features: int, out_features: int) -> Any:
