@@ -8,14 +8,16 @@ MINUTES ?= 5
 .PHONY: demo twin test lint clean
 
 demo: $(VENV)/.runtime  ## train a small ternary model on public-domain speeches, then write with it
-	@test -f runs/demo/checkpoints/index.json \
-	  || $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo
+	@if test -f runs/demo/checkpoints/index.json; \
+	  then $(BIN)/python train.py --resume runs/demo; \
+	  else $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo; fi
 	@$(BIN)/python -m bitnet.evaluate runs/demo
 	@$(BIN)/python generate.py runs/demo --prompt "The people of the United States" --max-new-tokens 150 --seed 1
 
 twin: demo  ## the float model of the same shape, tokens and seed, and the gap between the two
-	@test -f runs/demo-float/checkpoints/index.json \
-	  || $(BIN)/python train.py --like runs/demo --model.quantizer none --optim.lr 2e-3 --out runs/demo-float
+	@if test -f runs/demo-float/checkpoints/index.json; \
+	  then $(BIN)/python train.py --resume runs/demo-float; \
+	  else $(BIN)/python train.py --like runs/demo --model.quantizer none --out runs/demo-float; fi
 	@$(BIN)/python -m bitnet.evaluate runs/demo runs/demo-float
 
 test: $(VENV)/.dev  ## the whole test suite

@@ -10,10 +10,10 @@ nothing else in a step is random, so a resumed run repeats the uninterrupted one
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import statistics
 import sys
@@ -32,7 +32,8 @@ from bitnet.checkpoint import CheckpointError
 from bitnet.corpus import open_corpus
 from bitnet.data import BatchSampler, TokenizedCorpus, tokenize_corpus
 from bitnet.evaluate import Evaluation, evaluate
-from bitnet.generation import SamplingConfig, generate
+from bitnet.files import write_atomic
+from bitnet.generation import SamplingConfig, generate, limit_new_tokens
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
@@ -93,8 +94,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
-    dtype: str = "auto"
-    """Type of the matrix products: float32, bfloat16, or auto (bfloat16 where the hardware multiplies it faster).
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; auto takes bfloat16 where the hardware multiplies it faster.
     Parameters, norms, residual stream and optimizer stay float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto where a C++ compiler is found."""
@@ -104,9 +105,10 @@ class TrainConfig:
     """auto (online if logged in, else offline), online, offline or off."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("steps", "batch_size", "micro_batches", "eval_every", "log_every", "context", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches {self.micro_batches} does not divide batch_size {self.batch_size}")
         if self.window > self.model.max_position_embeddings:
@@ -139,18 +141,22 @@ def _paper_recipe(model: str, lr: float, lr_second: float) -> TrainConfig:
     # Training Tips, table 2: 375 warm-up steps, weight decay 0.1 then 0, sequences of 2048 tokens, 1 M tokens a step.
     optim = OptimConfig(lr=lr, lr_second=lr_second, warmup_steps=375)
     return TrainConfig(
-        model=MODELS[model], optim=optim, batch_size=512, micro_batches=64, steps=100_000, eval_every=1000,
-        data=DataConfig(corpus="fineweb-edu"), out=f"runs/{model}",
+        model=MODELS[model], optim=optim, context=2048, batch_size=512, micro_batches=64, steps=100_000,
+        eval_every=1000, data=DataConfig(corpus="fineweb-edu"), out=f"runs/{model}",
     )  # fmt: skip
 
+
+# For runs of minutes to hours; AdamW with the papers' rates needs far more steps to leave its first plateau.
+SHORT_RUN = OptimConfig(optimizer="muon", lr=1e-2, lr_rest=3e-2, warmup_steps=30)
 
 PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
         model=MODELS["tiny"], steps=200, batch_size=8, eval_every=100, sample_every=0, out="runs/tiny",
         optim=OptimConfig(warmup_steps=10),
     ),
-    "demo": TrainConfig(model=MODELS["demo"], out="runs/demo"),
-    "small": TrainConfig(model=MODELS["small"], steps=5000, out="runs/small"),
+    # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
+    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, out="runs/demo"),
+    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, out="runs/small"),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
         optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
@@ -182,6 +188,11 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     if {"-h", "--help"} & set(rest):
         print(first.format_help())
     config = tyro.cli(TrainConfig, prog="train.py", default=default, args=rest)
+    if known.resume:
+        if (Path(source) / checkpoint.MODEL).is_file():
+            raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
+        if (config.out, config.model) != (default.out, default.model):
+            raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
     return config, known.resume is not None
 
 
@@ -216,7 +227,7 @@ class Run:
     def __init__(self, config: TrainConfig, resume: bool) -> None:
         self.folder = Path(config.out)
         saved = checkpoint.resolve(self.folder) if resume else None
-        if not resume and (self.folder / "checkpoints").exists():
+        if not resume and (self.folder / "checkpoints" / checkpoint.INDEX).exists():
             raise ValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder}, choose another --out, "
                 "or delete the folder"
@@ -238,6 +249,7 @@ class Run:
             self.model = BitNetForCausalLM(config.model)
         self.optimizer = Optimizer(self.model, config.optim)
         self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
+        limit_new_tokens(config.model, len(self.prompt_ids()), 1)  # refuses a sample prompt that is too long
         if saved:
             self._load(saved)
         self.compiled = compile_model(self.model, config.compile)
@@ -252,7 +264,10 @@ class Run:
             )
         checkpoint.load_weights(self.model, saved / checkpoint.MODEL, self.device)
         self.optimizer.load_state(checkpoint.load_tensors(saved / checkpoint.OPTIMIZER))
-        self.step, self.best_loss, self.seconds = state["step"], state["best_loss"], state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        if self.step > self.config.steps:
+            raise ValueError(f"the run is at step {self.step} already; --steps {self.config.steps} is behind it")
 
     def forward_backward(self, step: int) -> float:
         """Accumulate the gradient of a step's loss over its micro-batches; returns the loss."""
@@ -266,40 +281,55 @@ class Run:
             total += float(loss.detach())
         return total
 
+    @property
+    def quantizing(self) -> bool:
+        """Whether the 16-bit warm start is over: the next step, and a validation before it, run the quantized model."""
+        started = self.step >= int(self.config.float_start * self.config.steps)
+        return started or self.config.model.quantizer == "none"
+
+    def _switch_quantizers(self) -> None:
+        for _, layer in bit_linears(self.model):
+            layer.quantizer_enabled = self.quantizing
+
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step. Returns loss, gradient norm and learning rate. Raises Diverged before the weights are
         touched by a gradient that is not finite."""
-        quantize = self.step >= int(self.config.float_start * self.config.steps)
-        for _, layer in bit_linears(self.model):
-            layer.quantizer_enabled = quantize
+        self._switch_quantizers()
         lr = self.optimizer.set_schedule(self.step, self.config.steps)
         loss = self.forward_backward(self.step)
         norm = clip_gradients(list(self.model.parameters()), self.config.optim.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(
-                f"step {self.step}: the loss is {loss} and the gradient norm {norm}. The last checkpoint is untouched; "
-                f"go on from it with a lower learning rate: python train.py --resume {self.folder} "
-                f"--optim.lr {self.config.optim.lr / 2:g}, or lower --optim.grad-clip"
+                f"step {self.step}: the loss is {loss} and the gradient norm {norm}. Checkpoints are untouched; go on "
+                f"from the last one (--resume {self.folder}), or begin anew if there is none, with lower learning "
+                f"rates: --optim.lr {self.config.optim.lr / 2:g}"
+                + (f" --optim.lr-rest {self.config.optim.lr_rest / 2:g}" if self.config.optim.lr_rest else "")
             )
         self.optimizer.step()
         self.step += 1
         return loss, norm, lr
 
     def steps_for(self, minutes: float) -> int:
-        """Number of steps that fit, from timed steps whose gradients are thrown away."""
+        """How many more steps fit, from timed steps that are undone again."""
+        start_step = self.step
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        moments = {name: value.clone() for name, value in self.optimizer.state().items()}
         times = []
-        for trial in range(5):
+        for trial in range(7):
             start = time.perf_counter()
-            self.forward_backward(trial)
+            self.train_step()
             if trial >= 2:  # compilation and first touches
                 times.append(time.perf_counter() - start)
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        # Optimizer, validation and checkpoints took 5 to 8 % of the demo's time.
-        return max(1, int(minutes * 60 * 0.92 / statistics.median(times)))
+        self.step = start_step
+        self.model.load_state_dict(weights)
+        self.optimizer = Optimizer(self.model, self.config.optim)
+        self.optimizer.load_state(moments)
+        # The rest goes to validation, checkpoints and samples.
+        return max(1, int(minutes * 60 * 0.93 / statistics.median(times)))
 
     def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
+        self._switch_quantizers()
         return evaluate(
             self.model, self.corpus.split("val"), context=self.config.window,
             bytes_per_token=self.corpus.bytes_per_token("val"), max_tokens=None if whole else self.config.eval_tokens,
@@ -307,9 +337,13 @@ class Run:
             dtype=self.dtype,
         )  # fmt: skip
 
+    def prompt_ids(self) -> list[int]:
+        """Tokens of the sample prompt."""
+        return self.tokenizer.encode(self.config.sample_prompt, bos=True)
+
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
-        ids = torch.tensor([self.tokenizer.encode(self.config.sample_prompt, bos=True)], device=self.device)
+        ids = torch.tensor([self.prompt_ids()], device=self.device)
         sampling = SamplingConfig(temperature=0.8, top_p=0.95)
         with eager():
             new = generate(
@@ -324,7 +358,8 @@ class Run:
             model=self.model,
             optimizer_state=self.optimizer.state(),
             state={
-                "step": self.step, "best_loss": self.best_loss, "seconds": self.seconds,
+                "step": self.step, "seconds": self.seconds,
+                "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
                 "data": self.corpus.meta["fingerprint"],
             },
             config=dataclasses.asdict(self.config),
@@ -352,7 +387,7 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
     print(run.describe())
     if run.config.minutes:
         print("timing a few steps" + (" (the first one compiles)" if run.compiled else ""), flush=True)
-        steps = run.steps_for(run.config.minutes)
+        steps = run.step + run.steps_for(run.config.minutes)
         run.config = dataclasses.replace(run.config, steps=steps, minutes=None)
     config = run.config
     tokens_per_step = config.batch_size * config.window
@@ -361,7 +396,7 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
         f"({config.steps * config.batch_size / run.sampler.windows_per_epoch:.2f} epochs) to {run.folder}"
     )
     run.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
+    write_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
     tracker = Tracker(run.folder, dataclasses.asdict(config), config.wandb, resume_step=run.step)
 
     def request_stop(signum: int, frame: Any) -> None:
@@ -369,13 +404,8 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
         signal.signal(signum, previous[signal.Signals(signum)])  # a second one ends the program at once
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(
-        total=config.steps,
-        initial=run.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=None if sys.stderr.isatty() else True,
-    )
+    # Silent unless stderr is a terminal; the loop prints lines instead.
+    bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=None)
     try:
         loop(run, tracker, bar)
     finally:
@@ -389,42 +419,55 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 def loop(run: Run, tracker: Tracker, bar: tqdm) -> None:
     """Steps, with logging, validation, checkpoints and samples between them."""
     config, tokens_per_step = run.config, run.config.batch_size * run.config.window
-    since, first_step = time.perf_counter(), run.step
-    last_line = since - 1e9
+    last_line = time.perf_counter() - 1e9
+    since, logged = time.perf_counter(), run.step  # of the last logged step, validation and samples left out
     while run.step < config.steps and run.stop_signal is None:
         start = time.perf_counter()
         loss, norm, lr = run.train_step()
         run.seconds += time.perf_counter() - start
         bar.update()
-        rate = (run.step - first_step) * tokens_per_step / (time.perf_counter() - since)
-        if run.step % config.log_every == 0 or run.step == config.steps:
+        done = run.step == config.steps
+        if run.step % config.log_every == 0 or done:
+            rate = (run.step - logged) * tokens_per_step / (time.perf_counter() - since)
+            since, logged = time.perf_counter(), run.step
             tracker.log(run.step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate), seconds=run.seconds)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s")
-            if bar.disable and time.perf_counter() - last_line > 10:
+            if bar.disable and (done or time.perf_counter() - last_line > 10):
                 last_line = time.perf_counter()
                 eta = (config.steps - run.step) * tokens_per_step / rate
                 clock = f"{int(eta // 60)}:{int(eta % 60):02d}"
-                print(f"step {run.step:>6}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  ETA {clock}", flush=True)
-        done = run.step == config.steps
+                print(f"step {run.step:>6}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tok/s  ETA {clock}")
+        pause = time.perf_counter()
         if run.step % config.eval_every == 0 or done:
-            result = run.validate(whole=done)
-            improved = result.loss < run.best_loss
-            run.best_loss = min(run.best_loss, result.loss)
-            tracker.log(
-                run.step, val_loss=result.loss, val_perplexity=result.perplexity, val_bits_per_byte=result.bits_per_byte
-            )
-            tqdm.write(
-                f"step {run.step:>6}/{config.steps}  validation loss {result.loss:.4f}  perplexity "
-                f"{result.perplexity:.2f}  bits/byte {result.bits_per_byte:.4f}"
-            )
-            save_or_warn(run, best=improved, must=done)
-            tracker.draw()
+            validate_and_save(run, tracker)
         if config.sample_every and run.step % config.sample_every == 0 and not done:
             tqdm.write("sample    " + " ".join(run.sample().split()))
-    if run.stop_signal is not None:
+        since += time.perf_counter() - pause
+    if run.step < config.steps:
         save_or_warn(run, best=False, must=True)
         tracker.draw()
         print(f"stopped at step {run.step} of {config.steps}; go on with: python train.py --resume {run.folder}")
+
+
+def validate_and_save(run: Run, tracker: Tracker) -> None:
+    """Validate, write a checkpoint, and call it the best one if the loss over the same part of the split says so."""
+    done = run.step == run.config.steps
+    result = run.validate(whole=False)
+    # A loss of the 16-bit warm start is not that of the ternary model which its checkpoint becomes.
+    improved = run.quantizing and result.loss < run.best_loss
+    if improved:
+        run.best_loss = result.loss
+    if done and result.tokens < len(run.corpus.split("val")) - 1:
+        result = run.validate(whole=True)
+    tracker.log(
+        run.step, val_loss=result.loss, val_perplexity=result.perplexity, val_bits_per_byte=result.bits_per_byte
+    )
+    tqdm.write(
+        f"step {run.step:>6}/{run.config.steps}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}"
+        f"  bits/byte {result.bits_per_byte:.4f}"
+    )
+    save_or_warn(run, best=improved, must=done)
+    tracker.draw()
 
 
 def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
@@ -439,18 +482,22 @@ def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
+    with contextlib.suppress(AttributeError):  # a pipe sees every line at once, and no character ends a run
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
         config, resume = parse(sys.argv[1:] if argv is None else argv)
         run = train(config, resume)
+    except KeyboardInterrupt:
+        print("interrupted before the first step, or twice", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if run.stop_signal is not None:
+    if run.stop_signal is not None and run.step < run.config.steps:
         return 128 + run.stop_signal
-    print(f"done in {run.seconds / 60:.1f} minutes; write with it: python generate.py {run.folder}")
+    print(f"{run.seconds / 60:.1f} minutes of training steps; write with it: python generate.py {run.folder}")
     return 0
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     raise SystemExit(main())

@@ -93,6 +93,12 @@ def check(contender: Contender) -> float:
     return error
 
 
+def cpu_name() -> str:
+    """Name of the processor, as torch knows it."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return str(capabilities.get("cpu_name") or platform.machine())
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads:
@@ -101,7 +107,7 @@ def main() -> None:
     ternary, twin = (
         Contender(config, config.model.replace(quantizer=quantizer), options) for quantizer in ("ternary", "none")
     )
-    error = check(ternary)
+    error = max(check(contender) for contender in (ternary, twin))
     for contender in (ternary, twin):
         for _ in range(3):
             contender.step()
@@ -112,7 +118,7 @@ def main() -> None:
     result = {
         **dataclasses.asdict(options),
         "dtype": str(ternary.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if ternary.device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if ternary.device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "compiled": ternary.compiled,
         "parameters": ternary.model.num_parameters(),

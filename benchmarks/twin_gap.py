@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
+from bitnet.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "twin_gap"
 SIZES = {"128x4": (128, 384, 2), "256x4": (256, 768, 4)}  # hidden_size, intermediate_size, heads
@@ -63,8 +64,11 @@ def run(corpus: str, size: str, quantizer: str, lr: float, options: Options) -> 
     if (RESULTS / name).exists():
         return
     print(f"== {name}", flush=True)
+    torch.compiler.reset()  # else the compilations of earlier shapes use up dynamo's limit per function
     with tempfile.TemporaryDirectory() as folder:
         done = trainer.train(configuration(corpus, size, quantizer, lr, options, f"{folder}/run"))
+        if done.stop_signal is not None:
+            raise SystemExit(128 + done.stop_signal)
         result = done.validate(whole=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     row = {
@@ -73,12 +77,13 @@ def run(corpus: str, size: str, quantizer: str, lr: float, options: Options) -> 
         "parameters": done.model.num_parameters(), "dtype": str(done.dtype).removeprefix("torch."),
         "loss": result.loss, "standard_error": result.standard_error, "bits_per_byte": result.bits_per_byte,
     }  # fmt: skip
-    (RESULTS / name).write_text(json.dumps(row, indent=1) + "\n")
+    write_atomic(RESULTS / name, json.dumps(row, indent=1) + "\n")
 
 
-def table() -> None:
-    """Print every learning rate's loss and the gap between the best ones, as Markdown."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+def table(options: Options) -> None:
+    """Print the best losses of this budget and seed and the gap between them, as Markdown."""
+    pattern = f"*-{options.tokens / 1e6:g}M-seed{options.seed}.json"
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
     print("| corpus | size | ternary: loss (lr) | float: loss (lr) | gap | bits/byte |")
     print("|---|---|---|---|---|---|")
     for corpus, size in sorted({(row["corpus"], row["size"]) for row in rows}):
@@ -115,7 +120,7 @@ def main() -> None:
                 for lr in options.lrs:
                     for quantizer in options.quantizers:
                         run(corpus, size, quantizer, lr, options)
-    table()
+    table(options)
 
 
 if __name__ == "__main__":

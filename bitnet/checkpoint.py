@@ -2,7 +2,6 @@
 
     runs/NAME/
       config.json              the whole training configuration
-      tokenizer.model
       metrics.jsonl  loss.png
       checkpoints/
         step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitnet.files import fsync_folder, write_atomic
 from bitnet.model import BitNetForCausalLM, ModelConfig
 
 INDEX = "index.json"
@@ -34,20 +34,6 @@ MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER = (
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or made for another model; the message says which and what to do."""
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file in one step: readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -82,24 +68,26 @@ def save_checkpoint(
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     index = _read_index(run)
+    for remains in folder.parent.glob(".step-*.tmp-*"):  # of a save that was killed; they may be what fills the disk
+        shutil.rmtree(remains, ignore_errors=True)
     try:
         if folder.name not in index.values():  # else this very step is already saved and only its rank may change
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             # Tied tensors appear once: the head of a tied model is no module of its own.
             _save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
             _save_tensors(temporary / OPTIMIZER, optimizer_state)
-            write_text_atomic(temporary / STATE, json.dumps(state, indent=1))
-            write_text_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-            (temporary / TOKENIZER).write_bytes(tokenizer)
-            _fsync_folder(temporary)
+            write_atomic(temporary / STATE, json.dumps(state, indent=1))
+            write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+            write_atomic(temporary / TOKENIZER, tokenizer)
+            fsync_folder(temporary)
             shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
             os.replace(temporary, folder)
-            _fsync_folder(folder.parent)
+            fsync_folder(folder.parent)
         index["last"] = folder.name
         if best or "best" not in index:
             index["best"] = folder.name
-        write_text_atomic(folder.parent / INDEX, json.dumps(index))
+        write_atomic(folder.parent / INDEX, json.dumps(index))
+        fsync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"the checkpoint of step {state['step']} was not written to {folder.parent}: {error}") from error
@@ -183,14 +171,5 @@ def _read_index(run: Path) -> dict[str, str]:
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder can't be opened, and renames are durable without it
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,7 +3,8 @@
     loss = mean of -ln p(token | tokens before it)      perplexity = exp(loss)
     bits per byte = sum of -log2 p / UTF-8 bytes of the text
 
-Bits per byte does not depend on the tokenizer; loss and perplexity compare only models that share one.
+Over a part of a split, the bytes are its tokens times the whole split's average. Bits per byte does not depend on the
+tokenizer; loss and perplexity compare only models that share one.
 
     python -m bitnet.evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
 """
@@ -91,7 +92,11 @@ def evaluate_run(run: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     """
     folder = checkpoint.resolve(run, "best")
     config = checkpoint.load_json(folder / checkpoint.CONFIG)
-    data = config["data"]
+    data = config.get("data")
+    if not isinstance(data, dict):
+        raise checkpoint.CheckpointError(
+            f"{folder / checkpoint.CONFIG} has no 'data' section; is it a run of train.py?"
+        )
     corpus = tokenize_corpus(
         open_corpus(data["corpus"], max_bytes=data["max_bytes"]),
         Tokenizer.load(folder / checkpoint.TOKENIZER),
@@ -117,8 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    width = max(len(run) for run in runs)
-    print(f"{'held-out text':{width}}  quantizer  loss             perplexity  bits/byte  gap")
+    width = max(3, *(len(run) for run in runs))
+    gap_column = "  gap" if len(runs) > 1 else ""
+    print(f"{'run':{width}}  quantizer  held-out loss    perplexity  bits/byte{gap_column}")
     for run, quantizer, result in results:
         gap = result.loss / results[-1][2].loss - 1
         print(

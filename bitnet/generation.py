@@ -140,7 +140,7 @@ class GenerationStats:
     decode_steps: int = 0
     decode_seconds: float = 0.0
     bytes_read: int = 0
-    """Bytes that the decoding steps had to read, see `bytes_per_step`."""
+    """Bytes that the decoding steps had to read: `weight_bytes` and the filled cache at every step."""
 
     @property
     def prefill_rate(self) -> float:
@@ -169,16 +169,12 @@ class GenerationStats:
         )
 
 
-def bytes_per_step(model: BitNetForCausalLM, cache: KVCache) -> int:
-    """Bytes that one decoding step has to read: all weights as they are stored, and the filled part of the cache.
+def weight_bytes(model: BitNetForCausalLM) -> int:
+    """Bytes of weights that one decoding step has to read, as they are stored: a packed layer's codes and scales.
 
-    Packed layers count their codes and scales. Of an embedding that is not tied to the head a step reads B rows, which
-    count as nothing. It is what the formats ask for: a kernel that unpacks into memory moves more.
+    Of an embedding that is not tied to the head a step reads B rows, which count as nothing. It is what the formats
+    ask for: a kernel that unpacks into memory moves more.
     """
-    return _weight_bytes(model) + cache.nbytes
-
-
-def _weight_bytes(model: BitNetForCausalLM) -> int:
     total = sum(tensor.nbytes for tensor in model.state_dict().values())  # no cos and sin: they are not persistent
     return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes
 
@@ -255,7 +251,7 @@ def _generate(
     embedding = model.model.embed_tokens.weight
     # The last token is never fed back, so it needs no position.
     cache = KVCache(model.config, B, T + max_new_tokens - 1, embedding.device, embedding.dtype)
-    weight_bytes = _weight_bytes(model)
+    bytes_of_weights = weight_bytes(model)
     tokens = input_ids.to(embedding.device)
     seen = None
     if sampling.repetition_penalty != 1:
@@ -286,7 +282,7 @@ def _generate(
             stats.decode_tokens += running
             stats.decode_steps += 1
             stats.decode_seconds += seconds
-            stats.bytes_read += weight_bytes + cache.nbytes
+            stats.bytes_read += bytes_of_weights + cache.nbytes
         ids = ids.masked_fill(finished, FILLER)
         if eos_id is not None:
             finished |= ids == eos_id
@@ -353,17 +349,3 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of the text that is a beginning of the stop string."""
     return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
-
-
-def stream_text(
-    tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (), prompt: Iterable[int] = ()
-) -> Iterator[str]:
-    """The text pieces of one sample's ids, without empty ones; see TextStream. Reads no id behind the end."""
-    stream = TextStream(tokenizer, stop, prompt)
-    for token_id in ids:
-        if piece := stream.push(token_id):
-            yield piece
-        if stream.finished:
-            return
-    if piece := stream.close():
-        yield piece

@@ -131,7 +131,8 @@ class Optimizer:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Inverse of `state`. Raises ValueError where a tensor belongs to no parameter of this model."""
+        """Inverse of `state`. Raises ValueError where a tensor belongs to no parameter of this model, or was left by
+        another kind of optimizer."""
         parameters: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {
             self.names[p]: (optimizer, p)
             for optimizer in self.optimizers
@@ -143,6 +144,14 @@ class Optimizer:
             if name not in parameters:
                 raise ValueError(f"optimizer state {key!r} belongs to no parameter of this model")
             optimizer, parameter = parameters[name]
+            slots = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            )
+            if slot not in slots:
+                raise ValueError(
+                    f"optimizer state {key!r} was not left by {type(optimizer).__name__}; go on with the optimizer "
+                    "that the run was started with"
+                )
             # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
             optimizer.state[parameter][slot] = value.to(parameter.device).clone()
 

@@ -31,6 +31,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from bitnet.files import write_atomic
+
 SPACE_MARK = "\u2581"  # sentencepiece's visible space
 BLOCK_CHARS = 4000  # length of one training block; far below the limit where sentencepiece drops a "sentence"
 _SEGMENT_CHARS = 2000  # encode() works on segments: its cost per character grows with the length of the text
@@ -101,17 +103,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the `.model` file, all of it or nothing: a temporary file beside it is renamed over it."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(self.model_proto)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, self.model_proto)
 
     def id_to_piece(self, token_id: int) -> str:
         """The piece as sentencepiece writes it, e.g. "\u2581the" or "<0x0A>"."""

@@ -3,11 +3,10 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from bitnet.checkpoint import write_text_atomic
+from bitnet.files import write_atomic
 
 
 class Tracker:
@@ -21,21 +20,33 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.picture = folder / "loss.png"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
-        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.warned = False
         self.wandb = _start_wandb(folder, config, wandb_mode)
 
     def log(self, step: int, **values: float) -> None:
         """Append values for a step."""
         row = {"step": step, **values}
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self._warn(error)
         if self.wandb:
             self.wandb.log(values, step=step)
 
     def draw(self) -> None:
         """Write the loss curve so far."""
-        draw_loss({self.path.parent.name: self.rows}, self.picture)
+        try:
+            draw_loss({self.path.parent.name: self.rows}, self.picture)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self.warned:  # once: a full disk would otherwise fill the terminal too
+            print(f"warning: metrics are not being written: {error}", file=sys.stderr)
+        self.warned = True
 
     def close(self) -> None:
         """Finish the wandb run, if there is one."""
@@ -77,23 +88,21 @@ def draw_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def _start_wandb(folder: Path, config: dict[str, Any], mode: str) -> Any:
+    """A wandb run, or None. What was asked for by name raises ValueError where it fails; auto only warns."""
     if mode == "off":
         return None
     try:
+        os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
         import wandb
-    except ImportError:
+
+        chosen = mode
+        if mode == "auto":
+            chosen = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+        run = wandb.init(project="bitnet", name=folder.name, dir=str(folder), config=config, mode=chosen)  # type: ignore[arg-type]
+    except Exception as error:  # a tracker that does not start must not cost a training run
         if mode != "auto":
-            raise ValueError(f"--wandb {mode} needs the wandb package; pip install wandb, or use --wandb off") from None
+            raise ValueError(f"--wandb {mode} failed: {error}; pip install wandb, or use --wandb off") from error
+        print(f"note: no wandb ({error}); the metrics are in {folder}", file=sys.stderr)
         return None
-    if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    start = time.perf_counter()
-    try:
-        run = wandb.init(project="bitnet", name=folder.name, dir=str(folder), config=config, mode=mode)  # type: ignore[arg-type]
-    except Exception as error:  # a tracker that fails to start must not cost a training run
-        print(f"warning: wandb did not start ({error}); metrics go to {folder} only", file=sys.stderr)
-        return None
-    print(f"wandb     {mode} ({time.perf_counter() - start:.1f} s to start), in {folder / 'wandb'}")
+    print(f"wandb     {chosen}, in {folder / 'wandb'}")
     return run

@@ -8,6 +8,7 @@ import torch
 
 from bitnet import checkpoint
 from bitnet.checkpoint import CheckpointError, load_model, resolve, save_checkpoint
+from bitnet.files import write_atomic
 from bitnet.model import PRESETS, BitNetForCausalLM
 
 CONFIG = PRESETS["tiny"]
@@ -73,7 +74,7 @@ def test_a_full_disk_loses_nothing(tmp_path, model, monkeypatch, failing):
     save(tmp_path, model, 1, best=True)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     full = OSError(28, "No space left on device")
-    save_file, write_text, replace = checkpoint.save_file, checkpoint.write_text_atomic, os.replace
+    save_file, write_file, replace = checkpoint.save_file, checkpoint.write_atomic, os.replace
 
     def fail_tensors(tensors, path):
         if failing in str(path):
@@ -81,10 +82,10 @@ def test_a_full_disk_loses_nothing(tmp_path, model, monkeypatch, failing):
             raise full
         save_file(tensors, path)
 
-    def fail_text(path, text):
+    def fail_text(path, content):
         if path.name == f"{failing}.json":
             raise full
-        write_text(path, text)
+        write_file(path, content)
 
     def fail_rename(source, target):
         if failing == "rename" and "step-" in str(target) and os.path.isdir(source):
@@ -92,7 +93,7 @@ def test_a_full_disk_loses_nothing(tmp_path, model, monkeypatch, failing):
         replace(source, target)
 
     monkeypatch.setattr(checkpoint, "save_file", fail_tensors)
-    monkeypatch.setattr(checkpoint, "write_text_atomic", fail_text)
+    monkeypatch.setattr(checkpoint, "write_atomic", fail_text)
     monkeypatch.setattr(checkpoint.os, "replace", fail_rename)
     with pytest.raises(OSError, match=r"step 2 .*No space left"):
         save(tmp_path, model, 2)
@@ -151,6 +152,16 @@ def test_a_bad_configuration_is_refused(tmp_path, model, content, message):
         load_model(folder)
 
 
+def test_remains_of_a_killed_save_are_removed(tmp_path, model):
+    save(tmp_path, model, 1)
+    remains = tmp_path / "checkpoints" / ".step-00000002.tmp-12345"
+    remains.mkdir()
+    (remains / checkpoint.MODEL).write_bytes(b"half")
+    assert resolve(tmp_path).name == "step-00000001"
+    save(tmp_path, model, 2)
+    assert not remains.exists()
+
+
 def test_missing_runs_are_explained(tmp_path, model):
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve(tmp_path / "nothing")
@@ -164,13 +175,13 @@ def test_missing_runs_are_explained(tmp_path, model):
 
 def test_atomic_text_leaves_the_old_file_on_failure(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
-    checkpoint.write_text_atomic(path, "old")
+    write_atomic(path, "old")
 
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "replace", fail)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_text_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -15,9 +15,9 @@ import torch
 
 import train as trainer
 from bitnet import checkpoint
-from bitnet.evaluate import evaluate
+from bitnet.evaluate import Evaluation, evaluate
 from bitnet.model import PRESETS, bit_linears
-from bitnet.tracking import read_metrics
+from bitnet.tracking import Tracker, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,6 +137,20 @@ def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
     assert all(layer.quantizer_enabled for _, layer in bit_linears(run.model))
 
 
+def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp_path, corpus, monkeypatch):
+    losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
+
+    def validate(self, whole):
+        return Evaluation(losses[self.step, whole], 0.0, 1.0, tokens=1)
+
+    monkeypatch.setattr(trainer.Run, "validate", validate)
+    run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
+    # Step 2 belongs to the warm start, and the whole split's 0.5 at the end is no match for the parts before.
+    assert checkpoint.resolve(run.folder, "best").name == "step-00000006"
+    assert checkpoint.resolve(run.folder, "last").name == "step-00000008"
+    assert run.best_loss == 2.0
+
+
 def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, monkeypatch, capsys):
     config = configuration(tmp_path, corpus)
     original = trainer.Run.forward_backward
@@ -184,6 +198,51 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_earlier_checkpoint_stays(tmp
     with pytest.raises(OSError, match="No space left"):
         trainer.train(configuration(tmp_path, corpus))
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000004"
+
+
+def test_metrics_on_a_full_disk_warn_once(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path, {}, "off")
+    tracker.path = tmp_path / "nowhere" / "metrics.jsonl"  # cannot be opened
+    monkeypatch.setattr("bitnet.tracking.draw_loss", full)
+    for step in range(3):
+        tracker.log(step, loss=1.0)
+        tracker.draw()
+    assert capsys.readouterr().err.count("metrics are not being written") == 1
+
+
+def test_a_run_whose_first_save_failed_can_start_again(tmp_path, corpus):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert trainer.train(configuration(tmp_path, corpus, steps=2)).step == 2
+
+
+def test_resume_refuses_what_would_mix_two_runs(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    with pytest.raises(ValueError, match="is a checkpoint; --resume takes its run folder"):
+        trainer.parse(["--resume", str(checkpoint.resolve(run.folder))])
+    for override in (["--out", "elsewhere"], ["--model.quantizer", "none"], ["--model.hidden-size", "128"]):
+        with pytest.raises(ValueError, match="use --like"):
+            trainer.parse(["--resume", str(run.folder), *override])
+    with pytest.raises(ValueError, match="at step 4 already"):
+        trainer.train(dataclasses.replace(run.config, steps=3), resume=True)
+    muon = dataclasses.replace(run.config, steps=6, optim=dataclasses.replace(run.config.optim, optimizer="muon"))
+    with pytest.raises(ValueError, match="was not left by"):
+        trainer.train(muon, resume=True)
+
+
+def test_minutes_on_resume_are_added(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    before = tensors(run.folder)
+    more = trainer.Run(dataclasses.replace(run.config, steps=100), resume=True)
+    assert more.steps_for(0.01) >= 1
+    # Timing steps leave no trace in weights and moments.
+    assert more.step == 4
+    for name, value in more.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in more.optimizer.state().items():
+        assert torch.equal(value, before[f"optimizer.{name}"]), name
 
 
 def test_resume_refuses_a_changed_corpus(tmp_path, corpus):

@@ -1,8 +1,8 @@
 """The shape of a model, under Hugging Face's field names, and the presets.
 
 The sizes named after the paper are arXiv 2402.17764's (with MHA, SwiGLU); `2b-4t` is microsoft/bitnet-b1.58-2B-4T.
-Every preset keeps hidden_size and intermediate_size multiples of 256 where its source does, so that the packed layout
-and the block formats of other engines need no padding.
+Every preset but `tiny` keeps hidden_size and intermediate_size multiples of 256 where its source does, so that the
+packed layout and the block formats of other engines need no padding.
 """
 
 import dataclasses

@@ -145,7 +145,7 @@ def quantize_symmetric(
 ) -> tuple[Tensor, Tensor]:
     """Absmax codes and scale in one call: `choose_qparams_symmetric`, then `quantize` to the full signed range."""
     scale = choose_qparams_symmetric(x, bits, granularity, restricted=restricted, eps=eps)
-    return quantize(x, scale, None, *integer_range(bits, restricted=restricted)), scale
+    return quantize(x, scale, None, *integer_range(bits)), scale
 
 
 def _round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:

@@ -13,7 +13,7 @@ values again shrinks them. Take codes and scale from one call and keep both.
 import torch
 from torch import Tensor
 
-SCALE_EPS = 1e-5
+from bitnet.quant.affine import SCALE_EPS
 
 
 def absmean_scale(weight: Tensor) -> Tensor:
