@@ -155,8 +155,8 @@ PRESETS: dict[str, TrainConfig] = {
         optim=OptimConfig(warmup_steps=10),
     ),
     # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
-    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, out="runs/demo"),
-    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, out="runs/small"),
+    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.3, out="runs/demo"),
+    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.3, out="runs/small"),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
         optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",

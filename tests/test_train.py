@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint
+from bitnet import checkpoint, runtime
 from bitnet.evaluate import Evaluation, evaluate
 from bitnet.model import PRESETS, bit_linears
 from bitnet.tracking import Tracker, read_metrics
@@ -67,10 +67,12 @@ def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(trainer.Run, "train_step", train_step)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer):
+@pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
+    if compiled == "on" and (reason := runtime._compile_failure(torch.device("cpu"))):
+        pytest.skip(reason)
     optim = trainer.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
-    config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25)
+    config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
 
     stop_after(monkeypatch, 3)
