@@ -13,9 +13,12 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from bitnet import checkpoint
@@ -24,6 +27,7 @@ from bitnet.data import IGNORE_INDEX, TokenArray, iter_eval_batches, tokenize_co
 from bitnet.model import BitNetForCausalLM
 from bitnet.runtime import pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer
+from bitnet.tracking import draw_loss, read_metrics
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,30 @@ def evaluate_run(run: str, device: torch.device, dtype: torch.dtype) -> tuple[st
     return model.config.quantizer, result
 
 
+@dataclass(frozen=True)
+class Options:
+    """Held-out loss of one or several runs of train.py, each at its best checkpoint."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders; the last one is the baseline of the gaps."""
+    picture: Path | None = None
+    """Draw the loss curves of all runs into this PNG."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products, as in train.py."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line a run; the gap is the run's loss against the last run's."""
-    runs = sys.argv[1:] if argv is None else list(argv)
-    if not runs or {"-h", "--help"} & set(runs):
-        print("usage: python -m bitnet.evaluate RUN [RUN ...]     (folders made by train.py; the last is the baseline)")
-        return 0 if runs else 2
-    device = pick_device("auto")
+    options = tyro.cli(Options, prog="python -m bitnet.evaluate", args=argv)
+    runs = options.runs
     try:
-        results = [(run, *evaluate_run(run, device, pick_dtype("auto", device))) for run in runs]
+        if not runs:
+            raise ValueError("no run was given; name a folder made by train.py")
+        device = pick_device(options.device)
+        results = [(run, *evaluate_run(run, device, pick_dtype(options.dtype, device))) for run in runs]
+        if options.picture:
+            draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

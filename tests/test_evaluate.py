@@ -83,7 +83,10 @@ def test_command_line_compares_runs(tmp_path, capsys):
             tmp_path / name, model=model, optimizer_state={}, state={"step": 1}, config=config,
             tokenizer=tokenizer.model_proto, best=True,
         )  # fmt: skip
-    assert evaluation.main([str(tmp_path / "ternary"), str(tmp_path / "twin")]) == 0
+    picture = tmp_path / "loss.png"
+    (tmp_path / "twin" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n{"step": 2, "lo')
+    assert evaluation.main([str(tmp_path / "ternary"), str(tmp_path / "twin"), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     header, ternary, twin = capsys.readouterr().out.splitlines()
     assert "gap" in header
     assert "ternary" in ternary
@@ -94,7 +97,8 @@ def test_command_line_compares_runs(tmp_path, capsys):
 
 
 def test_command_line_errors(tmp_path, capsys):
-    assert evaluation.main([]) == 2
+    assert evaluation.main([]) == 1
+    assert "no run was given" in capsys.readouterr().err
     assert evaluation.main([str(tmp_path / "nothing")]) == 1
     assert "nothing does not exist" in capsys.readouterr().err
     torch.manual_seed(0)
