@@ -252,7 +252,8 @@ class Run:
         limit_new_tokens(config.model, len(self.prompt_ids()), 1)  # refuses a sample prompt that is too long
         if saved:
             self._load(saved)
-        self.compiled = compile_model(self.model, config.compile)
+        self.finished = self.step == config.steps and not config.minutes
+        self.compiled = not self.finished and compile_model(self.model, config.compile)
         self.stop_signal: int | None = None
 
     def _load(self, saved: Path) -> None:
@@ -385,6 +386,9 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
     """Run the loop to its end, or to the first SIGINT or SIGTERM, which saves and stops after the running step."""
     run = Run(config, resume)
     print(run.describe())
+    if run.finished:
+        print(f"{run.folder} is finished: {run.step} of {run.config.steps} steps; more with --steps or --minutes")
+        return run
     if run.config.minutes:
         print("timing a few steps" + (" (the first one compiles)" if run.compiled else ""), flush=True)
         steps = run.step + run.steps_for(run.config.minutes)

@@ -220,6 +220,14 @@ def test_a_run_whose_first_save_failed_can_start_again(tmp_path, corpus):
     assert trainer.train(configuration(tmp_path, corpus, steps=2)).step == 2
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path, corpus, capsys):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assert trainer.train(run.config, resume=True).step == 4
+    assert "is finished: 4 of 4 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
 def test_resume_refuses_what_would_mix_two_runs(tmp_path, corpus):
     run = trainer.train(configuration(tmp_path, corpus, steps=4))
     with pytest.raises(ValueError, match="is a checkpoint; --resume takes its run folder"):
