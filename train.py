@@ -3,7 +3,7 @@
     python train.py --preset demo --minutes 5            a small model on public-domain speeches, no download
     python train.py --preset small --data.corpus my.txt  your own text
     python train.py --resume runs/demo                   go on where a run was stopped
-    python train.py --like runs/demo --model.quantizer none --out runs/demo-float      its float twin
+    python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
 
 Everything about a run is in its folder (see bitnet/checkpoint.py). Batches are a pure function of seed and step, and
 nothing else in a step is random, so a resumed run repeats the uninterrupted one bit for bit.
@@ -81,7 +81,7 @@ class TrainConfig:
     micro_batches: int = 1
     """Forward and backward passes that a step is cut into, to save memory (gradient accumulation)."""
     float_start: float = 0.0
-    """Share of the steps trained without quantization before going ternary (0.2 to 0.4 helps long runs)."""
+    """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
     eval_tokens: int | None = 65536
@@ -155,8 +155,8 @@ PRESETS: dict[str, TrainConfig] = {
         optim=OptimConfig(warmup_steps=10),
     ),
     # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
-    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.3, out="runs/demo"),
-    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.3, out="runs/small"),
+    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.5, out="runs/demo"),
+    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.5, out="runs/small"),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
         optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
