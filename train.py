@@ -461,15 +461,21 @@ def validate_and_save(run: Run, tracker: Tracker) -> None:
     improved = run.quantizing and result.loss < run.best_loss
     if improved:
         run.best_loss = result.loss
-    if done and result.tokens < len(run.corpus.split("val")) - 1:
-        result = run.validate(whole=True)
-    tracker.log(
-        run.step, val_loss=result.loss, val_perplexity=result.perplexity, val_bits_per_byte=result.bits_per_byte
-    )
-    tqdm.write(
-        f"step {run.step:>6}/{run.config.steps}  validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}"
-        f"  bits/byte {result.bits_per_byte:.4f}"
-    )
+    whole = run.validate(whole=True) if done and result.tokens < len(run.corpus.split("val")) - 1 else None
+    for prefix, part in (("val", result), ("whole_val", whole)):
+        if part:
+            tracker.log(
+                run.step,
+                **{
+                    f"{prefix}_loss": part.loss,
+                    f"{prefix}_perplexity": part.perplexity,
+                    f"{prefix}_bits_per_byte": part.bits_per_byte,
+                },
+            )
+            tqdm.write(
+                f"step {run.step:>6}/{run.config.steps}  {'whole ' if part is whole else ''}validation loss "
+                f"{part.loss:.4f}  perplexity {part.perplexity:.2f}  bits/byte {part.bits_per_byte:.4f}"
+            )
     save_or_warn(run, best=improved, must=done)
     tracker.draw()
 

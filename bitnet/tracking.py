@@ -79,7 +79,13 @@ def draw_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, lw=1) if training else None
         if validation:
             axes.plot(*zip(*validation, strict=True), "o-", color=color, ms=4, label=f"{name}, validation")
-            axes.annotate(f"{validation[-1][1]:.3f}", validation[-1], (4, 6), textcoords="offset points", color=color)
+            axes.annotate(
+                f"{validation[-1][1]:.3f}",
+                validation[-1],
+                (4, 8 - 20 * (index % 2)),
+                textcoords="offset points",
+                color=color,
+            )
     axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Loss (thin: training)")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

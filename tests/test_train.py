@@ -123,7 +123,7 @@ def test_it_learns_and_writes_everything(tmp_path, corpus):
     val = run.corpus.split("val")
     result = evaluate(run.model, val, context=32, bytes_per_token=run.corpus.bytes_per_token("val"))
     assert result.tokens == len(val) - 1
-    assert result.loss == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
+    assert result.loss == pytest.approx(rows[-1]["whole_val_loss"], rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     # Bits per byte by its definition: all bits over all bytes of the held-out text.
     data_bytes = run.corpus.meta["splits"]["val"]["bytes"]
