@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.optim import Optimizer, clip_gradients
-from bitnet.runtime import compile_model, eager, pick_device, pick_dtype
+from bitnet.runtime import compile_model, cpu_capabilities, eager, pick_device, pick_dtype
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
@@ -93,12 +93,6 @@ def check(contender: Contender) -> float:
     return error
 
 
-def cpu_name() -> str:
-    """Name of the processor, as torch knows it."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return str(capabilities.get("cpu_name") or platform.machine())
-
-
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads:
@@ -118,7 +112,9 @@ def main() -> None:
     result = {
         **dataclasses.asdict(options),
         "dtype": str(ternary.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if ternary.device.type == "cuda" else cpu_name(),
+        "device": torch.cuda.get_device_name()
+        if ternary.device.type == "cuda"
+        else cpu_capabilities().get("cpu_name", platform.machine()),
         "threads": torch.get_num_threads(),
         "compiled": ternary.compiled,
         "parameters": ternary.model.num_parameters(),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+from typing import Any
 
 import torch
 
@@ -33,12 +34,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        # Older versions of torch can't tell.
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return torch.bfloat16 if capabilities.get("amx_bf16", False) else torch.float32
+        return torch.bfloat16 if cpu_capabilities().get("amx_bf16", False) else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; choose auto or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the processor (name, instruction sets, caches); empty where this version can't tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def compile_model(model: BitNetForCausalLM, mode: str = "auto") -> bool:
@@ -55,7 +59,7 @@ def compile_model(model: BitNetForCausalLM, mode: str = "auto") -> bool:
             raise ValueError(
                 f"torch.compile does not work here: {reason}; use --compile off, or install what is missing"
             )
-        print(f"note: not compiled, so slower (1.3x to 1.5x on a CPU): {reason}", file=sys.stderr)
+        print(f"note: not compiled, so training is slower: {reason}", file=sys.stderr)
         return False
     for layer in model.model.layers:
         layer.compile()

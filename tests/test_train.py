@@ -174,29 +174,27 @@ def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, m
     assert all(bool(v.isfinite().all()) for v in checkpoint.load_tensors(saved / checkpoint.MODEL).values())
 
 
-def test_a_full_disk_in_mid_run_warns_and_goes_on(tmp_path, corpus, monkeypatch, capsys):
+def fill_disk_at(monkeypatch, step: int) -> None:
+    """Let every checkpoint of this step fail as on a full disk."""
     original = checkpoint.save_file
 
-    def full_once(tensors, path):
-        if "step-00000004" in str(path):
+    def save_file(tensors, path):
+        if f"step-{step:08d}" in str(path):
             raise OSError(28, "No space left on device")
         original(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full_once)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def test_a_full_disk_in_mid_run_warns_and_goes_on(tmp_path, corpus, monkeypatch, capsys):
+    fill_disk_at(monkeypatch, 4)
     run = trainer.train(configuration(tmp_path, corpus))
     assert "No space left" in capsys.readouterr().err
     assert checkpoint.resolve(run.folder).name == "step-00000008"
 
 
 def test_a_full_disk_at_the_end_is_an_error_and_the_earlier_checkpoint_stays(tmp_path, corpus, monkeypatch):
-    original = checkpoint.save_file
-
-    def full(tensors, path):
-        if "step-00000008" in str(path):
-            raise OSError(28, "No space left on device")
-        original(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    fill_disk_at(monkeypatch, 8)
     with pytest.raises(OSError, match="No space left"):
         trainer.train(configuration(tmp_path, corpus))
     assert checkpoint.resolve(tmp_path / "run").name == "step-00000004"
