@@ -42,7 +42,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_capabilities() -> dict[str, Any]:
     """What torch knows of the processor (name, instruction sets, caches); empty where this version can't tell."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def compile_model(model: BitNetForCausalLM, mode: str = "auto") -> bool:
