@@ -1,0 +1,99 @@
+"""The native CPU backend: the functions of `bitnet/kernels/reference.py` on compiled kernels.
+
+Products of packed weights run in C++ (`matmul.h`), exact to the last integer; weights are brought into the run-time
+layout (`layout.h`) the first time they are used and kept beside the packed tensor. Training stays with the reference,
+which torch.compile fuses.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels.cpu import native
+from bitnet.kernels.reference import fake_quant_linear, quantize_weight
+
+__all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activations", "quantize_weight"]
+
+_CODEC = {4: "four_bit", 8: "eight_bit"}
+_PARALLEL_FROM = 2**19  # weights; a smaller product is done before a second thread wakes up
+
+# Run-time layouts by the identity of the packed tensor: (its version, codec, lines).
+_lines: dict[int, tuple[int, str, native.Lines]] = {}
+
+
+def available() -> bool:
+    """Whether the library was built and loads."""
+    return bool(native.instruction_sets())
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.quantize_activations`: int8 codes `[.., K]` and float32 scale `[.., 1]`."""
+    codes, scale, _ = _quantize(x.reshape(-1, x.shape[-1]))
+    return codes[:, : x.shape[-1]].reshape(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+) -> Tensor:
+    """As `reference.packed_linear`. Raises ValueError for tensors that do not fit together."""
+    if x.shape[-1] != in_features or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; give floats with {in_features} as the last dimension")
+    weights = _run_time_layout(packed, scale, bits, in_features)
+    rows = x.numel() // in_features if in_features else 0
+    y = torch.empty(rows, weights.rows, dtype=torch.float32)
+    if rows:
+        codes, x_scale, total = _quantize(x.detach().reshape(rows, in_features))
+        bias_f32 = None if bias is None else bias.detach().float().contiguous()
+        _matmul(weights, codes, x_scale, total, rows, bias_f32, y, out=0)
+    return y.view(*x.shape[:-1], weights.rows).to(x.dtype)
+
+
+def integer_matmul(x: Tensor, weights: native.Lines) -> Tensor:
+    """The int32 sums `[M, N]` behind `packed_linear`, of float x `[M, K]`: for tests and benchmarks."""
+    codes, scale, total = _quantize(x)
+    y = torch.empty(x.shape[0], weights.rows, dtype=torch.int32)
+    _matmul(weights, codes, scale, total, x.shape[0], None, y, out=4)
+    return y
+
+
+def _matmul(
+    weights: native.Lines, codes: Tensor, scale: Tensor, total: Tensor, rows: int, bias: Tensor | None, y: Tensor,
+    out: int,
+) -> None:  # fmt: skip
+    threads = torch.get_num_threads() if weights.rows * weights.columns * rows >= _PARALLEL_FROM else 1
+    failed = native.kernels().matmul(
+        weights.struct, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows,
+        None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out, threads,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for the scratch of a product of {rows} tokens")
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 `[M + 32, stride]` (padded with zeros, and with rows that AMX may read), scale, row sums."""
+    rows, width = x.shape
+    x = x.float().contiguous()
+    codes = torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
+    scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+    threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+    native.kernels().quantize(
+        x.data_ptr(), rows, width, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), threads
+    )
+    return codes[:rows], scale, total
+
+
+def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
+    codec = native.ternary_codec(in_features) if bits == 2 else _CODEC[bits]
+    key = id(packed)
+    known = _lines.get(key)
+    version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place
+    if known is not None and known[:2] == (version, codec) and known[2].columns == in_features:
+        weights = known[2]
+    else:
+        weights = native.Lines(packed.shape[0], in_features, codec)
+        weights.fill(packed, scale, bits)
+        if known is None:
+            weakref.finalize(packed, _lines.pop, key, None)
+        _lines[key] = (version, codec, weights)
+    return weights

@@ -1,0 +1,181 @@
+// What Python calls: which instruction sets there are, packing, and the workspace's size.
+#include "layout.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#define BN_ISA common
+#include "forward.h"
+
+#define BN_EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" const bn_kernels bn_kernels_scalar;
+#ifdef BN_HAVE_AVX2
+extern "C" const bn_kernels bn_kernels_avx2;
+#endif
+#ifdef BN_HAVE_AVX_VNNI
+extern "C" const bn_kernels bn_kernels_avx_vnni;
+#endif
+#ifdef BN_HAVE_AVX512_VNNI
+extern "C" const bn_kernels bn_kernels_avx512_vnni;
+#endif
+#ifdef BN_HAVE_AMX
+extern "C" const bn_kernels bn_kernels_amx;
+#endif
+#ifdef BN_HAVE_NEON
+extern "C" const bn_kernels bn_kernels_neon;
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+namespace {
+struct features {
+    bool avx2, avx_vnni, avx512_vnni, amx;
+};
+
+uint64_t xcr0() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+// The processor must have an instruction and the system must save its registers.
+features detect() {
+    features f = {};
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return f; // OSXSAVE
+    bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    uint64_t saved = xcr0();
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
+    bool avx2 = b >> 5 & 1, f512 = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+    bool vnni = c >> 11 & 1, amx_tile = d >> 24 & 1, amx_int8 = d >> 25 & 1;
+    uint32_t a1 = 0, unused1, unused2, unused3;
+    if (a >= 1) __get_cpuid_count(7, 1, &a1, &unused1, &unused2, &unused3);
+    f.avx2 = avx2 && fma && f16c && (saved & 0x6) == 0x6;
+    f.avx_vnni = f.avx2 && (a1 >> 4 & 1);
+    f.avx512_vnni = f.avx2 && f512 && dq && bw && vl && vnni && (saved & 0xE6) == 0xE6;
+    f.amx = f.avx512_vnni && amx_tile && amx_int8 && (saved & 0x60000) == 0x60000;
+#if defined(__linux__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_TILEDATA = 18 };
+    if (f.amx && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILEDATA)) f.amx = false;
+#else
+    f.amx = false;
+#endif
+    return f;
+}
+} // namespace
+#endif
+
+// The kernels that this machine can run, best first; returns how many.
+BN_EXPORT int bn_available(const bn_kernels **out) {
+    int n = 0;
+#if defined(__x86_64__)
+    static const features f = detect();
+#ifdef BN_HAVE_AMX
+    if (f.amx) out[n++] = &bn_kernels_amx;
+#endif
+#ifdef BN_HAVE_AVX512_VNNI
+    if (f.avx512_vnni) out[n++] = &bn_kernels_avx512_vnni;
+#endif
+#ifdef BN_HAVE_AVX_VNNI
+    if (f.avx_vnni) out[n++] = &bn_kernels_avx_vnni;
+#endif
+#ifdef BN_HAVE_AVX2
+    if (f.avx2) out[n++] = &bn_kernels_avx2;
+#endif
+    (void)f;
+#endif
+#ifdef BN_HAVE_NEON
+    out[n++] = &bn_kernels_neon; // setup.py builds it only for targets that have the dot product
+#endif
+    out[n++] = &bn_kernels_scalar;
+    return n;
+}
+
+BN_EXPORT int64_t bn_struct_sizes(int which) {
+    static const int64_t sizes[] = {sizeof(bn_matrix), sizeof(bn_layer), sizeof(bn_model), sizeof(bn_cache),
+                                    sizeof(bn_kernels)};
+    return sizes[which];
+}
+
+BN_EXPORT int64_t bn_workspace_bytes(const bn_model *m, int64_t tokens, int64_t capacity, int threads) {
+    return bn::common::lay_out(*m, tokens, capacity, threads, nullptr, nullptr);
+}
+
+// Lines of a block of 16 rows with K columns.
+BN_EXPORT int32_t bn_lines(int64_t K, int codec) {
+    int64_t each = 4 * bn::common::quads_of(codec);
+    return (int32_t)((K + each - 1) / each);
+}
+
+// Canonical packed rows (bitnet/quant/packing.py) [N, width] of `bits` to the lines of layout.h: row n goes to row
+// at + n / 16 * step * 16 + n % 16, so gate and up, with step 2, take turns. Rows and columns that do not exist are
+// left as the caller filled them.
+BN_EXPORT void bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits, int64_t K, uint8_t *lines, int codec,
+                       int64_t at, int64_t step, int threads) {
+    int64_t per_line = bn_lines(K, codec), quads = bn::common::quads_of(codec);
+    int64_t blocks = (N + 15) / 16, per_block = 256 / bits, mask = (1 << bits) - 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t n = 16 * block; n < N && n < 16 * block + 16; n++) {
+            const uint8_t *row = packed + n * width;
+            uint8_t *out = lines + (at / 16 + block * step) * per_line * 64 + n % 16 * 4;
+            for (int64_t l = 0; l < per_line; l++, out += 64)
+                for (int64_t j = 0; j < 4; j++) {
+                    uint32_t byte = 0;
+                    for (int64_t i = 0; i < quads; i++) {
+                        int64_t k = (l * quads + i) * 4 + j;
+                        uint32_t code = 0;
+                        if (k < K) {
+                            int64_t inside = k % per_block;
+                            code = row[k / per_block * 32 + inside % 32] >> (inside / 32 * bits) & mask;
+                        }
+                        if (codec == CODEC_BASE3) byte = 3 * byte + code;
+                        else if (codec == CODEC_TWO_BIT) byte |= code << (2 * i);
+                        else if (codec == CODEC_FOUR_BIT) byte |= code << (4 * i);
+                        else byte = code;
+                    }
+                    if (codec == CODEC_BASE3) byte = (256 * byte + 242) / 243;
+                    out[j] = (uint8_t)byte;
+                }
+        }
+    }
+}
+
+// Ask for huge pages: streaming weights from 4 KiB pages costs a fifth of the bandwidth. A hint, so it cannot fail.
+BN_EXPORT void bn_advise_huge_pages(void *start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page;
+    uintptr_t last = ((uintptr_t)start + (uintptr_t)bytes) / page * page;
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)start;
+    (void)bytes;
+#endif
+}
+
+// ---- the machine's limits, for bitnet.bench ----
+
+// Read `bytes` once with every thread; returns something the compiler cannot know.
+BN_EXPORT int64_t bn_read(const uint8_t *p, int64_t bytes, int threads) {
+    int64_t total = 0;
+    int64_t lines = bytes / 256;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+    for (int64_t i = 0; i < lines; i++) {
+        const int64_t *q = (const int64_t *)(p + 256 * i);
+        int64_t sum = 0;
+        for (int j = 0; j < 32; j++) sum |= q[j];
+        __builtin_prefetch(p + 256 * i + 8192);
+        __builtin_prefetch(p + 256 * i + 8256);
+        __builtin_prefetch(p + 256 * i + 8320);
+        __builtin_prefetch(p + 256 * i + 8384);
+        total += sum;
+    }
+    return total;
+}

@@ -1,0 +1,377 @@
+// Ternary and integer products: int8 activations, packed weights, int32 sums, exact.
+//
+// Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For one token the weights are
+// read once and never unpacked into memory; for more, a panel is unpacked once into the cache and used by all tokens.
+#pragma once
+
+#include <stdlib.h>
+
+#include "layout.h"
+#include "simd.h"
+
+namespace bn {
+namespace BN_ISA {
+
+BN_INLINE int offset_of(int codec) { return codec == CODEC_EIGHT_BIT ? 128 : codec == CODEC_FOUR_BIT ? 8 : 1; }
+BN_INLINE int quads_of(int codec) { // groups of four K in a line
+    return codec == CODEC_BASE3 ? 5 : codec == CODEC_TWO_BIT ? 4 : codec == CODEC_FOUR_BIT ? 2 : 1;
+}
+BN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+enum { PREFETCH = 8192 }; // bytes ahead: measured best of 0 to 16384 on a Xeon, with huge pages
+
+// Sums of unsigned codes times x for the 16 rows of one block and one token.
+template <int codec> BN_INLINE vi block_times_token(const uint8_t *p, int64_t lines, const int8_t *x) {
+    vi zero = {};
+    if constexpr (codec == CODEC_BASE3) {
+        vi p0 = zero, p1 = zero, p2 = zero, q0 = zero, q1 = zero, q2 = zero;
+        for (int64_t l = 0; l < lines; l++, p += 64, x += 20) {
+            vb v = load_line(p);
+            BN_PREFETCH(p + PREFETCH);
+#define BN_DIGIT(P, Q, i)                                                                                              \
+    {                                                                                                                  \
+        vi t = splat_dword(x + 4 * i);                                                                                 \
+        P = dot4(P, v, t);                                                                                             \
+        v = v + (v + v);                                                                                               \
+        Q = dot4(Q, v, t);                                                                                             \
+    }
+            BN_DIGIT(p0, q0, 0) BN_DIGIT(p1, q1, 1) BN_DIGIT(p2, q2, 2) BN_DIGIT(p0, q0, 3) BN_DIGIT(p1, q1, 4)
+#undef BN_DIGIT
+        }
+        vi s = p0 + p1 + p2; // sums wrap around, which is exact as long as the result itself fits: K < 32768
+        return (s + s + s - q0 - q1 - q2) >> 8;
+    } else if constexpr (codec == CODEC_TWO_BIT) {
+        // Codes keep their place in the byte; the three sums are shifted back once at the end. The fourth field would
+        // reach 192, too much for vpmaddubsw.
+        vi a0 = zero, a1 = zero, a2 = zero, a3 = zero, b0 = zero, b1 = zero, b2 = zero, b3 = zero;
+#define BN_LINE(a0, a1, a2, a3)                                                                                        \
+    {                                                                                                                  \
+        vb v = load_line(p);                                                                                           \
+        BN_PREFETCH(p + PREFETCH);                                                                                     \
+        a0 = dot4_small(a0, v & 3, splat_dword(x));                                                                    \
+        a1 = dot4_small(a1, v & 12, splat_dword(x + 4));                                                               \
+        a2 = dot4_small(a2, v & 48, splat_dword(x + 8));                                                               \
+        a3 = dot4_small(a3, v >> 6, splat_dword(x + 12));                                                              \
+        p += 64;                                                                                                       \
+        x += 16;                                                                                                       \
+    }
+        int64_t l = 0;
+        for (; l + 2 <= lines; l += 2) {
+            BN_LINE(a0, a1, a2, a3)
+            BN_LINE(b0, b1, b2, b3)
+        }
+        if (l < lines) BN_LINE(a0, a1, a2, a3)
+#undef BN_LINE
+        return (a0 + b0) + ((a1 + b1) >> 2) + ((a2 + b2) >> 4) + (a3 + b3);
+    } else if constexpr (codec == CODEC_FOUR_BIT) {
+        vi a0 = zero, a1 = zero, b0 = zero, b1 = zero;
+        for (int64_t l = 0; l < lines; l++, p += 64, x += 8) {
+            vb v = load_line(p);
+            BN_PREFETCH(p + PREFETCH);
+            a0 = dot4_small(a0, v & 15, splat_dword(x));
+            a1 = dot4_small(a1, v >> 4, splat_dword(x + 4));
+            vi t = a0; // two pairs of sums in turn hide the latency
+            a0 = b0; b0 = t; t = a1; a1 = b1; b1 = t;
+        }
+        return a0 + a1 + b0 + b1;
+    } else {
+        vi a[4] = {zero, zero, zero, zero};
+        int64_t l = 0;
+        for (; l + 4 <= lines; l += 4)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, p += 64, x += 4) {
+                BN_PREFETCH(p + PREFETCH);
+                a[i] = dot4(a[i], load_line(p), splat_dword(x));
+            }
+        for (; l < lines; l++, p += 64, x += 4) a[0] = dot4(a[0], load_line(p), splat_dword(x));
+        return a[0] + a[1] + a[2] + a[3];
+    }
+}
+
+static vi block_times_token(const bn_matrix &w, int64_t block, const int8_t *x) {
+    const uint8_t *p = w.lines + block * w.lines_per_block * 64;
+    switch (w.codec) {
+    case CODEC_BASE3: return block_times_token<CODEC_BASE3>(p, w.lines_per_block, x);
+    case CODEC_TWO_BIT: return block_times_token<CODEC_TWO_BIT>(p, w.lines_per_block, x);
+    case CODEC_FOUR_BIT: return block_times_token<CODEC_FOUR_BIT>(p, w.lines_per_block, x);
+    default: return block_times_token<CODEC_EIGHT_BIT>(p, w.lines_per_block, x);
+    }
+}
+
+// One block as unsigned codes, a line for every four K: [quads, 64].
+static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_t quads) {
+    const uint8_t *p = w.lines + block * w.lines_per_block * 64;
+    uint8_t *end = out + quads * 64;
+    for (int64_t l = 0; l < w.lines_per_block; l++, p += 64) {
+        vb v = load_line(p);
+        BN_PREFETCH(p + PREFETCH);
+        if (w.codec == CODEC_TWO_BIT) {
+            store_line(out, v & 3);
+            store_line(out + 64, (v >> 2) & 3);
+            store_line(out + 128, (v >> 4) & 3);
+            store_line(out + 192, v >> 6);
+            out += 256;
+        } else if (w.codec == CODEC_BASE3) {
+#pragma GCC unroll 5
+            for (int i = 0; i < 5; i++) { // the digit is how many thirds of 256 are in v
+                vb digit = ((vb)(v > 85) & 1) + ((vb)(v > 170) & 1);
+                store_line(out, digit);
+                v = v + (v + v);
+                out += 64;
+            }
+        } else if (w.codec == CODEC_FOUR_BIT) {
+            store_line(out, v & 15);
+            store_line(out + 64, v >> 4);
+            out += 128;
+        } else {
+            store_line(out, v);
+            out += 64;
+        }
+    }
+    for (; out < end; out += 64) store_line(out, (vb){});
+}
+
+// sums[m][32] of MT tokens with the two blocks at p0 and p1; accumulators are named, since gcc keeps arrays of vectors
+// in memory.
+#if defined(BN_AVX512)
+enum { TILE = 12, BLOCKS = 2 };
+#else
+enum { TILE = 6, BLOCKS = 1 };
+#endif
+
+template <int MT, int NB>
+BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *sums) {
+#define BN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
+#define BN_DECLARE(m) vi a##m = {}, b##m = {};
+    BN_EACH(BN_DECLARE)
+    for (int64_t k = 0; k < quads; k++) {
+        vb w0 = load_line(p0 + 64 * k), w1;
+        if constexpr (NB == 2) w1 = load_line(p1 + 64 * k);
+#define BN_STEP(m)                                                                                                     \
+    if constexpr (m < MT) {                                                                                            \
+        vi t = splat_dword(x + m * stride + 4 * k);                                                                    \
+        a##m = dot4(a##m, w0, t);                                                                                      \
+        if constexpr (NB == 2) b##m = dot4(b##m, w1, t);                                                               \
+    }
+        BN_EACH(BN_STEP)
+    }
+#define BN_STORE(m)                                                                                                    \
+    if constexpr (m < MT) {                                                                                            \
+        store(sums + 32 * m, a##m);                                                                                    \
+        if constexpr (NB == 2) store(sums + 32 * m + 16, b##m);                                                        \
+    }
+    BN_EACH(BN_STORE)
+#undef BN_EACH
+#undef BN_DECLARE
+#undef BN_STEP
+#undef BN_STORE
+}
+
+template <int MT>
+static void tile_both(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *s) {
+    if constexpr (BLOCKS == 2) {
+        tile<MT, 2>(p0, p1, quads, x, stride, s);
+    } else {
+        tile<MT, 1>(p0, p0, quads, x, stride, s);
+        tile<MT, 1>(p1, p1, quads, x, stride, s + 16);
+    }
+}
+
+// sums[m][32] of all M tokens with a panel.
+static void panel_times_tokens(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
+                               int64_t M, int32_t *sums) {
+    int64_t m = 0;
+    for (; m + TILE <= M; m += TILE) tile_both<TILE>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m + 4 <= M; m += 4) tile_both<4>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m + 2 <= M; m += 2) tile_both<2>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m < M; m++) tile_both<1>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+}
+
+#if defined(BN_AMX)
+// Tiles of 16 tokens x 64 K and 64 K x 16 rows; an unpacked block already lies in the order that a tile of weights
+// wants. tdpbsud multiplies signed activations by unsigned codes. Tokens are read 32 at a time, so x has rows to spare.
+struct tile_config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+};
+BN_INLINE void configure_tiles() {
+    tile_config c = {};
+    c.palette = 1;
+    for (int i = 0; i < 8; i++) {
+        c.bytes[i] = 64;
+        c.rows[i] = 16;
+    }
+    _tile_loadconfig(&c);
+}
+enum { AMX_QUADS = 192 }; // a slice of a panel: 32 rows x 768 K = 24 KiB stay in the first-level cache
+
+static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
+                                   int64_t M, int32_t *sums) {
+    for (int64_t first = 0; first < quads; first += AMX_QUADS) {
+        int64_t last = first + AMX_QUADS < quads ? first + AMX_QUADS : quads;
+        for (int64_t m = 0; m < M; m += 32) {
+            int32_t *s = sums + 32 * m;
+            const int8_t *x0 = x + m * stride, *x1 = x0 + 16 * stride;
+            bool wide = M - m > 16;
+            if (first == 0) {
+                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            } else {
+                _tile_loadd(0, s, 128);
+                _tile_loadd(1, s + 16, 128);
+                if (wide) {
+                    _tile_loadd(2, s + 512, 128);
+                    _tile_loadd(3, s + 528, 128);
+                }
+            }
+            if (wide)
+                for (int64_t k = first; k < last; k += 16) {
+                    _tile_loadd(4, x0 + 4 * k, stride);
+                    _tile_loadd(6, p0 + 64 * k, 64);
+                    _tile_loadd(7, p1 + 64 * k, 64);
+                    _tile_loadd(5, x1 + 4 * k, stride);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_dpbsud(1, 4, 7);
+                    _tile_dpbsud(2, 5, 6);
+                    _tile_dpbsud(3, 5, 7);
+                }
+            else
+                for (int64_t k = first; k < last; k += 16) {
+                    _tile_loadd(4, x0 + 4 * k, stride);
+                    _tile_loadd(6, p0 + 64 * k, 64);
+                    _tile_loadd(7, p1 + 64 * k, 64);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_dpbsud(1, 4, 7);
+                }
+            _tile_stored(0, s, 128);
+            _tile_stored(1, s + 16, 128);
+            if (wide) {
+                _tile_stored(2, s + 512, 128);
+                _tile_stored(3, s + 528, 128);
+            }
+        }
+    }
+}
+#endif
+
+// ---- from sums to outputs ----
+
+struct target { // where a product goes, and how
+    int out;
+    float *y;
+    int64_t stride, columns; // columns: how many of the N rows exist
+    const float *bias;
+};
+
+BN_INLINE vf gate(vf g, int out) {
+    if (out == OUT_GLU_RELU2) {
+        g = max(g, splat(0.0f));
+        return g * g;
+    }
+    return g / (splat(1.0f) + exponential(-g));
+}
+
+BN_INLINE void put(float *y, vf v, int64_t columns, bool add) {
+    if (columns >= 16) {
+        store(y, add ? load(y) + v : v);
+    } else {
+        float t[16];
+        store(t, v);
+        for (int64_t r = 0; r < columns; r++) y[r] = add ? y[r] + t[r] : t[r];
+    }
+}
+
+// The sums of one token with the two blocks of panel `panel`, less the offset, scaled, and on to where they go.
+BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vi s0, vi s1, float scale, int32_t total,
+                      int64_t m) {
+    vi back = splat(offset_of(w.codec) * total);
+    int64_t n = 32 * panel;
+    s0 -= back;
+    s1 -= back;
+    if (to.out == OUT_INT32) {
+        int32_t *y = (int32_t *)to.y + m * to.stride + n;
+        for (int64_t r = 0; r < 32 && n + r < to.columns; r++) y[r] = r < 16 ? s0[r] : s1[r - 16];
+        return;
+    }
+    vf v0 = to_float(s0) * splat(scale) * load(w.scale + n);
+    vf v1 = to_float(s1) * splat(scale) * load(w.scale + n + 16);
+    if (to.out == OUT_GLU_SILU || to.out == OUT_GLU_RELU2) {
+        put(to.y + m * to.stride + n / 2, gate(v0, to.out) * v1, to.columns / 2 - n / 2, false);
+        return;
+    }
+    float *y = to.y + m * to.stride + n;
+    if (to.bias) {
+        float b[32];
+        for (int64_t r = 0; r < 32; r++) b[r] = n + r < to.columns ? to.bias[n + r] : 0.0f;
+        v0 = v0 + load(b);
+        v1 = v1 + load(b + 16);
+    }
+    put(y, v0, to.columns - n, to.out == OUT_ADD);
+    if (to.columns > n + 16) put(y + 16, v1, to.columns - n - 16, to.out == OUT_ADD);
+}
+
+// Bytes of scratch that one thread needs for M tokens.
+BN_INLINE int64_t scratch_bytes(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
+
+// The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
+static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
+                     int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
+    if (M == 1) {
+        for (int64_t panel = first; panel < last; panel++)
+            finish(w, to, panel, block_times_token(w, 2 * panel, x), block_times_token(w, 2 * panel + 1, x), scale[0],
+                   total[0], 0);
+        return;
+    }
+    int64_t quads = round_up(w.lines_per_block * quads_of(w.codec), 16);
+    uint8_t *p0 = (uint8_t *)round_up((int64_t)scratch, 64), *p1 = p0 + quads * 64;
+    int32_t *sums = (int32_t *)(p1 + quads * 64);
+#if defined(BN_AMX)
+    configure_tiles();
+#endif
+    for (int64_t panel = first; panel < last; panel++) {
+        unpack_block(w, 2 * panel, p0, quads);
+        unpack_block(w, 2 * panel + 1, p1, quads);
+#if defined(BN_AMX)
+        panel_times_tokens_amx(p0, p1, quads, x, stride, M, sums);
+#else
+        panel_times_tokens(p0, p1, quads, x, stride, M, sums);
+#endif
+        for (int64_t m = 0; m < M; m++)
+            finish(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);
+    }
+#if defined(BN_AMX)
+    _tile_release();
+#endif
+}
+
+// Per-token absmax INT8 of x[K], which is zero or readable up to a multiple of 16 past K: the codes, their sum, the
+// scale. A value that is not finite makes the scale NaN and with it the whole token, as in the reference.
+BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale, int32_t *total) {
+    vf peak = {}, odd = {};
+    int64_t whole = K / 16 * 16;
+    float tail[16] = {};
+    memcpy(tail, x + whole, (K - whole) * sizeof(float));
+    for (int64_t k = 0; k < whole; k += 16) {
+        vf v = load(x + k);
+        peak = max(absolute(v), peak);
+        odd = fma(v, splat(0.0f), odd);
+    }
+    peak = max(absolute(load(tail)), peak);
+    odd = fma(load(tail), splat(0.0f), odd);
+    float absmax = maximum(peak);
+    float s = (absmax > 1e-5f ? absmax : 1e-5f) / 127.0f;
+    vi sums = {};
+    for (int64_t k = 0; k < K; k += 16) {
+        vf v = k < whole ? load(x + k) : load(tail);
+        vi code = to_int(v / splat(s));
+        int8_t narrowed[16];
+        narrow(narrowed, code);
+        memcpy(q + k, narrowed, K - k < 16 ? K - k : 16);
+        sums += code;
+    }
+    *scale = s + sum(odd);
+    *total = sum(sums);
+}
+
+} // namespace BN_ISA
+} // namespace bn

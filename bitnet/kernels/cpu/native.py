@@ -1,0 +1,213 @@
+"""The compiled library beside this file, by ctypes: which instruction sets there are, and the structs of `layout.h`.
+
+Loaded on first use. `instruction_sets()` lists what this machine can run, best first, and is empty where the library
+was not built; the environment variable BITNET_CPU_ISA or `use_instruction_set` picks one by name.
+"""
+
+import ctypes
+import importlib.machinery
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch  # loads the OpenMP library that ours shares
+from torch import Tensor
+
+CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
+BASE3_MAX_K = 32767  # the wrapping sums of layout.h are exact below 2^15 columns
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        ("lines", c_void_p), ("scale", c_void_p), ("N", c_int32), ("K", c_int32), ("codec", c_int32),
+        ("lines_per_block", c_int32),
+    ]  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        ("qkv", Matrix), ("o", Matrix), ("gate_up", Matrix), ("down", Matrix), ("input_norm", c_void_p),
+        ("attn_sub_norm", c_void_p), ("post_norm", c_void_p), ("ffn_sub_norm", c_void_p),
+    ]  # fmt: skip
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in (
+            "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "layers", "relu2",
+        )),
+        ("eps", c_float), ("layer", POINTER(Layer)), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("embedding", c_void_p), ("embedding_scale", c_void_p), ("embedding_width", c_int64), ("head", Matrix),
+    ]  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
+        *((name, c_int32) for name in ("dtype", "batch", "capacity", "length")),
+    ]
+
+
+_QUANTIZE = ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+_MATMUL = ctypes.CFUNCTYPE(
+    c_int, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int,
+    c_int,
+)  # fmt: skip
+_FORWARD = ctypes.CFUNCTYPE(
+    c_int, POINTER(Model), POINTER(Cache), c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int
+)
+
+
+class Kernels(ctypes.Structure):
+    """The function table of one instruction set."""
+
+    _fields_ = [
+        ("name", c_char_p), ("codec", c_int32), ("quantize", _QUANTIZE), ("matmul", _MATMUL), ("forward", _FORWARD),
+    ]  # fmt: skip
+
+
+_requested = os.environ.get("BITNET_CPU_ISA", "auto")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it was not built or does not load."""
+    folder = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_native{suffix}"
+        if path.exists():
+            try:
+                lib = ctypes.CDLL(str(path))
+            except OSError:
+                continue
+            lib.bn_available.argtypes = [POINTER(POINTER(Kernels))]
+            lib.bn_struct_sizes.argtypes = [c_int]
+            lib.bn_struct_sizes.restype = c_int64
+            lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int]
+            lib.bn_workspace_bytes.restype = c_int64
+            lib.bn_lines.argtypes = [c_int64, c_int]
+            lib.bn_pack.argtypes = [
+                c_void_p, c_int64, c_int64, c_int, c_int64, c_void_p, c_int, c_int64, c_int64, c_int,
+            ]  # fmt: skip
+            lib.bn_advise_huge_pages.argtypes = [c_void_p, c_int64]
+            lib.bn_read.argtypes = [c_void_p, c_int64, c_int]
+            lib.bn_read.restype = c_int64
+            for index, struct in enumerate((Matrix, Layer, Model, Cache, Kernels)):
+                if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
+                    raise RuntimeError(
+                        f"{path.name} was built from other sources than this Python ({struct.__name__} differs); "
+                        "rebuild it with: pip install -e ."
+                    )
+            return lib
+    return None
+
+
+@cache
+def _tables() -> dict[str, Kernels]:
+    lib = library()
+    if lib is None:
+        return {}
+    found = (POINTER(Kernels) * 8)()
+    count = lib.bn_available(found)
+    return {found[i].contents.name.decode(): found[i].contents for i in range(count)}
+
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that this machine runs, best first: of amx, avx512_vnni, avx_vnni, avx2, neon and
+    scalar. Empty without the library."""
+    return list(_tables())
+
+
+def kernels() -> Kernels:
+    """The table in force. Raises ValueError for a requested instruction set that isn't there."""
+    tables = _tables()
+    if not tables:
+        raise ValueError("the native CPU kernels were not built; install with a C++ compiler, or use the reference")
+    if _requested == "auto":
+        return next(iter(tables.values()))
+    if _requested not in tables:
+        raise ValueError(f"instruction set {_requested!r} is not here; choose auto or one of {', '.join(tables)}")
+    return tables[_requested]
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run on this instruction set ("auto" or one of `instruction_sets()`) inside the `with` block."""
+    global _requested
+    previous, _requested = _requested, name
+    try:
+        kernels()
+        yield
+    finally:
+        _requested = previous
+
+
+class Lines:
+    """A weight matrix in the run-time layout of `layout.h`, filled from packed rows.
+
+    `codec` is a key of CODECS. Memory for the lines may be given (uint8, a slice of a larger arena); otherwise it is
+    allocated. `struct` is what the kernels read.
+    """
+
+    def __init__(self, rows: int, columns: int, codec: str, memory: Tensor | None = None) -> None:
+        lib = library()
+        assert lib is not None
+        if codec == "base3" and columns > BASE3_MAX_K:
+            raise ValueError(f"{columns} columns are too many for base3, which holds {BASE3_MAX_K}; use two_bit")
+        self.rows, self.columns = rows, columns
+        self.codec = codec
+        padded = -(-rows // 32) * 32
+        per_block = lib.bn_lines(columns, CODECS[codec])
+        size = self.size(rows, columns, codec)
+        self.memory = huge_pages(size) if memory is None else memory
+        if self.memory.numel() != size or self.memory.dtype != torch.uint8 or not self.memory.is_contiguous():
+            raise ValueError(f"memory must be {size} contiguous bytes, got {list(self.memory.shape)}")
+        # A row that does not exist multiplies by 0, like its scale: what its codes are does not matter.
+        if rows % 32:
+            self.memory[(rows // 16) * per_block * 64 :].zero_()
+        self.scale = torch.zeros(padded)
+        self.struct = Matrix(
+            self.memory.data_ptr(), self.scale.data_ptr(), padded, columns, CODECS[codec], per_block
+        )  # fmt: skip
+
+    @staticmethod
+    def size(rows: int, columns: int, codec: str) -> int:
+        """Bytes of the lines."""
+        lib = library()
+        assert lib is not None
+        return -(-rows // 32) * 2 * lib.bn_lines(columns, CODECS[codec]) * 64
+
+    def fill(self, packed: Tensor, scale: Tensor, bits: int, *, at: int = 0, step: int = 1) -> None:
+        """Write packed rows (`bitnet/quant/packing.py`) and their scale `[1, 1]` or `[N, 1]` from row `at` on, taking
+        every `step`-th block of 16 rows."""
+        lib = library()
+        assert lib is not None
+        packed = packed.contiguous()
+        lib.bn_pack(
+            packed.data_ptr(), packed.shape[0], packed.shape[1], bits, self.columns, self.memory.data_ptr(),
+            CODECS[self.codec], at, step, torch.get_num_threads(),
+        )  # fmt: skip
+        scales = scale.float().reshape(-1).expand(packed.shape[0])
+        for first in range(0, packed.shape[0], 16):
+            row = at + first * step
+            part = scales[first : first + 16]
+            self.scale[row : row + len(part)] = part
+
+
+def huge_pages(size: int) -> Tensor:
+    """Uninitialized bytes, on huge pages where the system gives them: 4 KiB pages cost a fifth of the bandwidth."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    lib = library()
+    if lib is not None and size >= 2**21:
+        lib.bn_advise_huge_pages(memory.data_ptr(), size)
+    return memory
+
+
+def ternary_codec(columns: int) -> str:
+    """The layout of 2-bit codes that the instruction set in force is fastest with."""
+    names = {number: name for name, number in CODECS.items()}
+    name = names[kernels().codec]
+    return "two_bit" if columns > BASE3_MAX_K else name
