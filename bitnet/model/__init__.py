@@ -2,7 +2,7 @@
 
 from bitnet.model.config import PRESETS, ModelConfig
 from bitnet.model.kv_cache import KVCache
-from bitnet.model.linear import BitLinear, PackedLinear, bit_linears, pack, replace_linear
+from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear, bit_linears, pack, replace_linear
 from bitnet.model.transformer import BitNetForCausalLM
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "BitNetForCausalLM",
     "KVCache",
     "ModelConfig",
+    "PackedEmbedding",
     "PackedLinear",
     "bit_linears",
     "pack",

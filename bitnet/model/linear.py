@@ -63,16 +63,26 @@ class BitLinear(nn.Linear):
         return f"{super().extra_repr()}, quantizer={self.quantizer}"
 
 
-class PackedLinear(nn.Module):
+class _Packed(nn.Module):
+    packed_weight: Tensor
+    weight_scale: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
+        # model.half() and model.to(bfloat16) cast every float buffer; a rounded scale would be a different weight.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.packed_weight.device)
+        return self
+
+
+class PackedLinear(_Packed):
     """Inference form of BitLinear: packed integer codes, float32 scale, int8 activations, integer product.
 
     Buffers: `packed_weight` uint8 `[N, packed_width(K, bits)]` with 2 bits for ternary and binary, 4 and 8 for the
     others (drawn in `bitnet/quant/packing.py`); `weight_scale` float32 `[1, 1]` or `[N, 1]`, which stays float32 when
     the model is cast. `bias` is a frozen parameter or None. No gradient flows through it.
     """
-
-    packed_weight: Tensor
-    weight_scale: Tensor
 
     def __init__(
         self,
@@ -117,19 +127,48 @@ class PackedLinear(nn.Module):
             x, self.packed_weight, self.weight_scale, self.bias, bits=self.bits, in_features=self.in_features
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        # model.half() and model.to(bfloat16) cast every float buffer; a rounded scale would be a different weight.
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.packed_weight.device)
-        return self
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"quantizer={self.quantizer}, bits={self.bits}"
         )
+
+
+class PackedEmbedding(_Packed):
+    """INT8 form of an embedding table, which may also serve as the output head: a code a value, a scale a row.
+
+    Buffers: `packed_weight` uint8 `[V, packed_width(C, 8)]` (drawn in `bitnet/quant/packing.py`) and `weight_scale`
+    float32 `[V, 1]`. `forward(ids)` looks rows up in float32; `project(h)` is the product with the whole table.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        width = packed_width(embedding_dim, 8)
+        self.register_buffer("packed_weight", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.ones(num_embeddings, 1, dtype=torch.float32, device=device))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor) -> "PackedEmbedding":
+        """Quantize a table `[V, C]`, absmax per row."""
+        table = cls(*weight.shape, device="meta")
+        codes, table.weight_scale = kernels.quantize_weight(weight.detach(), "int8")
+        table.packed_weight = pack_codes(codes, 8)
+        return table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.packed_weight[ids.flatten()]
+        values = unpack_codes(rows, 8, self.embedding_dim) * self.weight_scale[ids.flatten()]
+        return values.view(*ids.shape, self.embedding_dim)
+
+    def project(self, h: Tensor) -> Tensor:
+        """Logits `[.., V]` of hidden states `[.., C]`, quantized per token to INT8."""
+        return kernels.packed_linear(
+            h, self.packed_weight, self.weight_scale, None, bits=8, in_features=self.embedding_dim
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"
 
 
 def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quantizer: str = "ternary") -> nn.Module:

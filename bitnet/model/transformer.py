@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitnet.model.config import ModelConfig
 from bitnet.model.kv_cache import KVCache
-from bitnet.model.linear import BitLinear
+from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear, pack
 
 
 class RMSNorm(nn.Module):
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         cos, sin = rope_tables(config)
@@ -164,7 +164,9 @@ class BitNetForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.lm_head: Any = None  # pack() puts other modules in the place of these two
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False)
         self.next_token_loss = next_token_loss  # an attribute, so that compile_model can replace it
         self.apply(self._initialize)
 
@@ -179,16 +181,62 @@ class BitNetForCausalLM(nn.Module):
         than the model has.
         """
         h = self.model(input_ids, cache)
-        return F.linear(h[:, -1:] if last_only else h, self.head_weight)
+        return self._logits(h[:, -1:] if last_only else h)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        if self.lm_head is not None:
+            return self.lm_head(h)
+        table = self.model.embed_tokens
+        return table.project(h) if isinstance(table, PackedEmbedding) else F.linear(h, table.weight)
 
     def loss(self, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
         -100 does not count: the mean, or `[B, T]` with reduction "none"."""
-        return self.next_token_loss(self.model(input_ids), self.head_weight, labels, reduction)
+        h = self.model(input_ids)
+        if self.head_is_packed:
+            return cross_entropy(self._logits(h), labels, reduction)
+        return self.next_token_loss(h, self.head_weight, labels, reduction)
+
+    def pack(self) -> "BitNetForCausalLM":
+        """The inference form, in place: 2-bit projections, INT8 embedding and head (one table where they are tied).
+
+        No float matrix is left, and the native engine (`bitnet/engine.py`) runs exactly this model. Raises ValueError
+        for a float twin, which has nothing to pack.
+        """
+        if not isinstance(self.model.embed_tokens, PackedEmbedding):
+            if self.lm_head is not None:
+                self.lm_head = PackedLinear.from_linear(self.lm_head, "int8")
+            self.model.embed_tokens = PackedEmbedding.from_weight(self.model.embed_tokens.weight)
+        pack(self)
+        return self
+
+    @property
+    def head_is_packed(self) -> bool:
+        """Whether embedding and output head are INT8."""
+        return isinstance(self.model.embed_tokens, PackedEmbedding)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache on the model's device, in its dtype."""
+        return KVCache(self.config, batch_size, max_length, self.device, self.model.norm.weight.dtype)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decoding step has to read, as they are stored: a packed layer's codes and scales.
+
+        Of an embedding that is not tied to the head a step reads B rows, which count as nothing. It is what the formats
+        ask for: a kernel that unpacks into memory moves more.
+        """
+        total = sum(tensor.nbytes for tensor in self.state_dict().values())  # no cos and sin: they are not persistent
+        if self.lm_head is not None:
+            total -= sum(tensor.nbytes for tensor in self.model.embed_tokens.state_dict().values())
+        return total
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix `[V, C]`."""
+        """The float output matrix `[V, C]`."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
@@ -202,7 +250,12 @@ class BitNetForCausalLM(nn.Module):
 
 def next_token_loss(h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of hidden states `[B, T, C]` under an output matrix `[V, C]`; softmax in float32."""
-    logits = F.linear(h, head).float()
+    return cross_entropy(F.linear(h, head), labels, reduction)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of logits `[B, T, V]`, in float32: the mean over labels that count, or `[B, T]` with "none"."""
+    logits = logits.float()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
     return losses if reduction == "mean" else losses.view(labels.shape)
 
