@@ -30,7 +30,7 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder of train.py, or one checkpoint of it."""
+    """A run folder of train.py, one checkpoint of it, or a folder of packed weights (python -m bitnet.export)."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of a run folder."""
     prompt: str = "-"
@@ -59,25 +59,36 @@ class Options:
     """Print the prompt in front of the text (never when interactive)."""
     pack: bool = True
     """Run on packed 2-bit weights; --no-pack runs the float weights that training fake-quantizes."""
+    backend: Literal["auto", "native", "reference"] = "auto"
+    """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
+    cache: Literal["float32", "float16", "int8"] = "float32"
+    """Of keys and values in the native engine: fewer bits read less in long texts."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of activations, embedding, norms and cache."""
+    """With --no-pack: of weights, activations and cache."""
     threads: int | None = None
     """CPU threads; torch's own choice unless given."""
 
 
 def run(options: Options) -> None:
     check(options)
+
+    from bitnet.kernels import use_backend
+
+    with use_backend(options.backend):
+        write(options)
+
+
+def write(options: Options) -> None:
     prompt = None if options.interactive else read_prompt(options.prompt)
     stop = [unescape(string) for string in options.stop]
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
 
     import torch
 
-    from bitnet.checkpoint import TOKENIZER, CheckpointError, load_model, resolve
+    from bitnet.checkpoint import TOKENIZER, CheckpointError, load_for_inference, load_model, resolve
     from bitnet.generation import GenerationStats, SamplingConfig, TextStream, generate, limit_new_tokens
-    from bitnet.model import pack
     from bitnet.runtime import DTYPES, pick_device
     from bitnet.tokenizer import Tokenizer
 
@@ -92,16 +103,16 @@ def run(options: Options) -> None:
 
     folder = resolve(options.model, options.checkpoint)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    model = load_model(folder, device)
+    if options.pack:
+        model = load_for_inference(folder, device, cache_dtype=options.cache)
+    else:
+        model = load_model(folder, device).to(DTYPES[options.dtype])
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
             "put the tokenizer there that the model was trained with"
         )
-    if options.pack:
-        pack(model)
-    model.to(DTYPES[options.dtype])
 
     def complete(ids: list[int], text: str, seed: int) -> list[int]:
         """Print `samples` continuations of a prompt's ids, behind `text`; returns the ids of the first, prompt too."""

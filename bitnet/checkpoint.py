@@ -10,8 +10,12 @@
 A checkpoint is written into a folder of another name, flushed to disk and renamed; then `index.json` is replaced; only
 then are the checkpoints removed that it no longer names. At every moment `index.json` points at complete checkpoints.
 Nothing is pickled, so loading a checkpoint runs no code.
+
+A packed model (`save_packed`) is a folder of its own with model.safetensors, config.json and tokenizer.model, where
+config.json says `"packed": true` and the tensors are those of `BitNetForCausalLM.pack()`.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitnet.engine import Engine
 from bitnet.files import fsync_folder, write_atomic
+from bitnet.kernels import native_wanted
 from bitnet.model import BitNetForCausalLM, ModelConfig
 
 INDEX = "index.json"
@@ -135,19 +141,72 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: 
     `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file
     or tensors that do not fit the configuration.
     """
-    config = load_json(checkpoint / CONFIG)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{checkpoint / CONFIG} has no 'model' section; it is not a checkpoint of this project")
-    try:
-        model_config = ModelConfig.from_dict(config["model"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
+    model_config = _model_config(checkpoint)
+    if load_json(checkpoint / CONFIG).get("packed"):
+        raise CheckpointError(f"{checkpoint} holds packed weights and no latent floats; give the run it was made from")
     if quantizer is not None:
         model_config = model_config.replace(quantizer=quantizer)
     with torch.device(device):
         model = BitNetForCausalLM(model_config)
     load_weights(model, checkpoint / MODEL, device)
     return model.eval()
+
+
+def _model_config(checkpoint: Path) -> ModelConfig:
+    config = load_json(checkpoint / CONFIG)
+    if not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{checkpoint / CONFIG} has no 'model' section; it is not a checkpoint of this project")
+    try:
+        return ModelConfig.from_dict(config["model"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
+
+
+def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes) -> None:
+    """Write a packed model and its tokenizer, whole or not at all. Raises OSError, also for a folder that exists."""
+    if not model.head_is_packed:
+        raise ValueError("the model is not packed; call model.pack() first")
+    if folder.exists():
+        raise OSError(f"{folder} already exists; choose another name or delete it")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        _save_tensors(temporary / MODEL, dict(model.state_dict()))
+        config = {"packed": True, "model": dataclasses.asdict(model.config)}
+        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        write_atomic(temporary / TOKENIZER, tokenizer)
+        os.replace(temporary, folder)
+        fsync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"the packed model was not written to {folder}: {error}") from error
+
+
+def load_for_inference(
+    checkpoint: Path, device: torch.device | str = "cpu", *, cache_dtype: str = "float32"
+) -> BitNetForCausalLM | Engine:
+    """The packed model of a checkpoint or packed folder, on the backend in force (`bitnet.kernels`): the native engine
+    on a CPU that has it, else packed layers in torch.
+
+    `cache_dtype` (float32, float16, int8) is the engine's; the torch model keeps float32. Raises CheckpointError for a
+    damaged file and ValueError for a float twin, which has no packed form.
+    """
+    device = torch.device(device)
+    config = _model_config(checkpoint)
+    if config.quantizer == "none":
+        raise ValueError(f"{checkpoint} is a float model, which has no packed form; generate with --no-pack")
+    native = native_wanted(device)
+    if not load_json(checkpoint / CONFIG).get("packed"):
+        model = load_model(checkpoint, "cpu" if native else device).pack()
+        return Engine.from_model(model, cache_dtype=cache_dtype) if native else model
+    path = checkpoint / MODEL
+    try:
+        if native:
+            with safe_open(path, framework="pt") as file:
+                return Engine(config, file.get_tensor, cache_dtype=cache_dtype)
+        return BitNetForCausalLM.packed_from(config, load_tensors(path, device)).to(device)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error
 
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:

@@ -26,11 +26,12 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bitnet.model import BitNetForCausalLM, KVCache, ModelConfig
+from bitnet.model import ModelConfig
 from bitnet.tokenizer import StreamDecoder, Tokenizer
 
 FILLER = -1
@@ -140,7 +141,7 @@ class GenerationStats:
     decode_steps: int = 0
     decode_seconds: float = 0.0
     bytes_read: int = 0
-    """Bytes that the decoding steps had to read: `weight_bytes` and the filled cache at every step."""
+    """Bytes that the decoding steps had to read: the model's `weight_bytes` and the filled cache at every step."""
 
     @property
     def prefill_rate(self) -> float:
@@ -169,16 +170,6 @@ class GenerationStats:
         )
 
 
-def weight_bytes(model: BitNetForCausalLM) -> int:
-    """Bytes of weights that one decoding step has to read, as they are stored: a packed layer's codes and scales.
-
-    Of an embedding that is not tied to the head a step reads B rows, which count as nothing. It is what the formats
-    ask for: a kernel that unpacks into memory moves more.
-    """
-    total = sum(tensor.nbytes for tensor in model.state_dict().values())  # no cos and sin: they are not persistent
-    return total if model.lm_head is None else total - model.model.embed_tokens.weight.nbytes
-
-
 def limit_new_tokens(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
     """How many of `max_new_tokens` fit behind the prompt. Raises ValueError where not even one does."""
     if max_new_tokens < 1:
@@ -194,8 +185,23 @@ def limit_new_tokens(config: ModelConfig, prompt_tokens: int, max_new_tokens: in
     return min(max_new_tokens, positions - prompt_tokens)
 
 
+class LanguageModel(Protocol):
+    """What `generate` asks of a model: `BitNetForCausalLM` and `Engine` (`bitnet/engine.py`) both have it."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, batch_size: int, max_length: int) -> Any: ...
+
+    def weight_bytes(self) -> int: ...
+
+    def __call__(self, input_ids: Tensor, cache: Any = None, *, last_only: bool = False) -> Tensor: ...
+
+
 def generate(
-    model: BitNetForCausalLM,
+    model: LanguageModel,
     input_ids: Tensor,
     *,
     max_new_tokens: int,
@@ -238,7 +244,7 @@ def generate(
 
 @torch.inference_mode()
 def _generate(
-    model: BitNetForCausalLM,
+    model: LanguageModel,
     input_ids: Tensor,
     max_new_tokens: int,
     sampling: SamplingConfig,
@@ -248,14 +254,12 @@ def _generate(
     stats: GenerationStats,
 ) -> Iterator[Tensor]:
     B, T = input_ids.shape
-    embedding = model.model.embed_tokens.weight
-    # The last token is never fed back, so it needs no position.
-    cache = KVCache(model.config, B, T + max_new_tokens - 1, embedding.device, embedding.dtype)
-    bytes_of_weights = weight_bytes(model)
-    tokens = input_ids.to(embedding.device)
+    cache = model.new_cache(B, T + max_new_tokens - 1)  # the last token is never fed back, so it needs no position
+    bytes_of_weights = model.weight_bytes()
+    tokens = input_ids.to(model.device)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=embedding.device)
+        seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=model.device)
         seen.scatter_(1, tokens.clamp(max=vocab_size - 1), True)
     finished = torch.zeros(B, dtype=torch.bool)
     for step in range(max_new_tokens):
@@ -263,8 +267,8 @@ def _generate(
         logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
         if not bool(logits.isfinite().all()):
             raise ValueError(
-                f"the model's logits are not finite after {T + step} tokens: its training diverged or "
-                f"{embedding.dtype} overflows; use another checkpoint or float32"
+                f"the model's logits are not finite after {T + step} tokens: its training diverged or its dtype "
+                "overflows; use another checkpoint or float32"
             )
         chosen = sample(logits, sampling, generator, seen)
         if seen is not None:

@@ -26,7 +26,6 @@ from bitnet.generation import (
     generate,
     limit_new_tokens,
     sample,
-    weight_bytes,
 )
 from bitnet.model import PRESETS, BitNetForCausalLM, pack
 from bitnet.tokenizer import Tokenizer, train_tokenizer
@@ -340,7 +339,7 @@ def test_stats_count_tokens_and_bytes():
 
 def test_weight_bytes_leave_out_an_untied_embedding_table():
     tied, untied = (tiny(tie_word_embeddings=tie) for tie in (True, False))
-    assert weight_bytes(tied) == weight_bytes(untied) == sum(4 * p.numel() for p in tied.parameters())
+    assert tied.weight_bytes() == untied.weight_bytes() == sum(4 * p.numel() for p in tied.parameters())
 
 
 # Text

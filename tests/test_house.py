@@ -16,7 +16,7 @@ LAYERS = [
     {"quant", "files"},
     {"kernels"},
     {"model"},
-    {"runtime", "tokenizer", "corpus"},
+    {"engine", "runtime", "tokenizer", "corpus"},
     {"data"},
     {"checkpoint", "generation", "optim"},
     {"evaluate", "tracking"},

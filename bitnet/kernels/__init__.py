@@ -1,19 +1,23 @@
 """The one place that chooses a backend for the products of BitLinear.
 
 A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures, listed
-in `BACKENDS`. The choice is made at every call, from the device of the tensors. `use_backend("name")` (or the
-environment variable BITNET_BACKEND) asks for one of them explicitly, and a request that cannot be met raises, where
-the automatic choice falls back.
+in `BACKENDS`: `reference` (plain torch, every device) and `native` (`bitnet/kernels/cpu`, compiled when the package was
+installed). The choice is made at every call, from the device of the tensors. `use_backend("name")` (or the environment
+variable BITNET_BACKEND) asks for one of them explicitly, and a request that cannot be met raises, where the automatic
+choice falls back to the reference and says so once.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from bitnet.kernels import reference
+from bitnet.kernels import cpu, reference
 from bitnet.kernels.reference import PACKED_BITS, WEIGHT_QUANTIZERS, check_quantizer, quantize_weight
 
 __all__ = [
@@ -22,24 +26,52 @@ __all__ = [
     "WEIGHT_QUANTIZERS",
     "check_quantizer",
     "fake_quant_linear",
+    "native_available",
+    "native_wanted",
     "packed_linear",
     "quantize_weight",
     "select_backend",
     "use_backend",
 ]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": cpu}
 
 _requested = os.environ.get("BITNET_BACKEND", "auto")
 
 
 def select_backend(x: Tensor) -> ModuleType:
-    """The backend for a product whose activations are x. Raises ValueError for a requested name that isn't there."""
+    """The backend for a product whose activations are x. Raises ValueError for a requested one that isn't there."""
     if _requested == "auto":
-        return reference
+        # Dynamo traces tensors without memory, and fuses the reference.
+        plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return cpu if plain and native_available() else reference
     if _requested not in BACKENDS:
         raise ValueError(f"backend {_requested!r} is not available; choose auto or one of {', '.join(BACKENDS)}")
+    if _requested == "native":
+        cpu.native.kernels()  # raises, with what to do, where it was not built
+        if x.device.type != "cpu":
+            raise ValueError(f"the native backend runs on the CPU and the activations are on {x.device}; choose auto")
     return BACKENDS[_requested]
+
+
+def native_wanted(device: torch.device) -> bool:
+    """Whether a model on this device should run natively as a whole: asked for, or automatic and possible. Raises
+    ValueError where it was asked for and cannot be."""
+    return select_backend(torch.empty(0, device=device)) is cpu
+
+
+@cache
+def native_available() -> bool:
+    """Whether the native CPU kernels are there; warns, once, where they are not."""
+    if not cpu.available():
+        warnings.warn(
+            "the native CPU kernels were not built, so packed products run on the slow torch reference; install a "
+            "C++ compiler and run: pip install -e .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @contextmanager

@@ -210,6 +210,26 @@ class BitNetForCausalLM(nn.Module):
         pack(self)
         return self
 
+    @classmethod
+    def packed_from(cls, config: ModelConfig, tensors: dict[str, Tensor]) -> "BitNetForCausalLM":
+        """The model that `pack()` made, from the state_dict that it then had; shares the tensors.
+
+        Raises RuntimeError, from torch, for tensors that are missing, left over or of another shape.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+            if model.lm_head is not None:
+                model.lm_head = PackedLinear(config.hidden_size, config.vocab_size, False, quantizer="int8")
+            model.model.embed_tokens = PackedEmbedding(config.vocab_size, config.hidden_size)
+            for module in list(model.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, BitLinear):
+                        packed = PackedLinear(child.in_features, child.out_features, False, quantizer=child.quantizer)
+                        setattr(module, name, packed)
+        model.load_state_dict(tensors, assign=True)
+        model.model.cos, model.model.sin = rope_tables(config)
+        return model.eval()
+
     @property
     def head_is_packed(self) -> bool:
         """Whether embedding and output head are INT8."""
