@@ -200,14 +200,15 @@ class BitNetForCausalLM(nn.Module):
     def pack(self) -> "BitNetForCausalLM":
         """The inference form, in place: 2-bit projections, INT8 embedding and head (one table where they are tied).
 
-        No float matrix is left, and the native engine (`bitnet/engine.py`) runs exactly this model. Raises ValueError
-        for a float twin, which has nothing to pack.
+        No float matrix is left but the norms, and the native engine (`bitnet/engine.py`) runs exactly this model. In a
+        float twin only embedding and head become INT8.
         """
         if not isinstance(self.model.embed_tokens, PackedEmbedding):
             if self.lm_head is not None:
                 self.lm_head = PackedLinear.from_linear(self.lm_head, "int8")
             self.model.embed_tokens = PackedEmbedding.from_weight(self.model.embed_tokens.weight)
-        pack(self)
+        if any(isinstance(module, BitLinear) for module in self.modules()):
+            pack(self)
         return self
 
     @classmethod
