@@ -25,7 +25,7 @@ INSTRUCTION_SETS = {
 }
 INSTRUCTION_SETS["AMD64"] = INSTRUCTION_SETS["x86_64"]
 # Contraction off, and fused multiply-adds written where wanted: every instruction set computes the same bits.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w"]
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
 
 
 class BuildKernels(build_ext):

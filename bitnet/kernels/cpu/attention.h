@@ -108,7 +108,7 @@ static void attend(const float *const *query, const void *keys, const void *valu
                 e = load(t);
             }
             store(s + i, e);
-            total += e;
+            total = total + e;
         }
         inverse[q] = 1.0f / sum(total);
     }

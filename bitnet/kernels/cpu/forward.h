@@ -344,5 +344,50 @@ static void quantize(const float *x, int64_t rows, int64_t K, int8_t *q, int64_t
     }
 }
 
+// Twelve independent sums of products on registers; what a tile of matmul.h could reach if memory cost nothing.
+static int64_t peak(int64_t rounds, int threads) {
+    int64_t operations = 0;
+    int32_t seen = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : operations, seen)
+    {
+#if defined(BN_AMX)
+        configure_tiles();
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
+        for (int64_t i = 0; i < rounds; i++) {
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+        _tile_release();
+        operations += rounds * 4 * 16 * 16 * 64 * 2;
+#else
+        vi a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {}, a10 = {}, a11 = {};
+        vb w;
+        vi pattern = splat((int32_t)0x01020100);
+        read(&pattern, &w);
+        vi x = splat((int32_t)threads);
+        for (int64_t i = 0; i < rounds; i++) {
+            a0 = dot4_small(a0, w, x); a1 = dot4_small(a1, w, x); a2 = dot4_small(a2, w, x);
+            a3 = dot4_small(a3, w, x); a4 = dot4_small(a4, w, x); a5 = dot4_small(a5, w, x);
+#if defined(BN_AVX512)
+            a6 = dot4_small(a6, w, x); a7 = dot4_small(a7, w, x); a8 = dot4_small(a8, w, x);
+            a9 = dot4_small(a9, w, x); a10 = dot4_small(a10, w, x); a11 = dot4_small(a11, w, x);
+#endif
+            // The compiler would otherwise see that all sums are alike.
+            opaque(a0); opaque(a1); opaque(a2); opaque(a3); opaque(a4); opaque(a5);
+#if defined(BN_AVX512)
+            opaque(a6); opaque(a7); opaque(a8); opaque(a9); opaque(a10); opaque(a11);
+#endif
+        }
+        vi s = a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9 + a10 + a11;
+        seen += sum(s);
+        operations += rounds * (BLOCKS == 2 ? 12 : 6) * 128;
+#endif
+    }
+    return operations + (seen == 1 ? 1 : 0);
+}
+
 } // namespace BN_ISA
 } // namespace bn

@@ -11,4 +11,5 @@
 extern "C" const bn_kernels BN_NAME(BN_ISA);
 extern "C" const bn_kernels BN_NAME(BN_ISA) = {
     BN_STRING(BN_ISA), BN_CODEC, bn::BN_ISA::quantize, bn::BN_ISA::matmul, bn::BN_ISA::forward,
+    bn::BN_ISA::peak,
 };

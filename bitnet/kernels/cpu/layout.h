@@ -66,4 +66,7 @@ typedef struct {
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads);
     int (*forward)(const bn_model *m, bn_cache *cache, const int64_t *ids, int64_t batch, int64_t tokens, int all,
                    float *logits, void *workspace, int threads);
+    // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that
+    // was. For the machine's limits in bitnet.bench.
+    int64_t (*peak)(int64_t rounds, int threads);
 } bn_kernels;

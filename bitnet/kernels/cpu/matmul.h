@@ -88,7 +88,7 @@ template <int codec> BN_INLINE vi block_times_token(const uint8_t *p, int64_t li
     }
 }
 
-static vi block_times_token(const bn_matrix &w, int64_t block, const int8_t *x) {
+BN_INLINE vi block_times_token(const bn_matrix &w, int64_t block, const int8_t *x) {
     const uint8_t *p = w.lines + block * w.lines_per_block * 64;
     switch (w.codec) {
     case CODEC_BASE3: return block_times_token<CODEC_BASE3>(p, w.lines_per_block, x);
@@ -114,7 +114,7 @@ static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_
         } else if (w.codec == CODEC_BASE3) {
 #pragma GCC unroll 5
             for (int i = 0; i < 5; i++) { // the digit is how many thirds of 256 are in v
-                vb digit = ((vb)(v > 85) & 1) + ((vb)(v > 170) & 1);
+                vb digit = above(v, 85) + above(v, 170);
                 store_line(out, digit);
                 v = v + (v + v);
                 out += 64;
@@ -128,7 +128,7 @@ static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_
             out += 64;
         }
     }
-    for (; out < end; out += 64) store_line(out, (vb){});
+    if (out < end) memset(out, 0, end - out);
 }
 
 // sums[m][32] of MT tokens with the two blocks at p0 and p1; accumulators are named, since gcc keeps arrays of vectors
@@ -136,7 +136,7 @@ static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_
 #if defined(BN_AVX512)
 enum { TILE = 12, BLOCKS = 2 };
 #else
-enum { TILE = 6, BLOCKS = 1 };
+enum { TILE = 4, BLOCKS = 1 };
 #endif
 
 template <int MT, int NB>
@@ -286,11 +286,13 @@ BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vi s0
                       int64_t m) {
     vi back = splat(offset_of(w.codec) * total);
     int64_t n = 32 * panel;
-    s0 -= back;
-    s1 -= back;
+    s0 = s0 - back;
+    s1 = s1 - back;
     if (to.out == OUT_INT32) {
-        int32_t *y = (int32_t *)to.y + m * to.stride + n;
-        for (int64_t r = 0; r < 32 && n + r < to.columns; r++) y[r] = r < 16 ? s0[r] : s1[r - 16];
+        int32_t *y = (int32_t *)to.y + m * to.stride + n, t[32];
+        store(t, s0);
+        store(t + 16, s1);
+        for (int64_t r = 0; r < 32 && n + r < to.columns; r++) y[r] = t[r];
         return;
     }
     vf v0 = to_float(s0) * splat(scale) * load(w.scale + n);
@@ -367,7 +369,7 @@ BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale
         int8_t narrowed[16];
         narrow(narrowed, code);
         memcpy(q + k, narrowed, K - k < 16 ? K - k : 16);
-        sums += code;
+        sums = sums + code;
     }
     *scale = s + sum(odd);
     *total = sum(sums);

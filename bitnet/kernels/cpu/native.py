@@ -66,6 +66,7 @@ class Kernels(ctypes.Structure):
 
     _fields_ = [
         ("name", c_char_p), ("codec", c_int32), ("quantize", _QUANTIZE), ("matmul", _MATMUL), ("forward", _FORWARD),
+        ("peak", ctypes.CFUNCTYPE(c_int64, c_int64, c_int)),
     ]  # fmt: skip
 
 

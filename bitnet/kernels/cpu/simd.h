@@ -1,10 +1,10 @@
 // Vectors of 64 bytes, in the words of each instruction set.
 //
 // A "line" is 64 bytes = 16 rows x 4 values of K (the run-time layouts are drawn in layout.h). Everything above this file
-// is written in lines, int32 x 16 and float x 16, and is compiled once for each instruction set; a machine with
-// shorter registers holds a line in two or four of them. Integer results are exact, and the float operations are the
-// same ones in the same order, so every instruction set gives the same bits: -ffp-contract=off keeps the compiler from
-// fusing where another target cannot, and where a fused multiply-add is wanted it is written `fma`.
+// is written in lines (vb), int32 x 16 (vi) and float x 16 (vf), and is compiled once for each instruction set; where
+// registers are shorter, a vector is a pair, or a pair of pairs. Integer results are exact, and the float operations
+// are the same ones in the same order, so every instruction set gives the same bits: -ffp-contract=off keeps the
+// compiler from fusing where another target cannot, and where a fused multiply-add is wanted it is written `fma`.
 #pragma once
 
 #include <math.h>
@@ -28,155 +28,133 @@
 namespace bn {
 namespace BN_ISA {
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint8_t vb __attribute__((vector_size(64)));
-typedef float vf_u __attribute__((vector_size(64), aligned(4)));
-typedef int32_t vi_u __attribute__((vector_size(64), aligned(4)));
-typedef uint8_t vb_u __attribute__((vector_size(64), aligned(1)));
+// ---- a vector of the compiler's own, of N bytes, and pairs of them ----
 
-BN_INLINE vb load_line(const uint8_t *p) { return *(const vb_u *)p; }
-BN_INLINE void store_line(uint8_t *p, vb v) { *(vb_u *)p = v; }
-BN_INLINE vf load(const float *p) { return *(const vf_u *)p; }
-BN_INLINE void store(float *p, vf v) { *(vf_u *)p = v; }
-BN_INLINE void store(int32_t *p, vi v) { *(vi_u *)p = v; }
-BN_INLINE vi load(const int32_t *p) { return *(const vi_u *)p; }
-BN_INLINE int32_t load_dword(const int8_t *p) { int32_t v; memcpy(&v, p, 4); return v; }
+template <int N> struct native {
+    typedef float f __attribute__((vector_size(N)));
+    typedef int32_t i __attribute__((vector_size(N)));
+    typedef uint8_t b __attribute__((vector_size(N)));
+};
+
+// gcc keeps two named vectors in registers; one vector of twice a register's size, or an array, goes through memory.
+template <class T> struct pair {
+    T lo, hi;
+};
+#define BN_PAIRWISE(op)                                                                                                \
+    template <class T> BN_INLINE pair<T> operator op(pair<T> a, pair<T> b) { return {a.lo op b.lo, a.hi op b.hi}; }
+BN_PAIRWISE(+) BN_PAIRWISE(-) BN_PAIRWISE(*) BN_PAIRWISE(/) BN_PAIRWISE(&)
+#undef BN_PAIRWISE
+template <class T> BN_INLINE pair<T> operator-(pair<T> a) { return {-a.lo, -a.hi}; }
+template <class T> BN_INLINE pair<T> operator&(pair<T> a, uint8_t mask) { return {a.lo & mask, a.hi & mask}; }
+template <class T> BN_INLINE pair<T> operator>>(pair<T> a, int n) { return {a.lo >> n, a.hi >> n}; }
+template <class T> BN_INLINE pair<T> operator<<(pair<T> a, int n) { return {a.lo << n, a.hi << n}; }
+
+#if defined(BN_AVX2)
+enum { NATIVE = 32 };
+typedef pair<native<32>::f> vf;
+typedef pair<native<32>::i> vi;
+typedef pair<native<32>::b> vb;
+#elif defined(BN_NEON)
+enum { NATIVE = 16 };
+typedef pair<pair<native<16>::f>> vf;
+typedef pair<pair<native<16>::i>> vi;
+typedef pair<pair<native<16>::b>> vb;
+#else
+enum { NATIVE = 64 };
+typedef native<64>::f vf;
+typedef native<64>::i vi;
+typedef native<64>::b vb;
+#endif
+typedef native<NATIVE>::f nf; // what one instruction works on; the scalar build leaves that to the compiler
+typedef native<NATIVE>::i ni;
+typedef native<NATIVE>::b nb;
+
+BN_INLINE ni as_int(nf v) { return (ni)v; }
+BN_INLINE nf as_float(ni v) { return (nf)v; }
+template <class T> BN_INLINE auto as_int(pair<T> v) -> pair<decltype(as_int(v.lo))> {
+    return {as_int(v.lo), as_int(v.hi)};
+}
+template <class T> BN_INLINE auto as_float(pair<T> v) -> pair<decltype(as_float(v.lo))> {
+    return {as_float(v.lo), as_float(v.hi)};
+}
+
+template <class T> BN_INLINE void read(const void *p, T *v) { memcpy(v, p, sizeof *v); }
+BN_INLINE vb load_line(const uint8_t *p) { vb v; read(p, &v); return v; }
+BN_INLINE vf load(const float *p) { vf v; read(p, &v); return v; }
+BN_INLINE vi load(const int32_t *p) { vi v; read(p, &v); return v; }
+BN_INLINE void store_line(uint8_t *p, vb v) { memcpy(p, &v, sizeof v); }
+BN_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+BN_INLINE void store(int32_t *p, vi v) { memcpy(p, &v, sizeof v); }
+
+BN_INLINE void fill(nf *v, float x) { *v = x - (nf){}; }
+BN_INLINE void fill(ni *v, int32_t x) { *v = x + (ni){}; }
+template <class T, class S> BN_INLINE void fill(pair<T> *v, S x) { fill(&v->lo, x); v->hi = v->lo; }
+BN_INLINE vf splat(float x) { vf v; fill(&v, x); return v; }
+BN_INLINE vi splat(int32_t x) { vi v; fill(&v, x); return v; }
+BN_INLINE vi splat_dword(const int8_t *p) { int32_t x; memcpy(&x, p, 4); return splat(x); }
+
+// 1 in the bytes above a bound, else 0.
+BN_INLINE nb above(nb v, int bound) {
+    uint8_t b = (uint8_t)bound;
+    return (nb)(v > b) & 1;
+}
+template <class T> BN_INLINE pair<T> above(pair<T> v, int bound) { return {above(v.lo, bound), above(v.hi, bound)}; }
 
 // ---- what each instruction set says in its own way ----
-//   dot4(acc, w, x)        acc[r] += sum over j of w[4r + j] * x[j], w unsigned, x signed, four bytes of x at `x`
+//   dot4(acc, w, x)        acc[r] += sum over j of w[4r + j] * x[4r + j], w unsigned bytes, x signed ones
 //   dot4_small(acc, w, x)  the same where no w exceeds 127
-//   fma(a, b, c), to_int(v) round half to even, to_float(v), narrow(q, v) 16 x int32 to int8 with saturation
+//   fma(a, b, c)           a * b + c, rounded once
+//   to_int(v)              round half to even
+//   max, min               the second operand where they do not compare
 
 #if defined(BN_AVX512)
 
-BN_INLINE vi splat(int32_t v) { return (vi)_mm512_set1_epi32(v); }
-BN_INLINE vf splat(float v) { return (vf)_mm512_set1_ps(v); }
 BN_INLINE vi dot4(vi acc, vb w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
 BN_INLINE vi dot4_small(vi acc, vb w, vi x) { return dot4(acc, w, x); }
 BN_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 BN_INLINE vi to_int(vf v) { return (vi)_mm512_cvtps_epi32((__m512)v); }
-BN_INLINE vf to_float(vi v) { return (vf)_mm512_cvtepi32_ps((__m512i)v); }
-BN_INLINE void narrow(int8_t *q, vi v) { _mm_storeu_si128((__m128i *)q, _mm512_cvtsepi32_epi8((__m512i)v)); }
 BN_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 BN_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-BN_INLINE vf widen(const int8_t *q) {
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
-}
-BN_INLINE vf from_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
-BN_INLINE void to_half(uint16_t *p, vf v) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
-#else
+#elif defined(BN_AVX2)
 
-BN_INLINE vi splat(int32_t v) { return v + (vi){}; }
-BN_INLINE vf splat(float v) { return v - (vf){}; }
-
-#if defined(BN_AVX2)
-// A union of the halves costs nothing once inlined.
-union halves { __m256i i[2]; __m256 f[2]; vi vi_; vf vf_; vb vb_; };
-BN_INLINE halves split(vi v) { halves h; h.vi_ = v; return h; }
-BN_INLINE halves split(vf v) { halves h; h.vf_ = v; return h; }
-BN_INLINE halves split(vb v) { halves h; h.vb_ = v; return h; }
+BN_INLINE ni dot4_small(ni acc, nb w, ni x) {
 #if defined(BN_AVXVNNI)
-BN_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
-BN_INLINE __m256i dot4_half_small(__m256i acc, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+    return (ni)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 #else
-// vpmaddubsw saturates at 16 bits. 128 * (127 + 127) and 128 * -256 still fit, so w up to 128 is exact.
-BN_INLINE __m256i dot4_half_small(__m256i acc, __m256i w, __m256i x) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
-}
-BN_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i x) {
-    acc = dot4_half_small(acc, _mm256_and_si256(w, _mm256_set1_epi8(127)), x);
-    return dot4_half_small(acc, _mm256_and_si256(w, _mm256_set1_epi8(-128)), x);
-}
+    // vpmaddubsw saturates at 16 bits, which 127 * (127 + 127) and 127 * (-128 - 128) do not reach.
+    return acc + (ni)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)x), _mm256_set1_epi16(1));
 #endif
-#define BN_BY_HALF(acc, w, x, f)                                                                                       \
-    halves a = split(acc), b = split(w), c = split(x);                                                                 \
-    a.i[0] = f(a.i[0], b.i[0], c.i[0]);                                                                                \
-    a.i[1] = f(a.i[1], b.i[1], c.i[1]);                                                                                \
-    return a.vi_;
-BN_INLINE vi dot4(vi acc, vb w, vi x) { BN_BY_HALF(acc, w, x, dot4_half) }
-BN_INLINE vi dot4_small(vi acc, vb w, vi x) { BN_BY_HALF(acc, w, x, dot4_half_small) }
-BN_INLINE vf fma(vf x, vf y, vf z) {
-    halves a = split(x), b = split(y), c = split(z);
-    a.f[0] = _mm256_fmadd_ps(a.f[0], b.f[0], c.f[0]);
-    a.f[1] = _mm256_fmadd_ps(a.f[1], b.f[1], c.f[1]);
-    return a.vf_;
 }
-BN_INLINE vi to_int(vf v) {
-    halves a = split(v);
-    a.i[0] = _mm256_cvtps_epi32(a.f[0]);
-    a.i[1] = _mm256_cvtps_epi32(a.f[1]);
-    return a.vi_;
+BN_INLINE ni dot4(ni acc, nb w, ni x) {
+#if defined(BN_AVXVNNI)
+    return dot4_small(acc, w, x);
+#else
+    acc = dot4_small(acc, w & 127, x); // 128 * (127 + 127) and 128 * (-128 - 128) still fit
+    return dot4_small(acc, w & 128, x);
+#endif
 }
-BN_INLINE vf from_half(const uint16_t *p) {
-    halves a;
-    a.f[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-    a.f[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
-    return a.vf_;
-}
-BN_INLINE void to_half(uint16_t *p, vf v) {
-    halves a = split(v);
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.f[0], _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.f[1], _MM_FROUND_TO_NEAREST_INT));
-}
-BN_INLINE vf widen(const int8_t *q) {
-    __m128i v = _mm_loadu_si128((const __m128i *)q);
-    halves a;
-    a.f[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
-    a.f[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)));
-    return a.vf_;
-}
-BN_INLINE void narrow(int8_t *q, vi v) {
-    halves a = split(v);
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.i[0], a.i[1]), 0xD8);
-    _mm_storeu_si128((__m128i *)q, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-}
-BN_INLINE vf max(vf x, vf y) {
-    halves a = split(x), b = split(y);
-    a.f[0] = _mm256_max_ps(a.f[0], b.f[0]);
-    a.f[1] = _mm256_max_ps(a.f[1], b.f[1]);
-    return a.vf_;
-}
-BN_INLINE vf min(vf x, vf y) {
-    halves a = split(x), b = split(y);
-    a.f[0] = _mm256_min_ps(a.f[0], b.f[0]);
-    a.f[1] = _mm256_min_ps(a.f[1], b.f[1]);
-    return a.vf_;
-}
+BN_INLINE nf fma(nf a, nf b, nf c) { return (nf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+BN_INLINE ni to_int(nf v) { return (ni)_mm256_cvtps_epi32((__m256)v); }
+BN_INLINE nf max(nf a, nf b) { return (nf)_mm256_max_ps((__m256)a, (__m256)b); }
+BN_INLINE nf min(nf a, nf b) { return (nf)_mm256_min_ps((__m256)a, (__m256)b); }
 
 #elif defined(BN_NEON)
-union quarters { int32x4_t i[4]; float32x4_t f[4]; uint8x16_t b[4]; vi vi_; vf vf_; vb vb_; };
+
 // vdotq_s32 takes signed bytes on both sides.
-BN_INLINE vi dot4_small(vi acc, vb w, vi x) {
-    quarters a, b, c;
-    a.vi_ = acc; b.vb_ = w; c.vi_ = x;
-    for (int j = 0; j < 4; j++)
-        a.i[j] = vdotq_s32(a.i[j], vreinterpretq_s8_u8(b.b[j]), vreinterpretq_s8_s32(c.i[j]));
-    return a.vi_;
-}
+BN_INLINE ni dot4_small(ni acc, nb w, ni x) { return (ni)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
 // w = (w & 127) + (w & 128), and 128 reads as -128.
-BN_INLINE vi dot4(vi acc, vb w, vi x) {
-    return dot4_small(acc, w & 127, x) - dot4_small((vi){}, w & 128, x);
+BN_INLINE ni dot4(ni acc, nb w, ni x) {
+    return dot4_small(acc, w & 127, x) - dot4_small((ni){}, w & 128, x);
 }
-BN_INLINE vf fma(vf x, vf y, vf z) {
-    quarters a, b, c;
-    a.vf_ = x; b.vf_ = y; c.vf_ = z;
-    for (int j = 0; j < 4; j++) c.f[j] = vfmaq_f32(c.f[j], a.f[j], b.f[j]);
-    return c.vf_;
-}
-BN_INLINE vi to_int(vf v) {
-    quarters a;
-    a.vf_ = v;
-    for (int j = 0; j < 4; j++) a.i[j] = vcvtnq_s32_f32(a.f[j]);
-    return a.vi_;
-}
+BN_INLINE nf fma(nf a, nf b, nf c) { return (nf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+BN_INLINE ni to_int(nf v) { return (ni)vcvtnq_s32_f32((float32x4_t)v); }
+
 #else
+
 BN_INLINE vi dot4(vi acc, vb w, vi x) {
     int8_t xs[4];
-    int32_t first = x[0];
+    int32_t first = x[0]; // all lanes are alike
     memcpy(xs, &first, 4);
     for (int r = 0; r < 16; r++)
         acc[r] += w[4 * r] * xs[0] + w[4 * r + 1] * xs[1] + w[4 * r + 2] * xs[2] + w[4 * r + 3] * xs[3];
@@ -192,26 +170,89 @@ BN_INLINE vi to_int(vf v) {
     for (int r = 0; r < 16; r++) q[r] = (int32_t)lrintf(v[r]);
     return q;
 }
+
 #endif
 
-BN_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
-
-#if !defined(BN_AVX2)
-BN_INLINE vf max(vf a, vf b) { // b where they do not compare, as x86 does
-    for (int r = 0; r < 16; r++) a[r] = a[r] > b[r] ? a[r] : b[r];
+#if !defined(BN_AVX512) && !defined(BN_AVX2)
+BN_INLINE nf max(nf a, nf b) {
+    for (int r = 0; r < NATIVE / 4; r++) a[r] = a[r] > b[r] ? a[r] : b[r];
     return a;
 }
-BN_INLINE vf min(vf a, vf b) {
-    for (int r = 0; r < 16; r++) a[r] = a[r] < b[r] ? a[r] : b[r];
+BN_INLINE nf min(nf a, nf b) {
+    for (int r = 0; r < NATIVE / 4; r++) a[r] = a[r] < b[r] ? a[r] : b[r];
     return a;
+}
+#endif
+
+BN_INLINE nf to_float(ni v) { return __builtin_convertvector(v, nf); }
+template <class T> BN_INLINE auto to_float(pair<T> v) -> pair<decltype(to_float(v.lo))> {
+    return {to_float(v.lo), to_float(v.hi)};
+}
+template <class T> BN_INLINE auto to_int(pair<T> v) -> pair<decltype(to_int(v.lo))> {
+    return {to_int(v.lo), to_int(v.hi)};
+}
+template <class T> BN_INLINE pair<T> fma(pair<T> a, pair<T> b, pair<T> c) {
+    return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+template <class T> BN_INLINE pair<T> max(pair<T> a, pair<T> b) { return {max(a.lo, b.lo), max(a.hi, b.hi)}; }
+template <class T> BN_INLINE pair<T> min(pair<T> a, pair<T> b) { return {min(a.lo, b.lo), min(a.hi, b.hi)}; }
+template <class I, class B> BN_INLINE pair<I> dot4(pair<I> acc, pair<B> w, pair<I> x) {
+    return {dot4(acc.lo, w.lo, x.lo), dot4(acc.hi, w.hi, x.hi)};
+}
+template <class I, class B> BN_INLINE pair<I> dot4_small(pair<I> acc, pair<B> w, pair<I> x) {
+    return {dot4_small(acc.lo, w.lo, x.lo), dot4_small(acc.hi, w.hi, x.hi)};
+}
+
+// Keeps a vector in its registers, and the compiler from knowing what is in it.
+#if defined(BN_AVX512) || defined(BN_AVX2)
+BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+v"(v)); }
+#elif defined(BN_NEON)
+BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+w"(v)); }
+#else
+BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+m"(v)); }
+#endif
+template <class T> BN_INLINE void opaque(pair<T> &v) { opaque(v.lo); opaque(v.hi); }
+
+// ---- bytes and half precision: 16 values in memory to and from a vector ----
+
+#if defined(BN_AVX512) || defined(BN_AVX2)
+#if defined(BN_AVX512)
+BN_INLINE vf widen(const int8_t *q) {
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
+}
+BN_INLINE void narrow(int8_t *q, vi v) { _mm_storeu_si128((__m128i *)q, _mm512_cvtsepi32_epi8((__m512i)v)); }
+BN_INLINE vf from_half(const uint16_t *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+BN_INLINE void to_half(uint16_t *p, vf v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+BN_INLINE vf widen(const int8_t *q) {
+    return {(nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q))),
+            (nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + 8))))};
 }
 BN_INLINE void narrow(int8_t *q, vi v) {
-    for (int r = 0; r < 16; r++) q[r] = (int8_t)(v[r] < -128 ? -128 : v[r] > 127 ? 127 : v[r]);
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)v.lo, (__m256i)v.hi), 0xD8);
+    _mm_storeu_si128((__m128i *)q, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+BN_INLINE vf from_half(const uint16_t *p) {
+    return {(nf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
+            (nf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
+BN_INLINE void to_half(uint16_t *p, vf v) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph((__m256)v.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+#else
 BN_INLINE vf widen(const int8_t *q) {
-    vf v;
-    for (int r = 0; r < 16; r++) v[r] = (float)q[r];
-    return v;
+    float t[16];
+    for (int r = 0; r < 16; r++) t[r] = (float)q[r];
+    return load(t);
+}
+BN_INLINE void narrow(int8_t *q, vi v) {
+    int32_t t[16];
+    store(t, v);
+    for (int r = 0; r < 16; r++) q[r] = (int8_t)(t[r] < -128 ? -128 : t[r] > 127 ? 127 : t[r]);
 }
 // Half precision by hand: exact one way, round half to even the other.
 BN_INLINE float half_to_float(uint16_t h) {
@@ -242,19 +283,18 @@ BN_INLINE uint16_t float_to_half(float f) {
     return (uint16_t)(sign | ((rounded - 0x38000000u) >> 13));
 }
 BN_INLINE vf from_half(const uint16_t *p) {
-    vf v;
-    for (int r = 0; r < 16; r++) v[r] = half_to_float(p[r]);
-    return v;
+    float t[16];
+    for (int r = 0; r < 16; r++) t[r] = half_to_float(p[r]);
+    return load(t);
 }
 BN_INLINE void to_half(uint16_t *p, vf v) {
-    for (int r = 0; r < 16; r++) p[r] = float_to_half(v[r]);
+    float t[16];
+    store(t, v);
+    for (int r = 0; r < 16; r++) p[r] = float_to_half(t[r]);
 }
 #endif
-#endif
 
-BN_INLINE vi splat_dword(const int8_t *p) { return splat(load_dword(p)); }
-
-BN_INLINE vf absolute(vf v) { return (vf)((vi)v & splat((int32_t)0x7FFFFFFF)); }
+BN_INLINE vf absolute(vf v) { return as_float(as_int(v) & splat((int32_t)0x7FFFFFFF)); }
 
 // Sums and maxima over the 16 lanes, always as the same tree.
 BN_INLINE float sum(vf v) {
@@ -272,9 +312,10 @@ BN_INLINE float maximum(vf v) {
     return t[0];
 }
 BN_INLINE int32_t sum(vi v) {
-    int32_t t = 0;
-    for (int r = 0; r < 16; r++) t += v[r];
-    return t;
+    int32_t t[16], s = 0;
+    store(t, v);
+    for (int r = 0; r < 16; r++) s += t[r];
+    return s;
 }
 
 // e^x within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor polynomial of e^r to the
@@ -293,7 +334,7 @@ BN_INLINE vf exponential(vf x) {
     p = fma(p, r, splat(0.5f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
-    return (vf)((vi)p + (n << 23));
+    return as_float(as_int(p) + (n << 23));
 }
 
 } // namespace BN_ISA
