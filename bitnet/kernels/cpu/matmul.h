@@ -204,51 +204,38 @@ BN_INLINE void configure_tiles() {
     }
     _tile_loadconfig(&c);
 }
-enum { AMX_QUADS = 192 }; // a slice of a panel: 32 rows x 768 K = 24 KiB stay in the first-level cache
 
 static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
                                    int64_t M, int32_t *sums) {
-    for (int64_t first = 0; first < quads; first += AMX_QUADS) {
-        int64_t last = first + AMX_QUADS < quads ? first + AMX_QUADS : quads;
-        for (int64_t m = 0; m < M; m += 32) {
-            int32_t *s = sums + 32 * m;
-            const int8_t *x0 = x + m * stride, *x1 = x0 + 16 * stride;
-            bool wide = M - m > 16;
-            if (first == 0) {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            } else {
-                _tile_loadd(0, s, 128);
-                _tile_loadd(1, s + 16, 128);
-                if (wide) {
-                    _tile_loadd(2, s + 512, 128);
-                    _tile_loadd(3, s + 528, 128);
-                }
+    for (int64_t m = 0; m < M; m += 32) {
+        int32_t *s = sums + 32 * m;
+        const int8_t *x0 = x + m * stride, *x1 = x0 + 16 * stride;
+        bool wide = M - m > 16;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        if (wide)
+            for (int64_t k = 0; k < quads; k += 16) {
+                _tile_loadd(4, x0 + 4 * k, stride);
+                _tile_loadd(6, p0 + 64 * k, 64);
+                _tile_loadd(7, p1 + 64 * k, 64);
+                _tile_loadd(5, x1 + 4 * k, stride);
+                _tile_dpbsud(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
             }
-            if (wide)
-                for (int64_t k = first; k < last; k += 16) {
-                    _tile_loadd(4, x0 + 4 * k, stride);
-                    _tile_loadd(6, p0 + 64 * k, 64);
-                    _tile_loadd(7, p1 + 64 * k, 64);
-                    _tile_loadd(5, x1 + 4 * k, stride);
-                    _tile_dpbsud(0, 4, 6);
-                    _tile_dpbsud(1, 4, 7);
-                    _tile_dpbsud(2, 5, 6);
-                    _tile_dpbsud(3, 5, 7);
-                }
-            else
-                for (int64_t k = first; k < last; k += 16) {
-                    _tile_loadd(4, x0 + 4 * k, stride);
-                    _tile_loadd(6, p0 + 64 * k, 64);
-                    _tile_loadd(7, p1 + 64 * k, 64);
-                    _tile_dpbsud(0, 4, 6);
-                    _tile_dpbsud(1, 4, 7);
-                }
-            _tile_stored(0, s, 128);
-            _tile_stored(1, s + 16, 128);
-            if (wide) {
-                _tile_stored(2, s + 512, 128);
-                _tile_stored(3, s + 528, 128);
+        else
+            for (int64_t k = 0; k < quads; k += 16) {
+                _tile_loadd(4, x0 + 4 * k, stride);
+                _tile_loadd(6, p0 + 64 * k, 64);
+                _tile_loadd(7, p1 + 64 * k, 64);
+                _tile_dpbsud(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
             }
+        _tile_stored(0, s, 128);
+        _tile_stored(1, s + 16, 128);
+        if (wide) {
+            _tile_stored(2, s + 512, 128);
+            _tile_stored(3, s + 528, 128);
         }
     }
 }
