@@ -4,10 +4,13 @@ Everything else about the package is in pyproject.toml. One source file an instr
 the choice among them at run time: never -march=native, so a wheel built here runs elsewhere.
 """
 
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDER = "bitnet/kernels/cpu"
 X86 = ["-mavx2", "-mfma", "-mf16c"]
@@ -25,33 +28,38 @@ INSTRUCTION_SETS = {
 }
 INSTRUCTION_SETS["AMD64"] = INSTRUCTION_SETS["x86_64"]
 # Contraction off, and fused multiply-adds written where wanted: every instruction set computes the same bits.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
+FLAGS = [
+    "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
+    "-fPIC", "-g0", "-Wno-psabi", "-Wno-unused-function", "-Wno-maybe-uninitialized",
+]  # fmt: skip
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        common = [*FLAGS, *(["-fPIC"] if platform.system() != "Windows" else [])]
-
-        def compile_one(source: str, flags: list[str]) -> list[str]:
-            return self.compiler.compile(
-                [source], output_dir=self.build_temp, extra_postargs=[*common, *flags], depends=ext.depends
-            )
+        def compile_one(name: str, flags: list[str]) -> list[str] | None:
+            try:
+                return self.compiler.compile(
+                    [f"{FOLDER}/{name}.cpp"], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags],
+                    depends=ext.depends,
+                )  # fmt: skip
+            except CompileError:
+                return None
 
         openmp = ["-fopenmp"]  # torch carries the same libgomp, so both share one pool of threads
-        try:
-            objects = compile_one(f"{FOLDER}/isa_scalar.cpp", openmp)
-        except Exception as error:
-            print(f"no OpenMP ({error}): the native kernels will run on one thread")
+        scalar = compile_one("isa_scalar", openmp)
+        if scalar is None:
             openmp = []
-            objects = compile_one(f"{FOLDER}/isa_scalar.cpp", openmp)
-        found = []
-        for name, flags in INSTRUCTION_SETS.get(platform.machine(), {}).items():
-            try:
-                objects += compile_one(f"{FOLDER}/isa_{name}.cpp", [*openmp, *flags])
-                found.append(f"-DBN_HAVE_{name.upper()}")
-            except Exception as error:
-                print(f"leaving out {name}: {error}")
-        objects += compile_one(f"{FOLDER}/dispatch.cpp", [*openmp, *found])
+            print("OpenMP does not compile here: the native kernels will run on one thread")
+            scalar = compile_one("isa_scalar", openmp)
+        sets = INSTRUCTION_SETS.get(platform.machine(), {})
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", [*openmp, *sets[name]]), sets))
+        found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
+        print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")
+        dispatch = compile_one("dispatch", [*openmp, *found])
+        if scalar is None or dispatch is None:
+            raise CompileError("the native CPU kernels do not compile; bitnet will run on its torch reference")
+        objects = [path for part in (scalar, *compiled, dispatch) for path in part or []]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
         )

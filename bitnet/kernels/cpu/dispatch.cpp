@@ -2,7 +2,7 @@
 #include "layout.h"
 
 #include <math.h>
-#include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -116,36 +116,42 @@ BN_EXPORT int32_t bn_lines(int64_t K, int codec) {
 
 // Canonical packed rows (bitnet/quant/packing.py) [N, width] of `bits` to the lines of layout.h: row n goes to row
 // at + n / 16 * step * 16 + n % 16, so gate and up, with step 2, take turns. Rows and columns that do not exist are
-// left as the caller filled them.
-BN_EXPORT void bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits, int64_t K, uint8_t *lines, int codec,
-                       int64_t at, int64_t step, int threads) {
-    int64_t per_line = bn_lines(K, codec), quads = bn::common::quads_of(codec);
-    int64_t blocks = (N + 15) / 16, per_block = 256 / bits, mask = (1 << bits) - 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        for (int64_t n = 16 * block; n < N && n < 16 * block + 16; n++) {
+// left as the caller filled them. Returns 1 without memory for a row of codes a thread.
+BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits, int64_t K, uint8_t *lines, int codec,
+                      int64_t at, int64_t step, int threads) {
+    int64_t per_line = bn_lines(K, codec), quads = bn::common::quads_of(codec), per_byte = 8 / bits;
+    int64_t longest = width * per_byte + 4 * quads;
+    uint8_t *codes_of_all = (uint8_t *)malloc(threads * longest), fraction[243];
+    if (!codes_of_all) return 1;
+    for (int n = 0; n < 243; n++) fraction[n] = (uint8_t)((256 * n + 242) / 243);
+#pragma omp parallel num_threads(threads)
+    {
+        int id = 0;
+#ifdef _OPENMP
+        id = omp_get_thread_num();
+#endif
+        uint8_t *codes = codes_of_all + id * longest;
+        memset(codes, 0, longest);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
             const uint8_t *row = packed + n * width;
-            uint8_t *out = lines + (at / 16 + block * step) * per_line * 64 + n % 16 * 4;
-            for (int64_t l = 0; l < per_line; l++, out += 64)
+            for (int64_t block = 0; block < width / 32; block++)
+                for (int64_t lane = 0; lane < per_byte; lane++)
+                    for (int64_t j = 0; j < 32; j++)
+                        codes[(block * per_byte + lane) * 32 + j] = row[block * 32 + j] >> (lane * bits) & ((1 << bits) - 1);
+            uint8_t *out = lines + (at / 16 + n / 16 * step) * per_line * 64 + n % 16 * 4;
+            const uint8_t *c = codes;
+            for (int64_t l = 0; l < per_line; l++, out += 64, c += 4 * quads)
                 for (int64_t j = 0; j < 4; j++) {
-                    uint32_t byte = 0;
-                    for (int64_t i = 0; i < quads; i++) {
-                        int64_t k = (l * quads + i) * 4 + j;
-                        uint32_t code = 0;
-                        if (k < K) {
-                            int64_t inside = k % per_block;
-                            code = row[k / per_block * 32 + inside % 32] >> (inside / 32 * bits) & mask;
-                        }
-                        if (codec == CODEC_BASE3) byte = 3 * byte + code;
-                        else if (codec == CODEC_TWO_BIT) byte |= code << (2 * i);
-                        else if (codec == CODEC_FOUR_BIT) byte |= code << (4 * i);
-                        else byte = code;
-                    }
-                    if (codec == CODEC_BASE3) byte = (256 * byte + 242) / 243;
-                    out[j] = (uint8_t)byte;
+                    if (codec == CODEC_BASE3) out[j] = fraction[81 * c[j] + 27 * c[4 + j] + 9 * c[8 + j] + 3 * c[12 + j] + c[16 + j]];
+                    else if (codec == CODEC_TWO_BIT) out[j] = c[j] | c[4 + j] << 2 | c[8 + j] << 4 | c[12 + j] << 6;
+                    else if (codec == CODEC_FOUR_BIT) out[j] = c[j] | c[4 + j] << 4;
+                    else out[j] = c[j];
                 }
         }
     }
+    free(codes_of_all);
+    return 0;
 }
 
 // Ask for huge pages: streaming weights from 4 KiB pages costs a fifth of the bandwidth. A hint, so it cannot fail.

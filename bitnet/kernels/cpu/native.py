@@ -187,10 +187,12 @@ class Lines:
         lib = library()
         assert lib is not None
         packed = packed.contiguous()
-        lib.bn_pack(
+        failed = lib.bn_pack(
             packed.data_ptr(), packed.shape[0], packed.shape[1], bits, self.columns, self.memory.data_ptr(),
             CODECS[self.codec], at, step, torch.get_num_threads(),
         )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory to repack rows of {self.columns} codes")
         scales = scale.float().reshape(-1).expand(packed.shape[0])
         for first in range(0, packed.shape[0], 16):
             row = at + first * step
