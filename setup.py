@@ -70,8 +70,6 @@ class BuildKernels(build_ext):
 
 HEADERS = [f"{FOLDER}/{name}.h" for name in ("simd", "layout", "matmul", "attention", "forward", "isa")]
 setup(
-    ext_modules=[
-        Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)
-    ],
+    ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -59,7 +59,7 @@ Limits = dict[tuple[str, int], float]
 SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # 0.4 MB of English that every Python has
 LOGIT_STD = 3.0
-"""Of random models: top-p 0.95 then keeps some 2 % of the vocabulary, where flat logits would have nearly all sorted."""
+"""Of random models: top-p 0.95 then keeps some 2 % of the vocabulary; with flat logits it sorts nearly all of it."""
 
 
 @dataclass(frozen=True)
@@ -143,16 +143,16 @@ class Report:
         self.results[key] = rows
         if rows:
             lines = [list(columns.values()), *([_text(row.get(name), name) for name in columns] for row in rows)]
-            align = ["<" if isinstance(rows[0].get(name), str) else ">" for name in columns]
-            formats = [
-                f"{side}{max(map(len, cells))}" for side, cells in zip(align, zip(*lines, strict=True), strict=True)
-            ]
+            sides = ["<" if isinstance(rows[0].get(name), str) else ">" for name in columns]
+            widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+            formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
             print(f"\n{title}")
             for line in lines:
                 print("  " + "  ".join(map(format, line, formats)).rstrip())
         if self.path:
-            content = _rounded(self.results | {"notes": self.notes})
-            write_atomic(self.path, json.dumps(content, indent=1, default=str) + "\n")
+            text = json.dumps(self.results | {"notes": self.notes}, default=str)
+            rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+            write_atomic(self.path, json.dumps(rounded, indent=1) + "\n")
 
 
 def _text(value: Any, name: str) -> str:
@@ -164,14 +164,6 @@ def _text(value: Any, name: str) -> str:
             return f"{value:.0%}"
         return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}" if value else "0"  # three digits
     return "-" if value is None else str(value)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def progress(message: str) -> None:
@@ -253,6 +245,7 @@ def check_engine(dtype: str) -> Iterator[str]:
         vocab_size=300, hidden_size=160, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
     )  # fmt: skip
+    B, T = 2, 71
     first, *_ = sets = native.instruction_sets()
     # The reference has no INT8 cache, which costs 3 %.
     limit, reference_dtype = (1e-4, DTYPES[dtype]) if dtype in DTYPES else (0.05, torch.float32)
@@ -260,12 +253,12 @@ def check_engine(dtype: str) -> Iterator[str]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = BitNetForCausalLM(config).pack().eval()
-            ids = torch.randint(config.vocab_size, (2, 71))
+            ids = torch.randint(config.vocab_size, (B, T))
         with use_backend("reference"):
-            expected = _gate_logits(model, ids, KVCache(config, *ids.shape, model.device, reference_dtype))
+            expected = _gate_logits(model, ids, KVCache(config, B, T, dtype=reference_dtype))
         with native.use_instruction_set(first):
             engine = Engine.from_model(model, cache_dtype=dtype)
-            logits = _gate_logits(engine, ids, engine.new_cache(*ids.shape))
+            logits = _gate_logits(engine, ids, engine.new_cache(B, T))
         if (error := float((logits - expected).norm() / expected.norm())) < limit:
             break
     else:
@@ -273,7 +266,7 @@ def check_engine(dtype: str) -> Iterator[str]:
     for isa, codec in itertools.product(sets, ("base3", "two_bit")):
         with native.use_instruction_set(isa):
             engine = Engine.from_model(model, cache_dtype=dtype, codec=codec)
-            if not torch.equal(_gate_logits(engine, ids, engine.new_cache(*ids.shape)), logits):
+            if not torch.equal(_gate_logits(engine, ids, engine.new_cache(B, T)), logits):
                 yield f"{isa}, {codec}: the engine's logits have other bits than {first}'s with a {dtype} cache"
 
 
@@ -330,11 +323,11 @@ def seconds_per_product(copies: Sequence[native.Lines], tokens: int, threads: in
     matmul = native.kernels().matmul
     matmul(copies[-1].struct, *arguments)
     started = time.perf_counter()
-    for calls, copy in enumerate(itertools.cycle(copies), 1):
+    for calls, copy in enumerate(itertools.cycle(copies)):
+        if calls and (elapsed := time.perf_counter() - started) >= budget:
+            return elapsed / calls
         matmul(copy.struct, *arguments)
-        if (elapsed := time.perf_counter() - started) >= budget:
-            break
-    return elapsed / calls
+    raise AssertionError("there are no copies")
 
 
 def measure_kernels(plan: Plan, limits: Limits) -> list[Row]:
@@ -403,15 +396,11 @@ def load(plan: Plan) -> LanguageModel:
         return BitNetForCausalLM(plan.config).pack().eval()
 
 
-def empty_twin(config: ModelConfig) -> BitNetForCausalLM:
-    """A float model of this shape without memory."""
-    with torch.device("meta"):
-        return BitNetForCausalLM(config.replace(quantizer="none"))
-
-
 def float_twin(config: ModelConfig, dtype: torch.dtype) -> BitNetForCausalLM:
     """A float model of this shape, filled from one tile of random numbers: drawing all of them would take minutes."""
-    model = empty_twin(config).to(dtype).to_empty(device="cpu").eval()
+    with torch.device("meta"):
+        model = BitNetForCausalLM(config.replace(quantizer="none")).to(dtype)
+    model.to_empty(device="cpu").eval()
     model.model.cos, model.model.sin = rope_tables(config)
     tile = torch.empty(2**20 + 7).normal_(generator=torch.Generator().manual_seed(0))  # a prime: no two rows are alike
     for name, parameter in model.named_parameters():
@@ -422,21 +411,24 @@ def float_twin(config: ModelConfig, dtype: torch.dtype) -> BitNetForCausalLM:
     return model
 
 
+def ternary_weights(config: ModelConfig) -> int:
+    return config.num_hidden_layers * sum(N * K for N, K in projections(config).values())
+
+
 def fitting_twins(config: ModelConfig) -> tuple[str, ...]:
     """dtypes of the float twins that memory holds. Raises ValueError where it holds none."""
-    parameters, available, fitting = empty_twin(config).num_parameters(), available_memory(), ()
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    available, fitting = available_memory(), list[str]()
     for dtype in ("float32", "bfloat16"):
-        need = parameters * DTYPES[dtype].itemsize
+        need = (ternary_weights(config) + tables) * DTYPES[dtype].itemsize
         if need <= 0.8 * available:
-            fitting = (*fitting, dtype)
+            fitting.append(dtype)
             continue
-        message = (
-            f"the {dtype} twin takes {need / 1e9:.2f} GB, above 80 % of the {available / 1e9:.2f} GB that are free"
-        )
+        message = f"the {dtype} twin takes {need / 1e9:.2f} GB, above 80 % of the {available / 1e9:.2f} GB available"
         if dtype == "bfloat16":
             raise ValueError(f"{message}; choose a smaller --preset, or leave --twins out")
         progress(f"note: {message}, and is left out")
-    return fitting
+    return tuple(fitting)
 
 
 def generate_once(
@@ -484,7 +476,7 @@ def measure_ours(
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """On every instruction set: how the model was loaded and how fast it generates; and on the first one the peers."""
     loads, rows, peers = list[Row](), list[Row](), list[Row]()
-    weights = plan.config.num_hidden_layers * sum(N * K for N, K in projections(plan.config).values())
+    weights = ternary_weights(plan.config)
     for isa in plan.isas:
         with native.use_instruction_set(isa) if plan.native else use_backend("reference"):
             reset_peak_memory()
@@ -528,12 +520,9 @@ def parse_peer(text: str) -> Peer:
     binary, _, model = rest.rpartition(":")
     if not (name and binary and model):
         raise ValueError(f"--peer {text} is not NAME=BINARY:MODEL, e.g. ik=build/bin/llama-bench:2b.gguf")
-    program = shutil.which(binary)
-    if program is None:
-        raise ValueError(f"--peer {name}: there is no program {binary}")
-    if not Path(model).exists():
-        raise ValueError(f"--peer {name}: there is no model {model}")
-    return Peer(name, str(Path(program).absolute()), model)
+    if missing := [path for path in (binary, model) if not (Path(path).exists() or shutil.which(path))]:
+        raise ValueError(f"--peer {name}: {' and '.join(missing)} cannot be found")
+    return Peer(name, str(Path(shutil.which(binary) or binary).absolute()), model)
 
 
 def run_peer(peer: Peer, prompt: int, new: int, threads: int) -> tuple[float, float]:
@@ -597,8 +586,8 @@ def pick_model(options: Options) -> tuple[str, Path | None, ModelConfig]:
 def make_plan(options: Options) -> Plan:
     """Check the options and fill in what depends on model and machine. Raises ValueError, naming what is wrong."""
     for option in ("threads", "batch", "prompt", "new", "repeat"):
-        value = getattr(options, option)
-        if value is not None and min(value if isinstance(value, tuple) else (value,), default=1) < 1:
+        value, empty = getattr(options, option), 1 if option == "threads" else 0
+        if value is not None and min(value if isinstance(value, tuple) else (value,), default=empty) < 1:
             raise ValueError(f"--{option} is {value}; give at least 1")
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {options.json} is a folder or in one that does not exist; give a file to write")
@@ -637,7 +626,9 @@ def pick_tokenizer(plan: Plan, report: Report) -> Tokenizer:
 def passes_gate(plan: Plan, report: Report) -> bool:
     """Run the correctness gate and print how it went."""
     if not plan.native:
-        report.notes.append("no native kernels: packed products ran on the torch reference, without gate and limits")
+        report.notes.append(
+            "the native kernels are missing or switched off: the torch reference ran, without gate and limits"
+        )
         return True
     progress("checking the kernels and the engine")
     wrong = [*check_products(plan.config)]
@@ -672,9 +663,10 @@ def run(options: Options) -> int:
     ids = tokenizer.encode(TEXT[: 8 * plan.prompt])
     prompt = [tokenizer.bos_id, *(ids * (plan.prompt // len(ids) + 1))][: plan.prompt]
     report.notes += [
-        f"medians of {options.repeat}; {plan.prompt} prompt tokens a row, {plan.new} steps behind them; temperature 0.8, "
-        "top-p 0.95",
+        f"medians of {options.repeat}; {plan.prompt} prompt tokens a row, {plan.new} steps behind them; "
+        f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",
         "a model that fits the caches can exceed the limit, which is the memory's",
+        *(["llama-bench's decoding draws no token and makes no text, ours does both"] if plan.peers else []),
         *(["--quick: too short to be a measurement"] if options.quick else []),
     ]
     loads, rows, peers = measure_ours(plan, limits, tokenizer, prompt)

@@ -203,7 +203,7 @@ def load_for_inference(
     try:
         if native:
             with safe_open(path, framework="pt") as file:
-                return Engine(config, file.get_tensor, cache_dtype=cache_dtype)
+                return Engine(config, file.get_tensor, file.keys(), cache_dtype=cache_dtype)
         return BitNetForCausalLM.packed_from(config, load_tensors(path, device)).to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error

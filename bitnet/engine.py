@@ -15,7 +15,7 @@ tensors (`bitnet/quant/packing.py`), which do not depend on the machine.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from bitnet.quant import packed_width
 CACHE_DTYPES = {"float32": (0, torch.float32), "float16": (1, torch.float16), "int8": (2, torch.int8)}
 MAX_CHUNK = 512
 """Tokens of a longer input that go through the layers together: more would only need more memory."""
-
-_QUERY, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 class NativeCache:
@@ -54,7 +52,7 @@ class NativeCache:
         self.values = torch.empty(slices * capacity * width, dtype=torch_dtype)
         scales = slices * capacity if dtype == "int8" else 0
         self.key_scale, self.value_scale = torch.empty(scales), torch.empty(scales)
-        self.max_length, self.batch_size = max_length, batch_size
+        self.config, self.max_length, self.batch_size = config, max_length, batch_size
         self._per_position = 2 * slices * (config.head_width * self.keys.element_size() + (4 if scales else 0))
         self.struct = native.Cache(
             self.keys.data_ptr(), self.values.data_ptr(), self.key_scale.data_ptr(), self.value_scale.data_ptr(),
@@ -75,13 +73,14 @@ class NativeCache:
 class Engine:
     """A packed BitNet b1.58 model on the native CPU kernels. Called like `BitNetForCausalLM`.
 
-    `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each and may read a file.
-    Raises ValueError where the native kernels were not built or the model is not packed.
+    `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
+    a file. Raises ValueError where the native kernels were not built, the model is not packed, or its tensors are not
+    exactly those of the configuration.
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: Callable[[str], Tensor], *, cache_dtype: str = "float32",
-        codec: str | None = None,
+        self, config: ModelConfig, tensor: Callable[[str], Tensor], names: Iterable[str] | None = None, *,
+        cache_dtype: str = "float32", codec: str | None = None,
     ) -> None:  # fmt: skip
         if config.quantizer == "none":
             raise ValueError("the native engine runs packed weights and this is a float model; run it in torch")
@@ -97,16 +96,29 @@ class Engine:
         self._bits = {"ternary": 2, "binary": 2, "int4": 4, "int8": 8}[config.quantizer]
         self._codec = codec
         self._matrices: list[native.Lines] = []
-        self._build(tensor)
+        seen: set[str] = set()
+
+        def checked(name: str, *shape: int) -> Tensor:
+            seen.add(name)
+            value = tensor(name)
+            if list(value.shape) != list(shape):
+                raise ValueError(f"{name} is {list(value.shape)} and the configuration says {list(shape)}")
+            return value
+
+        self._build(checked)
+        left = sorted(set(names or ()) - seen)
+        if left:
+            raise ValueError(f"{len(left)} tensors are not of this configuration: {', '.join(left[:3])}")
 
     @classmethod
     def from_model(cls, model: BitNetForCausalLM, **options: str) -> "Engine":
         """The engine of a packed torch model, which shares nothing with it afterwards."""
         if not model.head_is_packed:
             raise ValueError("the model is not packed; call model.pack() first")
-        return cls(model.config, dict(model.state_dict()).__getitem__, **options)
+        tensors = model.state_dict()
+        return cls(model.config, tensors.__getitem__, tensors, **options)
 
-    def _build(self, tensor: Callable[[str], Tensor]) -> None:
+    def _build(self, tensor: Callable[..., Tensor]) -> None:
         config = self.config
         C, F, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_width
         queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
@@ -134,49 +146,49 @@ class Engine:
             self._matrices.append(lines)
             return lines
 
-        def fill(lines: native.Lines, name: str, bits: int, at: int = 0, step: int = 1) -> None:
-            packed, scale = tensor(f"{name}.packed_weight"), tensor(f"{name}.weight_scale")
-            if packed.shape[1] != packed_width(lines.columns, bits):
-                raise ValueError(f"{name}.packed_weight is {list(packed.shape)}, which is not {lines.columns} columns")
+        def fill(lines: native.Lines, name: str, rows: int, bits: int, at: int = 0, step: int = 1) -> None:
+            packed = tensor(f"{name}.packed_weight", rows, packed_width(lines.columns, bits))
+            scale = tensor(f"{name}.weight_scale", 1 if bits == 2 else rows, 1)
             lines.fill(packed, scale, bits, at=at, step=step)
 
-        def floats(name: str) -> int:
-            value = tensor(name).detach().float().contiguous().clone()
+        def floats(name: str, size: int) -> int:
+            value = tensor(name, size).detach().float().contiguous().clone()
             self._keep.append(value)
             return value.data_ptr()
 
         for index, layer in enumerate(layers):
             prefix = f"model.layers.{index}."
             made = {name: matrix(name, *shape, codecs[name]) for name, shape in shapes.items()}
-            if any(rows % 16 for rows in (queries, keys, F)):
+            if any(count % 16 for count in (queries, keys, F)):
                 for name in ("qkv", "gate_up"):
                     made[name].memory.zero_()  # gaps between the parts; their scale is 0
-            for at, part in zip(starts, _QUERY, strict=True):
-                fill(made["qkv"], f"{prefix}self_attn.{part}", self._bits, at)
-            fill(made["o"], f"{prefix}self_attn.o_proj", self._bits)
-            for at, part in enumerate(_GATE_UP):
-                fill(made["gate_up"], f"{prefix}mlp.{part}", self._bits, 16 * at, 2)
-            fill(made["down"], f"{prefix}mlp.down_proj", self._bits)
+            for at, rows, part in zip(starts, (queries, keys, keys), ("q", "k", "v"), strict=True):
+                fill(made["qkv"], f"{prefix}self_attn.{part}_proj", rows, self._bits, at)
+            fill(made["o"], f"{prefix}self_attn.o_proj", C, self._bits)
+            for at, part in enumerate(("gate", "up")):
+                fill(made["gate_up"], f"{prefix}mlp.{part}_proj", F, self._bits, 16 * at, 2)
+            fill(made["down"], f"{prefix}mlp.down_proj", C, self._bits)
             for name, lines in made.items():
                 setattr(layer, name, lines.struct)
-            layer.input_norm = floats(f"{prefix}input_layernorm.weight")
-            layer.post_norm = floats(f"{prefix}post_attention_layernorm.weight")
+            layer.input_norm = floats(f"{prefix}input_layernorm.weight", C)
+            layer.post_norm = floats(f"{prefix}post_attention_layernorm.weight", C)
             if config.sub_norm:
-                layer.attn_sub_norm = floats(f"{prefix}self_attn.attn_sub_norm.weight")
-                layer.ffn_sub_norm = floats(f"{prefix}mlp.ffn_sub_norm.weight")
+                layer.attn_sub_norm = floats(f"{prefix}self_attn.attn_sub_norm.weight", queries)
+                layer.ffn_sub_norm = floats(f"{prefix}mlp.ffn_sub_norm.weight", F)
 
         head = matrix("head", V, C, "eight_bit")
         model = native.Model(
             hidden=C, intermediate=F, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=D,
             vocab=V, layers=config.num_hidden_layers, relu2=config.hidden_act == "relu2", eps=config.rms_norm_eps,
-            layer=layers, norm=floats("model.norm.weight"), head=head.struct,
+            layer=layers, norm=floats("model.norm.weight", C), head=head.struct,
         )  # fmt: skip
         embedding = "model.embed_tokens"
         if config.tie_word_embeddings:
-            fill(head, embedding, 8)
+            fill(head, embedding, V, 8)
         else:
-            fill(head, "lm_head", 8)
-            table, scale = tensor(f"{embedding}.packed_weight"), tensor(f"{embedding}.weight_scale")
+            fill(head, "lm_head", V, 8)
+            table = tensor(f"{embedding}.packed_weight", V, packed_width(C, 8))
+            scale = tensor(f"{embedding}.weight_scale", V, 1)
             self._keep += [table := table.clone(), scale := scale.float().clone()]
             model.embedding, model.embedding_scale = table.data_ptr(), scale.data_ptr()
             model.embedding_width = table.shape[1]
@@ -198,10 +210,10 @@ class Engine:
         With a cache, the tokens continue the ones it holds. `out`, of the result's shape, saves its allocation.
         Raises ValueError for ids or lengths that the model or the cache cannot take.
         """
-        B, T = input_ids.shape
         config = self.config
-        if input_ids.dtype != torch.int64 or not T or not B:
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
+        B, T = input_ids.shape
         smallest, largest = (int(bound) for bound in input_ids.aminmax())
         if smallest < 0 or largest >= config.vocab_size:
             raise ValueError(
@@ -209,6 +221,8 @@ class Engine:
                 f"{config.vocab_size - 1})"
             )
         cache = self.new_cache(B, T) if cache is None else cache
+        if cache.config != config:
+            raise ValueError("the cache belongs to a model of another shape; take one from new_cache")
         if cache.batch_size != B:
             raise ValueError(f"the cache is for {cache.batch_size} sequences and the input has {B}")
         if cache.length + T > cache.max_length:
@@ -223,7 +237,7 @@ class Engine:
         for start in range(0, T, chunk):
             ids = input_ids[:, start : start + chunk].contiguous()
             part = logits
-            if not last_only and T > chunk:
+            if not last_only and chunk < T:
                 part = torch.empty(B, ids.shape[1], config.vocab_size)
             wanted = not last_only or start + chunk >= T
             self._forward(ids, cache, not last_only, part if wanted else None)

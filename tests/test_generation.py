@@ -447,7 +447,7 @@ def test_the_same_seed_gives_the_same_text(call):
 def test_generate_prints_what_the_model_says(call, checkpoint, tokenizer):
     _, out, _ = call("--prompt", "text", "--max-new-tokens", "10", "--seed", "3", "--no-echo")
     ids = torch.tensor([tokenizer.encode("text", bos=True)])
-    new = run(pack(tiny()), ids, 10, SamplingConfig(0.8, top_p=0.95), seed=3, eos_id=tokenizer.eos_id)[0].tolist()
+    new = run(tiny().pack(), ids, 10, SamplingConfig(0.8, top_p=0.95), seed=3, eos_id=tokenizer.eos_id)[0].tolist()
     assert out.removesuffix("\n") == tokenizer.decode(new).removesuffix("\n")
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"engine", "runtime", "tokenizer", "corpus"},
     {"data"},
     {"checkpoint", "generation", "optim"},
-    {"evaluate", "export", "tracking"},
+    {"bench", "evaluate", "export", "tracking"},
     {"train", "generate"},
 ]
 # These know nothing of the package: they could be libraries of their own.

@@ -151,7 +151,8 @@ class PackedEmbedding(_Packed):
     @classmethod
     def from_weight(cls, weight: Tensor) -> "PackedEmbedding":
         """Quantize a table `[V, C]`, absmax per row."""
-        table = cls(*weight.shape, device="meta")
+        rows, columns = weight.shape
+        table = cls(rows, columns, device="meta")
         codes, table.weight_scale = kernels.quantize_weight(weight.detach(), "int8")
         table.packed_weight = pack_codes(codes, 8)
         return table

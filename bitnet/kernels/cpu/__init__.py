@@ -18,8 +18,8 @@ __all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activati
 _CODEC = {4: "four_bit", 8: "eight_bit"}
 _PARALLEL_FROM = 2**19  # weights; a smaller product is done before a second thread wakes up
 
-# Run-time layouts by the identity of the packed tensor: (its version, codec, lines).
-_lines: dict[int, tuple[int, str, native.Lines]] = {}
+# Run-time layouts by the identity of the packed tensor: (its version, codec, the scale, lines).
+_lines: dict[int, tuple[int, str, Tensor, native.Lines]] = {}
 
 
 def available() -> bool:
@@ -39,6 +39,13 @@ def packed_linear(
     """As `reference.packed_linear`. Raises ValueError for tensors that do not fit together."""
     if x.shape[-1] != in_features or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; give floats with {in_features} as the last dimension")
+    for name, tensor in (("packed", packed), ("scale", scale), ("x", x)):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}; the native kernels run on the CPU")
+    if packed.ndim != 2:
+        raise ValueError(f"packed is {list(packed.shape)}; it must be [rows, bytes]")
+    if bias is not None and bias.shape != packed.shape[:1]:
+        raise ValueError(f"the bias is {list(bias.shape)} for {packed.shape[0]} rows")
     weights = _run_time_layout(packed, scale, bits, in_features)
     rows = x.numel() // in_features if in_features else 0
     y = torch.empty(rows, weights.rows, dtype=torch.float32)
@@ -88,12 +95,14 @@ def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int)
     key = id(packed)
     known = _lines.get(key)
     version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place
-    if known is not None and known[:2] == (version, codec) and known[2].columns == in_features:
-        weights = known[2]
-    else:
-        weights = native.Lines(packed.shape[0], in_features, codec)
-        weights.fill(packed, scale, bits)
-        if known is None:
-            weakref.finalize(packed, _lines.pop, key, None)
-        _lines[key] = (version, codec, weights)
+    if known is not None and known[0] == version and known[1] == codec and known[3].columns == in_features:
+        if not torch.equal(known[2], scale):
+            _lines[key] = (version, codec, scale.detach().clone(), known[3])
+            known[3].fill_scale(scale, packed.shape[0])
+        return known[3]
+    weights = native.Lines(packed.shape[0], in_features, codec)
+    weights.fill(packed, scale, bits)
+    if known is None:
+        weakref.finalize(packed, _lines.pop, key, None)
+    _lines[key] = (version, codec, scale.detach().clone(), weights)
     return weights

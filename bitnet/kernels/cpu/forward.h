@@ -40,13 +40,13 @@ struct barrier {
         }
         for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
             BN_PAUSE();
-            if (spins > 20000) sched_yield(); // more threads than free cores
+            if (spins > 2000) sched_yield(); // more threads than free cores
         }
     }
 };
 
 struct buffers {
-    float *h, *a, *b; // [M, C], [M, max of qkv, F and heads] twice
+    float *h, *a, *b; // [M, C], [M, max of qkv, F, heads and C] twice
     int8_t *q;        // [M + 32, stride]
     int64_t wide, stride;
     float *scale;
@@ -59,7 +59,7 @@ BN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t lay_out(const bn_model &m, int64_t M, int64_t capacity, int threads, uint8_t *base, buffers *to) {
     int64_t Dp = round_up(m.head_dim, 16);
-    int64_t wide = round_up(max64(max64(m.layer[0].qkv.N, m.intermediate), (int64_t)m.heads * Dp), 32);
+    int64_t wide = round_up(max64(max64(m.layer[0].qkv.N, m.intermediate), max64((int64_t)m.heads * Dp, m.hidden)), 32);
     int64_t longest = max64(max64(m.hidden, m.intermediate), (int64_t)m.heads * m.head_dim);
     int64_t stride = round_up(longest + 20, 64), used = 64, C = round_up(m.hidden, 32);
     int64_t rows = round_up(M, 32) + 32;

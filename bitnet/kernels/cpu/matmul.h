@@ -252,7 +252,7 @@ struct target { // where a product goes, and how
 
 BN_INLINE vf gate(vf g, int out) {
     if (out == OUT_GLU_RELU2) {
-        g = max(g, splat(0.0f));
+        g = max(splat(0.0f), g); // in this order a NaN stays one
         return g * g;
     }
     return g / (splat(1.0f) + exponential(-g));

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch  # loads the OpenMP library that ours shares
 from torch import Tensor
 
+from bitnet.quant.packing import packed_width
+
 CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
 BASE3_MAX_K = 32767  # the wrapping sums of layout.h are exact below 2^15 columns
 
@@ -186,6 +188,18 @@ class Lines:
         every `step`-th block of 16 rows."""
         lib = library()
         assert lib is not None
+        last = at + (len(packed) - 1) // 16 * 16 * step + 16
+        if (
+            packed.dtype != torch.uint8
+            or packed.shape[1:] != (packed_width(self.columns, bits),)
+            or last > len(self.scale)
+        ):
+            raise ValueError(
+                f"packed is {packed.dtype} {list(packed.shape)} for row {at} on; it must be uint8 "
+                f"[rows, {packed_width(self.columns, bits)}] and end before row {len(self.scale)}"
+            )
+        if scale.numel() not in (1, len(packed)):
+            raise ValueError(f"the scale has {scale.numel()} values for {len(packed)} rows; give 1 or one for each")
         packed = packed.contiguous()
         failed = lib.bn_pack(
             packed.data_ptr(), packed.shape[0], packed.shape[1], bits, self.columns, self.memory.data_ptr(),
@@ -193,8 +207,12 @@ class Lines:
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory to repack rows of {self.columns} codes")
-        scales = scale.float().reshape(-1).expand(packed.shape[0])
-        for first in range(0, packed.shape[0], 16):
+        self.fill_scale(scale, len(packed), at=at, step=step)
+
+    def fill_scale(self, scale: Tensor, rows: int, *, at: int = 0, step: int = 1) -> None:
+        """Write the scale `[1, 1]` or `[rows, 1]` alone, to the rows that `fill` would write."""
+        scales = scale.detach().float().reshape(-1).expand(rows)
+        for first in range(0, rows, 16):
             row = at + first * step
             part = scales[first : first + 16]
             self.scale[row : row + len(part)] = part
