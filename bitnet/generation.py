@@ -118,8 +118,12 @@ def _descending(weights: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     Rows with fewer than N of them go on with smaller ones. Only N values are sorted: 2 ms instead of 12 ms for N = 2 k
     of V = 128 k (top-p 0.95 of a Zipf distribution with exponent 1.5, one x86 core).
     """
-    count = int((weights >= floor).sum(-1).amax())
-    ids = weights.topk(count, sorted=False).indices.sort(-1).values
+    reached = weights >= floor
+    if len(weights) == 1:
+        ids = reached.nonzero()[:, 1:].T
+    else:
+        count = int(reached.sum(-1).amax())
+        ids = weights.topk(count, sorted=False).indices.sort(-1).values
     values, order = weights.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
 
