@@ -202,8 +202,14 @@ def load_for_inference(
     path = checkpoint / MODEL
     try:
         if native:
+
+            def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
+                with safe_open(path, framework="pt") as file:
+                    return file.get_tensor(name)
+
             with safe_open(path, framework="pt") as file:
-                return Engine(config, file.get_tensor, file.keys(), cache_dtype=cache_dtype)
+                names = list(file.keys())
+            return Engine(config, read, names, cache_dtype=cache_dtype)
         return BitNetForCausalLM.packed_from(config, load_tensors(path, device)).to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error

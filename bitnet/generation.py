@@ -115,16 +115,17 @@ def sample(
 def _descending(weights: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """All weights of `[B, V]` that reach their row's floor `[B, 1]`, in descending order, with their ids: `[B, N]`.
 
-    Rows with fewer than N of them go on with smaller ones. Only N values are sorted: 2 ms instead of 12 ms for N = 2 k
-    of V = 128 k (top-p 0.95 of a Zipf distribution with exponent 1.5, one x86 core).
+    Rows with fewer than N of them are filled up with weights of 0, which are never drawn. Only N values are sorted.
     """
     reached = weights >= floor
-    if len(weights) == 1:
-        ids = reached.nonzero()[:, 1:].T
-    else:
-        count = int(reached.sum(-1).amax())
-        ids = weights.topk(count, sorted=False).indices.sort(-1).values
-    values, order = weights.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    counts = reached.sum(-1)
+    rows, columns = reached.nonzero(as_tuple=True)
+    places = torch.arange(len(rows), device=weights.device) - (counts.cumsum(0) - counts)[rows]
+    ids = rows.new_zeros(len(weights), int(counts.amax()))
+    values = weights.new_zeros(ids.shape)
+    ids[rows, places] = columns
+    values[rows, places] = weights[rows, columns]
+    values, order = values.sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(-1, order)
 
 
