@@ -156,6 +156,10 @@ class Engine:
             self._keep.append(value)
             return value.data_ptr()
 
+        # The largest tensor first, while nothing else is resident.
+        head, embedding = matrix("head", V, C, "eight_bit"), "model.embed_tokens"
+        fill(head, embedding if config.tie_word_embeddings else "lm_head", V, 8)
+
         for index, layer in enumerate(layers):
             prefix = f"model.layers.{index}."
             made = {name: matrix(name, *shape, codecs[name]) for name, shape in shapes.items()}
@@ -176,17 +180,12 @@ class Engine:
                 layer.attn_sub_norm = floats(f"{prefix}self_attn.attn_sub_norm.weight", queries)
                 layer.ffn_sub_norm = floats(f"{prefix}mlp.ffn_sub_norm.weight", F)
 
-        head = matrix("head", V, C, "eight_bit")
         model = native.Model(
             hidden=C, intermediate=F, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=D,
             vocab=V, layers=config.num_hidden_layers, relu2=config.hidden_act == "relu2", eps=config.rms_norm_eps,
             layer=layers, norm=floats("model.norm.weight", C), head=head.struct,
         )  # fmt: skip
-        embedding = "model.embed_tokens"
-        if config.tie_word_embeddings:
-            fill(head, embedding, V, 8)
-        else:
-            fill(head, "lm_head", V, 8)
+        if not config.tie_word_embeddings:
             table = tensor(f"{embedding}.packed_weight", V, packed_width(C, 8))
             scale = tensor(f"{embedding}.weight_scale", V, 1)
             self._keep += [table := table.clone(), scale := scale.float().clone()]

@@ -305,7 +305,7 @@ BN_INLINE int64_t scratch_bytes(int64_t K, int64_t M) { return round_up(K + 20, 
 // The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
 static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
                      int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
-    if (M <= 3) { // a block is 8 KiB or so: the second token finds it in the first-level cache
+    if (M <= 6) { // a block is 8 KiB or so: the second token finds it in the first-level cache, and unpacking costs more
         for (int64_t panel = first; panel < last; panel++)
             for (int64_t m = 0; m < M; m++)
                 finish(w, to, panel, block_times_token(w, 2 * panel, x + m * stride),
