@@ -574,10 +574,7 @@ def pick_model(options: Options) -> tuple[str, Path | None, ModelConfig]:
     if options.preset is not None:
         raise ValueError(f"{options.model} has its own shape; leave out --preset {options.preset}")
     folder = checkpoint.resolve(options.model, "best")
-    shape = checkpoint.load_json(folder / checkpoint.CONFIG).get("model")
-    if not isinstance(shape, dict):
-        raise ValueError(f"{folder / checkpoint.CONFIG} has no 'model' section; is it a model of this project?")
-    config = ModelConfig.from_dict(shape)
+    config, _ = checkpoint.load_config(folder)
     if config.quantizer == "none":
         raise ValueError(f"{options.model} is a float model; give a ternary one, and --twins to compare")
     return str(options.model), folder, config

@@ -141,8 +141,8 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: 
     `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file
     or tensors that do not fit the configuration.
     """
-    model_config = _model_config(checkpoint)
-    if load_json(checkpoint / CONFIG).get("packed"):
+    model_config, packed = load_config(checkpoint)
+    if packed:
         raise CheckpointError(f"{checkpoint} holds packed weights and no latent floats; give the run it was made from")
     if quantizer is not None:
         model_config = model_config.replace(quantizer=quantizer)
@@ -152,12 +152,13 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: 
     return model.eval()
 
 
-def _model_config(checkpoint: Path) -> ModelConfig:
+def load_config(checkpoint: Path) -> tuple[ModelConfig, bool]:
+    """The model's shape, and whether the folder holds packed weights. Raises CheckpointError for a damaged file."""
     config = load_json(checkpoint / CONFIG)
     if not isinstance(config.get("model"), dict):
         raise CheckpointError(f"{checkpoint / CONFIG} has no 'model' section; it is not a checkpoint of this project")
     try:
-        return ModelConfig.from_dict(config["model"])
+        return ModelConfig.from_dict(config["model"]), bool(config.get("packed"))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
 
@@ -192,11 +193,11 @@ def load_for_inference(
     damaged file and ValueError for a float twin, which has no packed form.
     """
     device = torch.device(device)
-    config = _model_config(checkpoint)
+    config, packed = load_config(checkpoint)
     if config.quantizer == "none":
         raise ValueError(f"{checkpoint} is a float model, which has no packed form; generate with --no-pack")
     native = native_wanted(device)
-    if not load_json(checkpoint / CONFIG).get("packed"):
+    if not packed:
         model = load_model(checkpoint, "cpu" if native else device).pack()
         return Engine.from_model(model, cache_dtype=cache_dtype) if native else model
     path = checkpoint / MODEL

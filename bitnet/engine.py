@@ -10,8 +10,8 @@ The torch model is the specification: the integer products are equal to the last
 tensor into one block of memory (huge pages where the system has them) in the layout of `bitnet/kernels/cpu/layout.h`,
 so loading a file peaks at the size of that block and one tensor.
 
-`save` and `Engine.load` use a folder of config.json, tokenizer.model and model.safetensors with the canonical packed
-tensors (`bitnet/quant/packing.py`), which do not depend on the machine.
+On disk a packed model keeps the canonical tensors (`bitnet/quant/packing.py`), which do not depend on the machine:
+`save_packed` and `load_for_inference` in `bitnet/checkpoint.py`.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from bitnet.kernels import PACKED_BITS
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.transformer import rope_tables
@@ -93,7 +94,7 @@ class Engine:
         self._keep: list[Tensor] = []
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._workspace_for = (0, 0, 0)
-        self._bits = {"ternary": 2, "binary": 2, "int4": 4, "int8": 8}[config.quantizer]
+        self._bits = PACKED_BITS[config.quantizer]
         self._codec = codec
         self._matrices: list[native.Lines] = []
         seen: set[str] = set()
@@ -131,7 +132,9 @@ class Engine:
             "gate_up": (2 * _round_up(F, 16), C),
             "down": (C, F),
         }
-        codecs = {name: self._pick_codec(columns) for name, (_, columns) in shapes.items()}
+        codecs = {name: native.codec_of(self._bits, columns) for name, (_, columns) in shapes.items()}
+        if self._codec and self._bits == 2:
+            codecs = dict.fromkeys(shapes, self._codec)
         sizes = {name: native.Lines.size(*shape, codecs[name]) for name, shape in shapes.items()}
         head_size = native.Lines.size(V, C, "eight_bit")
         arena = native.huge_pages(sum(sizes.values()) * config.num_hidden_layers + head_size)
@@ -195,11 +198,6 @@ class Engine:
         self._keep += [cos, sin]
         model.cos, model.sin = cos.data_ptr(), sin.data_ptr()
         self._struct, self._layers = model, layers
-
-    def _pick_codec(self, columns: int) -> str:
-        if self._bits != 2:
-            return {4: "four_bit", 8: "eight_bit"}[self._bits]
-        return self._codec or native.ternary_codec(columns)
 
     def __call__(
         self, input_ids: Tensor, cache: NativeCache | None = None, *, last_only: bool = False, out: Tensor | None = None

@@ -3,7 +3,7 @@
     python -m bitnet.export runs/demo demo-packed
 
 `packed` writes 2-bit projections and an INT8 embedding (which is also the head where they are tied) with their scales,
-the configuration and the tokenizer: about an eighth of the float32 checkpoint, and the numbers that `generate.py`
+the configuration and the tokenizer: a ninth of the demo's float32 checkpoint, and the numbers that `generate.py`
 computes with anyway. Nothing ternary is quantized twice: codes and scales come from one quantization of the latent
 weights.
 """

@@ -442,8 +442,8 @@ def test_lines_in_given_memory() -> None:
 @needs_library
 def test_the_layout_of_ternary_codes_is_the_instruction_sets(isa: str) -> None:
     names = {number: name for name, number in native.CODECS.items()}
-    assert native.ternary_codec(32767) == names[native.kernels().codec]
-    assert native.ternary_codec(32768) == "two_bit"
+    assert native.codec_of(2, 32767) == names[native.kernels().codec]
+    assert native.codec_of(2, 32768) == "two_bit"
 
 
 def layer_of(quantizer: str) -> PackedLinear:

@@ -15,7 +15,6 @@ from bitnet.kernels.reference import fake_quant_linear, quantize_weight
 
 __all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activations", "quantize_weight"]
 
-_CODEC = {4: "four_bit", 8: "eight_bit"}
 _PARALLEL_FROM = 2**19  # weights; a smaller product is done before a second thread wakes up
 
 # Run-time layouts by the identity of the packed tensor: (its version, codec, the scale, lines).
@@ -91,7 +90,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
-    codec = native.ternary_codec(in_features) if bits == 2 else _CODEC[bits]
+    codec = native.codec_of(bits, in_features)
     key = id(packed)
     known = _lines.get(key)
     version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place

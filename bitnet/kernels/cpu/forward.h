@@ -320,8 +320,8 @@ static int matmul(const bn_matrix *w, const int8_t *q, int64_t stride, const flo
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads) {
     target to = {out, (float *)y, y_stride, columns, bias};
     int64_t each = round_up(scratch_bytes(w->K, rows), 64), panels = w->N / 32;
-    uint8_t *scratch = rows == 1 ? nullptr : (uint8_t *)malloc(each * threads + 64);
-    if (rows > 1 && !scratch) return 1;
+    uint8_t *scratch = rows <= DIRECT ? nullptr : (uint8_t *)malloc(each * threads + 64);
+    if (rows > DIRECT && !scratch) return 1;
 #pragma omp parallel num_threads(threads)
     {
         int id = 0, n = 1;

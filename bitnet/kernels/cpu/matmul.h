@@ -1,7 +1,7 @@
 // Ternary and integer products: int8 activations, packed weights, int32 sums, exact.
 //
-// Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For one token the weights are
-// read once and never unpacked into memory; for more, a panel is unpacked once into the cache and used by all tokens.
+// Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For up to DIRECT tokens the packed
+// lines are multiplied as they are; for more, a panel is unpacked once into the cache and used by all tokens.
 #pragma once
 
 #include <stdlib.h>
@@ -299,13 +299,15 @@ BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vi s0
     if (to.columns > n + 16) put(y + 16, v1, to.columns - n - 16, to.out == OUT_ADD);
 }
 
-// Bytes of scratch that one thread needs for M tokens.
+enum { DIRECT = 6 }; // unpacking a panel costs about as much as multiplying this many tokens, measured on AMX
+
+// Bytes of scratch that one thread needs for more than DIRECT tokens.
 BN_INLINE int64_t scratch_bytes(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
 
 // The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
 static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
                      int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
-    if (M <= 6) { // a block is 8 KiB or so: the second token finds it in the first-level cache, and unpacking costs more
+    if (M <= DIRECT) { // a block is 8 KiB or so: the second token finds it in the first-level cache
         for (int64_t panel = first; panel < last; panel++)
             for (int64_t m = 0; m < M; m++)
                 finish(w, to, panel, block_times_token(w, 2 * panel, x + m * stride),

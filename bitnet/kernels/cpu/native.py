@@ -227,8 +227,9 @@ def huge_pages(size: int) -> Tensor:
     return memory
 
 
-def ternary_codec(columns: int) -> str:
-    """The layout of 2-bit codes that the instruction set in force is fastest with."""
+def codec_of(bits: int, columns: int) -> str:
+    """The layout of packed codes of 2, 4 or 8 bits; of 2 bits, the one the instruction set in force is fastest with."""
+    if bits != 2:
+        return {4: "four_bit", 8: "eight_bit"}[bits]
     names = {number: name for name, number in CODECS.items()}
-    name = names[kernels().codec]
-    return "two_bit" if columns > BASE3_MAX_K else name
+    return "two_bit" if columns > BASE3_MAX_K else names[kernels().codec]
