@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from bitnet.tokenizer import StreamDecoder, Tokenizer, _blocks, _sample_blocks, train_tokenizer
+from bitnet.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
+from bitnet.tokenizer.sentencepiece import _blocks, _sample_blocks
 
 PROSE = "The quick brown fox, aged 12, jumped.\n\n\tIt said: “naïve café”.\r\n"
 NASTY = [
@@ -218,7 +219,7 @@ def test_failed_save_keeps_the_old_file(tokenizer, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("bitnet.tokenizer.os.fsync", broken)
+    monkeypatch.setattr("bitnet.files.os.fsync", broken)
     with pytest.raises(OSError, match="disk full"):
         tokenizer.save(path)
     assert path.read_bytes() == b"old"

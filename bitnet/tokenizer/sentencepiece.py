@@ -20,18 +20,19 @@ spells that one character in byte pieces, so it survives; other consumers of an 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import sentencepiece
 
 from bitnet.files import write_atomic
+from bitnet.tokenizer.base import BaseTokenizer, check_encodable
 
 SPACE_MARK = "\u2581"  # sentencepiece's visible space
 BLOCK_CHARS = 4000  # length of one training block; far below the limit where sentencepiece drops a "sentence"
@@ -40,15 +41,20 @@ _WORD_START = re.compile(r"(?<=[^ ])(?= )")
 _RETRAIN = "train one with bitnet.tokenizer.train_tokenizer, or give a sentencepiece .model file"
 
 
-class Tokenizer:
-    """A sentencepiece model: `encode`, `decode` and the ids of the special tokens.
+class Tokenizer(BaseTokenizer):
+    """A sentencepiece model. It has a begin and an end of text token; `fingerprint` is of the model file's bytes."""
 
-    Attributes: `vocab_size`, `bos_id`, `eos_id`, `unk_id` (int), `pad_id` (int, or None when the model has none),
-    `fingerprint` (sha256 of the model file's bytes, hex).
-    """
+    bos_id: int
+    eos_id: int
+    unk_id: int
 
-    def __init__(self, model_proto: bytes, source: str = "model bytes"):
-        """Parse a serialized sentencepiece model; ValueError naming `source` if it is not one or has no <s>, </s>."""
+    def __init__(
+        self, model_proto: bytes, source: str = "model bytes", *, adds_bos: bool = True, ends: tuple[int, ...] = ()
+    ):
+        """Parse a serialized sentencepiece model; ValueError naming `source` if it is not one or has no <s>, </s>.
+
+        `adds_bos` and `ends`, more ids that end a text, are what other files of a model may say about it.
+        """
         self.model_proto = bytes(model_proto)
         processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -59,25 +65,25 @@ class Tokenizer:
                 f"it is empty, truncated or of another kind; {_RETRAIN}"
             ) from error
         self._sp = processor
-        self.vocab_size: int = processor.vocab_size()
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
-        self.unk_id: int = processor.unk_id()
-        self.pad_id: int | None = processor.pad_id() if processor.pad_id() >= 0 else None
+        self.vocab_size = processor.vocab_size()
+        self.bos_id, self.eos_id, self.unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else None
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(
                 f"{source} has no begin or end of text token (bos_id {self.bos_id}, eos_id {self.eos_id}), "
                 f"and documents need both: {_RETRAIN}"
             )
-        self.fingerprint: str = hashlib.sha256(self.model_proto).hexdigest()
+        self.fingerprint = hashlib.sha256(self.model_proto).hexdigest()
 
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         self._byte_ids = {int(p[3:5], 16): i for i, p in enumerate(pieces) if processor.is_byte(i)}
         self._surfaces = [self._surface(i, p) for i, p in enumerate(pieces)]
+        self.adds_bos, self._ends = adds_bos, ends
+        self._set_specials({p: i for i, p in enumerate(pieces) if processor.is_control(i)}, ends)
         # What the model does to the edges of a text, asked of the model itself because its settings sit in a protobuf
         # that would need another dependency to read.
         probe = processor.normalize("a  \ufb01 ")  # "fi" ligature: any Unicode normalization changes it
-        self.adds_space_prefix: bool = probe.startswith(SPACE_MARK)
+        self.adds_space_prefix = probe.startswith(SPACE_MARK)
         exact = probe.lstrip(SPACE_MARK) == "a  \ufb01 ".replace(" ", SPACE_MARK)
         # A piece never continues over the start of a word, so that words encode independently and a text may be cut
         # there.
@@ -98,8 +104,8 @@ class Tokenizer:
         """The tokenizer whose `.model` file has these bytes (`Tokenizer.model_proto` gives them back)."""
         return cls(model_proto)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
-        return (Tokenizer, (self.model_proto,))
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[bytes]]:
+        return partial(Tokenizer, adds_bos=self.adds_bos, ends=self._ends), (self.model_proto,)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the `.model` file, all of it or nothing: a temporary file beside it is renamed over it."""
@@ -109,14 +115,6 @@ class Tokenizer:
     def id_to_piece(self, token_id: int) -> str:
         """The piece as sentencepiece writes it, e.g. "\u2581the" or "<0x0A>"."""
         return self._sp.id_to_piece(token_id)
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of a text, with <s> before and </s> after it on request; "<s>" written in the text stays text.
-
-        Raises ValueError if the text holds half a surrogate pair, which no UTF-8 file can.
-        """
-        ids = self.encode_batch([text], threads=1)[0]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Token ids of each text, without special tokens; `threads` (sentencepiece's own) change only the speed."""
@@ -130,30 +128,12 @@ class Tokenizer:
         try:
             encoded = self._sp.encode(segments, num_threads=max(1, min(threads, len(segments))))
         except (UnicodeError, TypeError) as error:  # by sentencepiece version; it does not say which text it was
-            _check_encodable(segments)
+            check_encodable(segments)
             raise error
         if self._spells_mark:
             mark = [self._byte_ids[b] for b in SPACE_MARK.encode()]
             encoded = [mark if segment == SPACE_MARK else ids for segment, ids in zip(segments, encoded, strict=True)]
         return [[i for ids in encoded[start:end] for i in ids] for start, end in pairwise(bounds)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; <s>, </s> and padding have none, and bytes that are not UTF-8 become U+FFFD.
-
-        `decode(encode(text)) == text` for a model with identity normalization and byte fallback. ValueError for an id
-        outside the vocabulary.
-        """
-        text = b"".join(self.surface_bytes(i) for i in ids).decode("utf-8", errors="replace")
-        return text[1:] if self.adds_space_prefix and text.startswith(" ") else text
-
-    def surface_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that one id stands for (a part of a character for a byte piece, b"" for a control token)."""
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(
-                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1}): they come from another "
-                "tokenizer, or from the padded rows of an output layer, which must be masked before sampling"
-            )
-        return self._surfaces[token_id]
 
     def _surface(self, token_id: int, piece: str) -> bytes:
         if self._sp.is_byte(token_id):
@@ -181,46 +161,6 @@ class Tokenizer:
                 start, first = end, False
 
 
-class StreamDecoder:
-    """Decode ids one at a time: the pushed pieces, joined, and `flush()` at the end give `tokenizer.decode(ids)`.
-
-    Bytes of an unfinished UTF-8 character are held back until it is complete or cannot become one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._strip_space = tokenizer.adds_space_prefix
-
-    def push(self, token_id: int) -> str:
-        """The text that this id makes certain, perhaps ""."""
-        return self._stripped(self._decoder.decode(self._tokenizer.surface_bytes(token_id)))
-
-    def flush(self) -> str:
-        """What is still held back (U+FFFD for an unfinished character); the decoder is then as new."""
-        text = self._stripped(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
-        self._strip_space = self._tokenizer.adds_space_prefix
-        return text
-
-    def _stripped(self, text: str) -> str:
-        if self._strip_space and text:
-            self._strip_space = False
-            return text[1:] if text.startswith(" ") else text
-        return text
-
-
-def _check_encodable(texts: Iterable[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds {text[error.start]!r}, half of a surrogate pair, which has no UTF-8 form: "
-                'remove it, e.g. text.encode("utf-8", "replace").decode()'
-            ) from error
-
-
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
@@ -245,7 +185,7 @@ def train_tokenizer(
     if isinstance(texts, str):
         raise TypeError("train_tokenizer takes an iterable of texts, not one text: use [text]")
     sample = _sample_blocks(texts, max_bytes)
-    _check_encodable(sample)
+    check_encodable(sample)
     if not any(block.strip() for block in sample):
         raise ValueError("the corpus holds no text to train a tokenizer on: give a corpus that is not empty")
     model = io.BytesIO()

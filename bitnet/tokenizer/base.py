@@ -1,0 +1,146 @@
+"""What every tokenizer of this package does, and decoding token by token.
+
+A subclass knows how to encode; everything else follows from four things that it sets: the bytes that each id stands
+for, the ids of the special tokens, their texts, and whether the model puts a space in front of a text.
+
+"Special" tokens are those that steer a model and have no text: <s>, <|im_end|> and so on. Written in a text they are
+text, unless `encode(..., special=True)` is asked for, as a chat template's output needs it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+END_OF_TEXT = frozenset({
+    "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
+    "<end_of_utterance>", "<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+})  # fmt: skip
+"""Special tokens that end a text or a turn whatever else a model's files say, which often name only one of several."""
+
+
+class BaseTokenizer(ABC):
+    """Text <-> token ids.
+
+    Attributes: `vocab_size` (int), `bos_id`, `eos_id`, `unk_id`, `pad_id` (int, or None when there is none), `eos_ids`
+    (every id that ends a text or a turn, `eos_id` first), `adds_bos` (the model wants `bos_id` in front of a text),
+    `adds_space_prefix` (it puts a space there, which decoding takes away), `specials` (texts of the special tokens to
+    their ids), `fingerprint` (sha256 of what the ids depend on, hex).
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int | None
+    eos_ids: tuple[int, ...]
+    adds_bos: bool
+    adds_space_prefix: bool
+    fingerprint: str
+    specials: Mapping[str, int]
+    _surfaces: Sequence[bytes]
+    _special_pattern: re.Pattern[str] | None
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of each text, without special tokens; `threads` change only the speed.
+
+        Raises ValueError if a text holds half a surrogate pair, which no UTF-8 file can.
+        """
+
+    @abstractmethod
+    def id_to_piece(self, token_id: int) -> str:
+        """The piece as the model's files write it, e.g. "\u2581the", "\u0120the" or "<0x0A>"."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's one file, all of it or nothing."""
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text, with the begin and end of text tokens on request, where the model has them.
+
+        With `special`, special tokens written in the text become their ids; otherwise "<s>" stays text.
+        """
+        if special and self._special_pattern:
+            parts = self._special_pattern.split(text)  # texts at even places, special tokens at odd ones
+            encoded = iter(self.encode_batch([part for part in parts[::2] if part], threads=1))
+            ids = []
+            for place, part in enumerate(parts):
+                if place % 2:
+                    ids.append(self.specials[part])
+                elif part:
+                    ids += next(encoded)
+        else:
+            ids = self.encode_batch([text], threads=1)[0]
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return [*front, *ids, *([self.eos_id] if eos and self.eos_id is not None else [])]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD.
+
+        `decode(encode(text)) == text` where the model does not normalize and has a token for every byte. ValueError for
+        an id outside the vocabulary.
+        """
+        text = b"".join(self.surface_bytes(i) for i in ids).decode("utf-8", errors="replace")
+        return text[1:] if self.adds_space_prefix and text.startswith(" ") else text
+
+    def surface_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one id stands for (a part of a character for a byte piece, b"" for a special token)."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(
+                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1}): they come from another "
+                "tokenizer, or from the padded rows of an output layer, which must be masked before sampling"
+            )
+        return self._surfaces[token_id]
+
+    def _set_specials(self, specials: Mapping[str, int], ends: Iterable[int | None] = ()) -> None:
+        """Take the special tokens; `ends` are ids that end a text beside `eos_id` and the well-known ones."""
+        self.specials = specials
+        longest_first = sorted(filter(None, specials), key=len, reverse=True)
+        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+        known = [token_id for text, token_id in specials.items() if text in END_OF_TEXT]
+        self.eos_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *ends, *known) if i is not None))
+
+
+class StreamDecoder:
+    """Decode ids one at a time: the pushed pieces, joined, and `flush()` at the end give `tokenizer.decode(ids)`.
+
+    Bytes of an unfinished UTF-8 character are held back until it is complete or cannot become one.
+    """
+
+    def __init__(self, tokenizer: BaseTokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip_space = tokenizer.adds_space_prefix
+
+    def push(self, token_id: int) -> str:
+        """The text that this id makes certain, perhaps ""."""
+        return self._stripped(self._decoder.decode(self._tokenizer.surface_bytes(token_id)))
+
+    def flush(self) -> str:
+        """What is still held back (U+FFFD for an unfinished character); the decoder is then as new."""
+        text = self._stripped(self._decoder.decode(b"", final=True))
+        self._decoder.reset()
+        self._strip_space = self._tokenizer.adds_space_prefix
+        return text
+
+    def _stripped(self, text: str) -> str:
+        if self._strip_space and text:
+            self._strip_space = False
+            return text[1:] if text.startswith(" ") else text
+        return text
+
+
+def check_encodable(texts: Iterable[str]) -> None:
+    """Raise ValueError for a text with half a surrogate pair, naming it."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds {text[error.start]!r}, half of a surrogate pair, which has no UTF-8 form: "
+                'remove it, e.g. text.encode("utf-8", "replace").decode()'
+            ) from error
