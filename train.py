@@ -4,6 +4,7 @@
     python train.py --preset small --data.corpus my.txt  your own text
     python train.py --resume runs/demo                   go on where a run was stopped
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
+    python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
 
 Everything about a run is in its folder (see bitnet/checkpoint.py). Batches are a pure function of seed and step, and
 nothing else in a step is random, so a resumed run repeats the uninterrupted one bit for bit.
@@ -82,6 +83,11 @@ class TrainConfig:
     """Forward and backward passes that a step is cut into, to save memory (gradient accumulation)."""
     float_start: float = 0.0
     """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
+    ramp: float = 0.0
+    """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
+    init: str | None = None
+    """Start from the weights, shape and tokenizer of this model (a run, or any float model that generate.py takes):
+    fine-tuning, and with model.quantizer other than its own, conversion."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
     eval_tokens: int | None = 65536
@@ -120,6 +126,10 @@ class TrainConfig:
             raise ValueError(f"minutes is {self.minutes}; it must be above 0")
         if not 0 <= self.float_start < 1:
             raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
+        if not 0 <= self.ramp <= 1 - self.float_start:
+            raise ValueError(
+                f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
+            )
 
     @property
     def window(self) -> int:
@@ -237,11 +247,13 @@ class Run:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
 
-        self.corpus, self.tokenizer = prepare_data(config, saved and saved / checkpoint.TOKENIZER)
-        # The vocabulary is the tokenizer's, which a given .model decides.
-        self.config = config = dataclasses.replace(
-            config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size)
-        )
+        source = saved or (checkpoint.resolve(config.init, "best") if config.init else None)
+        self.corpus, self.tokenizer = prepare_data(config, source and source / checkpoint.TOKENIZER)
+        if source and not saved:
+            shape = checkpoint.load_config(source)[0].replace(quantizer=config.model.quantizer)
+        else:  # the vocabulary is the tokenizer's, which a given .model decides
+            shape = config.model.replace(vocab_size=self.tokenizer.vocab_size)
+        self.config = config = dataclasses.replace(config, model=shape)
         self.sampler = BatchSampler(self.corpus.split("train"), config.window, config.batch_size, config.seed)
 
         torch.manual_seed(config.seed)
@@ -252,6 +264,8 @@ class Run:
         limit_new_tokens(config.model, len(self.prompt_ids()), 1)  # refuses a sample prompt that is too long
         if saved:
             self._load(saved)
+        elif source:
+            self.model.load_state_dict(checkpoint.load_model(source, self.device).state_dict())
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
         self.stop_signal: int | None = None
@@ -283,14 +297,22 @@ class Run:
         return total
 
     @property
-    def quantizing(self) -> bool:
-        """Whether the 16-bit warm start is over: the next step, and a validation before it, run the quantized model."""
-        started = self.step >= int(self.config.float_start * self.config.steps)
-        return started or self.config.model.quantizer == "none"
+    def quantizer_strength(self) -> float:
+        """How much of the quantizers the next step, and a validation before it, runs: 0 in the 16-bit warm start, then
+        rising over the ramp to 1, the model that its checkpoint becomes."""
+        if self.config.model.quantizer == "none":
+            return 1.0
+        behind = self.step - int(self.config.float_start * self.config.steps)
+        ramp = int(self.config.ramp * self.config.steps)
+        return 0.0 if behind < 0 else min(1.0, (behind + 1) / (ramp + 1))
 
     def _switch_quantizers(self) -> None:
+        strength = self.quantizer_strength
+        # A tensor, so that compiled layers are not compiled again at every step of the ramp.
+        fading = torch.tensor(strength, device=self.device) if 0 < strength < 1 else None
         for _, layer in bit_linears(self.model):
-            layer.quantizer_enabled = self.quantizing
+            layer.quantizer_enabled = strength > 0
+            layer.quantizer_strength = fading
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step. Returns loss, gradient norm and learning rate. Raises Diverged before the weights are
@@ -457,8 +479,8 @@ def validate_and_save(run: Run, tracker: Tracker) -> None:
     """Validate, write a checkpoint, and call it the best one if the loss over the same part of the split says so."""
     done = run.step == run.config.steps
     result = run.validate(whole=False)
-    # A loss of the 16-bit warm start is not that of the ternary model which its checkpoint becomes.
-    improved = run.quantizing and result.loss < run.best_loss
+    # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
+    improved = run.quantizer_strength == 1 and result.loss < run.best_loss
     if improved:
         run.best_loss = result.loss
     whole = run.validate(whole=True) if done and result.tokens < len(run.corpus.split("val")) - 1 else None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import kernels
+from bitnet.kernels.reference import fake_quantize_activations, fake_quantize_weight
 from bitnet.model.linear import BitLinear, PackedLinear, bit_linears, pack, replace_linear
 from bitnet.quant import quantize_ternary
 
@@ -113,6 +114,25 @@ def test_autocast_returns_bfloat16_and_float32_gradients() -> None:
     y.float().sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
+def test_quantizer_strength_fades_both_operands_in_and_keeps_the_gradient_straight(quantizer: str) -> None:
+    layer, x = BitLinear(24, 12, quantizer=quantizer), torch.randn(5, 24, requires_grad=True)
+    full = layer(x).detach()
+    layer.quantizer_strength = torch.tensor(0.0)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+    layer.quantizer_strength = torch.tensor(1.0)
+    torch.testing.assert_close(layer(x).detach(), full, rtol=1e-5, atol=1e-6)
+    layer.quantizer_strength = torch.tensor(0.25)
+    weight = layer.weight.detach() * 0.75 + fake_quantize_weight(layer.weight, quantizer).detach() * 0.25
+    operand = x.detach() * 0.75 + fake_quantize_activations(x).detach() * 0.25
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(operand, weight, layer.bias), rtol=1e-5, atol=1e-6)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

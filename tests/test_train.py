@@ -139,6 +139,40 @@ def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
     assert all(layer.quantizer_enabled for _, layer in bit_linears(run.model))
 
 
+def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
+    run = trainer.Run(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5), False)
+    strengths = []
+    for run.step in range(8):
+        run._switch_quantizers()
+        _, layer = next(bit_linears(run.model))
+        strengths.append(
+            (layer.quantizer_enabled, None if layer.quantizer_strength is None else float(layer.quantizer_strength))
+        )
+    fading = [(True, pytest.approx(s)) for s in (0.2, 0.4, 0.6, 0.8)]
+    assert strengths == [(False, None), (False, None), *fading, (True, None), (True, None)]
+    with pytest.raises(ValueError, match=r"ramp is 0\.6"):
+        configuration(tmp_path, corpus, float_start=0.5, ramp=0.6)
+
+
+def test_init_starts_from_the_weights_shape_and_tokenizer_of_another_run(tmp_path, corpus):
+    configuration_of = configuration(tmp_path, corpus, steps=4, eval_every=4)
+    twin = dataclasses.replace(
+        configuration_of, model=configuration_of.model.replace(quantizer="none"), out=str(tmp_path / "float")
+    )
+    source = trainer.train(twin)
+    wanted = dataclasses.replace(
+        configuration_of,
+        model=configuration_of.model.replace(hidden_size=32, num_attention_heads=2, num_key_value_heads=2),
+        init=twin.out,
+        out=str(tmp_path / "converted"),
+    )
+    run = trainer.Run(wanted, False)
+    assert run.config.model == source.config.model.replace(quantizer="ternary")
+    assert run.tokenizer.fingerprint == source.tokenizer.fingerprint
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], value), name
+
+
 def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp_path, corpus, monkeypatch):
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
 

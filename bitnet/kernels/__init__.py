@@ -92,6 +92,10 @@ def packed_linear(
     return select_backend(x).packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
 
 
-def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
-    """Training product with fake quantization: see `reference.fake_quant_linear`."""
+def fake_quant_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, strength: Tensor | None = None
+) -> Tensor:
+    """Training product with fake quantization: see `reference.fake_quant_linear`, which alone fades quantizers in."""
+    if strength is not None:
+        return reference.fake_quant_linear(x, weight, bias, quantizer, strength)
     return select_backend(x).fake_quant_linear(x, weight, bias, quantizer)

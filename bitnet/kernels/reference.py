@@ -130,12 +130,24 @@ def fake_quantize_weight(weight: Tensor, quantizer: str) -> Tensor:
     return _FakeQuantizeWeight.apply(weight, quantizer)
 
 
-def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+def fake_quant_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, strength: Tensor | None = None
+) -> Tensor:
     """Training product: a float matmul of the dequantized operands, differentiable by the straight-through rule.
 
     x: float `[.., K]`; weight: `[N, K]` latent floats; bias: `[N]` or None. Returns `[.., N]`. With quantizer `none`
     this is `F.linear`, bit for bit.
+
+    `strength`, a scalar tensor from 0 to 1, fades the quantizers in: each operand is `v + strength * (Q(v) - v)`, the
+    gradual lambda for turning a trained float model into a quantized one. None is full strength.
     """
     if quantizer == "none":
         return F.linear(x, weight, bias)
-    return F.linear(fake_quantize_activations(x), fake_quantize_weight(weight, quantizer), bias)
+    x_q, weight_q = fake_quantize_activations(x), fake_quantize_weight(weight, quantizer)
+    if strength is not None:
+        x_q, weight_q = _fade(x, x_q, strength), _fade(weight, weight_q, strength)
+    return F.linear(x_q, weight_q, bias)
+
+
+def _fade(value: Tensor, quantized: Tensor, strength: Tensor) -> Tensor:
+    return value + (strength * (quantized - value)).detach().to(value.dtype)  # the gradient stays the identity

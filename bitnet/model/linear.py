@@ -29,7 +29,8 @@ class BitLinear(nn.Linear):
     `binary` (1-bit BitNet), `int8` or `int4` (ordinary QAT), or `none`, which is exactly `nn.Linear`; all but `none`
     quantize activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
 
-    `quantizer_enabled = False` turns it into a plain Linear for a while (the 16-bit warm start of a ternary run).
+    `quantizer_enabled = False` turns it into a plain Linear for a while (the 16-bit warm start of a ternary run), and a
+    scalar tensor as `quantizer_strength` fades its quantizers in (0 to 1; None is full strength).
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quantizer = kernels.check_quantizer(quantizer)
         self.quantizer_enabled = True
+        self.quantizer_strength: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: str = "ternary") -> "BitLinear":
@@ -57,7 +59,7 @@ class BitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         quantizer = self.quantizer if self.quantizer_enabled else "none"
-        return kernels.fake_quant_linear(x, self.weight, self.bias, quantizer)
+        return kernels.fake_quant_linear(x, self.weight, self.bias, quantizer, self.quantizer_strength)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}"
