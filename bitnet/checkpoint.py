@@ -12,13 +12,15 @@ then are the checkpoints removed that it no longer names. At every moment `index
 Nothing is pickled, so loading a checkpoint runs no code.
 
 A packed model (`save_packed`) is a folder of its own with model.safetensors, config.json and tokenizer.model, where
-config.json says `"packed": true` and the tensors are those of `BitNetForCausalLM.pack()`.
+config.json says `"packed": true` and the tensors are those of `BitNetForCausalLM.pack()`, with an INT8 or a float
+embedding.
 """
 
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from torch import Tensor
 
 from bitnet.engine import Engine
 from bitnet.files import fsync_folder, write_atomic
-from bitnet.kernels import native_wanted
+from bitnet.kernels import native_wanted, quantize_weight
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.quant import pack_codes
 
 INDEX = "index.json"
 MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER = (
@@ -48,7 +51,7 @@ def load_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {path.parent} a run or checkpoint of this project?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; it is not a file of this project")
@@ -165,7 +168,7 @@ def load_config(checkpoint: Path) -> tuple[ModelConfig, bool]:
 
 def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes) -> None:
     """Write a packed model and its tokenizer, whole or not at all. Raises OSError, also for a folder that exists."""
-    if not model.head_is_packed:
+    if not model.is_packed:
         raise ValueError("the model is not packed; call model.pack() first")
     if folder.exists():
         raise OSError(f"{folder} already exists; choose another name or delete it")
@@ -210,10 +213,33 @@ def load_for_inference(
 
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-            return Engine(config, read, names, cache_dtype=cache_dtype)
+            return Engine(config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
         return BitNetForCausalLM.packed_from(config, load_tensors(path, device)).to(device)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error
+
+
+def _with_packed_embeddings(
+    read: Callable[[str], Tensor], names: list[str]
+) -> tuple[Callable[[str], Tensor], list[str]]:
+    """A packed model's tensors with the matrices that are float, embedding and head, quantized to INT8 as they are
+    read; in a file that holds them in INT8 nothing changes."""
+    floats = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in names]
+    made: dict[str, Tensor] = {}
+
+    def tensor(name: str) -> Tensor:
+        module = name.rpartition(".")[0]
+        if f"{module}.weight" not in floats:
+            return read(name)
+        if name not in made:
+            codes, scale = quantize_weight(read(f"{module}.weight"), "int8")
+            made.update({f"{module}.packed_weight": pack_codes(codes, 8), f"{module}.weight_scale": scale})
+        return made.pop(name)
+
+    for name in floats:
+        module = name.rpartition(".")[0]
+        names = [*(n for n in names if n != name), f"{module}.packed_weight", f"{module}.weight_scale"]
+    return tensor, names
 
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:

@@ -197,13 +197,15 @@ class BitNetForCausalLM(nn.Module):
             return cross_entropy(self._logits(h), labels, reduction)
         return self.next_token_loss(h, self.head_weight, labels, reduction)
 
-    def pack(self) -> "BitNetForCausalLM":
-        """The inference form, in place: 2-bit projections, INT8 embedding and head (one table where they are tied).
+    def pack(self, *, embeddings: bool = True) -> "BitNetForCausalLM":
+        """The inference form, in place: 2-bit projections and, with `embeddings`, INT8 embedding and head (one table
+        where they are tied).
 
-        No float matrix is left but the norms, and the native engine (`bitnet/engine.py`) runs exactly this model. In a
-        float twin only embedding and head become INT8.
+        With `embeddings` no float matrix is left but the norms, and the native engine (`bitnet/engine.py`) runs exactly
+        this model; without, the logits are the trained model's. What is packed already stays as it is, so a second call
+        packs the embeddings of a model that came without. In a float twin only embedding and head become INT8.
         """
-        if not isinstance(self.model.embed_tokens, PackedEmbedding):
+        if embeddings and not self.head_is_packed:
             if self.lm_head is not None:
                 self.lm_head = PackedLinear.from_linear(self.lm_head, "int8")
             self.model.embed_tokens = PackedEmbedding.from_weight(self.model.embed_tokens.weight)
@@ -215,13 +217,15 @@ class BitNetForCausalLM(nn.Module):
     def packed_from(cls, config: ModelConfig, tensors: dict[str, Tensor]) -> "BitNetForCausalLM":
         """The model that `pack()` made, from the state_dict that it then had; shares the tensors.
 
-        Raises RuntimeError, from torch, for tensors that are missing, left over or of another shape.
+        Embedding and head are INT8 or float, whichever the tensors are. Raises RuntimeError, from torch, for tensors
+        that are missing, left over or of another shape.
         """
         with torch.device("meta"):
             model = cls(config)
-            if model.lm_head is not None:
-                model.lm_head = PackedLinear(config.hidden_size, config.vocab_size, False, quantizer="int8")
-            model.model.embed_tokens = PackedEmbedding(config.vocab_size, config.hidden_size)
+            if "model.embed_tokens.weight" not in tensors:
+                if model.lm_head is not None:
+                    model.lm_head = PackedLinear(config.hidden_size, config.vocab_size, False, quantizer="int8")
+                model.model.embed_tokens = PackedEmbedding(config.vocab_size, config.hidden_size)
             for module in list(model.modules()):
                 for name, child in module.named_children():
                     if isinstance(child, BitLinear):
@@ -230,6 +234,11 @@ class BitNetForCausalLM(nn.Module):
         model.load_state_dict(tensors, assign=True)
         model.model.cos, model.model.sin = rope_tables(config)
         return model.eval()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the projections are packed codes; embedding and head may still be float."""
+        return any(isinstance(module, PackedLinear) for module in self.model.layers.modules())
 
     @property
     def head_is_packed(self) -> bool:
