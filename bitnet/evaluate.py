@@ -25,9 +25,10 @@ from bitnet import checkpoint
 from bitnet.corpus import open_corpus
 from bitnet.data import IGNORE_INDEX, TokenArray, iter_eval_batches, tokenize_corpus
 from bitnet.model import BitNetForCausalLM
+from bitnet.plots import draw_loss
 from bitnet.runtime import pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer
-from bitnet.tracking import draw_loss, read_metrics
+from bitnet.tracking import read_metrics
 
 
 @dataclass(frozen=True)

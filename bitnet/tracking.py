@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.files import write_atomic
+from bitnet.plots import draw_loss
 
 
 class Tracker:
@@ -63,34 +64,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def draw_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Training and validation loss over steps for one or several runs, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for index, (name, rows) in enumerate(runs.items()):
-        color = f"C{index}"
-        training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-        axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, lw=1) if training else None
-        if validation:
-            axes.plot(*zip(*validation, strict=True), "o-", color=color, ms=4, label=f"{name}, validation")
-            axes.annotate(
-                f"{validation[-1][1]:.3f}",
-                validation[-1],
-                (4, 8 - 20 * (index % 2)),
-                textcoords="offset points",
-                color=color,
-            )
-    axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Loss (thin: training)")
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(path)
 
 
 def _start_wandb(folder: Path, config: dict[str, Any], mode: str) -> Any:

@@ -13,7 +13,7 @@ SOURCES = [*sorted((ROOT / "bitnet").rglob("*.py")), ROOT / "train.py", ROOT / "
 
 # A layer may import itself and the layers above it in this list, nothing below.
 LAYERS = [
-    {"quant", "files"},
+    {"quant", "files", "plots"},
     {"kernels"},
     {"model"},
     {"engine", "gpu_engine", "runtime", "tokenizer", "corpus"},
@@ -25,9 +25,9 @@ LAYERS = [
     {"train", "generate"},
 ]
 # These know nothing of the package: they could be libraries of their own.
-LEAVES = {"quant", "corpus", "files"}
+LEAVES = {"quant", "corpus", "files", "plots"}
 # Heavy or optional packages, and the one file that may import each, inside a function.
-LAZY = {"wandb": "tracking", "matplotlib": "tracking", "datasets": "corpus", "pyarrow": "corpus", "triton": "kernels"}
+LAZY = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus", "pyarrow": "corpus", "triton": "kernels"}
 
 
 def part_of(path: Path) -> str:
