@@ -29,6 +29,7 @@ __all__ = [
     "native_available",
     "native_wanted",
     "packed_linear",
+    "packed_matmul",
     "quantize_weight",
     "select_backend",
     "use_backend",
@@ -90,6 +91,12 @@ def packed_linear(
 ) -> Tensor:
     """Inference product on packed weights: see `reference.packed_linear`."""
     return select_backend(x).packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
+
+
+def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
+    """Integer product on packed weights: see `reference.packed_matmul`."""
+    backend = cpu if select_backend(codes) is cpu else reference
+    return backend.packed_matmul(codes, packed, bits=bits, in_features=in_features)
 
 
 def fake_quant_linear(

@@ -67,6 +67,12 @@ def integer_matmul(x_codes: Tensor, weight_codes: Tensor, *, bits: int = 8) -> T
         return F.linear(x_codes.to(dtype), weight_codes.to(dtype)).to(torch.int32)
 
 
+def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
+    """The exact integer product behind `packed_linear`, for activations that were quantized elsewhere: int8 codes
+    `[.., K]` and packed weights to int32 `[.., N]`."""
+    return integer_matmul(codes, packing.unpack_codes(packed, bits, in_features), bits=bits)
+
+
 def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
 ) -> Tensor:

@@ -13,7 +13,14 @@ from torch import Tensor
 from bitnet.kernels.cpu import native
 from bitnet.kernels.reference import fake_quant_linear, quantize_weight
 
-__all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activations", "quantize_weight"]
+__all__ = [
+    "available",
+    "fake_quant_linear",
+    "packed_linear",
+    "packed_matmul",
+    "quantize_activations",
+    "quantize_weight",
+]
 
 _PARALLEL_FROM = 2**19  # weights; a smaller product is done before a second thread wakes up
 
@@ -63,6 +70,22 @@ def integer_matmul(x: Tensor, weights: native.Lines) -> Tensor:
     return y
 
 
+def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
+    """As `reference.packed_matmul`. Raises ValueError for tensors that do not fit together."""
+    if codes.dtype != torch.int8 or codes.shape[-1] != in_features:
+        raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; give int8 with {in_features} as last dimension")
+    flat = codes.reshape(-1, in_features)
+    rows = len(flat)
+    weights = _run_time_layout(packed, torch.ones(1, 1), bits, in_features)
+    y = torch.empty(rows, weights.rows, dtype=torch.int32)
+    if rows:
+        padded = _codes_buffer(rows, in_features)
+        padded[:rows, :in_features] = flat
+        padded[:rows, in_features:] = 0
+        _matmul(weights, padded, torch.ones(rows), flat.sum(1, dtype=torch.int32), rows, None, y, out=4)
+    return y.view(*codes.shape[:-1], weights.rows)
+
+
 def _matmul(
     weights: native.Lines, codes: Tensor, scale: Tensor, total: Tensor, rows: int, bias: Tensor | None, y: Tensor,
     out: int,
@@ -80,13 +103,17 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 `[M + 32, stride]` (padded with zeros, and with rows that AMX may read), scale, row sums."""
     rows, width = x.shape
     x = x.float().contiguous()
-    codes = torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
+    codes = _codes_buffer(rows, width)
     scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
     threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
     native.kernels().quantize(
         x.data_ptr(), rows, width, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), threads
     )
     return codes[:rows], scale, total
+
+
+def _codes_buffer(rows: int, width: int) -> Tensor:
+    return torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
 
 
 def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
