@@ -4,6 +4,7 @@
 
     absmax      scale = absmax(x) / quant_max                    zero_point = 0
     zero-point  scale = (max(x) - min(x)) / (quant_max - quant_min),  zero_point = quant_min - round(min(x) / scale)
+    clipping    the same with a narrower range than x has; what lies outside gets the first or the last code
 
 `scale` always dequantizes. It has as many dimensions as x, and each of its entries covers a block of x: a dimension
 of size s against one of size n stands for n / s neighbours each. So per tensor is `[1, .., 1]`, per channel of
@@ -12,7 +13,9 @@ that use a scale need not be told which it was. All arithmetic is float32; round
 torchao's (`quant_primitives.py`).
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +111,40 @@ def choose_qparams_asymmetric(
     _check_float(x)
     quant_min, quant_max = integer_range(bits, signed=signed)
     blocks = _blocks(x.float(), scale_shape(x.shape, granularity))
-    low = blocks.amin(dim=_inner_dims(x)).clamp(max=0)
-    high = blocks.amax(dim=_inner_dims(x)).clamp(min=0)
-    scale = (high - low).clamp(min=eps) / (quant_max - quant_min)
-    zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
-    return scale, zero_point.to(torch.int32)
+    low, high = blocks.amin(dim=_inner_dims(x)), blocks.amax(dim=_inner_dims(x))
+    return _zero_point_qparams(low, high, quant_min, quant_max, eps)
+
+
+def choose_qparams_from_range(
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    signed: bool = True,
+    restricted: bool = True,
+    eps: float = SCALE_EPS,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for a given clip range, for instance of a calibration: values outside it will be clipped.
+
+    low, high: float, of the scale's shape. Symmetric covers `max(-low, high)` on both sides and returns no zero point;
+    with `signed=False` it spends the codes [0, 2^b - 1] on values that are never negative. Asymmetric widens the range
+    to contain 0, as `choose_qparams_asymmetric` does. Raises ValueError where a bound isn't finite, low is above high,
+    or low is negative in a symmetric unsigned range.
+    """
+    low, high = low.float(), high.float()
+    if low.shape != high.shape:
+        raise ValueError(f"low and high need one shape, got {list(low.shape)} and {list(high.shape)}")
+    bad = ~(low.isfinite() & high.isfinite() & (low <= high))
+    if bad.any():
+        raise ValueError(f"a clip range needs finite low <= high, got low {low[bad][0]:g}, high {high[bad][0]:g}")
+    quant_min, quant_max = integer_range(bits, signed=signed)
+    if not symmetric:
+        return _zero_point_qparams(low, high, quant_min, quant_max, eps)
+    if not signed and (low < 0).any():
+        raise ValueError(f"low is {low.min():g}, but symmetric unsigned codes have no negative values; use signed=True")
+    absmax = torch.maximum(-low, high).clamp(min=eps)
+    return absmax / (quant_max if restricted or not signed else quant_max + 1), None
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
@@ -140,6 +172,15 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min
     return (codes * _per_block(scale)).reshape(x.shape).to(x.dtype)
 
 
+def fake_quantize_ste(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, *, clip_gradient: bool = True
+) -> Tensor:
+    """`fake_quantize` with a straight-through gradient for quantization-aware training: the identity for every x whose
+    code lies in the range, and 0 outside it (1 there too with `clip_gradient=False`). The mask is the one of
+    `torch.fake_quantize_per_tensor_affine`; no gradient goes to scale or zero_point."""
+    return _FakeQuantizeSTE.apply(x, scale, zero_point, quant_min, quant_max, clip_gradient)
+
+
 def quantize_symmetric(
     x: Tensor, bits: int, granularity: Granularity, *, restricted: bool = True, eps: float = SCALE_EPS
 ) -> tuple[Tensor, Tensor]:
@@ -148,12 +189,70 @@ def quantize_symmetric(
     return quantize(x, scale, None, *integer_range(bits)), scale
 
 
+@dataclass(frozen=True)
+class QuantizationError:
+    """Result of `quantization_error`."""
+
+    mse: float
+    """Mean of the squared differences."""
+    sqnr_db: float
+    """Signal-to-quantization-noise ratio, 10 log10(sum(x^2) / sum((x - y)^2)) dB; infinite where nothing differs."""
+    max_abs: float
+    """Largest absolute difference."""
+
+
+def quantization_error(x: Tensor, quantized: Tensor) -> QuantizationError:
+    """How far dequantized values (of x's shape) are from x, summed in float64. An all-zero x that did not stay zero
+    has an SQNR of -inf. Raises ValueError where the shapes differ or x is empty."""
+    if x.shape != quantized.shape or not x.numel():
+        raise ValueError(f"the error needs two tensors of one shape, got {list(x.shape)} and {list(quantized.shape)}")
+    difference = x.double() - quantized.double()
+    signal, noise = float(x.double().square().sum()), float(difference.square().sum())
+    ratio = math.inf if noise == 0 else signal / noise
+    return QuantizationError(
+        mse=noise / x.numel(),
+        sqnr_db=10 * math.log10(ratio) if ratio > 0 else -math.inf,
+        max_abs=float(difference.abs().max()),
+    )
+
+
+class _FakeQuantizeSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, clip_gradient: bool
+    ) -> Tensor:
+        return fake_quantize(x, scale, zero_point, quant_min, quant_max)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, zero_point, quant_min, quant_max, clip_gradient = inputs
+        inside = None
+        if clip_gradient:
+            codes = _unclipped_codes(x, scale, zero_point)
+            inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
+        ctx.save_for_backward(inside)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] if inside is None else grads[0] * inside, None, None, None, None, None
+
+
+def _zero_point_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps: float) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low).clamp(min=eps) / (quant_max - quant_min)
+    zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
 def _round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int) -> Tensor:
     """Codes as float32, in the blocked view of `_blocks`."""
+    return _unclipped_codes(x, scale, zero_point).clamp(quant_min, quant_max)
+
+
+def _unclipped_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     codes = (_blocks(x.float(), scale.shape) / _per_block(scale)).round()
-    if zero_point is not None:
-        codes = codes + _per_block(zero_point)
-    return codes.clamp(quant_min, quant_max)
+    return codes if zero_point is None else codes + _per_block(zero_point)
 
 
 def _check_float(x: Tensor) -> None:
