@@ -24,7 +24,7 @@ Letters: B batch, T prompt length, V vocab_size, N candidates.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from bitnet.model import ModelConfig
-from bitnet.tokenizer import StreamDecoder, Tokenizer
+from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
 FILLER = -1
 """What `generate` yields for a row that has already ended."""
@@ -212,15 +212,15 @@ def generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     seed: int,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     stats: GenerationStats | None = None,
 ) -> Iterator[Tensor]:
     """Continue `input_ids` int64 `[B, T]` token by token: an iterator of ids int64 `[B]`, on the CPU.
 
-    A row ends with `eos_id`, which is yielded; from then on it yields FILLER (-1), and when all rows have ended the
-    iterator stops. Otherwise it stops after `max_new_tokens`, or earlier, where prompt and text fill the model's
-    positions (`limit_new_tokens` tells). The prompts of a batch have one length; padding is not supported.
+    A row ends with `eos_id`, or any of several, which is yielded; from then on it yields FILLER (-1), and when all rows
+    have ended the iterator stops. Otherwise it stops after `max_new_tokens`, or earlier, where prompt and text fill the
+    model's positions (`limit_new_tokens` tells). The prompts of a batch have one length; padding is not supported.
     `vocab_size` leaves out the last rows of a head that is larger than its tokenizer. Raises ValueError at once for
     input the model cannot take, and later for logits that are not finite.
     """
@@ -244,7 +244,8 @@ def generate(
         raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
     generator = torch.Generator().manual_seed(seed)
     stats = GenerationStats() if stats is None else stats
-    return _generate(model, input_ids, max_new_tokens, sampling, generator, eos_id, vocab_size, stats)
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    return _generate(model, input_ids, max_new_tokens, sampling, generator, ends, vocab_size, stats)
 
 
 @torch.inference_mode()
@@ -254,7 +255,7 @@ def _generate(
     max_new_tokens: int,
     sampling: SamplingConfig,
     generator: torch.Generator,
-    eos_id: int | None,
+    ends: list[int],
     vocab_size: int,
     stats: GenerationStats,
 ) -> Iterator[Tensor]:
@@ -293,22 +294,22 @@ def _generate(
             stats.decode_seconds += seconds
             stats.bytes_read += bytes_of_weights + cache.nbytes
         ids = ids.masked_fill(finished, FILLER)
-        if eos_id is not None:
-            finished |= ids == eos_id
+        for end in ends:
+            finished |= ids == end
         yield ids
         if bool(finished.all()):
             return
 
 
 class TextStream:
-    """Ids of one sample to text, as soon as it is certain, up to the first stop string or the end-of-text token.
+    """Ids of one sample to text, as soon as it is certain, up to the first stop string or end-of-text token.
 
     The pieces of `push` and the one of `close`, joined, are the text before the stop string that is completed first
     (of those completed by the same character, the longest), however the text is cut into tokens. What could still
     become a stop string or a character of several bytes is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: BaseTokenizer, stop: Sequence[str] = (), prompt: Iterable[int] = ()) -> None:
         """`prompt`: the ids before the text, so that the space of a first word is not taken for a text's start."""
         if isinstance(stop, str):
             raise TypeError("stop is one string; give a list of them")
@@ -316,8 +317,8 @@ class TextStream:
             raise ValueError("a stop string is empty and would end every text at once; leave it out")
         self.stop = tuple(stop)
         self.finished = False
-        """Nothing more will come: a stop string, the end-of-text token or `close` was met."""
-        self._eos_id = tokenizer.eos_id
+        """Nothing more will come: a stop string, an end-of-text token or `close` was met."""
+        self._ends = {FILLER, *tokenizer.eos_ids}
         self._decoder = StreamDecoder(tokenizer)
         self._held = ""
         for token_id in prompt:
@@ -327,7 +328,7 @@ class TextStream:
         """The text that this id makes certain, perhaps ""; end-of-text or FILLER closes the stream."""
         if self.finished:
             return ""
-        if token_id == self._eos_id or token_id == FILLER:
+        if token_id in self._ends:
             return self.close()
         return self._advance(self._decoder.push(token_id))
 

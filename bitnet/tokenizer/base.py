@@ -64,19 +64,22 @@ class BaseTokenizer(ABC):
 
         With `special`, special tokens written in the text become their ids; otherwise "<s>" stays text.
         """
-        if special and self._special_pattern:
-            parts = self._special_pattern.split(text)  # texts at even places, special tokens at odd ones
-            encoded = iter(self.encode_batch([part for part in parts[::2] if part], threads=1))
-            ids = []
-            for place, part in enumerate(parts):
-                if place % 2:
-                    ids.append(self.specials[part])
-                elif part:
-                    ids += next(encoded)
-        else:
-            ids = self.encode_batch([text], threads=1)[0]
+        ids = self._encode_special(text) if special else self.encode_batch([text])[0]
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return [*front, *ids, *([self.eos_id] if eos and self.eos_id is not None else [])]
+
+    def _encode_special(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens count."""
+        parts = self._special_pattern.split(text) if self._special_pattern else [text]
+        # Texts stand at even places, special tokens at odd ones. An empty text has no ids, not even a space's.
+        encoded = iter(self.encode_batch([part for part in parts[::2] if part]))
+        ids = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids.append(self.specials[part])
+            elif part:
+                ids += next(encoded)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD.

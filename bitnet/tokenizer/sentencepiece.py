@@ -79,7 +79,8 @@ class Tokenizer(BaseTokenizer):
         self._byte_ids = {int(p[3:5], 16): i for i, p in enumerate(pieces) if processor.is_byte(i)}
         self._surfaces = [self._surface(i, p) for i, p in enumerate(pieces)]
         self.adds_bos, self._ends = adds_bos, ends
-        self._set_specials({p: i for i, p in enumerate(pieces) if processor.is_control(i)}, ends)
+        steering = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
+        self._set_specials({pieces[i]: i for i in steering}, ends)
         # What the model does to the edges of a text, asked of the model itself because its settings sit in a protobuf
         # that would need another dependency to read.
         probe = processor.normalize("a  \ufb01 ")  # "fi" ligature: any Unicode normalization changes it

@@ -1,0 +1,150 @@
+"""Chat templates: a conversation as the text that an instruct model was trained on.
+
+    template = find_chat_template(folder, tokenizer)        # or chat_template_of_gguf(metadata, tokenizer)
+    ids = template.encode([{"role": "user", "content": "Hello"}])
+
+A template is a Jinja program that comes with a model, so it runs in Jinja's sandbox, where it can compute text and
+nothing else, with what transformers gives to templates (`apply_chat_template`): `messages`, `add_generation_prompt`,
+`bos_token`, `eos_token`, `raise_exception`, `strftime_now`, `tojson`, `break` and `continue`, and blocks without the
+newline and the indentation of their lines. It is looked for where transformers looks: chat_template.jinja, then
+tokenizer_config.json, then chat_template.json; in a GGUF file it is `tokenizer.chat_template`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnet.tokenizer.base import BaseTokenizer
+from bitnet.tokenizer.huggingface import read_json
+
+if TYPE_CHECKING:
+    import jinja2
+
+Message = Mapping[str, Any]
+"""{"role": "system", "user" or "assistant", "content": text}, and whatever else a template reads."""
+
+
+class ChatTemplate:
+    """A chat template and the tokenizer whose tokens it writes."""
+
+    def __init__(self, source: str, tokenizer: BaseTokenizer, where: str = "chat template"):
+        """Compile a template. Raises ValueError naming `where` for one that is no Jinja."""
+        import jinja2
+
+        self.source, self.tokenizer, self.where = source, tokenizer, where
+        ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
+        self._variables: dict[str, Any] = {"tools": None, "documents": None} | {
+            f"{name}_token": tokenizer.id_to_piece(token_id) for name, token_id in ids.items() if token_id is not None
+        }
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ValueError(f"{where} is not a Jinja template that can be read: {error}") from error
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The text of a conversation, with the beginning of the assistant's next turn unless that is not wanted.
+
+        `variables` are more names that the template may read. Raises ValueError with the template's own complaint,
+        for instance about roles that it does not know or that do not alternate.
+        """
+        for message in messages:
+            if "role" not in message or "content" not in message:
+                raise ValueError(f'a message needs "role" and "content", this one has {sorted(message)}')
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **(self._variables | variables)
+            )
+        except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, ...
+            roles = ", ".join(str(message["role"]) for message in messages) or "none"
+            raise ValueError(
+                f"{self.where} does not take this conversation (roles: {roles}): {error}. Templates differ in the "
+                "roles they know and in their order; try without a system message, users and assistants in turn"
+            ) from error
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """The token ids of `render`, special tokens included.
+
+        The begin of text token comes in front where the tokenizer wants it and the template has not written it.
+        """
+        ids = self.tokenizer.encode(self.render(messages, add_generation_prompt), special=True)
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if bos is not None and self.tokenizer.adds_bos and ids[:1] != [bos] else ids
+
+
+def find_chat_template(folder: Path, tokenizer: BaseTokenizer) -> ChatTemplate | None:
+    """The chat template among a model's files, None for a base model, which has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer, str(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if source := _default(read_json(path).get("chat_template"), str(path)):
+            return ChatTemplate(source, tokenizer, f"the chat template in {path}")
+    return None
+
+
+def chat_template_of_gguf(
+    metadata: Mapping[str, Any], tokenizer: BaseTokenizer, where: str = "GGUF file"
+) -> ChatTemplate | None:
+    """The chat template in a GGUF file's metadata, None for a base model, which has none."""
+    source = _default(metadata.get("tokenizer.chat_template"), where)
+    return ChatTemplate(source, tokenizer, f"the chat template in {where}") if source else None
+
+
+def require(template: ChatTemplate | None, model: object) -> ChatTemplate:
+    """The template. Raises ValueError for a base model."""
+    if template is None:
+        raise ValueError(
+            f"{model} has no chat template: it is a base model, which continues texts and does not answer. Leave out "
+            "--chat, take an instruct model, or put its template beside the model as chat_template.jinja"
+        )
+    return template
+
+
+def _default(value: Any, where: str) -> str | None:
+    """One template of what a file says: a text, or several as [{"name": ..., "template": ...}]."""
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default") or next(iter(named.values()), None)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"the chat template in {where} is a {type(value).__name__}, not a text; it is damaged")
+    return value
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's words for training; here it stands for what it encloses."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja's own way
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment

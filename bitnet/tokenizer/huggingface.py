@@ -1,0 +1,230 @@
+"""Tokenizers in a tokenizer.json, run by the `tokenizers` library (Hugging Face's, in Rust; an optional dependency).
+
+Which ids mean begin and end of text is not in that file. It is gathered from those beside it, in this order:
+tokenizer_config.json and special_tokens_map.json (texts), generation_config.json and config.json (ids).
+
+Two families are understood, told apart by the file's decoder, because `surface_bytes` must know each id's bytes:
+
+    ByteLevel                            every byte is one printable character (GPT-2's table); LLaMA 3, Qwen, SmolLM
+    Replace or Metaspace, ByteFallback   U+2581 is a space and <0x0A> a byte; LLaMA 2, Mistral, Gemma
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitnet.files import write_atomic
+from bitnet.tokenizer.base import BaseTokenizer, check_encodable
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPACE_MARK = "\u2581"
+TOKENIZER_JSON = "tokenizer.json"
+_BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+
+
+class HuggingFaceTokenizer(BaseTokenizer):
+    """A tokenizer of the `tokenizers` library. `encode` adds what it is asked for, not what the post-processor says."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        unk_id: int | None = None,
+        pad_id: int | None = None,
+        adds_bos: bool = False,
+        ends: Iterable[int] = (),
+        source: str = "tokenizer",
+    ):
+        """Take a library object, which is changed (no truncation, no padding), and the ids of its special tokens.
+
+        Raises ValueError naming `source` for a decoder of another family and for ids outside the vocabulary.
+        """
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # in the library's words: special tokens in a text are encoded as text
+        added = backend.get_added_tokens_decoder()
+        pieces = {token_id: piece for piece, token_id in backend.get_vocab().items()}
+        pieces |= {token_id: token.content for token_id, token in added.items()}
+        self.vocab_size = max(pieces, default=-1) + 1
+        if not 0 < self.vocab_size <= 2 * len(pieces) + 65536:
+            raise ValueError(f"{source} has {len(pieces)} tokens and ids up to {self.vocab_size - 1}: it is damaged")
+        self._pieces = [pieces.get(i, "") for i in range(self.vocab_size)]
+        surface, self.adds_space_prefix = _read_decoder(backend, source)
+        self._surfaces = [surface(piece) for piece in self._pieces]
+        for i, token in added.items():
+            self._surfaces[i] = b"" if token.special else token.content.encode()
+
+        self._ends = tuple(ends)
+        named = {"bos_id": bos_id, "eos_id": eos_id, "unk_id": unk_id, "pad_id": pad_id}
+        for name, token_id in (*named.items(), *(("an end of text id", i) for i in self._ends)):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(f"{source}: {name} is {token_id} and the vocabulary has {self.vocab_size} tokens")
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = bos_id, eos_id, unk_id, pad_id
+        self.adds_bos = adds_bos and bos_id is not None
+        self._set_specials({token.content: i for i, token in added.items() if token.special}, self._ends)
+        self._json: str = backend.to_str()
+        self.fingerprint = hashlib.sha256(f"{bos_id} {self.eos_ids} {self._json}".encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
+        """Read a tokenizer.json, or the one of a folder, and the files beside it. Raises ValueError naming the file."""
+        path = Path(path)
+        path = path / TOKENIZER_JSON if path.is_dir() else path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer file {os.fspath(path)!r} cannot be read: {error}") from error
+        backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}")
+        return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent))
+
+    @classmethod
+    def from_json(cls, text: str, **settings: Any) -> HuggingFaceTokenizer:
+        """The tokenizer of a tokenizer.json's text; `settings` are the constructor's."""
+        return cls(backend_from_json(text, settings.get("source", "tokenizer.json")), **settings)
+
+    def __reduce__(self) -> tuple[Callable[..., HuggingFaceTokenizer], tuple[str]]:
+        names = ("bos_id", "eos_id", "unk_id", "pad_id", "adds_bos")
+        settings = {name: getattr(self, name) for name in names} | {"ends": self._ends}
+        return partial(HuggingFaceTokenizer.from_json, **settings), (self._json,)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokenizer.json."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, self._json)
+
+    def id_to_piece(self, token_id: int) -> str:
+        self.surface_bytes(token_id)  # refuses ids outside the vocabulary
+        return self._pieces[token_id]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Token ids of each text, without special tokens.
+
+        With more than one thread the library takes as many as it likes (RAYON_NUM_THREADS).
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode_batch takes a list of texts, not one text: use encode")
+        try:
+            if threads > 1:
+                batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+                return [encoding.ids for encoding in batch]
+            return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+        except (UnicodeError, TypeError) as error:  # by the library's version; it does not say which text it was
+            check_encodable(texts)
+            raise error
+
+    def _encode_special(self, text: str) -> list[int]:
+        self._backend.encode_special_tokens = False
+        try:
+            return self.encode_batch([text])[0]
+        finally:
+            self._backend.encode_special_tokens = True
+
+
+def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
+    """The library's object for a tokenizer.json. Raises ValueError naming `source` for a file it does not take."""
+    library = import_tokenizers()
+    try:
+        return library.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and a panic in Rust is a BaseException
+        raise ValueError(
+            f"{source} is not a tokenizer.json that tokenizers {library.__version__} can read ({error}); "
+            "it is damaged, or needs a newer version: pip install -U tokenizers"
+        ) from error
+
+
+def import_tokenizers() -> Any:
+    """The `tokenizers` library. Raises ValueError with the command that installs it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError("byte-level and tokenizer.json tokenizers need: pip install tokenizers") from None
+    return tokenizers
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's table: printable Latin-1 characters stand for themselves, the 68 other bytes for U+0100, U+0101, ..."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str], bytes], bool]:
+    """What turns a piece into its bytes, and whether decoding takes a space from the front of a text."""
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+    parts = {part["type"]: part for part in state.get("decoders", [state])}
+    if "ByteLevel" in parts:
+        table = byte_of_character()
+
+        def byte_level(piece: str) -> bytes:
+            if all(character in table for character in piece):
+                return bytes(table[character] for character in piece)
+            return piece.encode()
+
+        return byte_level, False
+    metaspace, replace = parts.get("Metaspace"), parts.get("Replace", {})
+    mark = metaspace["replacement"] if metaspace else replace.get("pattern", {}).get("String")
+    if mark is None or (not metaspace and replace["content"] != " "):
+        raise ValueError(
+            f"{source} decodes with {' and '.join(map(str, parts))}; byte-level (ByteLevel) and sentencepiece-like "
+            "(Replace or Metaspace) tokenizers are supported"
+        )
+    strips = metaspace["prepend_scheme"] != "never" if metaspace else parts.get("Strip", {}).get("start") == 1
+    fallback = _BYTE_PIECES if "ByteFallback" in parts else {}
+
+    def marked(piece: str) -> bytes:
+        return fallback.get(piece) or piece.replace(mark, " ").encode()
+
+    return marked, strips
+
+
+def _special_ids(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, Any]:
+    """The constructor's settings, from the files beside a tokenizer.json."""
+    config, names, generation, model = (
+        read_json(folder / name)
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    )
+    settings: dict[str, Any] = {}
+    for kind in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{kind}_token", names.get(f"{kind}_token"))
+        text = token.get("content") if isinstance(token, dict) else token
+        settings[f"{kind}_id"] = backend.token_to_id(text) if isinstance(text, str) else None
+    ends = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
+    if settings["eos_id"] is None and ends:
+        settings["eos_id"] = ends[0]
+    if settings["bos_id"] is None and "bos_token" not in config:
+        settings["bos_id"] = next(iter(_ids(model.get("bos_token_id"))), None)
+    adds_bos = config.get("add_bos_token")
+    if not isinstance(adds_bos, bool):  # ask the file's post-processor
+        adds_bos = backend.encode("a").ids[:1] == [settings["bos_id"]]
+    return settings | {"ends": ends, "adds_bos": adds_bos}
+
+
+def _ids(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file, {} where there is no such file. Raises ValueError naming a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
