@@ -20,7 +20,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def save_checkpoint(
         if folder.name not in index.values():  # else this very step is already saved and only its rank may change
             temporary.mkdir()
             # Tied tensors appear once: the head of a tied model is no module of its own.
-            _save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
-            _save_tensors(temporary / OPTIMIZER, optimizer_state)
+            save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
+            save_tensors(temporary / OPTIMIZER, optimizer_state)
             write_atomic(temporary / STATE, json.dumps(state, indent=1))
             write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
             write_atomic(temporary / TOKENIZER, tokenizer)
@@ -170,20 +171,29 @@ def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes) -> Non
     """Write a packed model and its tokenizer, whole or not at all. Raises OSError, also for a folder that exists."""
     if not model.is_packed:
         raise ValueError("the model is not packed; call model.pack() first")
+    with new_folder(folder, "packed model") as temporary:
+        save_tensors(temporary / MODEL, dict(model.state_dict()))
+        config = {"packed": True, "model": dataclasses.asdict(model.config)}
+        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        write_atomic(temporary / TOKENIZER, tokenizer)
+
+
+@contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to fill, which then appears under its name whole, or not at all. Raises OSError, naming `what` was to
+    be written, also for a folder that exists."""
     if folder.exists():
         raise OSError(f"{folder} already exists; choose another name or delete it")
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _save_tensors(temporary / MODEL, dict(model.state_dict()))
-        config = {"packed": True, "model": dataclasses.asdict(model.config)}
-        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-        write_atomic(temporary / TOKENIZER, tokenizer)
+        yield temporary
         os.replace(temporary, folder)
         fsync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
+        raise OSError(f"the {what} was not written to {folder}: {error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"the packed model was not written to {folder}: {error}") from error
 
 
 def load_for_inference(
@@ -261,7 +271,9 @@ def _read_index(run: Path) -> dict[str, str]:
     return load_json(path) if path.exists() else {}
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, flushed to disk."""
+    # The metadata is what transformers asks of a file before it reads it.
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
     with open(path, "r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())

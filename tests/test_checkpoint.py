@@ -76,11 +76,11 @@ def test_a_full_disk_loses_nothing(tmp_path, model, monkeypatch, failing):
     full = OSError(28, "No space left on device")
     save_file, write_file, replace = checkpoint.save_file, checkpoint.write_atomic, os.replace
 
-    def fail_tensors(tensors, path):
+    def fail_tensors(tensors, path, **options):
         if failing in str(path):
             path.write_bytes(b"half a fi")
             raise full
-        save_file(tensors, path)
+        save_file(tensors, path, **options)
 
     def fail_text(path, content):
         if path.name == f"{failing}.json":

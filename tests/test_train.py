@@ -212,10 +212,10 @@ def fill_disk_at(monkeypatch, step: int) -> None:
     """Let every checkpoint of this step fail as on a full disk."""
     original = checkpoint.save_file
 
-    def save_file(tensors, path):
+    def save_file(tensors, path, **options):
         if f"step-{step:08d}" in str(path):
             raise OSError(28, "No space left on device")
-        original(tensors, path)
+        original(tensors, path, **options)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
 
