@@ -1,0 +1,98 @@
+"""Quantization of activations in one pass: [gate] -> [RMSNorm] -> per-token absmax INT8, with scale and row sum.
+
+    gate     v = act(x[:K]) * x[K:]                              silu or relu2, before down_proj
+    norm     v = weight * (v / sqrt(mean(v^2) + eps))            statistics in float32
+    absmax   scale = max(absmax(v), 1e-5) / 127,  q = clamp(round(v / scale), -128, 127),  total = sum(q)
+
+Every intermediate is rounded to the type in which torch would have stored it. The products need `total`: they multiply
+unsigned codes and subtract `offset * total` once (`product.py`). One program takes one row and keeps it in registers.
+"""
+
+# mypy: disable-error-code="no-untyped-def, valid-type"
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton, without_nan
+from bitnet.quant.affine import SCALE_EPS
+
+MAX_WIDTH = 65536
+PADDING = 128
+"""Rows of codes are padded with zeros to a multiple of this, the longest block of `bitnet/quant/packing.py`."""
+
+
+@triton.jit
+def quantize_kernel(
+    x, weight, codes, scale, total, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    GATE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    stored: tl.constexpr = x.dtype.element_ty
+    if GATE == "none":
+        v = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    else:
+        v = tl.load(x + row * (2 * K) + k, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + row * (2 * K) + K + k, mask=inside, other=0.0).to(tl.float32)
+        if GATE == "silu":
+            v = (v / (1.0 + tl.exp(-v))).to(stored).to(tl.float32)
+        else:
+            v = tl.where(v < 0.0, 0.0, v)  # a NaN stays one
+            v = (v * v).to(stored).to(tl.float32)
+        v = (v * up).to(stored).to(tl.float32)
+    if NORM:
+        mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
+        v = (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32)
+        v = v * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+        if weight.dtype.element_ty == stored:
+            v = v.to(stored).to(tl.float32)
+    absmax = tl.max(tl.abs(v), 0)
+    absmax = tl.where(absmax < SMALLEST, SMALLEST, absmax)
+    s = tl.div_rn(absmax, 127.0)
+    q = round_half_even(tl.div_rn(v, s))
+    q = without_nan(tl.minimum(tl.maximum(q, -128.0), 127.0)).to(tl.int32)
+    tl.store(codes + row * WIDTH + k, q.to(tl.int8), mask=k < WIDTH)
+    # The maximum passes over NaN, and a token with one must not come out as a number.
+    s = tl.where(tl.sum((v != v).to(tl.int32), 0) > 0, float("nan"), s)
+    tl.store(scale + row, s)
+    tl.store(total + row, tl.sum(q, 0))
+
+
+def padded(in_features: int) -> int:
+    """Length of a row of codes."""
+    return -(-in_features // PADDING) * PADDING
+
+
+def quantize_activations(
+    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 `[M, padded(K)]`, scale float32 `[M]` and row sums int32 `[M]` of x, float `[M, K]`.
+
+    With `gate` "silu" or "relu2" x is `[M, 2K]`, gate beside up. With `norm_weight` `[K]` an RMSNorm comes first.
+    Raises ValueError for other types and shapes, non-contiguous tensors, mixed devices and K above 65536.
+    """
+    if gate not in ("none", "silu", "relu2"):
+        raise ValueError(f"gate is {gate!r}; choose none, silu or relu2")
+    check("x", x, None, x.device, None, None)
+    M, K = x.shape
+    if gate != "none":
+        if K % 2:
+            raise ValueError(f"x has {K} columns; gate and up need an even number")
+        K //= 2
+    if not 1 <= K <= MAX_WIDTH:
+        raise ValueError(f"a token of {K} values does not fit the quantization kernel, which holds 1 to {MAX_WIDTH}")
+    if norm_weight is not None:
+        check("norm_weight", norm_weight, None, x.device, K)
+    width = padded(K)
+    codes = torch.empty(M, width, dtype=torch.int8, device=x.device)
+    scale = torch.empty(M, dtype=torch.float32, device=x.device)
+    total = torch.empty(M, dtype=torch.int32, device=x.device)
+    if M:
+        block = power_of_2(width)
+        launch(
+            quantize_kernel, (M,), x, x if norm_weight is None else norm_weight, codes, scale, total, K=K, WIDTH=width,
+            BLOCK=block, NORM=norm_weight is not None, GATE=gate, EPS=eps, SMALLEST=SCALE_EPS,
+            warps=min(16, max(1, block // 512)),
+        )  # fmt: skip
+    return codes, scale, total

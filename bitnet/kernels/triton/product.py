@@ -1,0 +1,253 @@
+"""The product of INT8 activations and packed weights: the one place that chooses a kernel, and launches it.
+
+    tokens      algorithm          kernel
+    1 to 4      dot4               integer dot instructions, weights read once          dot4.py
+    to 1023     tensor_core        matrix instructions, unpacked in registers, split K   tensor_core.py
+    1024 on     dense              matrix instructions, unpacked once beforehand         tensor_core.py
+    by name     four_lanes, select additions and subtractions only (2 bits)              add_subtract.py
+
+All give the same int32 sums. The bounds come from instruction counts, not from a GPU's clock: `tune()` measures the
+candidates for a shape on the device at hand, and with BITNET_TRITON_TUNE=1 a shape is tuned when it first occurs;
+the winners are kept in a file in Triton's cache folder.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitnet.files import write_atomic
+from bitnet.kernels.triton import weights
+from bitnet.kernels.triton.activations import padded
+from bitnet.kernels.triton.add_subtract import four_lanes_kernel, select_kernel
+from bitnet.kernels.triton.dot4 import dot4_kernel
+from bitnet.kernels.triton.language import INTERPRETED, assembly, cdiv, check, launch, power_of_2, recording, triton
+from bitnet.kernels.triton.tensor_core import dense_kernel, packed_kernel, sum_parts_kernel
+from bitnet.quant.packing import OFFSET, packed_width
+
+ALGORITHMS = ("dot4", "tensor_core", "dense", "four_lanes", "select")
+DOT4_MAX_TOKENS = 4
+DENSE_FROM = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An algorithm and its tile: `rows` of weights, `tokens`, and `columns`, the 32-bit words (dot4, four_lanes), bytes
+    (select, tensor_core) or codes (dense) of a row that a program reads in one step."""
+
+    algorithm: str
+    rows: int
+    tokens: int
+    columns: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: str | None = None) -> Plan:
+    """The plan for M tokens, N rows of K codes; with `algorithm` the tile for that one. Raises ValueError for an
+    algorithm that does not exist or cannot do this product."""
+    if algorithm is None:
+        tuned = _tuned_plans(_device_name(device)).get(_key(M, N, K, bits))
+        if tuned is not None:
+            return tuned
+        algorithm = "dot4" if M <= DOT4_MAX_TOKENS else "tensor_core" if M < DENSE_FROM else "dense"
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm {algorithm!r} is unknown; choose one of {', '.join(ALGORITHMS)}")
+    if algorithm in ("four_lanes", "select") and bits != 2:
+        raise ValueError(f"{algorithm} adds and subtracts ternary weights and these have {bits} bits; choose another")
+    if algorithm == "dot4" and M > DOT4_MAX_TOKENS:
+        raise ValueError(f"dot4 takes at most {DOT4_MAX_TOKENS} tokens and there are {M}; choose tensor_core")
+    width = packed_width(K, bits)
+    if algorithm == "dense":
+        return Plan(algorithm, 128, 128, 128, warps=8) if M > 64 else Plan(algorithm, 128, 64, 128)
+    if algorithm == "tensor_core":
+        tokens = min(128, max(16, power_of_2(M)))
+        rows = 128 if tokens == 128 else 64
+        plan = Plan(algorithm, rows, tokens, min(64, width) if tokens == 128 else min(128, power_of_2(width)))
+        tiles, split = cdiv(N, rows) * cdiv(M, tokens), 1
+        while split < 8 and tiles * split < 2 * _processors(device) and width >= 2 * plan.columns * split * 2:
+            split *= 2
+        return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4)
+    if algorithm == "select":
+        return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
+    # One warp a program, so that each thread reads 16 bytes of every row and nothing passes through shared memory.
+    rows = 8 if N >= 16384 and M == 1 else 4
+    return Plan(algorithm, rows, M if algorithm == "dot4" else 1, min(128, power_of_2(width // 4)), warps=1)
+
+
+def product(
+    codes: Tensor, x_scale: Tensor, total: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None = None,
+    residual: Tensor | None = None, *, bits: int, in_features: int, dtype: torch.dtype = torch.float32,
+    plan: Plan | None = None,
+) -> Tensor:  # fmt: skip
+    """`(sum of codes * weights) * x_scale * w_scale + bias`, then `+ residual`, `[M, N]` in `dtype`.
+
+    codes int8 `[M, padded(K)]`, x_scale float32 `[M]` and total int32 `[M]` are what `quantize_activations` returns;
+    packed uint8 `[N, packed_width(K, bits)]` (`bitnet/quant/packing.py`); w_scale float32 of 1 or N values; bias float
+    `[N]`; residual float `[M, N]`. dtype int32 returns the sums themselves. Raises ValueError for tensors that do not
+    fit together, before anything is launched.
+    """
+    M, N, width = codes.shape[0], packed.shape[0], padded(in_features)
+    device = packed.device
+    if bits not in OFFSET:
+        raise ValueError(f"bits is {bits}; packed codes have {', '.join(map(str, OFFSET))} bits")
+    check("packed", packed, torch.uint8, device, None, packed_width(in_features, bits))
+    check("codes", codes, torch.int8, device, None, width)
+    check("x_scale", x_scale, torch.float32, device, M)
+    check("total", total, torch.int32, device, M)
+    w_scale = w_scale.reshape(-1)
+    check("w_scale", w_scale, torch.float32, device, 1 if w_scale.numel() == 1 else N)
+    if bias is not None:
+        check("bias", bias, None, device, N)
+    if residual is not None:
+        check("residual", residual, None, device, M, N)
+    y = torch.empty(M, N, dtype=dtype, device=device)
+    if not M or not N:
+        return y
+    if plan is None:
+        plan = choose(M, N, in_features, bits, device)
+        if os.environ.get("BITNET_TRITON_TUNE") == "1" and not INTERPRETED and not recording():
+            plan = tune(M, N, in_features, bits, device)
+    shared = {"N": N, "PER_ROW": w_scale.numel() > 1, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    # A kernel that has no bias or residual gets some pointer, which it does not read.
+    epilogue = (x_scale, w_scale, w_scale if bias is None else bias, w_scale if residual is None else residual)
+    _launch(plan, codes, total, packed, epilogue, y, bits, in_features, shared)
+    return y
+
+
+def _launch(
+    plan: Plan, codes: Tensor, total: Tensor, packed: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, bits: int,
+    in_features: int, shared: dict[str, int],
+) -> None:  # fmt: skip
+    M, N = y.shape
+    words, stride = packed.shape[1] // 4, codes.shape[1] // 4
+    tile = {"ROWS": plan.rows, "COLUMNS": plan.columns}
+    options = {"warps": plan.warps, "stages": plan.stages}
+    # In 8 bits the kernels turn codes into signed ones, with one xor for four of them.
+    code = {"BITS": bits, "OFFSET": 0 if bits == 8 else OFFSET[bits]}
+    if plan.algorithm == "dot4":
+        launch(
+            dot4_kernel, (cdiv(N, plan.rows),), packed, codes, total, *epilogue, y, WORDS=words, X_STRIDE=stride,
+            TOKENS=M, ASM=assembly(), **code, **tile, **shared, **options,
+        )  # fmt: skip
+    elif plan.algorithm == "four_lanes":
+        asm = "none" if assembly() == "gcn" else assembly()
+        launch(
+            four_lanes_kernel, (cdiv(N, plan.rows), M), packed, codes, total, *epilogue, y, WORDS=words,
+            X_STRIDE=stride, ASM=asm, **tile, **shared, **options,
+        )  # fmt: skip
+    elif plan.algorithm == "select":
+        launch(
+            select_kernel, (cdiv(N, plan.rows), M), packed, codes, total, *epilogue, y, BYTES=packed.shape[1],
+            X_STRIDE=codes.shape[1], **tile, **shared, **options,
+        )  # fmt: skip
+    elif plan.algorithm == "dense":
+        dense(weights.unpack(packed, bits, in_features), codes, epilogue, y, shared, plan)
+    else:
+        grid = (cdiv(M, plan.tokens), cdiv(N, plan.rows), plan.split)
+        whole = plan.split == 1
+        target = y if whole else torch.empty(plan.split, M, N, dtype=torch.int32, device=y.device)
+        launch(
+            packed_kernel, grid, packed, codes, total, *epilogue, target, M, BYTES=packed.shape[1],
+            X_STRIDE=codes.shape[1], SPLIT=plan.split, TOKENS=plan.tokens, ASM=assembly(), **code, **tile, **shared,
+            **options,
+        )  # fmt: skip
+        if not whole:
+            launch(
+                sum_parts_kernel, (M, cdiv(N, 1024)), target, *epilogue, y, M, SPLIT=plan.split, TILE=1024, **shared
+            )
+
+
+def dense(
+    w_codes: Tensor, codes: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, shared: dict[str, int], plan: Plan
+) -> None:
+    """Launch the product of int8 `[N, padded(K)]` and int8 `[M, padded(K)]` into y."""
+    M, N = y.shape
+    launch(
+        dense_kernel, (cdiv(M, plan.tokens) * cdiv(N, plan.rows),), w_codes, codes, *epilogue, y, M,
+        WIDTH=codes.shape[1], ROWS=plan.rows, TOKENS=plan.tokens, DEPTH=plan.columns, GROUP=8, warps=plan.warps,
+        stages=plan.stages, **shared,
+    )  # fmt: skip
+
+
+def candidates(M: int, N: int, K: int, bits: int, device: torch.device) -> Iterator[Plan]:
+    """The plans that `tune` compares."""
+    if M <= DOT4_MAX_TOKENS:
+        base = choose(M, N, K, bits, device, "dot4")
+        for rows, warps in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2), (16, 4)):
+            yield dataclasses.replace(base, rows=rows, warps=warps)
+        return
+    base = choose(M, N, K, bits, device, "tensor_core")
+    for rows in (64, 128):
+        for columns in (32, 64, 128):
+            for split in sorted({1, base.split, 2 * base.split}):
+                for stages in (3, 4):
+                    if columns <= packed_width(K, bits):
+                        yield dataclasses.replace(base, rows=rows, columns=columns, split=split, stages=stages)
+    if M > 64:
+        for rows, tokens, warps in ((128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8)):
+            yield Plan("dense", rows, tokens, 128, warps=warps)
+
+
+def tune(M: int, N: int, K: int, bits: int, device: torch.device) -> Plan:
+    """The fastest plan for a product on this device, measured once and kept in a file."""
+    name = _device_name(device)
+    known, key = _tuned_plans(name), _key(M, N, K, bits)
+    if key in known:
+        return known[key]
+    packed = torch.randint(0, 256, (N, packed_width(K, bits)), dtype=torch.uint8, device=device)
+    codes = torch.randint(-127, 128, (M, padded(K)), dtype=torch.int8, device=device)
+    scale, total = torch.ones(M, device=device), torch.zeros(M, dtype=torch.int32, device=device)
+    timings = []
+    for plan in candidates(M, N, K, bits, device):
+
+        def call(plan: Plan = plan) -> Tensor:
+            return product(codes, scale, total, packed, scale[:1], bits=bits, in_features=K, plan=plan)
+
+        try:
+            timings.append((triton.testing.do_bench(call, warmup=5, rep=20), plan))
+        except triton.runtime.errors.OutOfResources:
+            continue  # a tile too large for this GPU's shared memory
+    known[key] = min(timings, key=lambda pair: pair[0])[1]
+    text = json.dumps({k: dataclasses.asdict(v) for k, v in known.items()}, indent=1)
+    _tune_file(name).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(_tune_file(name), text + "\n")
+    return known[key]
+
+
+def _key(M: int, N: int, K: int, bits: int) -> str:
+    return f"{M if M <= DOT4_MAX_TOKENS else power_of_2(M)} {N} {K} {bits}"
+
+
+@functools.cache
+def _tuned_plans(device_name: str) -> dict[str, Plan]:
+    try:
+        stored = json.loads(_tune_file(device_name).read_text(encoding="utf-8"))
+        return {key: Plan(**fields) for key, fields in stored.items()}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _tune_file(device_name: str) -> Path:
+    folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+    return Path(folder) / "bitnet" / f"{device_name} triton {triton.__version__}.json"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda" or recording():
+        return "none"
+    return torch.cuda.get_device_name(device).replace("/", " ")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 108
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
