@@ -1,24 +1,35 @@
 """Writing files so that a crash or a full disk never leaves half of one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Replace a file in one step, flushed to disk: readers see the old or the new content, never a part.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` in one step when the block ends, flushed to disk.
 
-    Text is written as UTF-8. Raises OSError with the old file untouched and nothing left beside it.
+    Readers see the old or the new content, never a part. After an error, OSError or any other, the old file is
+    untouched and nothing is left beside it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replace a file in one step, as `replacing` does. Text is written as UTF-8. Raises OSError."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def fsync_folder(path: Path) -> None:
