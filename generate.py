@@ -1,4 +1,4 @@
-"""Continue a text with a trained model.
+"""Continue a text with a model, or talk to it.
 
 python generate.py runs/demo --prompt "Once upon a time"
 
@@ -7,6 +7,8 @@ python generate.py runs/demo --prompt "def " --samples 3 --seed 1
 cat story.txt | python generate.py runs/demo --max-new-tokens 50
 
 python generate.py runs/demo --interactive
+
+python generate.py SmolLM2-135M-Instruct.gguf --chat --interactive
 
 The text goes to standard output, notes and the closing line of speeds to standard error. That line names the seed; the
 same seed gives the same text.
@@ -20,9 +22,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from bitnet.generation import SamplingConfig
+    from bitnet.loading import OpenModel
+    from bitnet.tokenizer import ChatTemplate
 
 # torch takes seconds to import, so it and whatever imports it come after the arguments have been read.
 
@@ -30,13 +37,19 @@ import tyro
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder of train.py, one checkpoint of it, or a folder of packed weights (python -m bitnet.export)."""
+    """A run folder of train.py, one checkpoint of it, a folder of packed weights (python -m bitnet.export), a GGUF
+    file, a Hugging Face folder, or the name of a model on the hub."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of a run folder."""
     prompt: str = "-"
     """Text to continue; - reads it from standard input and leaves out one newline at its end."""
     interactive: bool = False
     """Read prompts line by line; an empty line continues the last text. Ctrl-C stops a text, Ctrl-D ends."""
+    chat: bool = False
+    """The prompt is a message, and the model answers it: for models with a chat template. With --interactive it is a
+    conversation, whose oldest turns are forgotten where the model's context is full; /reset starts a new one."""
+    system: str | None = None
+    """With --chat: a system message, which stands before the conversation."""
     max_new_tokens: int = 200
     """Most tokens to generate."""
     samples: int = 1
@@ -56,9 +69,9 @@ class Options:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """End the text before this string; may be given several times. \\n, \\r, \\t and \\\\ are understood."""
     echo: bool = True
-    """Print the prompt in front of the text (never when interactive)."""
+    """Print the prompt in front of the text (never when interactive or in a chat)."""
     pack: bool = True
-    """Run on packed 2-bit weights; --no-pack runs the float weights that training fake-quantizes."""
+    """Run on packed weights; --no-pack runs the float weights that training fake-quantizes."""
     backend: Literal["auto", "native", "reference"] = "auto"
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
     cache: Literal["float32", "float16", "int8"] = "float32"
@@ -66,7 +79,7 @@ class Options:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """With --no-pack: of weights, activations and cache."""
+    """Of weights, activations and cache, with --no-pack and of float models."""
     threads: int | None = None
     """CPU threads; torch's own choice unless given."""
 
@@ -87,10 +100,10 @@ def write(options: Options) -> None:
 
     import torch
 
-    from bitnet.checkpoint import TOKENIZER, CheckpointError, load_for_inference, load_model, resolve
-    from bitnet.generation import GenerationStats, SamplingConfig, TextStream, generate, limit_new_tokens
+    from bitnet.generation import SamplingConfig
+    from bitnet.loading import open_model
     from bitnet.runtime import DTYPES, pick_device
-    from bitnet.tokenizer import Tokenizer
+    from bitnet.tokenizer.chat import require
 
     sampling = SamplingConfig(
         options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
@@ -100,71 +113,147 @@ def write(options: Options) -> None:
     device = pick_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-
-    folder = resolve(options.model, options.checkpoint)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if options.pack:
-        model = load_for_inference(folder, device, cache_dtype=options.cache)
+    opened = open_model(
+        options.model, which=options.checkpoint, device=device, pack=options.pack, cache_dtype=options.cache,
+        dtype=DTYPES[options.dtype],
+    )  # fmt: skip
+    writer = Writer(options, opened, sampling, stop)
+    if options.chat:
+        chat(writer, Conversation(require(opened.chat_template, options.model), options.system), prompt, seed)
+    elif prompt is not None:
+        writer.complete(opened.tokenizer.encode(prompt, bos=opened.tokenizer.adds_bos), seed, prompt)
     else:
-        model = load_model(folder, device).to(DTYPES[options.dtype])
-    config = model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
-            "put the tokenizer there that the model was trained with"
-        )
+        continue_lines(writer, seed)
 
-    def complete(ids: list[int], text: str, seed: int) -> list[int]:
-        """Print `samples` continuations of a prompt's ids, behind `text`; returns the ids of the first, prompt too."""
-        count = limit_new_tokens(config, len(ids), options.max_new_tokens)
-        if count < options.max_new_tokens:
-            note(
-                f"generating at most {count} tokens, not {options.max_new_tokens}: "
-                f"the prompt takes {len(ids)} of the model's {config.max_position_embeddings} positions"
-            )
-        stats = GenerationStats()
-        steps = generate(
-            model, torch.tensor([ids] * options.samples), max_new_tokens=count, sampling=sampling, seed=seed,
-            eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, stats=stats,
-        )  # fmt: skip
-        streams = [TextStream(tokenizer, stop, prompt=ids) for _ in range(options.samples)]
-        printer = Printer(text, options.samples)
-        first = list(ids)
-        try:
-            for step in steps:
-                tokens = step.tolist()
-                printer.add([stream.push(token) for stream, token in zip(streams, tokens, strict=True)])
-                printer.show([stream.finished for stream in streams])
-                first.append(tokens[0])
-                if all(stream.finished for stream in streams):
-                    break
-            printer.add([stream.close() for stream in streams])
-            printer.show([True] * len(streams))
-        finally:  # Ctrl-C too
-            printer.end_line()
-            print(f"{stats} | seed {seed}", file=sys.stderr)
-        return first
 
-    if prompt is not None:
-        complete(tokenizer.encode(prompt, bos=True), prompt if options.echo else "", seed)
-        return
-
-    ids: list[int] = []
+def continue_lines(writer: "Writer", seed: int) -> None:
+    """Continue the lines of an interactive session, each or, with an empty one, the last text."""
+    tokenizer, ids = writer.opened.tokenizer, list[int]()
     while (line := read_line()) is not None:
         if line:
-            ids = tokenizer.encode(line, bos=True)
+            ids = tokenizer.encode(line, bos=tokenizer.adds_bos)
         elif not ids:
             continue
         # A text that is continued again and again keeps its second half, so that there is always room.
-        ids = ids if line else ids[-(config.max_position_embeddings // 2) :]
+        ids = ids if line else ids[-(writer.positions // 2) :]
         try:
-            ids = complete(ids, "", seed)
+            writer.complete(ids, seed)
+            ids = writer.ids
         except KeyboardInterrupt:
             pass
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             ids = []
         seed += 1
+
+
+def chat(writer: "Writer", conversation: "Conversation", prompt: str | None, seed: int) -> None:
+    """Answer one message, or those of an interactive session."""
+    if prompt is not None:
+        writer.answer(conversation.ask(prompt, writer.positions - 1), seed)
+        return
+    room = writer.positions - min(writer.options.max_new_tokens, writer.positions // 2)
+    while (line := read_line()) is not None:
+        if line.strip() == "/reset":
+            conversation.reset()
+            note("a new conversation")
+        elif line.strip():
+            try:
+                writer.answer(conversation.ask(line, room), seed)
+            except KeyboardInterrupt:  # what was written so far is the answer
+                pass
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)
+                conversation.messages.pop()
+                continue
+            conversation.messages.append({"role": "assistant", "content": writer.text})
+            seed += 1
+
+
+class Conversation:
+    """The messages so far, as token ids that fit a model."""
+
+    def __init__(self, template: "ChatTemplate", system: str | None) -> None:
+        self.template = template
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        self.messages = []
+
+    def ask(self, message: str, room: int) -> list[int]:
+        """The ids of the conversation with one more message, the oldest turns left out until `room` tokens hold it.
+
+        The last message stays whatever its length; ValueError, from the template, with the message already added.
+        """
+        self.messages.append({"role": "user", "content": message})
+        ids = self.template.encode(self.system + self.messages)
+        while len(ids) > room and len(self.messages) > 2:
+            del self.messages[:2]
+            ids = self.template.encode(self.system + self.messages)
+        return ids
+
+
+class Writer:
+    """Prints what a model writes, with a closing line of speeds."""
+
+    def __init__(self, options: Options, opened: "OpenModel", sampling: "SamplingConfig", stop: Sequence[str]) -> None:
+        self.options, self.opened, self.sampling, self.stop = options, opened, sampling, stop
+        self.positions = opened.model.config.max_position_embeddings
+        self.ids: list[int] = []
+        """Of the last prompt and its first text, as far as it came."""
+        self.text = ""
+        """The first text."""
+
+    def complete(self, ids: list[int], seed: int, prompt: str = "") -> None:
+        """Print `samples` continuations of a prompt's ids, behind its text if that is to be seen."""
+        self._write(ids, ids, prompt if self.options.echo else "", seed)
+
+    def answer(self, ids: list[int], seed: int) -> None:
+        """Print `samples` answers to a conversation's ids. An answer is a text of its own and continues no word."""
+        self._write(ids, [], "", seed)
+        self.text = self.text.strip()
+
+    def _write(self, ids: list[int], before: list[int], shown: str, seed: int) -> None:
+        import torch
+
+        from bitnet.generation import GenerationStats, TextStream, generate, limit_new_tokens
+
+        options, tokenizer, model = self.options, self.opened.tokenizer, self.opened.model
+        count = limit_new_tokens(model.config, len(ids), options.max_new_tokens)
+        if count < options.max_new_tokens:
+            note(
+                f"generating at most {count} tokens, not {options.max_new_tokens}: "
+                f"the prompt takes {len(ids)} of the model's {self.positions} positions"
+            )
+        stats = GenerationStats()
+        steps = generate(
+            model, torch.tensor([ids] * options.samples), max_new_tokens=count, sampling=self.sampling, seed=seed,
+            eos_id=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, stats=stats,
+        )  # fmt: skip
+        streams = [TextStream(tokenizer, self.stop, prompt=before) for _ in range(options.samples)]
+        printer = Printer(shown, options.samples)
+        self.ids, self.text = list(ids), ""
+
+        def show(pieces: list[str], finished: list[bool]) -> None:
+            self.text += pieces[0]
+            printer.add(pieces)
+            printer.show(finished)
+
+        try:
+            for step in steps:
+                tokens = step.tolist()
+                self.ids.append(tokens[0])
+                show(
+                    [stream.push(token) for stream, token in zip(streams, tokens, strict=True)],
+                    [stream.finished for stream in streams],
+                )
+                if all(stream.finished for stream in streams):
+                    break
+            show([stream.close() for stream in streams], [True] * len(streams))
+        finally:  # Ctrl-C too
+            printer.end_line()
+            print(f"{stats} | seed {seed}", file=sys.stderr)
 
 
 class Printer:
@@ -210,6 +299,8 @@ def check(options: Options) -> None:
         raise ValueError(f"--threads is {options.threads}; give at least 1")
     if options.interactive and options.prompt != "-":
         raise ValueError("--prompt and --interactive exclude each other; enter the prompt in the session")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is part of a conversation; give --chat too")
     if options.interactive and options.samples > 1:
         raise ValueError(f"--samples {options.samples} does not go with --interactive; leave one of them out")
 

@@ -1,0 +1,155 @@
+"""Any model that this project can run, from whatever holds it: `open_model(path)`.
+
+    a run folder of train.py, or one of its checkpoints        a GGUF file, or a folder with one
+    a folder of packed weights (python -m bitnet.export)       a Hugging Face folder, or the name of a model on the hub
+
+What a path holds is found out from its contents: the magic bytes of a file, the keys of a config.json. Ternary weights
+stay the codes that they are, and run on the native engine where it was built; floats run as floats in torch.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from bitnet import checkpoint
+from bitnet.engine import Engine
+from bitnet.generation import LanguageModel
+from bitnet.kernels import native_wanted
+from bitnet.model import BitNetForCausalLM
+from bitnet.tokenizer import (
+    BaseTokenizer,
+    ChatTemplate,
+    Tokenizer,
+    chat_template_of_gguf,
+    find_chat_template,
+    from_gguf_metadata,
+    load_tokenizer,
+)
+
+Kind = Literal["gguf", "hf", "run", "packed"]
+
+
+class OpenModel(NamedTuple):
+    """What `open_model` found; `folder` is where its files are, `chat_template` None for a base model."""
+
+    model: LanguageModel
+    tokenizer: BaseTokenizer
+    chat_template: ChatTemplate | None
+    folder: Path
+    kind: Kind
+
+
+def open_model(
+    path: str | Path,
+    *,
+    which: str = "best",
+    device: torch.device | str = "cpu",
+    pack: bool = True,
+    cache_dtype: str = "float32",
+    dtype: torch.dtype = torch.float32,
+) -> OpenModel:
+    """A model ready to generate, its tokenizer and its chat template.
+
+    which:        the checkpoint of a run folder, "best" or "last".
+    pack:         run quantized projections as packed codes, on the backend in force (`bitnet.kernels`); False runs the
+                  float weights that training fake-quantizes, where there are such. Float models are what they are.
+    cache_dtype:  of the native engine: float32, float16 or int8.
+    dtype:        of weights and cache of a model that runs in floats.
+
+    Raises ValueError (CheckpointError is one) or OSError naming what is wrong with the path.
+    """
+    device, path = torch.device(device), find(path)
+    kind = kind_of(path)
+    if kind == "gguf":
+        from bitnet.interop import gguf
+
+        metadata = gguf.read_metadata(path)
+        tokenizer = from_gguf_metadata(metadata, str(path))
+        template = chat_template_of_gguf(metadata, tokenizer, str(path))
+        model = _ready(gguf.read(path), path, device, pack, cache_dtype, dtype)
+    elif kind == "hf":
+        from bitnet.interop import hf
+
+        tokenizer = load_tokenizer(path)
+        template = find_chat_template(path, tokenizer)
+        model = _ready(hf.read(path), path, device, pack, cache_dtype, dtype)
+    else:
+        path = checkpoint.resolve(path, which)
+        # The .model file first: it tells a U+2581 in a text from a space.
+        own = path / checkpoint.TOKENIZER
+        tokenizer = Tokenizer.load(own) if own.is_file() else load_tokenizer(path)
+        template = find_chat_template(path, tokenizer)
+        model = _own(path, device, pack, cache_dtype, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise checkpoint.CheckpointError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size}; "
+            "put the tokenizer there that the model was trained with"
+        )
+    return OpenModel(model, tokenizer, template, path, kind)
+
+
+def find(path: str | Path) -> Path:
+    """The local file or folder of a path; models named owner/name on the hub are downloaded.
+
+    A name whose first half is a folder here is a path with a slip in it, not one on the hub.
+    """
+    local = Path(path)
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists():
+        from bitnet.interop import hf
+
+        return hf.locate(str(path))
+    if local.is_dir() and not (local / checkpoint.CONFIG).is_file():
+        files = sorted(local.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{local} holds several models ({names}); give one of these files")
+        return files[0] if files else local
+    return local
+
+
+def kind_of(path: Path) -> Kind:
+    """What a file or folder holds, by its contents. Raises ValueError where it is nothing that can be opened."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            return "gguf"
+        raise ValueError(
+            f"{path} is a file and begins with {magic!r}, not with b'GGUF'; give a GGUF file, or the folder that holds "
+            "a model's config.json and *.safetensors"
+        )
+    if not (path / checkpoint.CONFIG).is_file() or (path / "checkpoints").is_dir():
+        return "run"
+    config = checkpoint.load_json(path / checkpoint.CONFIG)
+    if isinstance(config.get("model"), dict):
+        return "packed" if config.get("packed") else "run"
+    if "model_type" in config or "architectures" in config:
+        return "hf"
+    raise ValueError(
+        f"{path / checkpoint.CONFIG} is neither of this project (no 'model') nor of a Hugging Face model (no "
+        "'model_type'); give the folder of a whole model"
+    )
+
+
+def _own(
+    folder: Path, device: torch.device, pack: bool, cache_dtype: str, dtype: torch.dtype
+) -> BitNetForCausalLM | Engine:
+    """The model of one of our own folders."""
+    config, _ = checkpoint.load_config(folder)
+    if pack and config.quantizer != "none":
+        return checkpoint.load_for_inference(folder, device, cache_dtype=cache_dtype)
+    return checkpoint.load_model(folder, device).to(dtype)  # refuses packed weights
+
+
+def _ready(
+    model: BitNetForCausalLM, path: Path, device: torch.device, pack: bool, cache_dtype: str, dtype: torch.dtype
+) -> BitNetForCausalLM | Engine:
+    """A model as it was read from a foreign file, in the form in which it runs."""
+    if model.is_packed and not pack:
+        raise ValueError(f"{path} holds packed weights and no latent floats, so it cannot run without packing")
+    if model.config.quantizer == "none" or not pack:
+        return model.to(device=device, dtype=dtype)
+    model.pack()
+    return Engine.from_model(model, cache_dtype=cache_dtype) if native_wanted(device) else model.to(device)
