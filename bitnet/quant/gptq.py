@@ -14,7 +14,8 @@ Within a block of 128 channels the update is done at once, for the rest after th
 1. Each group's grid is searched before the sweep, on scales already rounded to float16. The error of channel j weighs
    1 / U_jj^2: what the sweep cannot take out of it again. Groups are neighbouring channels whatever the order of the
    sweep, which goes from the largest H_jj to the smallest.
-2. A row whose sweep lost to plain rounding starts from plain rounding.
+2. The grids are searched again, for the values that the sweep really rounded, and the sweep repeated. Each row keeps its
+   best attempt, or plain rounding.
 3. Coordinate descent moves one code at a time, then one group's scale (by least squares, rounded to float16) and zero
    point; every step is accepted only if the sum falls.
 4. A row that is not better than `round_to_nearest` on the undamped H becomes that, so no row is ever worse.
@@ -76,10 +77,11 @@ def gptq_quantize(
     grid: Grid | None = None,
     *,
     group_size: int = 128,
-    damping: float = 0.01,
+    damping: float | None = None,
     act_order: bool = True,
     static_groups: bool = True,
     search: bool = True,
+    sweeps: int = 3,
     rounds: int = 3,
     block_size: int = 128,
     algorithm: str = "refined",
@@ -87,10 +89,11 @@ def gptq_quantize(
     """Quantize a weight for inputs with this Hessian; explained at the top of this file.
 
     weight: float `[N, K]`; hessian: `[K, K]`, symmetric; group_size: -1 is one group a row. `damping` times the mean of
-    H's diagonal is added to it, ten times more until it can be inverted. `search` looks for each group's grid (otherwise
-    it is `min_max_qparams`; in the original, it is the paper code's `mse`), `rounds` of coordinate descent follow.
-    A channel whose input was always 0 is rounded to nearest (the original makes it 0). `static_groups` concerns the
-    original only, which otherwise takes its groups in the order of the sweep.
+    H's diagonal is added to it (0.003, the paper's 0.01 in the original), ten times more until it can be inverted.
+    Without `search`, each group's grid is that of `min_max_qparams` and stays (in the original, `search` is the paper
+    code's `mse`). `sweeps` is how often the sweep is done, `rounds` how often coordinate descent follows. A channel
+    whose input was always 0 is rounded to nearest (the original makes it 0). `static_groups` concerns the original only,
+    which otherwise takes its groups in the order of the sweep.
 
     Raises ValueError for a group size that does not divide K, NaN or infinite values, and a Hessian of another shape or
     with a negative diagonal.
@@ -100,12 +103,13 @@ def gptq_quantize(
     hessian = _check_hessian(hessian, weight)
     group_index(weight.shape[1], group_size)  # refuses what does not divide
     if algorithm == "original":
+        damping = 0.01 if damping is None else damping
         return _original(weight, hessian, grid, group_size, damping, act_order, static_groups, search, block_size)
     if algorithm != "refined":
         raise ValueError(f"algorithm {algorithm!r} is unknown; choose refined or original")
 
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
-    damped, factor = _inverse_factor(hessian, order, damping)
+    damped, factor = _inverse_factor(hessian, order, 0.003 if damping is None else damping)
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
     nearest = round_to_nearest(weight, grid, group_size)
@@ -113,9 +117,12 @@ def gptq_quantize(
     scale, zero = _search_grid(groups, sensitivity, grid) if search else min_max_qparams(groups, grid)
 
     state = _Solution(weight, damped, grid, scale, zero)
-    state.codes = _sweep(weight, factor, order, state, block_size)
-    plain = _Solution(weight, damped, grid, scale, zero)
-    state.replace_rows(plain, plain.loss() < state.loss())
+    for sweep in range(sweeps if search else 1):
+        if sweep:
+            scale, zero = _search_grid(targets.view(groups.shape), sensitivity, grid)
+        attempt = _Solution(weight, damped, grid, scale, zero)
+        attempt.codes, targets = _sweep(weight, factor, order, attempt, block_size)
+        state.replace_rows(attempt, attempt.loss() < state.loss())
     state.descend(order, rounds, block_size, search)
 
     # The last word has the undamped sum, on the very numbers that are stored.
@@ -127,7 +134,7 @@ def gptq_quantize(
 
 
 class _Solution:
-    """Codes, scale and zero point of a weight, and the sum that they give. Codes are float32 while they are worked on."""
+    """Codes (as float32), scale and zero point of a weight, and the sum that they give."""
 
     def __init__(self, weight: Tensor, hessian: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> None:
         self.weight, self.hessian, self.grid = weight, hessian, grid
@@ -222,10 +229,11 @@ class _Solution:
         return moved
 
 
-def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block_size: int) -> Tensor:
-    """The paper's sweep over the columns in this order, on fixed grids: codes float32 `[N, K]`."""
+def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block_size: int) -> tuple[Tensor, Tensor]:
+    """The paper's sweep over the columns in this order, on fixed grids: codes, and the values that were rounded to
+    them, float32 `[N, K]` both."""
     weight = weight[:, order]  # a copy
-    codes = torch.empty_like(weight)
+    codes, targets = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], block_size):
         block = slice(start, min(start + block_size, weight.shape[1]))
         local, inner = weight[:, block].clone(), factor[block, block]
@@ -234,11 +242,12 @@ def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block
         errors = torch.empty_like(local)
         for i in range(local.shape[1]):
             code = (local[:, i] / scale[:, i]).round().add(zero[:, i]).clamp(0, grid.grid.quant_max)
-            codes[:, start + i] = code
+            codes[:, start + i], targets[:, start + i] = code, local[:, i]
             errors[:, i] = (local[:, i] - (code - zero[:, i]) * scale[:, i]) / inner[i, i]
             local[:, i:].addr_(errors[:, i], inner[i, i:], alpha=-1)
         weight[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return codes[:, order.argsort()]
+    inverse = order.argsort()
+    return codes[:, inverse], targets[:, inverse]
 
 
 def _search_grid(groups: Tensor, sensitivity: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,7 @@ def unpack_gptq(tensors: dict[str, Tensor], bits: int, version: int = 1) -> Quan
     expected = [[columns * bits // 32, rows], [groups, rows * bits // 32]]
     if [list(qweight.shape), list(qzeros.shape)] != expected:
         raise ValueError(
-            f"qweight {list(qweight.shape)} and qzeros {list(qzeros.shape)} are not the {expected[0]} and {expected[1]} "
+            f"qweight {list(qweight.shape)} and qzeros {list(qzeros.shape)} are not {expected[0]} and {expected[1]} "
             f"of a {bits}-bit [{rows}, {columns}] weight in {groups} groups; is bits right?"
         )
     if columns and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
