@@ -14,8 +14,8 @@ Within a block of 128 channels the update is done at once, for the rest after th
 1. Each group's grid is searched before the sweep, on scales already rounded to float16. The error of channel j weighs
    1 / U_jj^2: what the sweep cannot take out of it again. Groups are neighbouring channels whatever the order of the
    sweep, which goes from the largest H_jj to the smallest.
-2. The grids are searched again, for the values that the sweep really rounded, and the sweep repeated. Each row keeps its
-   best attempt, or plain rounding.
+2. The grids are searched again, for the values that the sweep really rounded, and the sweep repeated. Each row keeps
+   its best attempt, or plain rounding.
 3. Coordinate descent moves one code at a time, then one group's scale (by least squares, rounded to float16) and zero
    point; every step is accepted only if the sum falls.
 4. A row that is not better than `round_to_nearest` on the undamped H becomes that, so no row is ever worse.
@@ -92,8 +92,8 @@ def gptq_quantize(
     H's diagonal is added to it (0.003, the paper's 0.01 in the original), ten times more until it can be inverted.
     Without `search`, each group's grid is that of `min_max_qparams` and stays (in the original, `search` is the paper
     code's `mse`). `sweeps` is how often the sweep is done, `rounds` how often coordinate descent follows. A channel
-    whose input was always 0 is rounded to nearest (the original makes it 0). `static_groups` concerns the original only,
-    which otherwise takes its groups in the order of the sweep.
+    whose input was always 0 is rounded to nearest (the original makes it 0). `static_groups` concerns the original
+    only, which otherwise takes its groups in the order of the sweep.
 
     Raises ValueError for a group size that does not divide K, NaN or infinite values, and a Hessian of another shape or
     with a negative diagonal.
@@ -115,14 +115,13 @@ def gptq_quantize(
     nearest = round_to_nearest(weight, grid, group_size)
     groups = weight.view(len(weight), nearest.scale.shape[1], -1)
     scale, zero = _search_grid(groups, sensitivity, grid) if search else min_max_qparams(groups, grid)
-
     state = _Solution(weight, damped, grid, scale, zero)
-    for sweep in range(sweeps if search else 1):
-        if sweep:
-            scale, zero = _search_grid(targets.view(groups.shape), sensitivity, grid)
+    for remaining in reversed(range(sweeps if search else 1)):
         attempt = _Solution(weight, damped, grid, scale, zero)
         attempt.codes, targets = _sweep(weight, factor, order, attempt, block_size)
         state.replace_rows(attempt, attempt.loss() < state.loss())
+        if remaining:
+            scale, zero = _search_grid(targets.view(groups.shape), sensitivity, grid)
     state.descend(order, rounds, block_size, search)
 
     # The last word has the undamped sum, on the very numbers that are stored.
