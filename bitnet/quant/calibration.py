@@ -10,7 +10,7 @@ More than half of the bins lie below absmax.
 
     minmax      smallest and largest value
     percentile  symmetric: p % of the magnitudes; asymmetric: all but (100 - p) % at either end. The edge of its bin.
-    mse         argmin over scale (and zero point) of  sum_k count_k (x_k - quantized(x_k))^2,  x_k the middle of bin k
+    mse         argmin over scale (and zero point) of  sum (x - quantized(x))^2,  x spread evenly in each bin
     entropy     argmin over i of KL(P_i || Q_i): P_i is the histogram cut after i bins with the outliers added to its
                 last one, Q_i the histogram cut after i bins and averaged over the non-empty bins of each level. The
                 algorithm of TensorRT (S. Migacz, "8-bit Inference with TensorRT", GTC 2017) in the form that
@@ -91,7 +91,8 @@ class Observer:
                 f"(in float32); the first stands at {(~x.float().isfinite()).nonzero()[0].tolist()}"
             )
         absmax = torch.maximum(-batch.minimum, batch.maximum)
-        batch.exponent = torch.frexp(absmax).exponent.long().clamp(min=_SMALLEST_EXPONENT)
+        exponent = torch.where(absmax > 0, torch.frexp(absmax).exponent, _SMALLEST_EXPONENT)
+        batch.exponent = exponent.long().clamp(min=_SMALLEST_EXPONENT)
         batch.counts = _histogram(rows, batch.exponent, self.bins) if self.bins else batch.counts
         self.merge(batch)
 
@@ -141,21 +142,22 @@ def calibrate(
     """Scale (float32) and zero point (int32, None if symmetric) for what the observer has seen, ready for `quantize` to
     `integer_range(bits, signed=signed)`; of shape `[1, .., 1]`, or one entry along the observer's axis.
 
-    Symmetric with `signed=False` is for one-sided values (after a ReLU). `restricted` as in `choose_qparams_symmetric`.
-    Constant values take their exact range whatever the method, and all zeros the smallest scale, as there. Raises
-    ValueError for too few values, too few bins, negative values in an unsigned symmetric range, an unknown method.
+    Symmetric with `signed=False` is for one-sided values (after a ReLU). `restricted` as in `choose_qparams_symmetric`;
+    mse finds the scale without it. Constant values take their exact range whatever the method, and all zeros the
+    smallest scale, as there. Raises ValueError for too few values, too few bins, negative values in an unsigned
+    symmetric range, an unknown method.
     """
     _check_enough(observer, method, bits, symmetric and signed, percentile)
     low, high = observer.minimum.clone(), observer.maximum.clone()
     # The range of minmax also decides for constants, and refuses negative values where codes are not.
-    options = {"symmetric": symmetric, "signed": signed, "restricted": restricted}
+    options = {"symmetric": symmetric, "signed": signed, "restricted": restricted or method == "mse"}
     scale, zero_point = choose_qparams_from_range(low, high, bits, **options)
     varying = (low < high).nonzero().flatten().tolist() if method != "minmax" else []
     for channel in varying:
         counts, width = observer.counts[channel], math.ldexp(1.0, int(observer.exponent[channel])) / observer.bins
         extremes = float(low[channel]), float(high[channel])
         if method == "mse":
-            found = _mse_qparams(counts, width, extremes, bits, symmetric, signed, restricted)
+            found = _mse_qparams(counts, width, extremes, bits, symmetric, signed)
             scale[channel] = max(found[0], SCALE_EPS / 2**bits)
             if zero_point is not None:
                 zero_point[channel] = found[1]
@@ -176,13 +178,12 @@ def choose_qparams_mse(
     *,
     symmetric: bool = True,
     signed: bool = True,
-    restricted: bool = True,
     smallest_ratio: float = 0.2,
     steps: int = 80,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of every block of a tensor at hand (a weight) with the smallest squared error, measured on
     the values themselves, among `steps` clip ranges from the whole range down to `smallest_ratio` of it. So it is
-    never worse than min-max. Shapes and options as in `choose_qparams_from_range`."""
+    never worse than min-max with the restricted range. Shapes and options as in `choose_qparams_from_range`."""
     x = x.float()
     shape = scale_shape(x.shape, granularity)
     blocks, inner = _blocks(x, shape), _inner_dims(x)
@@ -191,7 +192,7 @@ def choose_qparams_mse(
     best: tuple[Tensor, Tensor, Tensor | None] | None = None
     for ratio in torch.linspace(1, smallest_ratio, steps).tolist():
         scale, zero_point = choose_qparams_from_range(
-            low * ratio, high * ratio, bits, symmetric=symmetric, signed=signed, restricted=restricted
+            low * ratio, high * ratio, bits, symmetric=symmetric, signed=signed
         )
         error = (fake_quantize(x, scale, zero_point, *limits) - x).square().reshape(blocks.shape).sum(inner)
         if best is None:
@@ -223,7 +224,8 @@ def entropy_threshold(counts: Tensor, levels: int, *, start: int = 128) -> int:
     # sum_k p_k ln(p_k / q_k) with p = r / total, q = mean / sums[i]; r = counts, but for the last bin with the outliers
     r_log_r = _cumulative(torch.xlogy(counts, counts))[kept] - torch.xlogy(last, last)
     r_log_r += torch.xlogy(last + outliers, last + outliers)
-    r_log_q = (level_sum * log_mean).sum(dim=1) + outliers * log_mean[:, -1]
+    last_level = (kept - 1) * levels // kept  # levels - 1, but where there are fewer bins than levels
+    r_log_q = (level_sum * log_mean).sum(dim=1) + outliers * log_mean.gather(1, last_level[:, None])[:, 0]
     divergence = (r_log_r - r_log_q) / total + (sums[kept] / total).log()
     divergence[(last == 0) & (outliers > 0)] = math.inf  # outliers where q is 0
     # The last of equal minima, where equal allows for the rounding of the sums.
@@ -321,13 +323,7 @@ def _entropy_range(
 
 
 def _mse_qparams(
-    counts: Tensor,
-    width: float,
-    extremes: tuple[float, float],
-    bits: int,
-    symmetric: bool,
-    signed: bool,
-    restricted: bool,
+    counts: Tensor, width: float, extremes: tuple[float, float], bits: int, symmetric: bool, signed: bool
 ) -> tuple[float, int]:
     """Scale and zero point of least squared error on the histogram."""
     quant_min, quant_max = integer_range(bits, signed=signed)
@@ -335,7 +331,7 @@ def _mse_qparams(
     if symmetric:
         largest = max(-low, high)
         bounds = torch.cat([torch.arange(1, math.ceil(largest)), torch.tensor([largest])]).double()
-        scales = bounds / (quant_max if restricted or not signed else quant_max + 1)
+        scales = bounds / quant_max
         error = _side_errors(counts[0], scales, quant_max)[:, quant_max]
         error = error + _side_errors(counts[1], scales, -quant_min)[:, -quant_min]
         return float(scales[error.argmin()]) * width, 0
@@ -350,17 +346,22 @@ def _mse_qparams(
 def _side_errors(counts: Tensor, scales: Tensor, top: int) -> Tensor:
     """Squared error of a histogram of magnitudes, quantized with the codes 0 .. m, for every scale and every m from 0
     to `top`: float64 `[S, top + 1]`. scales: float64 `[S]`. Magnitudes and scales in bins."""
-    middles = torch.arange(len(counts)).double() + 0.5
-    moments = [_cumulative(counts * middles**power) for power in range(3)]
+    # Moment p of a uniform density c_k in each bin, from 0 to t: cumulative[k] + c_k (t^(p+1) - k^(p+1)) / (p + 1).
+    counts = counts.double()
+    edges = torch.arange(len(counts) + 1).double()
+    cumulative = [_cumulative(counts * (edges ** (p + 1) / (p + 1)).diff()) for p in range(3)]
+    density = torch.cat([counts, counts.new_zeros(1)])
     codes = torch.arange(top + 1).double()
     values = codes * scales[:, None]  # [S, top + 1]
-    # Code q takes the middles from (q - 1/2) scale to (q + 1/2) scale; those of the last code reach to the end.
-    ends = ((codes + 0.5) * scales[:, None] - 0.5).ceil().clamp(0, len(counts)).long()
-    starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], dim=1)
+    # Code q takes what lies from (q - 1/2) scale to (q + 1/2) scale; the last code takes everything above, too.
+    ends = (values + scales[:, None] / 2).clamp(max=len(counts))
+    k = ends.floor()
+    bins = k.long()
+    upto = [cumulative[p][bins] + density[bins] * (ends ** (p + 1) - k ** (p + 1)) / (p + 1) for p in range(3)]
+    below = [torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], dim=1) for m in upto]
 
-    def error(first: Tensor, end: Tensor | int) -> Tensor:
-        m0, m1, m2 = (m[end] - m[first] for m in moments)
-        return m2 - 2 * values * m1 + values.square() * m0
+    def error(moments: list[Tensor]) -> Tensor:
+        return moments[2] - 2 * values * moments[1] + values.square() * moments[0]
 
-    within = error(starts, ends)
-    return within.cumsum(1) - within + error(starts, len(counts))
+    within = error([u - b for u, b in zip(upto, below, strict=True)])
+    return within.cumsum(1) - within + error([c[-1] - b for c, b in zip(cumulative, below, strict=True)])

@@ -4,8 +4,8 @@
 
 The 16 codebook values are quantiles of the standard normal distribution, divided by the largest: 8 probabilities evenly
 spaced from `p` to 1/2 (1/2 left out) on the positive side, 7 on the negative side, and an exact 0, with
-`p = 1 - (1/30 + 1/32) / 2`, half-way between the outermost quantiles of 15 and of 16 levels. So Gaussian weights use
-all codes about equally often.
+`p = 1 - (1/30 + 1/32) / 2`, half-way between the outermost quantiles of 15 and of 16 levels. A Gaussian weight then
+falls on each code with a probability of 1.7 % (the outermost) to 9.3 % (the one below 0).
 
 Double quantization stores the scales in 8 bits: their mean is subtracted (scales are positive), the rest becomes int8
 by absmax in blocks of 256. The paper has an 8-bit float there; for Gaussian weights integers of the same size keep the
