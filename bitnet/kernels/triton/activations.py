@@ -13,7 +13,7 @@ unsigned codes and subtract `offset * total` once (`product.py`). One program ta
 import torch
 from torch import Tensor
 
-from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton, without_nan
+from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton
 from bitnet.quant.affine import SCALE_EPS
 
 MAX_WIDTH = 65536
@@ -51,7 +51,7 @@ def quantize_kernel(
     absmax = tl.where(absmax < SMALLEST, SMALLEST, absmax)
     s = tl.div_rn(absmax, 127.0)
     q = round_half_even(tl.div_rn(v, s))
-    q = without_nan(tl.minimum(tl.maximum(q, -128.0), 127.0)).to(tl.int32)
+    q = tl.where(q == q, tl.minimum(tl.maximum(q, -128.0), 127.0), 0.0).to(tl.int32)
     tl.store(codes + row * WIDTH + k, q.to(tl.int8), mask=k < WIDTH)
     # The maximum passes over NaN, and a token with one must not come out as a number.
     s = tl.where(tl.sum((v != v).to(tl.int32), 0) > 0, float("nan"), s)

@@ -38,8 +38,9 @@ def select_kernel(
             code = (byte >> (2 * lane)) & 3
             value = tl.load(x + m.to(tl.int64) * X_STRIDE + k + 32 * lane, mask=inside, other=0).to(tl.int32)[None, :]
             acc += tl.where(code == 2, value, 0) - tl.where(code == 0, value, 0)
+    token = tl.zeros([ROWS], dtype=tl.int32) + m
     store_product(
-        tl.sum(acc, 1), y, m, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL
+        tl.sum(acc, 1), y, token, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL
     )  # fmt: skip
 
 
@@ -69,6 +70,17 @@ def select_bytes(u, plus, zero, ASM: tl.constexpr):
 
 
 @triton.jit
+def odd_bytes(v, ASM: tl.constexpr):
+    """(v >> 8) & 0x00FF00FF."""
+    if ASM == "ptx":
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x4341;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (v >> 8) & 0x00FF00FF
+
+
+@triton.jit
 def count_ones(v, ASM: tl.constexpr):
     if ASM == "ptx":
         return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [v], dtype=tl.int32, is_pure=True, pack=1)
@@ -92,6 +104,8 @@ def four_lanes_kernel(
     words = packed.to(tl.pointer_type(tl.int32))
     x_words = x.to(tl.pointer_type(tl.int32)) + m.to(tl.int64) * X_STRIDE
     acc = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
+    # Rows with few words share a warp: one load of x in the shape of w's tile then needs no exchange.
+    shape: tl.constexpr = 1 if COLUMNS >= 128 else ROWS
     for start in tl.static_range(0, WORDS, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
         inside = at < WORDS
@@ -99,21 +113,22 @@ def four_lanes_kernel(
             words + n[:, None].to(tl.int64) * WORDS + at[None, :], mask=(n[:, None] < N) & inside[None, :],
             other=0x55555555,
         )  # fmt: skip
-        lanes = x_words + at // 8 * 32 + at % 8
+        lanes = x_words + tl.broadcast_to((at // 8 * 32 + at % 8)[None, :], [shape, COLUMNS])
         even = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
         odd = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
         for lane in tl.static_range(4):
-            u = tl.load(lanes + 8 * lane, mask=inside, other=0) ^ -0x7F7F7F80  # 0x80808080: + 128 in every byte
+            u = tl.load(lanes + 8 * lane, mask=inside[None, :], other=0) ^ -0x7F7F7F80  # 0x80808080: + 128 a byte
             plus = spread(w, 2 * lane + 1, ASM)
             zero = spread(w, 2 * lane, ASM)
-            v = select_bytes(tl.broadcast_to(u[None, :], [ROWS, COLUMNS]), plus, zero, ASM)
+            v = select_bytes(tl.broadcast_to(u, [ROWS, COLUMNS]), plus, zero, ASM)
             even += v & 0x00FF00FF
-            odd += (v >> 8) & 0x00FF00FF
+            odd += odd_bytes(v, ASM)
         both = even + odd
         minus = ~(w | (w >> 1)) & 0x55555555  # codes 00, one bit each
         nonzero = ~w & 0x55555555  # codes 00 and 10
         counts = count_ones(minus, ASM) - 128 * count_ones(nonzero, ASM)
         acc += (both & 0xFFFF) + ((both >> 16) & 0xFFFF) + counts
+    token = tl.zeros([ROWS], dtype=tl.int32) + m
     store_product(
-        tl.sum(acc, 1), y, m, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL
+        tl.sum(acc, 1), y, token, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL
     )  # fmt: skip

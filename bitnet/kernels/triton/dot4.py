@@ -33,7 +33,7 @@ def dot4(a, b, acc, ASM: tl.constexpr):
 def add_products(w, x_words, inside, low, high, BITS: tl.constexpr, ASM: tl.constexpr):
     """Add all weights in the words w `[ROWS, COLUMNS]` times one token's x to low, and 4 times their products to high.
 
-    x_words: pointers `[1, COLUMNS]` to the words of lane 0.
+    x_words: pointers `[1, COLUMNS]` or `[ROWS, COLUMNS]` to the words of lane 0.
     """
     for lane in tl.static_range(8 // BITS):
         x = tl.broadcast_to(tl.load(x_words + 8 * lane, mask=inside, other=0), w.shape)
@@ -62,11 +62,13 @@ def dot4_kernel(
     zeros = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
     low0, low1, low2, low3 = zeros, zeros, zeros, zeros
     high0, high1, high2, high3 = zeros, zeros, zeros, zeros
+    # Rows with few words share a warp: one load of x in the shape of w's tile then needs no exchange.
+    shape: tl.constexpr = 1 if COLUMNS >= 128 else ROWS
     for start in tl.static_range(0, WORDS, COLUMNS):
         at = start + tl.arange(0, COLUMNS)[None, :]
         inside = at < WORDS
         w = tl.load(words + at, mask=(n[:, None] < N) & inside, other=0)
-        lanes = x_words + at // 8 * (64 // BITS) + at % 8
+        lanes = x_words + tl.broadcast_to(at // 8 * (64 // BITS) + at % 8, [shape, COLUMNS])
         low0, high0 = add_products(w, lanes, inside, low0, high0, BITS, ASM)
         if TOKENS > 1:
             low1, high1 = add_products(w, lanes + X_STRIDE, inside, low1, high1, BITS, ASM)

@@ -121,11 +121,6 @@ def round_half_even(x):
 
 
 @triton.jit
-def without_nan(x):
-    return tl.where(x == x, x, 0.0)
-
-
-@triton.jit
 def store_product(
     acc, y, m, n, inside, x_scale, w_scale, bias, residual, N: tl.constexpr, PER_ROW: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr,

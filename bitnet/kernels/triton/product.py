@@ -72,14 +72,17 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         rows = 128 if tokens == 128 else 64
         plan = Plan(algorithm, rows, tokens, min(64, width) if tokens == 128 else min(128, power_of_2(width)))
         tiles, split = cdiv(N, rows) * cdiv(M, tokens), 1
-        while split < 8 and tiles * split < 2 * _processors(device) and width >= 2 * plan.columns * split * 2:
+        wanted = _processors(device) * (2 if M <= 64 else 1 if M <= 256 else 0)
+        while split < 8 and tiles * split < wanted and width >= 4 * plan.columns * split:
             split *= 2
         return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
-    # One warp a program, so that each thread reads 16 bytes of every row and nothing passes through shared memory.
-    rows = 8 if N >= 16384 and M == 1 else 4
-    return Plan(algorithm, rows, M if algorithm == "dot4" else 1, min(128, power_of_2(width // 4)), warps=1)
+    # One warp a program: each thread reads 16 bytes of a row and the same of x, and nothing passes through shared memory.
+    words = width // 4
+    columns = next((c for c in (128, 64) if cdiv(words, c) * c <= 1.05 * words), 32)
+    rows = 128 // columns if columns < 128 else 4
+    return Plan(algorithm, rows, M if algorithm == "dot4" else 1, columns, warps=1)
 
 
 def product(

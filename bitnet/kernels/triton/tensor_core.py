@@ -86,7 +86,8 @@ def sum_parts_kernel(
     for part in tl.static_range(SPLIT):
         at = (part * M + m).to(tl.int64) * N + n
         acc += tl.load(parts + at, mask=n < N, other=0)
-    store_product(acc, y, m, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL)
+    token = tl.zeros([TILE], dtype=tl.int32) + m
+    store_product(acc, y, token, n, n < N, x_scale, w_scale, bias, residual, N, PER_ROW, BIAS, RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.triton.activations import padded
-from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, round_half_even, tl, triton, without_nan
+from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton
 from bitnet.quant.affine import SCALE_EPS
 from bitnet.quant.packing import OFFSET, packed_width
 
@@ -43,8 +43,10 @@ def absmean(partial, SIZE: tl.constexpr, PARTIALS: tl.constexpr, P2: tl.constexp
 
 @triton.jit
 def ternary(w, scale):
-    q = round_half_even(tl.minimum(tl.maximum(tl.div_rn(w, scale), -2.0), 2.0))
-    return without_nan(tl.minimum(tl.maximum(q, -1.0), 1.0)).to(tl.int32)
+    # round(w / scale) is not 0 exactly where |w| > scale / 2: the float behind scale / 2 gives a quotient that rounds to
+    # more than 0.5, and 0.5 itself goes to 0. A NaN gives 0.
+    half = 0.5 * scale
+    return (w > half).to(tl.int32) - (w < -half).to(tl.int32)
 
 
 @triton.jit
