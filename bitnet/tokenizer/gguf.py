@@ -194,6 +194,8 @@ def _sentencepiece(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     scores = _array(metadata, "scores", float, source) or [0.0] * len(pieces)
     if len(scores) != len(pieces):
         raise ValueError(f"{source} has {len(pieces)} tokens and {len(scores)} scores; it is damaged")
+    if any(score != score for score in scores):
+        raise ValueError(f"{source} has scores that are no numbers; it is damaged")
     ids = _special_ids(metadata, len(pieces))
     unknown = ids["unknown"] = ids["unknown"] or 0
     for token_id, kind in ((unknown, UNKNOWN), (ids["bos"], CONTROL), (ids["eos"], CONTROL)):
