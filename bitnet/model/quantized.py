@@ -21,6 +21,7 @@ from bitnet import kernels
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.quant import PerChannel, integer_range, pack_codes, packed_width, quantize, quantize_symmetric, unpack_codes
 from bitnet.quant.gptq_layout import GPTQ_BITS, QuantizedWeight, check_weight, pack_gptq, unpack_gptq
+from bitnet.quant.nf4 import SCALES_PER_BLOCK, DoubleQuantized, NF4Weight, dequantize_nf4, quantize_nf4
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float8": torch.float8_e4m3fn}
 FP8_MAX = 448.0
@@ -142,6 +143,11 @@ class FloatLinear(_WeightOnly):
         weight = self.stored.float()
         return weight * self.scale if self.dtype == "float8" else weight
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, float32 `[.., K]`."""
+        values = self.stored[ids].float()
+        return values * self.scale[ids] if self.dtype == "float8" else values
+
     def options(self) -> dict[str, Any]:
         return {**super().options(), "dtype": self.dtype}
 
@@ -213,6 +219,60 @@ class GroupLinear(_WeightOnly):
         }  # fmt: skip
 
 
+class NF4Linear(_WeightOnly):
+    """A weight in NF4 (`bitnet/quant/nf4.py`); with `double_quant` its scales are int8."""
+
+    packed_weight: Tensor
+    scale: Tensor
+    scale_codes: Tensor
+    scale_offset: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = False, *, block_size: int = 64,
+        double_quant: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias)
+        self.block_size, self.double_quant = block_size, double_quant
+        self.nominal_bits = 4.0
+        blocks = (out_features, in_features // block_size)
+        self.register_buffer(
+            "packed_weight", torch.zeros(out_features, packed_width(in_features, 4), dtype=torch.uint8)
+        )
+        if double_quant:
+            self.register_buffer("scale_codes", torch.zeros(blocks, dtype=torch.int8))
+            self.register_buffer("scale_offset", torch.zeros(()))
+            self.register_buffer("scale", torch.zeros(-(-blocks[0] * blocks[1] // SCALES_PER_BLOCK)))
+        else:
+            self.register_buffer("scale", torch.zeros(blocks))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, block_size: int = 64, double_quant: bool = True) -> "NF4Linear":
+        """Raises ValueError as `quantize_nf4` does."""
+        quantized = quantize_nf4(linear.weight, block_size=block_size, double_quant=double_quant)
+        layer = _empty(cls, linear, block_size=block_size, double_quant=double_quant)
+        layer.packed_weight, scale = quantized.packed, quantized.scale
+        if isinstance(scale, DoubleQuantized):
+            layer.scale_codes, layer.scale, layer.scale_offset = scale.codes, scale.scale, scale.offset
+        else:
+            layer.scale = scale
+        return layer
+
+    def dequantize(self) -> Tensor:
+        double = self.double_quant
+        scale = DoubleQuantized(self.scale_codes, self.scale, self.scale_offset) if double else self.scale
+        return dequantize_nf4(NF4Weight(self.packed_weight, scale, self.in_features, self.block_size))
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "block_size": self.block_size, "double_quant": self.double_quant}
+
+
+class FloatEmbedding(FloatLinear):
+    """An embedding table in a shorter float; `weight` serves as the output head."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
+
+
 class StaticInt8Linear(_Stored):
     """INT8 weights (a scale a row) times INT8 activations whose scale and zero point were calibrated and are stored.
 
@@ -278,7 +338,26 @@ class StaticInt8Linear(_Stored):
         return {"bias": self.bias is not None}
 
 
-KINDS: dict[str, type[_Stored]] = {kind.__name__: kind for kind in (FloatLinear, GroupLinear, StaticInt8Linear)}
+KINDS: dict[str, type[_Stored]] = {
+    kind.__name__: kind for kind in (FloatLinear, FloatEmbedding, GroupLinear, NF4Linear, StaticInt8Linear)
+}
+
+
+def bits_per_weight(module: nn.Module) -> tuple[float, float] | None:
+    """Nominal and effective bits of a quantized module's weights, or None for any other."""
+    if isinstance(module, _Stored):
+        return module.bits_per_weight()
+    if isinstance(module, PackedLinear):
+        stored = module.packed_weight.nbytes + module.weight_scale.nbytes
+        return float(module.bits), 8 * stored / (module.in_features * module.out_features)
+    return None
+
+
+def cache_weights(model: nn.Module, enabled: bool = True) -> None:
+    """Let every weight-only layer of a model keep its dequantized weight between calls, or stop it."""
+    for module in model.modules():
+        if isinstance(module, _WeightOnly):
+            module.cache_weight = enabled
 
 
 def describe(module: nn.Module) -> dict[str, Any] | None:
