@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from bitnet.corpus import Corpus, sha256_of
-from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer import BaseTokenizer
 
 FORMAT_VERSION = 1
 HELD_OUT_CHARS = 32 * 1024  # largest piece when documents are cut for the validation split
@@ -44,7 +44,7 @@ _SPLIT_SEED = 20240227
 
 def tokenize_corpus(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: BaseTokenizer,
     out_dir: str | Path,
     *,
     val_fraction: float = 0.05,
@@ -55,10 +55,10 @@ def tokenize_corpus(
     """Tokenize a corpus into `out_dir/<name>-<fingerprint>/`, or find that this has been done.
 
     Writes `train-00000.bin`, ..., `val-00000.bin`, ... (uint16 if the vocabulary fits, else uint32, native byte order),
-    `tokenizer.model` and `meta.json`. The folder appears whole or not at all. Memory holds the ids of about 1 MB of
+    the tokenizer's file and `meta.json`. The folder appears whole or not at all. Memory holds the ids of about 1 MB of
     text, or of one document if that is larger.
 
-    workers: sentencepiece threads, default one per core; the files do not depend on them.
+    workers: the tokenizer's threads, default one per core; the files do not depend on them.
 
     ValueError for a corpus without text or too short to split, and for an earlier folder that is damaged.
     """
@@ -76,7 +76,7 @@ def tokenize_corpus(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
     try:
-        tokenizer.save(work / "tokenizer.model")
+        tokenizer.save(work / tokenizer.file_name)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         splits = _write_splits(corpus, tokenizer, work, dtype, every, workers, shard_tokens, progress)
         meta = {
@@ -108,7 +108,7 @@ def _cores() -> int:
 
 def _write_splits(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    tokenizer: BaseTokenizer,
     folder: Path,
     dtype: np.dtype,
     every: int,
@@ -127,13 +127,15 @@ def _write_splits(
         nrows=lines,
         disable=None if progress else True,  # None: silent unless stderr is a terminal
     )
+    bos = [] if tokenizer.bos_id is None or not tokenizer.adds_bos else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     with bar:
         index = 0
         for batch in _batches(_splittable_documents(corpus, every)):
             for document, ids in zip(batch, tokenizer.encode_batch(batch, threads=workers), strict=True):
                 size = len(document.encode())
                 writer = writers["val" if is_validation(index, every) else "train"]
-                writer.add([tokenizer.bos_id, *ids, tokenizer.eos_id], size)
+                writer.add([*bos, *ids, *eos], size)
                 bar.update(size)
                 index += 1
     return {split: writer.close() for split, writer in writers.items()}

@@ -166,6 +166,7 @@ def test_dtype_follows_the_vocabulary(tmp_path, tokenizer):
         """A tokenizer with ids that need 32 bits."""
 
         vocab_size, bos_id, eos_id, fingerprint = 70_000, 1, 2, "big"
+        adds_bos, file_name = True, "tokenizer.model"
 
         def save(self, path):
             path.write_bytes(b"model")
@@ -296,6 +297,7 @@ def test_documents_are_tokenized_as_they_are_read(tmp_path, tokenizer, monkeypat
 
     class Counting:
         vocab_size, bos_id, eos_id, fingerprint, save = 500, 1, 2, "counting", tokenizer.save
+        adds_bos, file_name = True, tokenizer.file_name
 
         def encode_batch(self, texts, threads=1):
             nonlocal waiting

@@ -9,10 +9,8 @@ from pathlib import Path
 from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.gguf import from_gguf_metadata
-from bitnet.tokenizer.huggingface import TOKENIZER_JSON, HuggingFaceTokenizer
+from bitnet.tokenizer.huggingface import HuggingFaceTokenizer
 from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
-
-TOKENIZER_MODEL = "tokenizer.model"
 
 __all__ = [
     "BaseTokenizer", "ChatTemplate", "HuggingFaceTokenizer", "StreamDecoder", "Tokenizer", "chat_template_of_gguf",
@@ -27,11 +25,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> BaseTokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        if (path / TOKENIZER_JSON).is_file():
-            return HuggingFaceTokenizer.load(path)
-        if not (path / TOKENIZER_MODEL).is_file():
-            raise ValueError(
-                f"{path} holds no {TOKENIZER_JSON} and no {TOKENIZER_MODEL}; copy the model's tokenizer there"
-            )
-        return Tokenizer.load(path / TOKENIZER_MODEL)
+        for kind in (HuggingFaceTokenizer, Tokenizer):
+            if (path / kind.file_name).is_file():
+                return kind.load(path / kind.file_name)
+        raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")
     return HuggingFaceTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)

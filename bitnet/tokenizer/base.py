@@ -28,7 +28,8 @@ class BaseTokenizer(ABC):
     Attributes: `vocab_size` (int), `bos_id`, `eos_id`, `unk_id`, `pad_id` (int, or None when there is none), `eos_ids`
     (every id that ends a text or a turn, `eos_id` first), `adds_bos` (the model wants `bos_id` in front of a text),
     `adds_space_prefix` (it puts a space there, which decoding takes away), `specials` (texts of the special tokens to
-    their ids), `fingerprint` (sha256 of what the ids depend on, hex).
+    their ids), `fingerprint` (sha256 of what the ids depend on, hex), `file_name` (what `save` writes is called so in a
+    model's folder).
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class BaseTokenizer(ABC):
     adds_space_prefix: bool
     fingerprint: str
     specials: Mapping[str, int]
+    file_name: str
     _surfaces: Sequence[bytes]
     _special_pattern: re.Pattern[str] | None
 

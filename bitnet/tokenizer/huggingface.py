@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE_MARK = "\u2581"
-TOKENIZER_JSON = "tokenizer.json"
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
 class HuggingFaceTokenizer(BaseTokenizer):
     """A tokenizer of the `tokenizers` library. `encode` adds what it is asked for, not what the post-processor says."""
+
+    file_name = "tokenizer.json"
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def load(cls, path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
         """Read a tokenizer.json, or the one of a folder, and the files beside it. Raises ValueError naming the file."""
         path = Path(path)
-        path = path / TOKENIZER_JSON if path.is_dir() else path
+        path = path / cls.file_name if path.is_dir() else path
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

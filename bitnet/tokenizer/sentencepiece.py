@@ -44,6 +44,7 @@ _RETRAIN = "train one with bitnet.tokenizer.train_tokenizer, or give a sentencep
 class Tokenizer(BaseTokenizer):
     """A sentencepiece model. It has a begin and an end of text token; `fingerprint` is of the model file's bytes."""
 
+    file_name = "tokenizer.model"
     bos_id: int
     eos_id: int
     unk_id: int
