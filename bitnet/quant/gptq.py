@@ -92,7 +92,7 @@ def gptq_quantize(
     H's diagonal is added to it (0.003, the paper's 0.01 in the original), ten times more until it can be inverted.
     Without `search`, each group's grid is that of `min_max_qparams` and stays (in the original, `search` is the paper
     code's `mse`). `sweeps` is how often the sweep is done, `rounds` how often coordinate descent follows. A channel
-    whose input was always 0 is rounded to nearest (the original makes it 0). `static_groups` concerns the original
+    whose input was always 0 is rounded to its grid (the original makes it 0). `static_groups` concerns the original
     only, which otherwise takes its groups in the order of the sweep.
 
     Raises ValueError for a group size that does not divide K, NaN or infinite values, and a Hessian of another shape or
