@@ -1,10 +1,10 @@
 """The one place that chooses a backend for the products of BitLinear.
 
 A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures, listed
-in `BACKENDS`: `reference` (plain torch, every device) and `native` (`bitnet/kernels/cpu`, compiled when the package was
-installed). The choice is made at every call, from the device of the tensors. `use_backend("name")` (or the environment
-variable BITNET_BACKEND) asks for one of them explicitly, and a request that cannot be met raises, where the automatic
-choice falls back to the reference and says so once.
+in `BACKENDS`: `reference` (plain torch, every device), `native` (`bitnet/kernels/cpu`, compiled when the package was
+installed) and `triton` (`bitnet/kernels/triton`, for GPUs). The choice is made at every call, from the device of the
+tensors. `use_backend("name")` (or the environment variable BITNET_BACKEND) asks for one of them explicitly, and a
+request that cannot be met raises, where the automatic choice falls back to the reference and says so once.
 """
 
 import os
@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bitnet.kernels import cpu, reference
+from bitnet.kernels import cpu, reference, triton
 from bitnet.kernels.reference import PACKED_BITS, WEIGHT_QUANTIZERS, check_quantizer, quantize_weight
 
 __all__ = [
@@ -32,10 +32,11 @@ __all__ = [
     "packed_matmul",
     "quantize_weight",
     "select_backend",
+    "triton_available",
     "use_backend",
 ]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": cpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": cpu, "triton": triton}
 
 _requested = os.environ.get("BITNET_BACKEND", "auto")
 
@@ -43,6 +44,8 @@ _requested = os.environ.get("BITNET_BACKEND", "auto")
 def select_backend(x: Tensor) -> ModuleType:
     """The backend for a product whose activations are x. Raises ValueError for a requested one that isn't there."""
     if _requested == "auto":
+        if x.device.type == "cuda" and triton_available():
+            return triton
         # Dynamo traces tensors without memory, and fuses the reference.
         plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
         return cpu if plain and native_available() else reference
@@ -52,6 +55,8 @@ def select_backend(x: Tensor) -> ModuleType:
         cpu.native.kernels()  # raises, with what to do, where it was not built
         if x.device.type != "cpu":
             raise ValueError(f"the native backend runs on the CPU and the activations are on {x.device}; choose auto")
+    if _requested == "triton":
+        triton.require(x.device)
     return BACKENDS[_requested]
 
 
@@ -59,6 +64,20 @@ def native_wanted(device: torch.device) -> bool:
     """Whether a model on this device should run natively as a whole: asked for, or automatic and possible. Raises
     ValueError where it was asked for and cannot be."""
     return select_backend(torch.empty(0, device=device)) is cpu
+
+
+@cache
+def triton_available() -> bool:
+    """Whether Triton is there for a GPU; warns, once, where it is not."""
+    if not triton.available():
+        warnings.warn(
+            "Triton is not installed, so packed products on the GPU run on the slow torch reference; run: "
+            "pip install triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @cache

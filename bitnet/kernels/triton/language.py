@@ -5,7 +5,7 @@ a machine without Triton can import the package. `record()` collects launches in
 compile, for a GPU that is not there, exactly what a call would have launched.
 """
 
-# mypy: disable-error-code="no-untyped-def, valid-type"
+# mypy: disable-error-code="no-untyped-def, valid-type, name-defined"
 
 import os
 from collections.abc import Iterator
@@ -69,7 +69,9 @@ def assembly() -> str:
     return "ptx" if torch.version.hip is None else "gcn"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *tensors: Any, warps: int = 4, stages: int = 2, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *tensors: Any, warps: int = 4, stages: int = 2, **constants: Any
+) -> None:
     """Run `kernel` on the device of its first tensor. `constants` are its constexpr parameters.
 
     Multiplications and additions are not fused: the epilogues round as torch does.
@@ -134,12 +136,9 @@ def store_product(
         tl.store(y + at, acc, mask=inside)
     else:
         value = acc.to(tl.float32) * tl.load(x_scale + m, mask=inside, other=0.0)
-        if PER_ROW:
-            value = value * tl.load(w_scale + n, mask=inside, other=0.0)
-        else:
-            value = value * tl.load(w_scale)
+        value = value * (tl.load(w_scale + n, mask=n < N, other=0.0) if PER_ROW else tl.load(w_scale))
         if BIAS:
-            value = value + tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+            value = value + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         if RESIDUAL:
             # Rounded to y's type first, as a product that is stored and then added would be.
             value = value.to(y.dtype.element_ty).to(tl.float32)

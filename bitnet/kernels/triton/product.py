@@ -78,7 +78,7 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
-    # One warp a program: each thread reads 16 bytes of a row and the same of x, and nothing passes through shared memory.
+    # One warp a program: a thread reads 16 bytes of a row and the same of x; nothing passes through shared memory.
     words = width // 4
     columns = next((c for c in (128, 64) if cdiv(words, c) * c <= 1.05 * words), 32)
     rows = 128 // columns if columns < 128 else 4
@@ -163,9 +163,7 @@ def _launch(
             **options,
         )  # fmt: skip
         if not whole:
-            launch(
-                sum_parts_kernel, (M, cdiv(N, 1024)), target, *epilogue, y, M, SPLIT=plan.split, TILE=1024, **shared
-            )
+            launch(sum_parts_kernel, (M, cdiv(N, 1024)), target, *epilogue, y, M, SPLIT=plan.split, TILE=1024, **shared)
 
 
 def dense(

@@ -6,8 +6,8 @@ int8 weights, unpacked beforehand, for more (prefill, the forward pass of traini
     dense_kernel     y = x w^T
 
 Byte j of a packed block holds codes that are 32 apart (`bitnet/quant/packing.py`), so one lane of a run of bytes is a
-run of 32 neighbouring k, the depth of one matrix instruction. Splitting K fills a GPU when there are few rows and tokens:
-every program writes its int32 part and a second launch adds them, so no sum depends on who came first.
+run of 32 neighbouring k, the depth of one matrix instruction. Splitting K fills a GPU when there are few rows and
+tokens: every program writes its int32 part and a second launch adds them, so no sum depends on who came first.
 """
 
 # mypy: disable-error-code="no-untyped-def, valid-type"

@@ -22,7 +22,7 @@ Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("bitnet::ternary_linear", mutates_args=())
 def ternary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Saved:
-    """y `[M, N]` in `dtype`, with the codes and scales of x `[M, K]` and of weight `[N, K]`, which the backward needs."""
+    """y `[M, N]` in `dtype`, with the codes and scales of x `[M, K]` and weight `[N, K]`, which the backward needs."""
     M, (N, K) = x.shape[0], weight.shape
     check("weight", weight, None, x.device, None, None)
     check("x", x, None, weight.device, None, K)

@@ -9,6 +9,8 @@ every device. The packed layout is drawn in `bitnet/quant/packing.py`.
 
 # mypy: disable-error-code="no-untyped-def, valid-type"
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ def absmean(partial, SIZE: tl.constexpr, PARTIALS: tl.constexpr, P2: tl.constexp
 
 @triton.jit
 def ternary(w, scale):
-    # round(w / scale) is not 0 exactly where |w| > scale / 2: the float behind scale / 2 gives a quotient that rounds to
-    # more than 0.5, and 0.5 itself goes to 0. A NaN gives 0.
+    # round(w / scale) is not 0 exactly where |w| > scale / 2: the float behind scale / 2 has a quotient that rounds
+    # to more than 0.5, and 0.5 itself goes to 0. A NaN gives 0.
     half = 0.5 * scale
     return (w > half).to(tl.int32) - (w < -half).to(tl.int32)
 
@@ -126,12 +128,22 @@ def quantize_ternary(weight: Tensor, *, packed: bool = True) -> tuple[Tensor, Te
         absolute_sum_kernel, (partials,), weight, partial, SIZE=N * K, PARTIALS=partials, STEPS=cdiv(tiles, partials),
         TILE=_TILE,
     )  # fmt: skip
-    sums = {"SIZE": N * K, "PARTIALS": partials, "P2": power_of_2(partials), "SMALLEST": SCALE_EPS}
+    sums: dict[str, Any] = {"SIZE": N * K, "PARTIALS": partials, "P2": power_of_2(partials), "SMALLEST": SCALE_EPS}
     if packed:
         codes = torch.empty(N, packed_width(K, 2), dtype=torch.uint8, device=weight.device)
         blocks = codes.shape[1] // 32
         launch(
-            pack_kernel, (cdiv(N * blocks, 32),), weight, partial, codes, scale, N=N, K=K, BLOCKS=blocks, TILE=32, **sums
+            pack_kernel,
+            (cdiv(N * blocks, 32),),
+            weight,
+            partial,
+            codes,
+            scale,
+            N=N,
+            K=K,
+            BLOCKS=blocks,
+            TILE=32,
+            **sums,
         )
     else:
         codes = torch.empty(N, padded(K), dtype=torch.int8, device=weight.device)
