@@ -9,7 +9,7 @@ from pathlib import Path
 from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.gguf import from_gguf_metadata
-from bitnet.tokenizer.huggingface import HuggingFaceTokenizer
+from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_json
 from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -24,9 +24,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> BaseTokenizer:
     The former comes first: it knows tokens that were added to a model later. Raises ValueError for anything else.
     """
     path = Path(path)
-    if path.is_dir():
-        for kind in (HuggingFaceTokenizer, Tokenizer):
-            if (path / kind.file_name).is_file():
-                return kind.load(path / kind.file_name)
-        raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")
-    return HuggingFaceTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)
+    if not path.is_dir():
+        return HuggingFaceTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)
+    if (path / HuggingFaceTokenizer.file_name).is_file():
+        return HuggingFaceTokenizer.load(path)
+    if (path / Tokenizer.file_name).is_file():
+        adds_bos = read_json(path / "tokenizer_config.json").get("add_bos_token") is not False
+        return Tokenizer.load(path / Tokenizer.file_name, adds_bos=adds_bos, ends=tuple(end_ids(path)))
+    raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")

@@ -58,6 +58,10 @@ class BaseTokenizer(ABC):
         """The piece as the model's files write it, e.g. "\u2581the", "\u0120the" or "<0x0A>"."""
 
     @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Contents by name of the files of a model's folder from which `load_tokenizer` makes this tokenizer again."""
+
+    @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer's one file, all of it or nothing."""
 

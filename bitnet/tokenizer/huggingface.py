@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 SPACE_MARK = "\u2581"
+_EOS = "eos_token_id"
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -98,6 +99,19 @@ class HuggingFaceTokenizer(BaseTokenizer):
         names = ("bos_id", "eos_id", "unk_id", "pad_id", "adds_bos")
         settings = {name: getattr(self, name) for name in names} | {"ends": self._ends}
         return partial(HuggingFaceTokenizer.from_json, **settings), (self._json,)
+
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json, and two files that say what it does not; see the base class."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        config: dict[str, Any] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
+        generation = {"eos_token_id": list(self.eos_ids)} | (
+            {} if self.bos_id is None else {"bos_token_id": self.bos_id}
+        )
+        return {
+            self.file_name: self._json.encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+            "generation_config.json": json.dumps(generation, indent=1).encode(),
+        }  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json."""
@@ -194,16 +208,15 @@ def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
 
 def _special_ids(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, Any]:
     """The constructor's settings, from the files beside a tokenizer.json."""
-    config, names, generation, model = (
-        read_json(folder / name)
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    config, names, model = (
+        read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
     )
     settings: dict[str, Any] = {}
     for kind in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{kind}_token", names.get(f"{kind}_token"))
         text = token.get("content") if isinstance(token, dict) else token
         settings[f"{kind}_id"] = backend.token_to_id(text) if isinstance(text, str) else None
-    ends = [*_ids(generation.get("eos_token_id")), *_ids(model.get("eos_token_id"))]
+    ends = end_ids(folder)
     if settings["eos_id"] is None and ends:
         settings["eos_id"] = ends[0]
     if settings["bos_id"] is None and "bos_token" not in config:
@@ -214,8 +227,13 @@ def _special_ids(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, Any]:
     return settings | {"ends": ends, "adds_bos": adds_bos}
 
 
+def end_ids(folder: Path) -> list[int]:
+    """What generation_config.json and config.json of a folder call the end of a text."""
+    return [i for name in ("generation_config.json", "config.json") for i in _ids(read_json(folder / name).get(_EOS))]
+
+
 def _ids(value: Any) -> list[int]:
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
 def read_json(path: Path) -> dict[str, Any]:

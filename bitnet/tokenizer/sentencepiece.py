@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -79,7 +81,10 @@ class Tokenizer(BaseTokenizer):
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         self._byte_ids = {int(p[3:5], 16): i for i, p in enumerate(pieces) if processor.is_byte(i)}
         self._surfaces = [self._surface(i, p) for i, p in enumerate(pieces)]
-        self.adds_bos, self._ends = adds_bos, ends
+        if any(not 0 <= i < self.vocab_size for i in ends):
+            raise ValueError(f"{source} has {self.vocab_size} tokens, and the ids {ends} should end a text")
+        self.adds_bos = adds_bos
+        self._ends = tuple(i for i in ends if i != self.eos_id)
         steering = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
         self._set_specials({pieces[i]: i for i in steering}, ends)
         # What the model does to the edges of a text, asked of the model itself because its settings sit in a protobuf
@@ -95,11 +100,14 @@ class Tokenizer(BaseTokenizer):
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a `.model` file; ValueError naming the path if it is missing, a folder, or not a sentencepiece model."""
+    def load(cls, path: str | os.PathLike[str], **settings: Any) -> Tokenizer:
+        """Read a `.model` file; `settings` are the constructor's.
+
+        Raises ValueError naming the path if it is missing, a folder, or not a sentencepiece model.
+        """
         if not Path(path).is_file():
             raise ValueError(f"there is no tokenizer file {os.fspath(path)!r}; {_RETRAIN}")
-        return cls(Path(path).read_bytes(), source=f"tokenizer file {os.fspath(path)!r}")
+        return cls(Path(path).read_bytes(), source=f"tokenizer file {os.fspath(path)!r}", **settings)
 
     @classmethod
     def from_bytes(cls, model_proto: bytes) -> Tokenizer:
@@ -108,6 +116,15 @@ class Tokenizer(BaseTokenizer):
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[bytes]]:
         return partial(Tokenizer, adds_bos=self.adds_bos, ends=self._ends), (self.model_proto,)
+
+    def files(self) -> dict[str, bytes]:
+        """The .model file, and two of Hugging Face's where it does not say everything; see the base class."""
+        files = {self.file_name: self.model_proto}
+        if not self.adds_bos:
+            files["tokenizer_config.json"] = json.dumps({"add_bos_token": False}).encode()
+        if self._ends:
+            files["generation_config.json"] = json.dumps({"eos_token_id": [self.eos_id, *self._ends]}).encode()
+        return files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the `.model` file, all of it or nothing: a temporary file beside it is renamed over it."""
