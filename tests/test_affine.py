@@ -70,6 +70,9 @@ def test_clipping_by_hand() -> None:
     scale, zero_point = choose_qparams_from_range(low * 0, high + 2, 4, symmetric=True, signed=False)
     assert zero_point is None
     assert scale.tolist() == [0.25]
+    assert torch.equal(
+        choose_qparams_from_range(low * 0, high + 2, 4, symmetric=True, signed=False, restricted=False)[0], scale
+    )
     assert quantize(x, scale, None, 0, 15).tolist() == [0, 0, 0, 0, 2, 6, 12, 15]
 
 

@@ -26,7 +26,7 @@ from bitnet.quant import (
     quantize_symmetric,
 )
 from bitnet.quant.affine import scale_shape
-from bitnet.quant.calibration import METHODS, entropy_threshold
+from bitnet.quant.calibration import METHODS, _side_errors, entropy_threshold
 
 SEARCHES = ["percentile", "mse", "entropy"]
 SCHEMES = [
@@ -259,6 +259,18 @@ def brute_force_mse(
     return best
 
 
+def test_squared_error_of_every_scale_and_number_of_codes() -> None:
+    counts = torch.randint(0, 50, (64,))
+    scales = torch.tensor([0.7, 1.0, 3.3, 4.0, 9.5, 40.0, 200.0], dtype=torch.float64)
+    errors = _side_errors(counts, scales, 7)
+    points = (np.arange(64 * 256) + 0.5) / 256
+    weights = counts.numpy().repeat(256) / 256
+    for i, scale in enumerate(scales.tolist()):
+        for top in range(8):
+            expected = (weights * (np.clip(np.round(points / scale), 0, top) * scale - points) ** 2).sum()
+            assert float(errors[i, top]) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_mse_is_the_best_of_all_candidates(name: str, scheme: dict[str, bool]) -> None:
@@ -389,6 +401,14 @@ def test_entropy_keeps_short_and_concentrated_histograms_whole() -> None:
     spike = torch.zeros(500, dtype=torch.int64)
     spike[-1] = 1000
     assert entropy_threshold(spike, 128) == 500
+
+
+def test_entropy_takes_the_last_of_equal_minima() -> None:
+    # Equal counts and no outliers: every candidate from 150 on loses nothing.
+    counts = torch.cat([torch.full((150,), 5), torch.zeros(100, dtype=torch.int64)])
+    _, divergences = published_threshold(counts.tolist(), 16)
+    assert [d < 1e-12 for d in divergences] == [i >= 150 for i in range(128, 251)]
+    assert entropy_threshold(counts, 16) == 250
 
 
 def test_entropy_clips_outliers_and_calibrates_both_sides() -> None:

@@ -91,7 +91,9 @@ def test_zeros_stay_zero(double_quant: bool) -> None:
     weight = torch.randn(4, 256)
     weight[1] = 0
     weight[2, 64:128] = 0
-    back = dequantize_nf4(quantize_nf4(weight, double_quant=double_quant))
+    nf4 = quantize_nf4(weight, double_quant=double_quant)
+    back = dequantize_nf4(nf4)
+    assert (unpack_codes(nf4.packed, 4, 256)[1] == 7 - 8).all()  # the index of 0
     assert not back[1].any()
     assert not back[2, 64:128].any()
     assert back.isfinite().all()
@@ -129,6 +131,19 @@ def test_double_quantization_of_the_scales(rows: int, columns: int) -> None:
     ratio = weight.view(rows, -1, 64) / stored[..., None]
     assert torch.equal(codes, (ratio[..., None] - nf4_codebook()).abs().argmin(-1).view(rows, columns))
     assert quantization_error(weight, dequantize_nf4(double)).sqnr_db > 19.5
+
+
+def test_double_quantized_scales_are_never_negative() -> None:
+    zeros = 0
+    for seed in range(8):  # an all-zero row lies below the mean by some number of steps and a fraction
+        weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) * torch.tensor(
+            [[1.0], [0], [2], [9]]
+        )
+        scale = quantize_nf4(weight, double_quant=True).scale
+        assert isinstance(scale, DoubleQuantized)
+        assert (scale.dequantize() >= 0).all()
+        zeros += int((scale.codes * scale.scale + scale.offset < 0).any())
+    assert zeros  # and without the clamp some would be
 
 
 def test_sizes() -> None:

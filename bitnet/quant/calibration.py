@@ -105,9 +105,8 @@ class Observer:
         if not other.count:
             return
         if not self.count:
-            self.count, self.scale_shape, self.exponent = other.count, list(other.scale_shape), other.exponent.clone()
-            self.minimum, self.maximum = other.minimum.clone(), other.maximum.clone()
-            self.counts = other.counts.clone()
+            self.count, self.scale_shape, self.exponent = other.count, other.scale_shape, other.exponent
+            self.minimum, self.maximum, self.counts = other.minimum, other.maximum, other.counts
             return
         if self.scale_shape != other.scale_shape:
             raise ValueError(
