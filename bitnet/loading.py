@@ -2,6 +2,7 @@
 
     a run folder of train.py, or one of its checkpoints        a GGUF file, or a folder with one
     a folder of packed weights (python -m bitnet.export)       a Hugging Face folder, or the name of a model on the hub
+    a folder of quantized weights (python -m bitnet.quantize)
 
 What a path holds is found out from its contents: the magic bytes of a file, the keys of a config.json. Ternary weights
 stay the codes that they are, and run on the native engine where it was built; floats run as floats in torch.
@@ -28,7 +29,7 @@ from bitnet.tokenizer import (
     load_tokenizer,
 )
 
-Kind = Literal["gguf", "hf", "run", "packed"]
+Kind = Literal["gguf", "hf", "run", "packed", "quantized"]
 
 
 class OpenModel(NamedTuple):
@@ -62,32 +63,31 @@ def open_model(
     """
     device, path = torch.device(device), find(path)
     kind = kind_of(path)
-    if kind == "gguf":
-        from bitnet.interop import gguf
-
-        metadata = gguf.read_metadata(path)
-        tokenizer = from_gguf_metadata(metadata, str(path))
-        template = chat_template_of_gguf(metadata, tokenizer, str(path))
-        model = _ready(gguf.read(path), path, device, pack, cache_dtype, dtype)
-    elif kind == "hf":
-        from bitnet.interop import hf
-
-        tokenizer = load_tokenizer(path)
-        template = find_chat_template(path, tokenizer)
-        model = _ready(hf.read(path), path, device, pack, cache_dtype, dtype)
-    else:
+    if kind not in ("gguf", "hf"):
         path = checkpoint.resolve(path, which)
-        # The .model file first: it tells a U+2581 in a text from a space.
-        own = path / checkpoint.TOKENIZER
-        tokenizer = Tokenizer.load(own) if own.is_file() else load_tokenizer(path)
-        template = find_chat_template(path, tokenizer)
+    tokenizer, template = _tokenizer(path, kind)
+    if kind == "run" or kind == "packed":
         model = _own(path, device, pack, cache_dtype, dtype)
+    else:
+        model = _ready(_read(path, kind), path, device, pack or kind == "quantized", cache_dtype, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise checkpoint.CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size}; "
             "put the tokenizer there that the model was trained with"
         )
     return OpenModel(model, tokenizer, template, path, kind)
+
+
+def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
+    """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
+    from bitnet.interop.hf_write import TOKENIZER_FILES
+
+    if opened.folder.is_dir():
+        return {
+            name: (opened.folder / name).read_bytes() for name in TOKENIZER_FILES if (opened.folder / name).is_file()
+        }
+    files = {"chat_template.jinja": opened.chat_template.source.encode()} if opened.chat_template else {}
+    return files | opened.tokenizer.files()
 
 
 def find(path: str | Path) -> Path:
@@ -124,13 +124,37 @@ def kind_of(path: Path) -> Kind:
         return "run"
     config = checkpoint.load_json(path / checkpoint.CONFIG)
     if isinstance(config.get("model"), dict):
-        return "packed" if config.get("packed") else "run"
+        return "quantized" if "quantization" in config else "packed" if config.get("packed") else "run"
     if "model_type" in config or "architectures" in config:
         return "hf"
     raise ValueError(
         f"{path / checkpoint.CONFIG} is neither of this project (no 'model') nor of a Hugging Face model (no "
         "'model_type'); give the folder of a whole model"
     )
+
+
+def _tokenizer(path: Path, kind: Kind) -> tuple[BaseTokenizer, ChatTemplate | None]:
+    if kind == "gguf":
+        from bitnet.interop.gguf_file import GGUFFile
+
+        metadata = GGUFFile(path).metadata
+        tokenizer = from_gguf_metadata(metadata, str(path))
+        return tokenizer, chat_template_of_gguf(metadata, tokenizer, str(path))
+    # Of our own folders' files the .model: it tells a U+2581 in a text from a space.
+    own = path / checkpoint.TOKENIZER
+    tokenizer = Tokenizer.load(own) if kind != "hf" and own.is_file() else load_tokenizer(path)
+    return tokenizer, find_chat_template(path, tokenizer)
+
+
+def _read(path: Path, kind: Kind) -> BitNetForCausalLM:
+    """The model of a file or folder that is not of `bitnet/checkpoint.py`."""
+    if kind == "gguf":
+        from bitnet.interop import gguf_read
+
+        return gguf_read.read(path)
+    from bitnet.interop import hf, quantized
+
+    return hf.read(path) if kind == "hf" else quantized.read(path)
 
 
 def _own(
