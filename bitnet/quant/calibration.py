@@ -1,7 +1,7 @@
 """Calibration: from the values that a tensor takes over many batches to one scale and zero point.
 
 An `Observer` counts magnitudes in a histogram with bins of width `2^e / bins`, one row for values >= 0 and one for
-values < 0; e is the smallest exponent with `absmax < 2^e`. A larger value doubles the range, which merges neighbouring
+values < 0; e is the smallest exponent with `absmax < 2^e` (but at least -100). A larger value doubles the range, which merges neighbouring
 bins in pairs, and since every edge is a multiple of a power of two no value changes sides: the counts, int64, are those
 of the union of all batches, to the last bit, in whatever order and pieces they came. Memory doesn't grow with the data.
 More than half of the bins lie below absmax.
@@ -43,7 +43,7 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 VALUES_PER_LEVEL = 8
 """Entropy needs at least this many observed values, and entropy and mse this many bins, for each code of a side."""
 _SMALLEST_EXPONENT = -100  # of the range: far below SCALE_EPS, and 2^-e stays a normal float32
-_CHUNK = 1 << 20  # values binned at a time, so that the int64 bin numbers of a large batch stay small
+_CHUNK = 1 << 17  # values binned at a time, so that the int64 bin numbers of a large batch stay small
 _ASYMMETRIC_SCALES = 1024
 
 
@@ -77,10 +77,8 @@ class Observer:
         shape = scale_shape(x.shape, self.granularity)
         if not x.numel():
             return
-        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
-        rows = (
-            x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1) if x.ndim > 1 else x[:, None]
-        ).float()
+        channels_first = x.movedim(self.granularity.axis, 0) if isinstance(self.granularity, PerChannel) else x[None]
+        rows = channels_first.reshape(len(channels_first), -1).float()
         batch = Observer(self.granularity, bins=self.bins)
         batch.count, batch.scale_shape = rows.shape[1], shape
         batch.minimum, batch.maximum = rows.amin(1).cpu(), rows.amax(1).cpu()
@@ -139,7 +137,7 @@ def calibrate(
     percentile: float = 99.99,
 ) -> tuple[Tensor, Tensor | None]:
     """Scale (float32) and zero point (int32, None if symmetric) for what the observer has seen, ready for `quantize` to
-    `integer_range(bits, signed=signed)`; of shape `[1, .., 1]`, or one entry along the observer's axis.
+    `integer_range(bits, signed=signed)`; of shape `[1, .., 1]`, or one entry along the observer's axis; on the CPU.
 
     Symmetric with `signed=False` is for one-sided values (after a ReLU). `restricted` as in `choose_qparams_symmetric`;
     mse finds the scale without it. Constant values take their exact range whatever the method, and all zeros the
@@ -266,7 +264,7 @@ def _histogram(rows: Tensor, exponent: Tensor, bins: int) -> Tensor:
     inv_width = ((bins.bit_length() - 1 - exponent + 127) << 23).to(torch.int32).view(torch.float32).to(rows.device)
     first = torch.arange(channels, device=rows.device) * (2 * bins)
     counts = torch.zeros(channels * 2 * bins, dtype=torch.int64)
-    for part in rows.split(max(1, _CHUNK // channels), dim=1):
+    for part in rows.split(max(_CHUNK, counts.numel()) // channels, dim=1):
         index = (part.abs() * inv_width[:, None]).long() + (part < 0) * bins + first[:, None]
         counts += torch.bincount(index.flatten(), minlength=counts.numel()).cpu()
     return counts.view(channels, 2, bins)
