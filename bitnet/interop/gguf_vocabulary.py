@@ -38,8 +38,11 @@ def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) ->
             f"the tokenizer has {vocab_size - missing} tokens and the model {vocab_size} rows; it is another model's"
         )
     first = vocab_size - missing
-    padding: dict[str, list[Any]] = {"tokens": [f"[PAD{i}]" for i in range(first, vocab_size)], "scores": [-1e9] * missing,
-               "token_type": [UNUSED] * missing}  # fmt: skip
+    padding: dict[str, list[Any]] = {
+        "tokens": [f"[PAD{i}]" for i in range(first, vocab_size)],
+        "scores": [-1e9] * missing,
+        "token_type": [UNUSED] * missing,
+    }
     for name, values in padding.items():
         if values and f"tokenizer.ggml.{name}" in metadata:
             metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], *values]

@@ -71,7 +71,7 @@ def write(
         metadata |= vocabulary(tokenizer, config.vocab_size)
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
-    write_file(path, metadata, _tensors(model, arch, types))
+    write_file(path, metadata, sorted(_tensors(model, arch, types), key=lambda tensor: _layer(tensor.name)))
 
 
 def architecture(config: ModelConfig, type: str) -> str:
@@ -196,6 +196,11 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         yield entry(f"{theirs}.weight", projection_shape(config, ours), type, partial(weight, type, ours), ours)
         if config.quantizer != "none" and type != "I2_S":
             yield entry(f"{theirs}.scale", (1,), "F32", lambda module: torch.tensor([_codes(module)[1]]), ours)
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor, so that a file has its tensors in the order of use; -1 for those of no layer."""
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
 
 
 def encode(weight: Tensor, type: str) -> Tensor:

@@ -1,0 +1,357 @@
+"""What is in a model file: architecture, tensors, types, bits a weight, scales, sparsity.
+
+    python -m bitnet.inspect model.gguf                         or a .safetensors file, or the folder of a run, a packed
+    python -m bitnet.inspect runs/demo --json                   model or a Hugging Face model
+    python -m bitnet.inspect model.gguf --histogram blk.0.attn_q.weight
+
+Codes and scale that are stored in tensors of their own are shown as one tensor. `zeros` is the share of the weight 0 in
+ternary tensors; of a run's latent weights it is what their quantization gives. Bits a weight count everything that a
+tensor occupies, scales included.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+BINS, BAR = 17, 40
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: `nbytes` with its scales; `load` returns integer codes or float values, and the scale if there is
+    one for the whole tensor; `ternary` says that its codes are worth reading for scale and zeros."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    load: Callable[[], tuple[Tensor, float | None]]
+    ternary: bool = False
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Contents:
+    """A file or folder: what it is, what it says of itself, and its tensors."""
+
+    kind: str
+    about: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show what is in a model file."""
+
+    file: tyro.conf.Positional[Path]
+    """A .gguf or .safetensors file, or the folder of a run, a packed model or a Hugging Face model."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    histogram: str | None = None
+    """Print the distribution of one tensor's values, by its name."""
+    checkpoint: str = "best"
+    """Which checkpoint of a run folder: best or last."""
+
+
+@contextmanager
+def open_contents(path: Path, which: str = "best") -> Iterator[Contents]:
+    """The contents of a file or folder, tensors unread. Raises ValueError for anything that is no model."""
+    from bitnet import checkpoint
+
+    if path.is_file():
+        with open(path, "rb") as file:
+            magic = file.read(4)
+        if magic == b"GGUF":
+            yield _gguf(path)
+            return
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} begins with {magic!r}; give a .gguf or .safetensors file, or a model's folder")
+        with _safetensors(path) as contents:
+            yield contents
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} does not exist; give a .gguf or .safetensors file, or a model's folder")
+    folder = path
+    if (path / "checkpoints").is_dir() or not (path / checkpoint.CONFIG).is_file():
+        folder = checkpoint.resolve(path, which)
+    from bitnet.interop.hf import open_tensors
+
+    config = checkpoint.load_json(folder / checkpoint.CONFIG)
+    with open_tensors(folder) as tensors:
+        yield _folder(folder, config, tensors)
+
+
+def _gguf(path: Path) -> Contents:
+    from bitnet.interop.gguf_file import GGUFFile, TensorInfo
+    from bitnet.interop.gguf_read import FLOATS, dequantize, read_ternary
+    from bitnet.quant import unpack_codes
+
+    file = GGUFFile(path)
+
+    def load(info: TensorInfo) -> tuple[Tensor, float | None]:
+        if len(info.shape) == 2 and info.name.endswith(".weight"):
+            found = read_ternary(file, info.name.removesuffix(".weight"))
+            if found is not None:
+                return unpack_codes(found[0], 2, info.shape[1]), found[1]
+        return dequantize(file, info.name), None
+
+    contents = Contents(f"GGUF version {file.version}", {})
+    for key, value in file.metadata.items():
+        contents.about[key] = f"{len(value)} values" if isinstance(value, list) and len(value) > 8 else value
+    for info in file.tensors.values():
+        stem = info.name.removesuffix(".weight")
+        scale = file.tensors.get(f"{stem}.scale")
+        if info.name.endswith(".scale") and f"{info.name.removesuffix('.scale')}.weight" in file.tensors:
+            continue
+        nbytes = info.nbytes + (scale.nbytes if scale is not None else 0)
+        ternary = info.type in ("TQ1_0", "TQ2_0", "I2_S") or (info.type in FLOATS and scale is not None)
+        contents.entries.append(
+            Entry(info.name, info.type, info.shape, nbytes, lambda i=info: load(i), ternary)  # type: ignore[misc]
+        )
+    return contents
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Contents]:
+    from safetensors import SafetensorError, safe_open
+
+    from bitnet.interop.hf import Tensors
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = Tensors(dict.fromkeys(file.keys(), file), path.parent)
+            yield _entries(Contents("safetensors", dict(file.metadata() or {})), tensors, None, None)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+
+
+def _folder(folder: Path, config: dict[str, Any], tensors: Any) -> Contents:
+    from bitnet.interop.hf import parse_config
+    from bitnet.model import ModelConfig
+
+    if isinstance(config.get("model"), dict):
+        model = ModelConfig.from_dict(config["model"])
+        kind = "packed model" if config.get("packed") else "run"
+        kind = "quantized model" if "quantization" in config else kind
+        return _entries(Contents(kind, dataclasses.asdict(model)), tensors, model, None)
+    model, form = parse_config(config)
+    return _entries(Contents(f"Hugging Face model, {form}", config), tensors, model, form)
+
+
+def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) -> Contents:
+    """Add the tensors of safetensors files: of our folders with a configuration, of Hugging Face's with a form too."""
+    names = sorted(tensors.names, key=_natural)
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        scale = f"{stem}.weight_scale"
+        if last == "weight_scale" and {f"{stem}.packed_weight", f"{stem}.weight"} & tensors.names:
+            continue
+        shape, nbytes = tuple(tensors.shape(name)), _nbytes(tensors, name)
+        type, load, ternary = tensors.kind(name), _floats(tensors, name), False
+        if scale in tensors.names and last in ("packed_weight", "weight"):
+            nbytes += _nbytes(tensors, scale)
+            if last == "packed_weight" and config is not None:
+                type, shape, load, ternary = _packed(tensors, stem, config)
+            elif form in ("packed", "packed-inverse"):
+                type, shape, load, ternary = _hugging_face(tensors, stem, form)
+        elif (
+            config is not None
+            and config.quantizer == "ternary"
+            and ".layers." in name
+            and name.endswith("_proj.weight")
+        ):
+            type, load, ternary = f"{type}, ternary in use", _latent(tensors, name), True
+        contents.entries.append(Entry(name, type, shape, nbytes, load, ternary))
+    return contents
+
+
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+def _nbytes(tensors: Any, name: str) -> int:
+    return math.prod(tensors.shape(name)) * _SIZES.get(tensors.kind(name), 1)
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _floats(tensors: Any, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+    return lambda: (tensors.read(name), None)
+
+
+def _latent(tensors: Any, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+    def load() -> tuple[Tensor, float | None]:
+        from bitnet.quant import quantize_ternary
+
+        codes, scale = quantize_ternary(tensors.read(name))
+        return codes, float(scale)
+
+    return load
+
+
+def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
+    """A matrix in our own layout (`bitnet/quant/packing.py`)."""
+    from bitnet.kernels import PACKED_BITS
+    from bitnet.quant import packed_width, unpack_codes
+
+    rows, width = tensors.shape(f"{stem}.packed_weight")
+    projection = ".layers." in stem
+    bits = PACKED_BITS.get(config.quantizer, 8) if projection else 8
+    heads = config.num_attention_heads * config.head_width
+    columns = {"o_proj": heads, "down_proj": config.intermediate_size}.get(stem.rpartition(".")[2], config.hidden_size)
+    if packed_width(columns, bits) != width:
+        raise ValueError(
+            f"{stem}.packed_weight has {width} bytes a row and {columns} weights of {bits} bits need others"
+        )
+
+    def load() -> tuple[Tensor, float | None]:
+        codes, scale = (
+            unpack_codes(tensors.read(f"{stem}.packed_weight"), bits, columns),
+            tensors.read(f"{stem}.weight_scale"),
+        )
+        return codes, float(scale) if scale.numel() == 1 else None
+
+    return f"{bits} bit packed", (rows, columns), load, bits == 2
+
+
+def _hugging_face(tensors: Any, stem: str, form: str) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
+    """A matrix in the layout of transformers' BitNet, or its codes as floats."""
+    from bitnet.interop.hf import PACKED_ROWS, unpack_rows
+
+    kind, shape = tensors.kind(f"{stem}.weight"), tensors.shape(f"{stem}.weight")
+
+    def load() -> tuple[Tensor, float | None]:
+        codes = tensors.read(f"{stem}.weight")
+        scale = tensors.read(f"{stem}.weight_scale").double().flatten()[0]
+        codes = unpack_rows(codes) if kind == "U8" else codes.to(torch.int8)
+        return codes, float(scale if form == "packed" else 1 / scale)
+
+    if kind == "U8":
+        return "2 bit packed", (shape[0] * PACKED_ROWS, shape[1]), load, True
+    return f"{kind} codes", tuple(shape), load, True
+
+
+def report(contents: Contents) -> dict[str, Any]:
+    """Everything the command shows, as plain values: totals, types, tensors."""
+    rows: list[dict[str, Any]] = []
+    zeros = ternary = 0
+    types: dict[str, dict[str, int]] = {}
+    for entry in contents.entries:
+        row = {
+            "name": entry.name, "type": entry.type, "shape": list(entry.shape), "parameters": entry.parameters,
+            "bytes": entry.nbytes, "bits_per_weight": 8 * entry.nbytes / entry.parameters if entry.parameters else 0.0,
+        }  # fmt: skip
+        total = types.setdefault(entry.type, {"tensors": 0, "parameters": 0, "bytes": 0})
+        for key, amount in (("tensors", 1), ("parameters", entry.parameters), ("bytes", entry.nbytes)):
+            total[key] += amount
+        if entry.ternary:
+            codes, scale = entry.load()
+            if not codes.is_floating_point():
+                count = int((codes == 0).sum())
+                row |= {"scale": scale, "zeros": count / max(1, codes.numel())}
+                zeros, ternary = zeros + count, ternary + codes.numel()
+        rows.append(row)
+    parameters, nbytes = (sum(row[key] for row in rows) for key in ("parameters", "bytes"))
+    return {
+        "kind": contents.kind, "about": contents.about, "parameters": parameters, "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / max(1, parameters), "ternary_parameters": ternary,
+        "zeros": zeros / ternary if ternary else None, "types": types, "tensors": rows,
+    }  # fmt: skip
+
+
+def histogram(entry: Entry) -> list[dict[str, float]]:
+    """Counts of a tensor's values, for integer codes one a code, else in equal bins from the least to the greatest."""
+    values, _ = entry.load()
+    if not values.is_floating_point():
+        found, counts = values.unique(return_counts=True)
+        return [{"low": float(v), "high": float(v), "count": int(n)} for v, n in zip(found, counts, strict=True)]
+    finite = values.float().flatten()
+    finite = finite[finite.isfinite()]
+    if not finite.numel():
+        return []
+    low, high = float(finite.min()), float(finite.max())
+    counts = torch.histc(finite, BINS, low, high) if low < high else torch.tensor([float(finite.numel())])
+    edges = torch.linspace(low, high, len(counts) + 1).tolist()
+    return [{"low": edges[i], "high": edges[i + 1], "count": int(n)} for i, n in enumerate(counts)]
+
+
+def print_report(result: dict[str, Any]) -> None:
+    print(f"{result['kind']}: {result['parameters']:,} parameters, {result['bytes']:,} bytes of tensors, "
+          f"{result['bits_per_weight']:.2f} bits a weight")  # fmt: skip
+    if result["zeros"] is not None:
+        print(f"{result['ternary_parameters']:,} parameters are ternary, {result['zeros']:.1%} of them 0")
+    print()
+    _columns([(key, _short(value)) for key, value in result["about"].items()])
+    print()
+    kinds = [("type", "tensors", "parameters", "bytes", "bits")]
+    for kind, total in result["types"].items():
+        bits = 8 * total["bytes"] / max(1, total["parameters"])
+        kinds.append((kind, *(f"{total[key]:,}" for key in kinds[0][1:4]), f"{bits:.2f}"))
+    _columns(kinds)
+    print()
+    lines = [("tensor", "type", "shape", "bits", "scale", "zeros")]
+    for row in result["tensors"]:
+        scale, zeros = row.get("scale"), row.get("zeros")
+        lines.append((row["name"], row["type"], " x ".join(map(str, row["shape"])), f"{row['bits_per_weight']:.2f}",
+                      "" if scale is None else f"{scale:.6g}", "" if zeros is None else f"{zeros:.1%}"))  # fmt: skip
+    _columns(lines)
+
+
+def print_histogram(name: str, bins: list[dict[str, float]]) -> None:
+    total, most = sum(b["count"] for b in bins), max((b["count"] for b in bins), default=1)
+    print(f"\n{name}")
+    _columns([(f"{b['low']:.5g}" if b["low"] == b["high"] else f"{b['low']:.5g} to {b['high']:.5g}", f"{b['count']:,}",
+               f"{b['count'] / total:.1%}", "#" * round(BAR * b["count"] / most)) for b in bins])  # fmt: skip
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value.replace("\n", "\\n")
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = tyro.cli(Options, prog="python -m bitnet.inspect", args=argv)
+    try:
+        with open_contents(options.file, options.checkpoint) as contents:
+            result = report(contents)
+            if options.histogram is not None:
+                entry = next((entry for entry in contents.entries if entry.name == options.histogram), None)
+                if entry is None:
+                    raise ValueError(f"{options.file} has no tensor {options.histogram!r}; run without --histogram for "
+                                     "the names")  # fmt: skip
+                result["histogram"] = histogram(entry)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return 0
+    print_report(result)
+    if options.histogram is not None:
+        print_histogram(options.histogram, result["histogram"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
