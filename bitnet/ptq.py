@@ -41,6 +41,7 @@ from bitnet.quant.gptq_layout import TERNARY, Grid, QuantizedWeight, round_to_ne
 from bitnet.quant.smoothquant import smooth_scale
 
 MIN_CALIBRATION_TOKENS = 128
+NF4_BLOCK = 64
 # Projections that share an input, in the order of the computation.
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -178,7 +179,7 @@ def _simple(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: 
             case "fp16" | "bf16" | "fp8":
                 return FloatLinear.from_linear(linear, {"fp16": "float16", "bf16": "bfloat16", "fp8": "float8"}[method])
             case "nf4":
-                return NF4Linear.from_linear(linear, double_quant=options.double_quant)
+                return NF4Linear.from_linear(linear, block_size=NF4_BLOCK, double_quant=options.double_quant)
             case "w8a8-dynamic" | "w4a8-dynamic":
                 return PackedLinear.from_linear(linear, "int8" if method == "w8a8-dynamic" else "int4")
         grid = Grid(METHODS[method].bits, options.symmetric)  # type: ignore[arg-type]
@@ -427,6 +428,8 @@ def _check_options(method: str, options: Options, linears: list[tuple[str, Any]]
     for name, linear in linears:
         if not linear.weight.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite weights; was the model's training diverging?")
+    if method == "nf4" and (odd := [name for name, linear in linears if linear.in_features % NF4_BLOCK]):
+        raise ValueError(f"NF4 takes blocks of {NF4_BLOCK}, which do not divide the input channels of {odd[0]}")
     if method.partition("-")[0] not in ("rtn", "awq", "gptq"):
         return
     bits = int(METHODS[method].bits)

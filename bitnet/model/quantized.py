@@ -315,7 +315,7 @@ class StaticInt8Linear(_Stored):
         codes, layer.weight_scale = quantize_symmetric(check_weight(linear.weight), 8, PerChannel(0))
         layer.packed_weight = pack_codes(codes, 8)
         layer.weight_sum = codes.sum(1, dtype=torch.int32)
-        layer.activation_scale, layer.activation_zero_point = scale.clone(), zero.to(torch.int32)
+        layer.activation_scale, layer.activation_zero_point = scale.clone(), zero.to(torch.int32, copy=True)
         return layer
 
     def set_bias(self, bias: Tensor | None) -> None:
