@@ -1,10 +1,10 @@
 """Calibration: from the values that a tensor takes over many batches to one scale and zero point.
 
 An `Observer` counts magnitudes in a histogram with bins of width `2^e / bins`, one row for values >= 0 and one for
-values < 0; e is the smallest exponent with `absmax < 2^e` (but at least -100). A larger value doubles the range, which merges neighbouring
-bins in pairs, and since every edge is a multiple of a power of two no value changes sides: the counts, int64, are those
-of the union of all batches, to the last bit, in whatever order and pieces they came. Memory doesn't grow with the data.
-More than half of the bins lie below absmax.
+values < 0; e is the smallest exponent, from -100 on, with `absmax < 2^e`. A larger value doubles the range, which
+merges neighbouring bins in pairs, and since every edge is a multiple of a power of two no value changes sides: the
+counts, int64, are those of the union of all batches, to the last bit, in whatever order and pieces they came. Memory
+doesn't grow with the data. More than half of the bins lie below absmax.
 
 `calibrate` then picks the clip range:
 
@@ -43,7 +43,7 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 VALUES_PER_LEVEL = 8
 """Entropy needs at least this many observed values, and entropy and mse this many bins, for each code of a side."""
 _SMALLEST_EXPONENT = -100  # of the range: far below SCALE_EPS, and 2^-e stays a normal float32
-_CHUNK = 1 << 17  # values binned at a time, so that the int64 bin numbers of a large batch stay small
+_CHUNK = 1 << 19  # values binned at a time, so that the bin numbers of a large batch stay small
 _ASYMMETRIC_SCALES = 1024
 
 
@@ -262,10 +262,12 @@ def _histogram(rows: Tensor, exponent: Tensor, bins: int) -> Tensor:
     channels = rows.shape[0]
     # 2^k put together from its bits: exp2 may round, and a product with a power of two is exact.
     inv_width = ((bins.bit_length() - 1 - exponent + 127) << 23).to(torch.int32).view(torch.float32).to(rows.device)
-    first = torch.arange(channels, device=rows.device) * (2 * bins)
+    first = torch.arange(channels, device=rows.device, dtype=torch.int32)[:, None] * (2 * bins)
     counts = torch.zeros(channels * 2 * bins, dtype=torch.int64)
     for part in rows.split(max(_CHUNK, counts.numel()) // channels, dim=1):
-        index = (part.abs() * inv_width[:, None]).long() + (part < 0) * bins + first[:, None]
+        index = (part.abs() * inv_width[:, None]).int()
+        index += (part < 0).int() * bins
+        index += first
         counts += torch.bincount(index.flatten(), minlength=counts.numel()).cpu()
     return counts.view(channels, 2, bins)
 
