@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,15 +167,19 @@ def load_config(checkpoint: Path) -> tuple[ModelConfig, bool]:
         raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
 
 
-def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes) -> None:
-    """Write a packed model and its tokenizer, whole or not at all. Raises OSError, also for a folder that exists."""
+def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes | Mapping[str, bytes]) -> None:
+    """Write a packed model and its tokenizer (a sentencepiece .model, or files by name), whole or not at all.
+
+    Raises OSError, also for a folder that exists.
+    """
     if not model.is_packed:
         raise ValueError("the model is not packed; call model.pack() first")
     with new_folder(folder, "packed model") as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))
         config = {"packed": True, "model": dataclasses.asdict(model.config)}
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-        write_atomic(temporary / TOKENIZER, tokenizer)
+        for name, content in ({TOKENIZER: tokenizer} if isinstance(tokenizer, bytes) else tokenizer).items():
+            write_atomic(temporary / name, content)
 
 
 @contextmanager

@@ -11,15 +11,17 @@ tokenizer; loss and perplexity compare only models that share one.
 
 import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet import checkpoint
 from bitnet.corpus import open_corpus
@@ -88,6 +90,45 @@ def evaluate(
     deviations = sums - loss * counts
     error = math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
     return Evaluation(loss, error, loss / math.log(2) / bytes_per_token, count)
+
+
+class Reference:
+    """Log-probabilities of the float model on the held-out windows, in a temporary file."""
+
+    def __init__(self, model: nn.Module, windows: list[tuple[Tensor, Tensor]], vocab: int) -> None:
+        self.windows = windows
+        rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this object
+        self._file.truncate(rows * vocab * 4)
+        self.logp = np.memmap(self._file, np.float32, "r+", shape=(rows, vocab))
+        at = 0
+        for logp, _ in predictions(model, windows, vocab):
+            self.logp[at : at + len(logp)] = logp.numpy()
+            at += len(logp)
+
+    def score(self, model: Any) -> tuple[float, float, float, float]:
+        """Loss, its standard error over windows, KL divergence from the float model, and top-1 agreement."""
+        sums, counts, kl, agree, at = [], [], 0.0, 0, 0
+        for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
+            float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
+            at += len(logp)
+            kl += float((float_logp.exp() * (float_logp - logp)).sum(1).double().sum())
+            agree += int((float_logp.argmax(1) == logp.argmax(1)).sum())
+            sums.append(-float(logp.gather(1, labels[:, None]).double().sum()))
+            counts.append(len(labels))
+        loss = sum(sums) / at
+        deviations = sum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
+        error = math.sqrt(deviations * len(sums) / max(1, len(sums) - 1)) / at
+        return loss, error, kl / at, agree / at
+
+
+@torch.inference_mode()
+def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities float32 `[T, vocab]` and labels `[T]` of each window, tokens without a label left out."""
+    for ids, labels in windows:
+        logits = model(ids)[0, :, :vocab].float()
+        counted = labels[0] != IGNORE_INDEX
+        yield logits[counted].log_softmax(-1), labels[0][counted]
 
 
 def evaluate_run(run: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Evaluation]:
