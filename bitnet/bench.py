@@ -9,12 +9,12 @@ First the kernels of every instruction set must give the reference's integers, a
 them does not, no speed is printed and the exit code is 1. Then, median (min..max) of the rounds:
 
     prefill     prompt tokens / time to the first token, sampling and detokenizing included
-    GOPS        2 * ternary weights * prompt tokens / the same time: head and attention take time and do not count
+    GOPS        2 * weights * prompt tokens / the same time: head and attention take time and do not count
     decode      tokens of all rows / time of the decoding steps behind the prompt
     GB/s        weights and filled cache, once a step, / the same time
     of limit    its share of one read through 1 GiB of memory; of peak: GOPS' share of multiply-adds on registers only
 
-Everything goes through `bitnet.generation.generate`, as in generate.py. Packed models on a CPU only.
+Everything goes through `bitnet.generation.generate`, as in generate.py, on a CPU. A float model runs in torch.
 """
 
 import contextlib
@@ -47,11 +47,12 @@ from bitnet.files import write_atomic
 from bitnet.generation import GenerationStats, LanguageModel, SamplingConfig, TextStream, generate
 from bitnet.kernels import cpu, native_wanted, reference, use_backend
 from bitnet.kernels.cpu import native
+from bitnet.loading import find, kind_of, open_model, open_tokenizer
 from bitnet.model import PRESETS, BitNetForCausalLM, KVCache, ModelConfig
 from bitnet.model.transformer import rope_tables
 from bitnet.quant import pack_codes, packed_width
 from bitnet.runtime import DTYPES, cpu_capabilities
-from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tokenizer import BaseTokenizer, train_tokenizer
 
 Row = dict[str, Any]
 Limits = dict[tuple[str, int], float]
@@ -67,7 +68,7 @@ class Options:
     """Speeds of prefill and decoding on this CPU, beside the machine's limits, float twins and other engines."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """A run folder or a folder of packed weights; without one, a random model of --preset."""
+    """Any model that generate.py takes; without one, a random model of --preset."""
     preset: str | None = None
     """Shape of a random model: 2b-4t unless given (tiny with --quick)."""
     threads: tuple[int, ...] = ()
@@ -104,8 +105,8 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The options, checked and filled in. `isas` is ("reference",) without the native engine, `folder` None for a
-    random model, `twins` the dtypes of the float twins."""
+    """The options, checked and filled in. `isas` is ("reference",) without the native engine, `folder` the model's
+    folder or file, None for a random one, `twins` the dtypes of the float twins."""
 
     options: Options
     name: str
@@ -388,7 +389,7 @@ def load(plan: Plan) -> LanguageModel:
     """The model of the plan, packed, for the instruction set in force."""
     if plan.folder is not None:
         with use_backend("native" if plan.native else "reference"):
-            return checkpoint.load_for_inference(plan.folder, cache_dtype=plan.options.cache)
+            return open_model(plan.folder, cache_dtype=plan.options.cache).model
     if plan.native:
         return Engine(plan.config, random_tensors(plan.config), cache_dtype=plan.options.cache)
     with torch.random.fork_rng(devices=[]):
@@ -432,7 +433,7 @@ def fitting_twins(config: ModelConfig) -> tuple[str, ...]:
 
 
 def generate_once(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], new: int, batch: int
+    model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], new: int, batch: int
 ) -> GenerationStats:
     """Generate the prompt's first token and `new` more in every row; times include the way to text."""
     stats = GenerationStats()
@@ -452,7 +453,7 @@ def generate_once(
     return stats
 
 
-def measure(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], plan: Plan, label: str) -> list[Row]:
+def measure(model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], plan: Plan, label: str) -> list[Row]:
     """Rates of prefill and decoding for every number of threads and texts."""
     rows, single = list[Row](), {}
     for threads, batch in itertools.product(plan.threads, plan.options.batch):
@@ -472,7 +473,7 @@ def measure(model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], plan:
 
 
 def measure_ours(
-    plan: Plan, limits: Limits, tokenizer: Tokenizer, prompt: list[int]
+    plan: Plan, limits: Limits, tokenizer: BaseTokenizer, prompt: list[int]
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """On every instruction set: how the model was loaded and how fast it generates; and on the first one the peers."""
     loads, rows, peers = list[Row](), list[Row](), list[Row]()
@@ -484,8 +485,8 @@ def measure_ours(
             started = time.perf_counter()
             model = load(plan)
             loads.append({
-                "isa": isa, "ternary_m": weights / 1e6, "weights_mb": model.weight_bytes() / 1e6,
-                "peak_mb": process_memory(), "seconds": time.perf_counter() - started,
+                "isa": isa, "ternary_m": None if plan.config.quantizer == "none" else weights / 1e6,
+                "weights_mb": model.weight_bytes() / 1e6, "peak_mb": process_memory(), "seconds": time.perf_counter() - started,
             })  # fmt: skip
             for row in measure(model, tokenizer, prompt, plan, f"{plan.name}, {isa}"):
                 gops = row["prefill"]["median"] * 2 * weights / 1e9
@@ -499,7 +500,7 @@ def measure_ours(
     return loads, rows, peers
 
 
-def measure_twins(plan: Plan, ours: Sequence[Row], tokenizer: Tokenizer, prompt: list[int]) -> list[Row]:
+def measure_twins(plan: Plan, ours: Sequence[Row], tokenizer: BaseTokenizer, prompt: list[int]) -> list[Row]:
     """Float models of the same shape, and how many times faster ours is on its first instruction set."""
     rows: list[Row] = []
     for dtype in plan.twins:
@@ -543,7 +544,9 @@ def run_peer(peer: Peer, prompt: int, new: int, threads: int) -> tuple[float, fl
         raise ValueError(f"no llama-bench JSON on its standard output ({error!r}):\n{last}") from None
 
 
-def compare(peer: Peer, threads: int, model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], plan: Plan) -> Row:
+def compare(
+    peer: Peer, threads: int, model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], plan: Plan
+) -> Row:
     """One peer and ours in turn; ours decodes behind one token then, since llama-bench starts from an empty cache."""
     theirs, ours = list[tuple[float, float]](), list[tuple[float, float]]()
     torch.set_num_threads(threads)
@@ -573,11 +576,17 @@ def pick_model(options: Options) -> tuple[str, Path | None, ModelConfig]:
         return name, None, PRESETS[name]
     if options.preset is not None:
         raise ValueError(f"{options.model} has its own shape; leave out --preset {options.preset}")
-    folder = checkpoint.resolve(options.model, "best")
-    config, _ = checkpoint.load_config(folder)
-    if config.quantizer == "none":
-        raise ValueError(f"{options.model} is a float model; give a ternary one, and --twins to compare")
-    return str(options.model), folder, config
+    path = find(options.model)
+    if kind_of(path) in ("run", "packed"):
+        path = checkpoint.resolve(path, "best")
+        config, _ = checkpoint.load_config(path)
+    else:
+        config = open_model(path).model.config
+    if config.quantizer == "none" and (options.isa or options.twins or options.kernels):
+        raise ValueError(
+            f"{options.model} is a float model, which runs in torch; leave out --isa, --kernels and --twins"
+        )
+    return str(options.model), path, config
 
 
 def make_plan(options: Options) -> Plan:
@@ -590,7 +599,7 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(f"--json {options.json} is a folder or in one that does not exist; give a file to write")
     name, folder, config = pick_model(options)
     isas: tuple[str, ...] = ("reference",)
-    if options.isa or native_wanted(torch.device("cpu")):
+    if options.isa or (config.quantizer != "none" and native_wanted(torch.device("cpu"))):
         isas = ()
         for isa in options.isa or (native.kernels().name.decode(),):
             with native.use_instruction_set(isa):  # raises where it isn't there
@@ -608,10 +617,10 @@ def make_plan(options: Options) -> Plan:
     )  # fmt: skip
 
 
-def pick_tokenizer(plan: Plan, report: Report) -> Tokenizer:
+def pick_tokenizer(plan: Plan, report: Report) -> BaseTokenizer:
     """The model's own, or one trained in a moment."""
     if plan.folder is not None:
-        return Tokenizer.load(plan.folder / checkpoint.TOKENIZER)
+        return open_tokenizer(plan.folder, kind_of(plan.folder))[0]
     tokenizer = train_tokenizer([TEXT], min(4096, plan.config.vocab_size), max_bytes=400_000, threads=1)
     report.notes.append(
         f"random weights; the cost of detokenizing is that of a throw-away tokenizer of {tokenizer.vocab_size} pieces, "
@@ -623,9 +632,9 @@ def pick_tokenizer(plan: Plan, report: Report) -> Tokenizer:
 def passes_gate(plan: Plan, report: Report) -> bool:
     """Run the correctness gate and print how it went."""
     if not plan.native:
-        report.notes.append(
-            "the native kernels are missing or switched off: the torch reference ran, without gate and limits"
-        )
+        reason = "the native kernels are missing or switched off: the torch reference ran"
+        reason = "a float model: torch ran it" if plan.config.quantizer == "none" else reason
+        report.notes.append(f"{reason}, without gate and limits")
         return True
     progress("checking the kernels and the engine")
     wrong = [*check_products(plan.config)]
@@ -658,7 +667,8 @@ def run(options: Options) -> int:
 
     tokenizer = pick_tokenizer(plan, report)
     ids = tokenizer.encode(TEXT[: 8 * plan.prompt])
-    prompt = [tokenizer.bos_id, *(ids * (plan.prompt // len(ids) + 1))][: plan.prompt]
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = [*bos, *(ids * (plan.prompt // len(ids) + 1))][: plan.prompt]
     report.notes += [
         f"medians of {options.repeat}; {plan.prompt} prompt tokens a row, {plan.new} steps behind them; "
         f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",

@@ -65,7 +65,7 @@ def open_model(
     kind = kind_of(path)
     if kind not in ("gguf", "hf"):
         path = checkpoint.resolve(path, which)
-    tokenizer, template = _tokenizer(path, kind)
+    tokenizer, template = open_tokenizer(path, kind)
     if kind == "run" or kind == "packed":
         model = _own(path, device, pack, cache_dtype, dtype)
     else:
@@ -133,7 +133,8 @@ def kind_of(path: Path) -> Kind:
     )
 
 
-def _tokenizer(path: Path, kind: Kind) -> tuple[BaseTokenizer, ChatTemplate | None]:
+def open_tokenizer(path: Path, kind: Kind) -> tuple[BaseTokenizer, ChatTemplate | None]:
+    """The tokenizer and the chat template of a file or folder; of a run it is the checkpoint's folder."""
     if kind == "gguf":
         from bitnet.interop.gguf_file import GGUFFile
 

@@ -267,9 +267,15 @@ def test_wrong_arguments_are_named_before_anything_runs(monkeypatch, capsys, arg
     assert captured.out == ""
 
 
-def test_a_float_model_is_refused(tmp_path, capsys):
-    assert quick(save_run(tmp_path / "run", "none")) == 2
-    assert "is a float model; give a ternary one" in capsys.readouterr().err
+def test_a_float_model_runs_in_torch(tmp_path, capsys):
+    run = save_run(tmp_path / "run", "none")
+    assert quick(run) == 0
+    out = capsys.readouterr().out
+    assert "note: a float model: torch ran it, without gate and limits" in out
+    assert "Generation" in out
+    for option in ("--twins", "--kernels", "--isa=scalar"):
+        assert quick(run, option) == 2
+        assert "is a float model, which runs in torch; leave out" in capsys.readouterr().err
 
 
 def test_twins_must_fit_memory(monkeypatch, capsys):
