@@ -486,7 +486,8 @@ def measure_ours(
             model = load(plan)
             loads.append({
                 "isa": isa, "ternary_m": None if plan.config.quantizer == "none" else weights / 1e6,
-                "weights_mb": model.weight_bytes() / 1e6, "peak_mb": process_memory(), "seconds": time.perf_counter() - started,
+                "weights_mb": model.weight_bytes() / 1e6, "peak_mb": process_memory(),
+                "seconds": time.perf_counter() - started,
             })  # fmt: skip
             for row in measure(model, tokenizer, prompt, plan, f"{plan.name}, {isa}"):
                 gops = row["prefill"]["median"] * 2 * weights / 1e9

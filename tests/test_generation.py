@@ -264,6 +264,13 @@ def test_rows_end_at_eos_and_then_yield_filler():
     assert stats.new_tokens == int((ended != FILLER).sum())
     alone = run(model, prompt[:1], 30, eos_id=eos)
     assert alone.tolist() == [free[0, : position + 1].tolist()]  # stops when all rows have
+    # Of several ends the first one counts.
+    later = free[0, position + 1 :].tolist()
+    several = run(model, prompt[:1], 30, eos_id=(*later, eos))
+    assert several.shape[1] <= position + 1
+    assert int(several[0, -1]) in {*later, eos}
+    assert not {*later, eos} & set(several[0, :-1].tolist())
+    assert torch.equal(run(model, prompt, 30, eos_id=()), free)
 
 
 def test_padded_rows_of_the_head_are_never_drawn():
@@ -386,6 +393,14 @@ def test_end_of_text_and_filler_close_the_stream(tokenizer):
     for end in (tokenizer.eos_id, FILLER):
         stream = TextStream(tokenizer, stop=["tt"])
         text = "".join(stream.push(i) for i in [*tokenizer.encode("it"), end, *tokenizer.encode("more")])
+        assert (text, stream.finished) == ("it", True)
+
+
+def test_every_end_of_a_turn_closes_the_stream(tokenizer):
+    chatty = Tokenizer(tokenizer.model_proto, ends=(40, 41))
+    for end in (chatty.eos_id, 40, 41):
+        stream = TextStream(chatty)
+        text = "".join(stream.push(i) for i in [*chatty.encode("it"), end, *chatty.encode("more")])
         assert (text, stream.finished) == ("it", True)
 
 

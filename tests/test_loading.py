@@ -1,0 +1,216 @@
+"""open_model: every kind of model is recognized by its contents and gives the numbers that it held."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_tokenizer import stdlib_text
+
+from bitnet.checkpoint import load_model, save_checkpoint, save_packed
+from bitnet.engine import Engine
+from bitnet.interop import hf_write
+from bitnet.interop.gguf_file import write_file
+from bitnet.kernels import use_backend
+from bitnet.loading import find, kind_of, open_model, tokenizer_files
+from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+
+TEXT = "def wrap(text):\n    return text"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([stdlib_text()[:60_000]], 512, threads=1)
+
+
+def make(quantizer: str = "ternary", **changes) -> BitNetForCausalLM:
+    torch.manual_seed(0)
+    config = PRESETS["tiny"].replace(quantizer=quantizer, initializer_range=0.2, **changes)
+    return BitNetForCausalLM(config).eval()
+
+
+def save_run(path: Path, model: BitNetForCausalLM, tokenizer: Tokenizer) -> Path:
+    save_checkpoint(
+        path, model=model, optimizer_state={}, state={"step": 1}, config={"model": dataclasses.asdict(model.config)},
+        tokenizer=tokenizer.model_proto, best=True,
+    )  # fmt: skip
+    return path
+
+
+@torch.inference_mode()
+def logits(model, tokenizer) -> torch.Tensor:
+    return model(torch.tensor([tokenizer.encode(TEXT, bos=True)])).float()
+
+
+@pytest.mark.parametrize("quantizer", ["ternary", "none"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_runs_checkpoints_and_packed_folders(tmp_path, tokenizer, quantizer, pack):
+    model = make(quantizer)
+    run = save_run(tmp_path / "run", model, tokenizer)
+    (run / "config.json").write_text("{}")  # train.py's own, which is no model's
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    expected = logits(model, tokenizer) if not pack or quantizer == "none" else None
+    with use_backend("reference"):
+        for path in (run, checkpoint, str(run)):
+            opened = open_model(path, pack=pack)
+            assert (opened.kind, opened.folder, opened.chat_template) == ("run", checkpoint, None)
+            assert opened.tokenizer.fingerprint == tokenizer.fingerprint
+            expected = logits(load_model(checkpoint).pack(), tokenizer) if expected is None else expected
+            assert torch.equal(logits(opened.model, tokenizer), expected)
+    if quantizer != "none":
+        save_packed(tmp_path / "packed", model.pack(), tokenizer.model_proto)
+        with use_backend("reference"):
+            opened = open_model(tmp_path / "packed")
+            assert opened.kind == "packed"
+            assert torch.equal(logits(opened.model, tokenizer), logits(model, tokenizer))
+            with pytest.raises(ValueError, match="holds packed weights and no latent floats"):
+                open_model(tmp_path / "packed", pack=False)
+
+
+@pytest.mark.parametrize("form", ["packed", "packed-inverse", "master"])
+def test_hugging_face_folders(tmp_path, tokenizer, form):
+    model = make()
+    hf_write.write(model, tmp_path / "hf", form, tokenizer_files=hf_write.sentencepiece_files(tokenizer.model_proto))
+    with use_backend("reference"):
+        opened = open_model(tmp_path / "hf")
+        assert (opened.kind, opened.model.config.quantizer) == ("hf", "ternary")
+        for text in (TEXT, " a  b\n", "\u00e9 \U0001f600"):
+            assert opened.tokenizer.encode(text) == tokenizer.encode(text)
+            assert opened.tokenizer.decode(opened.tokenizer.encode(text)) == text
+        assert opened.tokenizer.eos_ids == tokenizer.eos_ids
+        assert opened.tokenizer.bos_id == tokenizer.bos_id
+        assert torch.equal(logits(opened.model, tokenizer), logits(make().pack(), tokenizer))
+        if form == "master":
+            assert torch.equal(
+                logits(open_model(tmp_path / "hf", pack=False).model, tokenizer), logits(model, tokenizer)
+            )
+        else:
+            with pytest.raises(ValueError, match="no latent floats"):
+                open_model(tmp_path / "hf", pack=False)
+
+
+def test_float_models_of_hugging_face_run_in_their_dtype(tmp_path, tokenizer):
+    model = make("none", sub_norm=False)
+    files = hf_write.sentencepiece_files(tokenizer.model_proto)
+    hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=files)
+    opened = open_model(tmp_path / "hf")
+    assert torch.equal(logits(opened.model, tokenizer), logits(model, tokenizer))
+    half = open_model(tmp_path / "hf", dtype=torch.bfloat16).model
+    assert next(iter(half.parameters())).dtype == torch.bfloat16
+    assert float((logits(half, tokenizer) - logits(model, tokenizer)).abs().max()) < 0.3
+
+
+def test_the_native_engine_runs_what_is_ternary(tmp_path, tokenizer):
+    from bitnet.kernels import native_available
+
+    if not native_available():
+        pytest.skip("the native kernels were not built")
+    files = hf_write.sentencepiece_files(tokenizer.model_proto)
+    hf_write.write(make(), tmp_path / "hf", "packed", tokenizer_files=files)
+    run = save_run(tmp_path / "run", make(), tokenizer)
+    with use_backend("native"):
+        ours, theirs = (open_model(path, cache_dtype="int8").model for path in (run, tmp_path / "hf"))
+    assert isinstance(theirs, Engine)
+    assert theirs.cache_dtype == "int8"
+    assert torch.equal(logits(ours, tokenizer), logits(theirs, tokenizer))
+
+
+def test_the_files_of_a_tokenizer_make_it_again(tmp_path, tokenizer):
+    from test_chat import byte_tokenizer
+
+    for number, original in enumerate((
+        tokenizer, Tokenizer(tokenizer.model_proto, adds_bos=False, ends=(7, 9)), byte_tokenizer(),
+        byte_tokenizer(adds_bos=True, pad_id=3), byte_tokenizer(bos_id=None, eos_id=None, unk_id=None, ends=(4, 5)),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in original.files().items():
+            (folder / name).write_bytes(content)
+        again = load_tokenizer(folder)
+        assert type(again) is type(original)
+        assert set(again.eos_ids) == set(original.eos_ids)
+        if original.eos_id is not None:
+            assert (again.eos_id, again.pad_id) == (original.eos_id, original.pad_id)
+        assert (again.bos_id, again.unk_id, again.adds_bos) == (original.bos_id, original.unk_id, original.adds_bos)
+        assert again.encode(TEXT + "</s>", special=True) == original.encode(TEXT + "</s>", special=True)
+
+
+def test_tokenizer_files_of_a_folder(tmp_path, tokenizer):
+    run = save_run(tmp_path / "run", make(), tokenizer)
+    opened = open_model(run)
+    assert tokenizer_files(opened) == {"tokenizer.model": tokenizer.model_proto}
+    (opened.folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    opened = open_model(run)
+    assert opened.chat_template is not None
+    assert tokenizer_files(opened)["chat_template.jinja"] == b"{{ messages[0].content }}"
+
+
+def test_a_foreign_tokenizer_beside_our_weights(tmp_path, tokenizer):
+    run = save_run(tmp_path / "run", make(), tokenizer)
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    (checkpoint / "tokenizer.model").unlink()
+    for name, content in hf_write.sentencepiece_files(tokenizer.model_proto).items():
+        if name != "tokenizer.model" and not name.startswith("config"):
+            (checkpoint / name).write_bytes(content)
+    opened = open_model(run)
+    assert isinstance(opened.tokenizer, HuggingFaceTokenizer)
+    assert opened.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_what_cannot_be_opened_is_named(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x02pickle")
+    with pytest.raises(ValueError, match=r"weights\.bin is a file and begins with .*not with b'GGUF'"):
+        open_model(tmp_path / "weights.bin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no checkpoint"):
+        open_model(tmp_path / "empty")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        open_model(tmp_path / "nowhere")
+    other = tmp_path / "other"
+    other.mkdir()
+    for content, message in ((b"{}", "neither of this project"), (b"[]", "holds a list"), (b"{", "cannot be read")):
+        (other / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            open_model(other)
+    (other / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json and no tokenizer\.model"):
+        open_model(other)
+    small = train_tokenizer([stdlib_text()[:60_000]], 600, threads=1)
+    run = save_run(tmp_path / "run", make(), small)
+    with pytest.raises(ValueError, match="the tokenizer has 600 tokens and the model only 512"):
+        open_model(run)
+
+
+def test_folders_with_gguf_files(tmp_path):
+    first = tmp_path / "one.gguf"
+    write_file(first, {"general.architecture": "llama"}, [])
+    assert find(tmp_path) == first
+    assert kind_of(first) == "gguf"
+    with pytest.raises(ValueError, match=r"one\.gguf holds no tokenizer"):
+        open_model(tmp_path)
+    write_file(tmp_path / "two.gguf", {"general.architecture": "llama"}, [])
+    with pytest.raises(ValueError, match=r"several models \(one\.gguf, two\.gguf\)"):
+        open_model(tmp_path)
+
+
+def test_only_names_of_no_local_folder_go_to_the_hub(tmp_path, monkeypatch):
+    from bitnet.interop import hf
+
+    asked = []
+
+    def locate(name):
+        asked.append(name)
+        raise ValueError("offline")
+
+    monkeypatch.setattr(hf, "locate", locate)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/typo", "just-a-name", "a/b/c", str(tmp_path / "x")):
+        with pytest.raises(ValueError, match="does not exist"):
+            open_model(path)
+    assert asked == []
+    with pytest.raises(ValueError, match="offline"):
+        open_model("owner/model")
+    assert asked == ["owner/model"]
