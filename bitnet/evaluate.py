@@ -25,12 +25,16 @@ from torch import Tensor, nn
 
 from bitnet import checkpoint
 from bitnet.corpus import open_corpus
-from bitnet.data import IGNORE_INDEX, TokenArray, iter_eval_batches, tokenize_corpus
+from bitnet.data import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches, tokenize_corpus
+from bitnet.loading import OpenModel, find, kind_of, open_model
 from bitnet.model import BitNetForCausalLM
+from bitnet.model.transformer import cross_entropy
 from bitnet.plots import draw_loss
 from bitnet.runtime import pick_device, pick_dtype
-from bitnet.tokenizer import Tokenizer
 from bitnet.tracking import read_metrics
+
+DEFAULT_DATA = {"corpus": None, "max_bytes": None, "cache": "data", "val_fraction": 0.05}
+"""What `open_text` takes for a model that is no run."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: BitNetForCausalLM,
+    model: Any,
     tokens: TokenArray,
     *,
     context: int,
@@ -64,11 +68,13 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate over non-overlapping windows of `context` tokens, the first `max_tokens` tokens of the split or all.
 
-    `dtype` bfloat16 or float16 runs the products under autocast, as training does. The model's mode is restored.
+    `model` is a torch model or an engine. `dtype` bfloat16 or float16 runs the products under autocast, as training
+    does. The model's mode is restored.
     """
-    device = next(iter(model.state_dict().values())).device
-    was_training = model.training
-    model.eval()
+    device = model.device
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
     max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
@@ -78,10 +84,14 @@ def evaluate(
         input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
         labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            losses = model.loss(input_ids, labels, "none")
+            if isinstance(model, BitNetForCausalLM):
+                losses = model.loss(input_ids, labels, "none")
+            else:
+                losses = cross_entropy(model(input_ids), labels, "none")
         window_losses.append(losses.sum(1).double().cpu())
         window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
-    model.train(was_training)
+    if was_training:
+        model.train()
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
     sums, counts = sums[counts > 0], counts[counts > 0]
     count = int(counts.sum())
@@ -131,37 +141,76 @@ def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) ->
         yield logits[counted].log_softmax(-1), labels[0][counted]
 
 
-def evaluate_run(run: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Evaluation]:
-    """Weight quantizer and held-out evaluation of a run's best checkpoint, over its whole validation split.
+def open_text(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[TokenizedCorpus, int]:
+    """The corpus that a model is evaluated and calibrated on, in its tokens, and the tokens of a window.
 
-    Raises CheckpointError or ValueError for a run or corpus that isn't there.
+    They are those that a run was trained with, unless given; another model needs `text`, and its windows have at most
+    512 tokens. Raises CheckpointError or ValueError for a corpus that isn't there.
     """
-    folder = checkpoint.resolve(run, "best")
+    config = run_config(opened.folder) if opened.kind == "run" else {}
+    data = dict(config.get("data", DEFAULT_DATA))
+    if text is not None:
+        data.update(corpus=text, max_bytes=None)
+    if data["corpus"] is None:
+        raise ValueError(f"{opened.folder} does not say what text it was trained on; give one with --text, e.g. sotu")
+    corpus = tokenize_corpus(
+        open_corpus(data["corpus"], max_bytes=data["max_bytes"]), opened.tokenizer, data["cache"],
+        val_fraction=data["val_fraction"],
+    )  # fmt: skip
+    positions = opened.model.config.max_position_embeddings
+    trained = (config.get("context") or positions) if config else 512
+    return corpus, min(context or trained, positions)
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The training configuration in a checkpoint's folder. Raises CheckpointError where it isn't one."""
     config = checkpoint.load_json(folder / checkpoint.CONFIG)
-    data = config.get("data")
-    if not isinstance(data, dict):
+    if not isinstance(config.get("data"), dict):
         raise checkpoint.CheckpointError(
             f"{folder / checkpoint.CONFIG} has no 'data' section; is it a run of train.py?"
         )
-    corpus = tokenize_corpus(
-        open_corpus(data["corpus"], max_bytes=data["max_bytes"]),
-        Tokenizer.load(folder / checkpoint.TOKENIZER),
-        data["cache"],
-        val_fraction=data["val_fraction"],
+    return config
+
+
+def calibration_sequences(corpus: TokenizedCorpus, context: int, count: int) -> Tensor:
+    """About `count` tokens of a corpus's training part, int64 `[B, context]`, spread over the whole of it."""
+    tokens = corpus.split("train")
+    rows = min(count, len(tokens)) // context
+    if not rows:
+        raise ValueError(
+            f"calibration needs {context} tokens or more; there are {len(tokens)} and {count} are asked for"
+        )
+    starts = [i * (len(tokens) - context) // rows for i in range(rows)]
+    return torch.from_numpy(np.stack([tokens.read(start, context).astype(np.int64) for start in starts]))
+
+
+def evaluate_model(
+    path: str, device: torch.device, dtype: torch.dtype, text: str | None = None
+) -> tuple[str, Evaluation]:
+    """Weight quantizer and held-out evaluation of a model, over the whole validation split: of a run at its best
+    checkpoint, as it was trained; anything else as generate.py runs it.
+
+    Raises CheckpointError or ValueError for a model or corpus that isn't there.
+    """
+    latent = kind_of(find(path)) == "run"
+    if latent:
+        run_config(checkpoint.resolve(path, "best"))  # before anything large is read
+    opened = open_model(path, device=device, pack=not latent)
+    corpus, context = open_text(opened, text)
+    result = evaluate(
+        opened.model, corpus.split("val"), context=context, bytes_per_token=corpus.bytes_per_token("val"), dtype=dtype
     )
-    model = checkpoint.load_model(folder, device)
-    context = config["context"] or model.config.max_position_embeddings
-    bytes_per_token = corpus.bytes_per_token("val")
-    result = evaluate(model, corpus.split("val"), context=context, bytes_per_token=bytes_per_token, dtype=dtype)
-    return model.config.quantizer, result
+    return opened.model.config.quantizer, result
 
 
 @dataclass(frozen=True)
 class Options:
-    """Held-out loss of one or several runs of train.py, each at its best checkpoint."""
+    """Held-out loss of one or several models; of a run of train.py, at its best checkpoint."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders; the last one is the baseline of the gaps."""
+    """Runs or models of any kind; the last one is the baseline of the gaps."""
+    text: str | None = None
+    """Corpus to evaluate on, its held-out part; a run's own unless given."""
     picture: Path | None = None
     """Draw the loss curves of all runs into this PNG."""
     device: str = "auto"
@@ -177,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not runs:
             raise ValueError("no run was given; name a folder made by train.py")
         device = pick_device(options.device)
-        results = [(run, *evaluate_run(run, device, pick_dtype(options.dtype, device))) for run in runs]
+        results = [(run, *evaluate_model(run, device, pick_dtype(options.dtype, device), options.text)) for run in runs]
         if options.picture:
             draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
     except (ValueError, OSError) as error:
