@@ -15,6 +15,7 @@ import tokenizers
 from test_tokenizer import NASTY, foreign_model, random_texts, stdlib_text
 
 from bitnet.interop.gguf_file import GGUFFile, write_file
+from bitnet.interop.gguf_vocabulary import vocabulary as vocabulary_of
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder, Tokenizer, from_gguf_metadata, train_tokenizer
 from bitnet.tokenizer.gguf import _RULE_OF, PRE_TOKENIZERS
 
@@ -254,6 +255,21 @@ def test_sentencepiece_with_what_converters_add(tmp_path):
     with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
         assert differences(ours, theirs, [text for text in TEXTS if "\u2581" not in text]) == []
         assert theirs.eog_ids() == set(ours.eos_ids)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_there_and_back_again(prefix):
+    original = foreign_model() if prefix else train_tokenizer([stdlib_text()[:80_000]], 500, threads=1)
+    metadata = vocabulary_of(original, 512)
+    ours = from_gguf_metadata(metadata)
+    assert isinstance(ours, Tokenizer)
+    assert ours.vocab_size == 512
+    assert (ours.specials, ours.eos_ids, ours.adds_bos) == (original.specials, original.eos_ids, original.adds_bos)
+    for text in TEXTS:
+        assert ours.encode(text) == original.encode(text)
+    again = from_gguf_metadata(vocabulary_of(ours, 512))
+    assert [again.id_to_piece(i) for i in range(512)] == [ours.id_to_piece(i) for i in range(512)]
+    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
 @pytest.mark.parametrize(
