@@ -1,0 +1,144 @@
+"""GGUF types with one level: 32 weights, one scale (float16 d), and for Q4_1 and Q5_1 a minimum (float16 m).
+
+    Q4_0    d * (c - 8)          18 bytes:  d, 16 bytes of nibbles
+    Q4_1    d * c + m            20 bytes:  d, m, 16 bytes of nibbles
+    Q5_0    d * (c - 16)         22 bytes:  d, 4 bytes of fifth bits, 16 bytes of nibbles
+    Q5_1    d * c + m            24 bytes:  d, m, 4 bytes of fifth bits, 16 bytes of nibbles
+    Q8_0    d * q                34 bytes:  d, 32 x int8
+    IQ4_NL  d * LEVELS[c]        18 bytes:  as Q4_0
+
+    nibbles, byte j:  | c[16+j] & 15 | c[j] & 15 |        fifth bits, byte j:  | c[8j+7] >> 4 | .. | c[8j] >> 4 |
+
+Sources: llama.cpp's ggml-common.h and ggml-quants.c.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bitnet.quant.blocks import ggml, search
+from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
+
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "IQ4_NL": 4}
+WITH_MINIMUM = ("Q4_1", "Q5_1")
+
+
+def pack(fields: Fields, kind: str) -> Tensor:
+    """Fields of B blocks to bytes `[B, bytes]`, drawn at the top of this file. Q8_0 stores its code minus 128."""
+    parts = [half_bytes(fields.scale)]
+    if fields.minimum is not None:
+        parts.append(half_bytes(fields.minimum))
+    if kind == "Q8_0":
+        return torch.cat([*parts, fields.codes ^ 128], dim=1)
+    if BITS[kind] == 5:
+        parts.append(pack_bits(fields.codes >> 4, 1, 1))
+    return torch.cat([*parts, pack_bits(fields.codes & 15, 4, 16)], dim=1)
+
+
+def unpack(raw: Tensor, kind: str) -> Fields:
+    """Inverse of `pack`."""
+    minimum = half_at(raw, 2) if kind in WITH_MINIMUM else None
+    if kind == "Q8_0":
+        return Fields(raw[:, 2:] ^ 128, half_at(raw, 0))
+    codes = unpack_bits(raw[:, -16:], 4, 16)
+    if BITS[kind] == 5:
+        codes |= unpack_bits(raw[:, -20:-16], 1, 1) << 4
+    return Fields(codes, half_at(raw, 0), minimum)
+
+
+def dequantize(raw: Tensor, kind: str) -> Tensor:
+    """Bytes `[B, bytes]` to float32 `[B, 32]`."""
+    fields = unpack(raw, kind)
+    scale = fields.scale.float().unsqueeze(1)
+    if kind == "IQ4_NL":
+        return scale * torch.tensor(LEVELS, dtype=torch.float32, device=raw.device)[fields.codes.long()]
+    codes = fields.codes.float()
+    if fields.minimum is not None:
+        return codes * scale + fields.minimum.float().unsqueeze(1)
+    return (codes - 2 ** (BITS[kind] - 1)) * scale
+
+
+ROW_SIGMA = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # ggml weights these with the mean square of the whole row
+
+
+def row_sigma2(x: Tensor) -> Tensor:
+    """Mean square of each row of `[N, K]`, summed in order: float32 `[N]`."""
+    columns = x.t().contiguous()
+    return ggml.divide_by(ggml.total(columns * columns), len(columns))
+
+
+def quantize(
+    blocks: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor | None, *, compatible: bool = False
+) -> Fields:
+    """Fields of blocks float32 `[B, 32]`, with weights of the same shape or None, and the rows' mean square `[B]` for
+    the types of ROW_SIGMA."""
+    x = blocks.t().contiguous()
+    weight = None if importance is None else importance.t().contiguous()
+    fields = _compatible(x, kind, weight, sigma2)
+    return fields if compatible else search.improve_simple(x, kind, weight, fields)
+
+
+def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor | None) -> Fields:
+    levels = 2 ** (BITS[kind] - 1)
+    if kind == "IQ4_NL":
+        return _compatible_levels(x, importance)
+    if kind == "Q8_0":
+        scale = ggml.divide_by(x.abs().amax(dim=0), 127)
+        codes = ggml.round_away(x * ggml.inverse(scale)) + 128
+        return Fields(_bytes(codes), ggml.to_half(scale))
+    if importance is None:
+        if kind in WITH_MINIMUM:
+            low = x.amin(dim=0)
+            scale = ggml.divide_by(x.amax(dim=0) - low, 2 * levels - 1)
+            codes = ggml.truncate((x - low) * ggml.inverse(scale) + 0.5)
+            return Fields(_bytes(codes.clamp(max=2 * levels - 1)), *map(ggml.to_half, (scale, low)))
+        scale = ggml.largest(x) / -levels
+        codes = ggml.truncate(x * ggml.inverse(scale) + (levels + 0.5)).clamp(max=2 * levels - 1)
+        return Fields(_bytes(codes), ggml.to_half(scale))
+    assert sigma2 is not None
+    weight = importance * ggml.root(sigma2 + x * x)
+    if kind in WITH_MINIMUM:
+        scale, low, codes = ggml.affine(x, weight, 2 * levels - 1, -0.9, 0.05, 36)
+        return Fields(_bytes(codes), ggml.to_half(scale), ggml.to_half(-low))
+    scale, codes = ggml.symmetric(x, weight, levels)
+    return Fields(_bytes(codes), ggml.to_half(scale))
+
+
+def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
+    """IQ4_NL: 16 trial scales with a least-squares refit each."""
+    sigma2 = ggml.total(x * x) * (2 / 32)
+    weight = x * x if importance is None else importance * ggml.root(sigma2 + x * x)
+    extreme = ggml.largest(x)
+    zero = extreme.abs() < ggml.TINY
+
+    def trial(inv_scale: Tensor) -> tuple[Tensor, Tensor]:
+        q = nearest_level(inv_scale * x)[1]
+        return ggml.total(weight * q * x), ggml.total(weight * q * q)
+
+    sum_xq, sum_qq = trial(ggml.divide(1, ggml.divide_by(-extreme, LEVELS[0])))
+    scale = torch.where(sum_qq > 0, sum_xq / sum_qq, 0.0)
+    best = scale * sum_xq
+    for step in range(-7, 8):
+        sum_xq, sum_qq = trial(ggml.divide(step + LEVELS[0], extreme))
+        better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
+        scale = torch.where(better, sum_xq / sum_qq, scale)
+        best = torch.where(better, scale * sum_xq, best)
+    scale = torch.where(zero, 0.0, scale)
+    return Fields(_bytes(nearest_level(ggml.inverse(scale) * x)[0]), ggml.to_half(scale))
+
+
+def nearest_level(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Index (int64) and value (float32) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the
+    first."""
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
+    index = torch.zeros_like(x, dtype=torch.int64)
+    for low, high in pairwise(LEVELS):
+        index += x + x >= low + high
+    return index, levels[index]
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    """Codes `[n, B]` to uint8 `[B, n]`."""
+    return codes.t().to(torch.uint8).contiguous()
