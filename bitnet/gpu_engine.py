@@ -256,7 +256,8 @@ class GpuEngine:
             h = project(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
         h = h.view(B, T, -1)
         last = h[:, -1:] if last_only else h
-        logits = project(last.reshape(-1, config.hidden_size), self._head, self._norm, dtype=torch.float32)
+        last = last.reshape(-1, config.hidden_size).contiguous()
+        logits = project(last, self._head, self._norm, dtype=torch.float32)
         return logits.view(B, -1, config.vocab_size)
 
     @property

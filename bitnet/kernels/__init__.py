@@ -32,7 +32,6 @@ __all__ = [
     "packed_matmul",
     "quantize_weight",
     "select_backend",
-    "triton_available",
     "use_backend",
 ]
 
@@ -44,8 +43,10 @@ _requested = os.environ.get("BITNET_BACKEND", "auto")
 def select_backend(x: Tensor) -> ModuleType:
     """The backend for a product whose activations are x. Raises ValueError for a requested one that isn't there."""
     if _requested == "auto":
-        if x.device.type == "cuda" and triton_available():
-            return triton
+        if x.device.type == "cuda":
+            if triton.available():
+                return triton
+            _warn_without_triton()
         # Dynamo traces tensors without memory, and fuses the reference.
         plain = x.device.type == "cpu" and not torch.compiler.is_compiling()
         return cpu if plain and native_available() else reference
@@ -67,17 +68,13 @@ def native_wanted(device: torch.device) -> bool:
 
 
 @cache
-def triton_available() -> bool:
-    """Whether Triton is there for a GPU; warns, once, where it is not."""
-    if not triton.available():
-        warnings.warn(
-            "Triton is not installed, so packed products on the GPU run on the slow torch reference; run: "
-            "pip install triton",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+def _warn_without_triton() -> None:
+    warnings.warn(
+        "Triton is not installed, so packed products on the GPU run on the slow torch reference; run: "
+        "pip install triton",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 @cache

@@ -155,5 +155,10 @@ def fake_quant_linear(
     return F.linear(x_q, weight_q, bias)
 
 
+def quantized_weight_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`fake_quant_linear` for a weight `[N, K]` that is W~ already: its gradient is that of the latent floats."""
+    return F.linear(fake_quantize_activations(x), weight, bias)
+
+
 def _fade(value: Tensor, quantized: Tensor, strength: Tensor) -> Tensor:
     return value + (strength * (quantized - value)).detach().to(value.dtype)  # the gradient stays the identity

@@ -14,7 +14,6 @@ Triton is imported when a function here is first called. Without a GPU the kerne
 tensors, if TRITON_INTERPRET=1 is set before Triton is imported: slow, and what the tests do.
 """
 
-import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -27,16 +26,17 @@ from bitnet.kernels.reference import check_quantizer, quantize_weight
 
 __all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activations", "quantize_weight"]
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def interpreted() -> bool:
     """Whether the interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
 def available() -> bool:
     """Whether Triton is installed. Says nothing about a GPU."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def require(device: torch.device) -> None:

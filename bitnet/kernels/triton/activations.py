@@ -5,7 +5,8 @@
     absmax   scale = max(absmax(v), 1e-5) / 127,  q = clamp(round(v / scale), -128, 127),  total = sum(q)
 
 Every intermediate is rounded to the type in which torch would have stored it. The products need `total`: they multiply
-unsigned codes and subtract `offset * total` once (`product.py`). One program takes one row and keeps it in registers.
+unsigned codes and subtract `offset * total` once (`product.py`). One program takes one row and keeps it in
+registers; rows of more than 16384 values spill some.
 """
 
 # mypy: disable-error-code="no-untyped-def, valid-type"
