@@ -178,23 +178,23 @@ class _Solution:
         """Each code to the best value while the others stand still; `gradient` [N, K] follows the moves."""
         moved = False
         for block in order.split(block_size):
-            inner = self.hessian[block][:, block]
-            local, codes = gradient[:, block], self.codes[:, block]  # copies
-            group = block // self.group_size
-            scale, zero = self.scale[:, group], self.zero[:, group]
-            curvature = inner.diagonal()
-            centre = (codes - zero) * scale
+            inner, group = self.hessian[block][:, block], block // self.group_size
+            # Transposed copies, so that a column of the weight is contiguous.
+            local, codes, scale = (
+                values.t().contiguous() for values in (gradient[:, block], self.codes[:, block], self.scale[:, group])
+            )
+            curvature = inner.diagonal().tolist()
             steps = torch.zeros_like(local)
             for i in range(len(block)):
                 # The best real value of q_i is q_i - gradient_i / H_ii, and the sum is a parabola around it.
-                best = ((centre[:, i] - local[:, i] / curvature[i]) / scale[:, i]).round() + zero[:, i]
-                step = (best.clamp(0, self.grid.quant_max) - codes[:, i]) * scale[:, i]
-                steps[:, i] = step
-                local[:, i:].addr_(step, inner[i, i:])
+                best = (codes[i] - local[i] / (scale[i] * curvature[i])).round_().clamp_(0, self.grid.quant_max)
+                steps[i] = (best - codes[i]) * scale[i]
+                codes[i] = best
+                local[i:].addr_(inner[i, i:], steps[i])
             if steps.any():
                 moved = True
-                self.codes[:, block] = (codes + steps / scale).round()
-                gradient += steps @ self.hessian[block]
+                self.codes[:, block] = codes.t()
+                gradient += steps.t() @ self.hessian[block]
         return moved
 
     def _move_grids(self, gradient: Tensor) -> bool:
@@ -235,16 +235,19 @@ def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block
     codes, targets = torch.empty_like(weight), torch.empty_like(weight)
     for start in range(0, weight.shape[1], block_size):
         block = slice(start, min(start + block_size, weight.shape[1]))
-        local, inner = weight[:, block].clone(), factor[block, block]
-        group = order[block] // grid.group_size
-        scale, zero = grid.scale[:, group], grid.zero[:, group]
+        inner, group = factor[block, block], order[block] // grid.group_size
+        # Transposed copies, so that a column of the weight is contiguous.
+        local, scale, zero = (
+            values.t().contiguous() for values in (weight[:, block], grid.scale[:, group], grid.zero[:, group])
+        )
         errors = torch.empty_like(local)
-        for i in range(local.shape[1]):
-            code = (local[:, i] / scale[:, i]).round().add(zero[:, i]).clamp(0, grid.grid.quant_max)
-            codes[:, start + i], targets[:, start + i] = code, local[:, i]
-            errors[:, i] = (local[:, i] - (code - zero[:, i]) * scale[:, i]) / inner[i, i]
-            local[:, i:].addr_(errors[:, i], inner[i, i:], alpha=-1)
-        weight[:, block.stop :] -= errors @ factor[block, block.stop :]
+        for i, diagonal in enumerate(inner.diagonal().tolist()):
+            code = (local[i] / scale[i]).round_().add_(zero[i]).clamp_(0, grid.grid.quant_max)
+            codes[:, start + i] = code
+            errors[i] = (local[i] - (code - zero[i]) * scale[i]) / diagonal
+            local[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
+        targets[:, block] = local.t()
+        weight[:, block.stop :] -= errors.t() @ factor[block, block.stop :]
     inverse = order.argsort()
     return codes[:, inverse], targets[:, inverse]
 
