@@ -183,8 +183,11 @@ def layer_outputs(model: BitNetForCausalLM, ids: Tensor) -> list[Tensor]:
     return outputs
 
 
-def family_of(method: ptq.Method) -> str:
+def family_of(name: str) -> str:
     """The family under which the pictures show a method."""
+    method = ptq.METHODS[name]
+    if name.startswith("gguf"):
+        return "gguf"
     if method.bits >= 16:
         return "float"
     return "weights and activations" if method.int8_activations else "weight-only"
@@ -358,7 +361,7 @@ class Comparison:
             copy.deepcopy(self.model), name, self.calibration, group_size=self.group_size, progress=False
         )
         seconds = time.perf_counter() - start
-        row = self.add(name, family_of(method), method.bits, model, seconds)
+        row = self.add(name, family_of(name), method.bits, model, seconds)
         changed = layer_outputs(model, self.windows[0][0])
         row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
         return row

@@ -147,8 +147,10 @@ def open_text(opened: OpenModel, text: str | None = None, context: int | None = 
     They are those that a run was trained with, unless given; another model needs `text`, and its windows have at most
     512 tokens. Raises CheckpointError or ValueError for a corpus that isn't there.
     """
-    config = run_config(opened.folder) if opened.kind == "run" else {}
-    data = dict(config.get("data", DEFAULT_DATA))
+    config: dict[str, Any] = {}
+    if opened.kind == "run":
+        config = checkpoint.load_json(opened.folder / checkpoint.CONFIG) if text else run_config(opened.folder)
+    data = dict(config.get("data") or DEFAULT_DATA)
     if text is not None:
         data.update(corpus=text, max_bytes=None)
     if data["corpus"] is None:

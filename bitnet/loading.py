@@ -78,6 +78,24 @@ def open_model(
     return OpenModel(model, tokenizer, template, path, kind)
 
 
+def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
+    """A model as it is stored, for writing it in another form: a run's latent floats, or the codes of a packed one,
+    with float embeddings where they are float; and what `open_model` gives beside it. Raises as that does."""
+    path = find(path)
+    kind = kind_of(path)
+    if kind not in ("gguf", "hf"):
+        path = checkpoint.resolve(path, which)
+    tokenizer, template = open_tokenizer(path, kind)
+    if kind == "run":
+        model = checkpoint.load_model(path)
+    elif kind == "packed":
+        config, _ = checkpoint.load_config(path)
+        model = BitNetForCausalLM.packed_from(config, checkpoint.load_tensors(path / checkpoint.MODEL))
+    else:
+        model = _read(path, kind)
+    return model, OpenModel(model, tokenizer, template, path, kind)
+
+
 def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
     """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
     from bitnet.interop.hf_write import TOKENIZER_FILES

@@ -78,7 +78,7 @@ def test_layer_errors_compare_the_residual_stream_behind_each_layer() -> None:
         torch.testing.assert_close(model.model.norm(outputs[-1]), model.model(torch.arange(8)[None])[0])
 
 
-METHODS = ("bf16", "rtn-int8", "w8a8-dynamic", "gptq-4", "Q4_0")
+METHODS = ("bf16", "rtn-int8", "w8a8-dynamic", "gptq-4", "gguf-q4_0")
 
 
 def test_a_whole_comparison_and_going_on_with_it(
@@ -109,11 +109,11 @@ def test_a_whole_comparison_and_going_on_with_it(
     assert all(name in text for name in rows)
     assert rows["float32"]["kl"] == pytest.approx(0, abs=1e-9)
     assert rows["float32"]["top1"] == 1
-    assert 0 < rows["rtn-int8"]["kl"] < rows["Q4_0"]["kl"]
+    assert 0 < rows["rtn-int8"]["kl"] < rows["gguf-q4_0"]["kl"]
     assert rows["b1.58"]["kernel"] == rows["w8a8-dynamic"]["kernel"] == "native"
     assert rows["gptq-4"]["kernel"] == "dequantizes"
     assert rows["b1.58"]["effective_bits"] == pytest.approx(2, abs=0.01)
-    assert rows["Q4_0"]["effective_bits"] == pytest.approx(4.5)
+    assert rows["gguf-q4_0"]["effective_bits"] == pytest.approx(4.5)
     assert rows["b1.58"]["file_mb"] < rows["bf16"]["file_mb"] < rows["float32"]["file_mb"]
     assert len(rows["gptq-4"]["layer_errors"]) == 2
     assert rows["gptq-4"]["layer_errors"][-1] < 0.5
