@@ -119,7 +119,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         quantizer="none",
     )
-    if config.max_position_embeddings * head_dim > MAX_ROPE_VALUES:
+    # Their tables are the one size that no tensor bounds: twice the file, or 8 MB.
+    if config.max_position_embeddings * head_dim > min(MAX_ROPE_VALUES, max(2**20, file.size // 4)):
         raise GGUFError(f"{arch}.context_length is {config.max_position_embeddings}, more than is supported")
     _check_tensors(file, config)
     return config

@@ -42,8 +42,8 @@ from bitnet.quant import pack_codes
 Form = Literal["dense", "master", "packed", "packed-inverse"]
 SHARDS = "model.safetensors.index.json"
 PACKED_ROWS = 4  # rows that share a byte
-MAX_ROPE_VALUES = 2**26
-"""Positions times head_dim: the one size that no tensor bounds. A 128k context with heads of 128 is a quarter of it."""
+MAX_ROPE_VALUES = 2**25
+"""Positions times head_dim: the one size that no tensor bounds. A 128k context with heads of 128 is half of it."""
 JSON_LIMIT = 64 * 2**20
 FLOATS = {"F64", "F32", "F16", "BF16"}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -110,7 +110,7 @@ def parse_config(values: dict[str, Any]) -> tuple[ModelConfig, Form]:
     Raises ValueError for every field that asks for something this engine doesn't compute.
     """
     kind = values.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ValueError(
             f"model_type is {kind!r}; the architectures that are understood are {' and '.join(_DEFAULTS)} "
             "(BitNetForCausalLM, LlamaForCausalLM)"

@@ -45,13 +45,18 @@ class ModelConfig:
     """Weight quantizer of every projection: ternary, binary, int8, int4 or none (the float twin)."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            of_kind = isinstance(value, kind) or (kind is float and isinstance(value, int))  # type: ignore[arg-type]
+            if not of_kind or isinstance(value, bool) != (kind is bool):  # a bool is an int to Python
+                raise ValueError(f"{field.name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
         check_quantizer(self.quantizer)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+            if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 2**31:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1 and below 2^31")
             if isinstance(value, float) and not 0 < value < math.inf:
                 raise ValueError(f"{field.name} is {value}; it must be above 0 and finite")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
