@@ -108,7 +108,9 @@ def gptq_quantize(
     if algorithm != "refined":
         raise ValueError(f"algorithm {algorithm!r} is unknown; choose refined or original")
 
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    if not act_order:
+        order = torch.arange(len(hessian), device=weight.device)
     damped, factor = _inverse_factor(hessian, order, 0.003 if damping is None else damping)
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
@@ -338,9 +340,9 @@ def _original(
         grouped = [_original_qparams(weight, grid, mse)]
     fixed = bool(grouped)
 
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
+    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns, device=weight.device)
     weight, hessian = weight[:, order], hessian[order][:, order]
-    diagonal = torch.arange(columns)
+    diagonal = torch.arange(columns, device=weight.device)
     hessian[diagonal, diagonal] += damping * hessian.diagonal().mean()
     try:
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
@@ -348,7 +350,7 @@ def _original(
         raise ValueError(f"the Hessian is singular with damping {damping}; raise it, or use 'refined'") from None
 
     codes = torch.zeros_like(weight)
-    group = (order if fixed else torch.arange(columns)) // size
+    group = (order if fixed else diagonal) // size
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         local, inner = weight[:, start:stop].clone(), factor[start:stop, start:stop]
@@ -375,7 +377,8 @@ def _original_qparams(x: Tensor, grid: Grid, mse: bool) -> tuple[Tensor, Tensor]
     """IST-DASLab's `find_params` per row: scale and zero point `[N]`; with `mse`, ranges shrunk by up to 80 % are
     compared by the sum of |error|^2.4."""
     if grid.ternary:
-        return x.abs().mean(1).clamp(min=1e-5), torch.ones(len(x))
+        scale = x.abs().mean(1).clamp(min=1e-5)
+        return scale, torch.ones_like(scale)
     low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     if grid.symmetric:
         high = torch.maximum(low.abs(), high)
