@@ -278,6 +278,7 @@ def test_there_and_back_again(prefix):
         ({"model": None}, "holds no tokenizer"),
         ({"model": "t5"}, "of the kind 't5'"),
         ({"pre": "of tomorrow"}, r"rule named 'of tomorrow'.*Known: .*llama-bpe"),
+        ({"pre": []}, r"rule named \[\]"),
         ({"tokens": []}, "has 0 tokens"),
         ({"tokens": "abc"}, "tokens is not an array"),
         ({"tokens": [1, 2]}, "something else than str"),

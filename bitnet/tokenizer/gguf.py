@@ -151,7 +151,7 @@ def _byte_level(metadata: Mapping[str, Any], source: str) -> HuggingFaceTokenize
     library = import_tokenizers()
     pieces, types = _pieces(metadata, source)
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _RULE_OF:
+    if not isinstance(name, str) or name not in _RULE_OF:
         raise ValueError(
             f"{source} cuts texts into words by a rule named {name!r} that is not known here; use the tokenizer.json "
             f"of the model. Known: {', '.join(sorted(_RULE_OF))}"
@@ -197,7 +197,9 @@ def _sentencepiece(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     if any(score != score for score in scores):
         raise ValueError(f"{source} has scores that are no numbers; it is damaged")
     ids = _special_ids(metadata, len(pieces))
-    unknown = ids["unknown"] = ids["unknown"] or 0
+    if ids["unknown"] is None:
+        ids["unknown"] = types.index(UNKNOWN) if UNKNOWN in types else 0
+    unknown = ids["unknown"]
     for token_id, kind in ((unknown, UNKNOWN), (ids["bos"], CONTROL), (ids["eos"], CONTROL)):
         if token_id is not None:
             types[token_id] = kind

@@ -185,9 +185,10 @@ def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
         table = byte_of_character()
 
         def byte_level(piece: str) -> bytes:
-            if all(character in table for character in piece):
-                return bytes(table[character] for character in piece)
-            return piece.encode()
+            try:
+                return bytes([table[character] for character in piece])
+            except KeyError:  # a piece that was added as it is
+                return piece.encode()
 
         return byte_level, False
     metaspace, replace = parts.get("Metaspace"), parts.get("Replace", {})
