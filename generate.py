@@ -119,7 +119,7 @@ def write(options: Options) -> None:
     )  # fmt: skip
     writer = Writer(options, opened, sampling, stop)
     if options.chat:
-        chat(writer, Conversation(require(opened.chat_template, options.model), options.system), prompt, seed)
+        chat(writer, Conversation(require(opened.chat_template, opened.folder), options.system), prompt, seed)
     elif prompt is not None:
         writer.complete(opened.tokenizer.encode(prompt, bos=opened.tokenizer.adds_bos), seed, prompt)
     else:
