@@ -28,6 +28,7 @@ from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, u
 SUPER_BLOCK = 256
 GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
 BITS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+LIMIT = {"Q2_K": 15, "Q4_K": 63, "Q5_K": 63}  # the largest integer of a scale or a minimum
 CENTER = {"Q2_K": 0, "Q3_K": 4, "Q4_K": 0, "Q5_K": 0, "Q6_K": 32}
 
 
@@ -103,14 +104,24 @@ def quantize(
     x = blocks.t().contiguous()
     weight = None if importance is None else importance.t().contiguous()
     fields = (_compatible_affine if CENTER[kind] == 0 else _compatible_symmetric)(x, kind, weight)
-    return fields if compatible else search.improve_super_blocks(x, kind, weight, fields)
+    if compatible:
+        return fields
+    groups, center = GROUPS[kind], CENTER[kind]
+    blocks_of = search.SuperBlocks(
+        by_group(x, groups), by_group(torch.ones_like(x) if weight is None else weight, groups), groups
+    )
+    if center:
+        found, error = blocks_of.symmetric(center, *((32, 1.0) if kind == "Q3_K" else (128, 2.0)))
+    else:
+        found, error = blocks_of.affine(2 ** BITS[kind] - 1, LIMIT[kind])
+    return search.pick(error < blocks_of.error_of(fields, center), found, fields)
 
 
 def _compatible_affine(x: Tensor, kind: str, importance: Tensor | None) -> Fields:
     """Q2_K, Q4_K, Q5_K."""
     groups, high = GROUPS[kind], 2 ** BITS[kind] - 1
     grouped = by_group(x, groups)
-    limit = 15 if kind == "Q2_K" else 63
+    limit = LIMIT[kind]
     if importance is None:
         average = 0.0 if kind == "Q2_K" else ggml.root(ggml.total(grouped * grouped) / 32)
         weight = grouped.abs() + average

@@ -53,7 +53,7 @@ def dequantize(raw: Tensor, kind: str) -> Tensor:
     fields = unpack(raw, kind)
     scale = fields.scale.float().unsqueeze(1)
     if kind == "IQ4_NL":
-        return scale * torch.tensor(LEVELS, dtype=torch.float32, device=raw.device)[fields.codes.long()]
+        return scale * level_values(scale)[fields.codes.long()]
     codes = fields.codes.float()
     if fields.minimum is not None:
         return codes * scale + fields.minimum.float().unsqueeze(1)
@@ -77,7 +77,20 @@ def quantize(
     x = blocks.t().contiguous()
     weight = None if importance is None else importance.t().contiguous()
     fields = _compatible(x, kind, weight, sigma2)
-    return fields if compatible else search.improve_simple(x, kind, weight, fields)
+    return fields if compatible else _improve(x, kind, torch.ones_like(x) if weight is None else weight, fields)
+
+
+def _improve(x: Tensor, kind: str, weight: Tensor, fields: Fields) -> Fields:
+    """The default search, from ggml's fields."""
+    half = 2 ** (BITS[kind] - 1)
+    if kind in WITH_MINIMUM:
+        return search.improve_minimum(x, weight, 2 * half - 1, fields)
+    if kind == "IQ4_NL":
+        starts = search.scale_starts(x, LEVELS[0], LEVELS[-1], 14.0)
+        return search.improve_levels(x, weight, starts, level_values(x), nearest_level, fields)
+    first, spread = (-127, 2.0) if kind == "Q8_0" else (-half, 1.0 if half == 8 else 2.0)
+    starts = search.scale_starts(x, first, half - 1, spread)
+    return search.improve_scale(x, weight, starts, first, half - 1, half, fields)
 
 
 def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor | None) -> Fields:
@@ -114,7 +127,7 @@ def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
     zero = extreme.abs() < ggml.TINY
 
     def trial(inv_scale: Tensor) -> tuple[Tensor, Tensor]:
-        q = nearest_level(inv_scale * x)[1]
+        q = level_values(x)[nearest_level(inv_scale * x)]
         return ggml.total(weight * q * x), ggml.total(weight * q * q)
 
     sum_xq, sum_qq = trial(ggml.divide(1, ggml.divide_by(-extreme, LEVELS[0])))
@@ -126,17 +139,20 @@ def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
         scale = torch.where(better, sum_xq / sum_qq, scale)
         best = torch.where(better, scale * sum_xq, best)
     scale = torch.where(zero, 0.0, scale)
-    return Fields(_bytes(nearest_level(ggml.inverse(scale) * x)[0]), ggml.to_half(scale))
+    return Fields(_bytes(nearest_level(ggml.inverse(scale) * x)), ggml.to_half(scale))
 
 
-def nearest_level(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Index (int64) and value (float32) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the
-    first."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
+def nearest_level(x: Tensor) -> Tensor:
+    """Index (int64) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the first."""
     index = torch.zeros_like(x, dtype=torch.int64)
     for low, high in pairwise(LEVELS):
         index += x + x >= low + high
-    return index, levels[index]
+    return index
+
+
+def level_values(x: Tensor) -> Tensor:
+    """LEVELS as a float32 tensor beside x."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
 
 
 def _bytes(codes: Tensor) -> Tensor:

@@ -119,4 +119,8 @@ def quantize(
     fields = Fields(codes.t().to(torch.uint8).contiguous(), ggml.to_half(scale))
     if compatible:
         return fields
-    return search.improve_ternary(x, None if importance is None else importance.t().contiguous(), fields)
+    weight = torch.ones_like(x) if importance is None else importance.t().contiguous()
+    mean = ggml.total(x.abs()) / BLOCK
+    return search.improve_scale(
+        x, weight, [scale, *(mean * start for start in search.TERNARY_STARTS)], -1, 1, 1, fields
+    )
