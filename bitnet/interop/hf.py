@@ -392,13 +392,18 @@ def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]
     """A projection's codes in our layout (`bitnet/quant/packing.py`) and its scale, float32 `[1, 1]`."""
     weight = tensors.read(f"{module}.weight")
     codes = unpack_rows(weight) if weight.dtype == torch.uint8 else weight.float().clamp(-2, 2).to(torch.int8)
-    exact = weight.dtype == torch.uint8 or bool((codes == weight).all())
-    if not exact or bool((codes > 1).any()) or bool((codes < -1).any()):
-        raise ValueError(f"{tensors.folder}: {module}.weight holds other codes than -1, 0 and 1; it is damaged")
+    try:
+        if weight.dtype != torch.uint8 and not torch.equal(codes.to(weight.dtype), weight):
+            raise ValueError("fractions")
+        packed = pack_codes(codes, 2)
+    except ValueError as error:
+        raise ValueError(
+            f"{tensors.folder}: {module}.weight holds other codes than -1, 0 and 1 ({error}); it is damaged"
+        ) from error
     scale = tensors.read(f"{module}.weight_scale").double()
     if form == "packed-inverse":
         scale = 1 / scale
     scale = scale.float().view(1, 1)
     if not (0 < float(scale) < float("inf")):
         raise ValueError(f"{tensors.folder}: {module} has the scale {float(scale)}; it must be above 0 and finite")
-    return pack_codes(codes, 2), scale
+    return packed, scale
