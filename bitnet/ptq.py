@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bitnet.interop.gguf_names import projection_names, projection_shape, table_names
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear
 from bitnet.model.quantized import (
+    BlockEmbedding,
+    BlockLinear,
     FloatEmbedding,
     FloatLinear,
     GroupLinear,
@@ -31,24 +33,23 @@ from bitnet.model.quantized import (
     bits_per_weight,
     build,
     describe,
+    nominal_bits,
 )
-from bitnet.model.transformer import DecoderLayer, RMSNorm, rope_tables
+from bitnet.model.transformer import DecoderLayer, rope_tables
+from bitnet.model.walk import STAGES, Maxima, MeanSquares, Moments, fold, progress_bar, projection, walk
 from bitnet.quant import PerTensor
 from bitnet.quant.awq import awq_scale, clip_quantize
+from bitnet.quant.blocks import TYPES as BLOCKS
 from bitnet.quant.calibration import Observer, calibrate
-from bitnet.quant.gptq import HessianSum, gptq_quantize
+from bitnet.quant.gptq import gptq_quantize
 from bitnet.quant.gptq_layout import TERNARY, Grid, QuantizedWeight, round_to_nearest
 from bitnet.quant.smoothquant import smooth_scale
 
 MIN_CALIBRATION_TOKENS = 128
+GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NF4_BLOCK = 64
-# Projections that share an input, in the order of the computation.
-STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+BLOCK_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K")
+MIXTURES = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K_S")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ METHODS: dict[str, Method] = {
     "awq": Method("INT4 weights in groups, channels scaled by their activations", 4, True),
     **{f"gptq-{b}": Method(f"GPTQ: INT{b} weights in groups", b, True) for b in (8, 4, 3, 2)},
     "gptq-ternary": Method("GPTQ on the ternary grid, in groups", 2, True),
+    **{f"gguf-{name.lower()}": Method(f"GGUF blocks {name}", nominal_bits(name)) for name in BLOCK_TYPES},
 }
 
 
@@ -128,7 +130,7 @@ def quantize_model(
         raise ValueError(f"options {', '.join(unknown)} are unknown; there are {', '.join(sorted(known))}")
     chosen = Options(**options)
     linears = _float_projections(model)
-    if METHODS[method].needs_calibration:
+    if METHODS[method].needs_calibration or (calibration_ids is not None and method.startswith("gguf")):
         _check_ids(model, method, calibration_ids)
     _check_options(method, chosen, linears)
     with torch.no_grad():
@@ -185,17 +187,48 @@ def _simple(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: 
         grid = Grid(METHODS[method].bits, options.symmetric)  # type: ignore[arg-type]
         return _group_linear(linear, round_to_nearest(linear.weight, grid, options.group_size), options)
 
-    for name, linear in _bar(list(_projections(model)), method, options):
+    for name, linear in _progress(list(_projections(model)), method, options):
         _replace(model, name, convert(linear))
+
+
+def _gguf(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: Options) -> None:
+    importance: dict[str, Tensor] = {}
+    if ids is not None:
+        for number, (_, run) in enumerate(_walk(model, ids, "importance", options, sequential=False)):
+            for names, seen in run(STAGES, MeanSquares).items():
+                importance |= {f"model.layers.{number}.{name}": seen.mean() for name in names}
+    for name, kind in _progress(list(_gguf_types(model, method).items()), method, options):
+        matrix = model.get_submodule(name)
+        if isinstance(matrix, nn.Embedding):
+            module = _table(matrix, kind)
+        elif kind in GGUF_FLOATS:
+            module = FloatLinear.from_linear(projection(model, name), GGUF_FLOATS[kind])
+        else:
+            module = BlockLinear.from_linear(projection(model, name), kind, importance.get(name))
+        _replace(model, name, module)
+
+
+def _gguf_types(model: BitNetForCausalLM, method: str) -> dict[str, str]:
+    """The type of each projection and, in a mixture, of embedding and head, by our names of the modules."""
+    kind = method.removeprefix("gguf-").upper()
+    config = model.config
+    if kind not in MIXTURES:
+        return {ours: kind for ours, _ in projection_names(config)}
+    from bitnet.quant.blocks import mixtures
+
+    shapes = {theirs: projection_shape(config, ours) for ours, theirs in projection_names(config)}
+    shapes |= {theirs: (config.vocab_size, config.hidden_size) for _, theirs in table_names(config)}
+    types = mixtures.tensor_types(kind, {f"{name}.weight": shape for name, shape in shapes.items()})
+    return {ours: types[f"{theirs}.weight"] for ours, theirs in (*projection_names(config), *table_names(config))}
 
 
 def _gptq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -> None:
     grid = TERNARY if method == "gptq-ternary" else Grid(int(METHODS[method].bits), options.symmetric)
 
-    def quantize(layer: DecoderLayer, names: tuple[str, ...], statistics: "_Statistics") -> None:
+    def quantize(layer: DecoderLayer, names: tuple[str, ...], statistics: "Moments") -> None:
         hessian = statistics.hessian.matrix()
         for name in names:
-            linear = _linear(layer, name)
+            linear = projection(layer, name)
             quantized = gptq_quantize(
                 linear.weight, hessian, grid, group_size=options.group_size, damping=options.damping,
                 act_order=options.act_order, algorithm=options.algorithm,
@@ -204,28 +237,28 @@ def _gptq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) 
 
     for layer, run in _walk(model, ids, method, options):
         for names in STAGES:
-            statistics = run([names], _Statistics)
+            statistics = run([names], Moments)
             quantize(layer, names, statistics[names])
 
 
 def _awq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -> None:
     grid = Grid(4, options.symmetric)
     for layer, run in _walk(model, ids, method, options, sequential=False):
-        statistics = run(STAGES, _Statistics)
+        statistics = run(STAGES, Moments)
         hessians, input_scales = {}, {}
         for names in STAGES:
-            linears = [_linear(layer, name) for name in names]
+            linears = [projection(layer, name) for name in names]
             seen = statistics[names]
             hessian = seen.hessian.matrix()
             weights = [linear.weight for linear in linears]
             scale, _ = awq_scale(weights, seen.magnitude(), hessian, grid, options.group_size)
-            input_scales[names] = None if _fold(layer, names, scale) else scale
+            input_scales[names] = None if fold(layer, names, scale) else scale
             for linear in linears:
                 linear.weight.mul_(scale)
             hessians[names] = hessian / torch.outer(scale, scale)
         for names in STAGES:
             for name in names:
-                linear = _linear(layer, name)
+                linear = projection(layer, name)
                 # The product of queries and keys is too sensitive to their largest values, says the published code.
                 if options.clip and name not in ("self_attn.q_proj", "self_attn.k_proj"):
                     quantized = clip_quantize(linear.weight, hessians[names], grid, options.group_size)
@@ -238,118 +271,42 @@ def _awq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -
 def _static(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -> None:
     if method == "smoothquant":
         for layer, run in _walk(model, ids, "smoothing", options, sequential=False):
-            statistics = run(STAGES, _Maxima)
+            statistics = run(STAGES, Maxima)
             for names in STAGES:
-                linears = [_linear(layer, name) for name in names]
+                linears = [projection(layer, name) for name in names]
                 scale = smooth_scale([linear.weight for linear in linears], statistics[names].absmax, options.alpha)
-                if _fold(layer, names, scale):
+                if fold(layer, names, scale):
                     for linear in linears:
                         linear.weight.mul_(scale)
         if options.activations == "dynamic":
             return _simple(model, "w8a8-dynamic", ids, options)
     for layer, run in _walk(model, ids, method, options, sequential=False):
-        for names, observer in run(STAGES, _observer).items():
+        for names, observer in run(STAGES, _histogram).items():
             scale, zero_point = calibrate(observer, options.calibration, symmetric=False)
             for name in names:
-                linear = _linear(layer, name)
+                linear = projection(layer, name)
                 _replace(layer, name, StaticInt8Linear.from_linear(linear, scale, zero_point))
 
 
 _DRIVERS: dict[str, Callable[..., None]] = {
     "fp16": _simple, "bf16": _simple, "fp8": _simple, "nf4": _simple, "rtn": _simple, "w4a8": _simple, "gptq": _gptq,
-    "awq": _awq, "smoothquant": _static,
+    "awq": _awq, "smoothquant": _static, "gguf": _gguf,
     "w8a8": lambda model, method, ids, options: (_static if method == "w8a8-static" else _simple)(
         model, method, ids, options
     ),
 }  # fmt: skip
 
 
-class _Statistics:
-    """Of a projection's input: the Hessian and the mean magnitude of each channel."""
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.hessian = HessianSum(in_features, device)
-        self.sum = torch.zeros(in_features, dtype=torch.float64, device=device)
-
-    def update(self, x: Tensor) -> None:
-        self.hessian.update(x)
-        self.sum += x.reshape(-1, x.shape[-1]).float().abs().sum(0)
-
-    def magnitude(self) -> Tensor:
-        return (self.sum / self.hessian.tokens).float()
+def _walk(model: BitNetForCausalLM, ids: Tensor, title: str, options: Options, *, sequential: bool = True) -> Any:
+    return walk(model, ids, title, options.batch_size, options.progress, sequential=sequential)
 
 
-class _Maxima:
-    """Of a projection's input: the largest magnitude of each channel."""
-
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        self.absmax = torch.zeros(in_features, device=device)
-
-    def update(self, x: Tensor) -> None:
-        self.absmax = torch.maximum(self.absmax, x.reshape(-1, x.shape[-1]).float().abs().amax(0))
+def _progress(items: list[Any], title: str, options: Options) -> Any:
+    return progress_bar(items, title, options.progress)
 
 
-def _observer(in_features: int, device: torch.device) -> Observer:
+def _histogram(in_features: int, device: torch.device) -> Observer:
     return Observer(PerTensor())
-
-
-def _walk(
-    model: BitNetForCausalLM, ids: Tensor, title: str, options: Options, *, sequential: bool = True
-) -> Iterator[tuple[DecoderLayer, Callable[..., Any]]]:
-    """Each layer, and a function `run(stages, statistic)` that feeds the calibration inputs through it and returns what
-    `statistic(in_features, device)` saw before each stage.
-
-    The next layer gets the output of this one as it was left, or with `sequential=False` as it was found.
-    """
-    decoder = model.model
-    batches = ids.to(model.device).split(options.batch_size)
-    hidden = [decoder.embed_tokens(batch) for batch in batches]
-    cos, sin = decoder.cos[: ids.shape[1]], decoder.sin[: ids.shape[1]]
-    for layer in _bar(list(decoder.layers), title, options):
-        outputs: list[Tensor] = []
-
-        def forward(layer: nn.Module = layer, inputs: list[Tensor] = hidden) -> list[Tensor]:
-            return [layer(h, cos, sin, None) for h in inputs]
-
-        def run(
-            stages: Any, statistic: Callable[[int, torch.device], Any], layer: nn.Module = layer,
-            forward: Callable[[], list[Tensor]] = forward, outputs: list[Tensor] = outputs,
-        ) -> dict[tuple[str, ...], Any]:  # fmt: skip
-            seen, hooks = {}, []
-            for names in stages:
-                first = _linear(layer, names[0])
-                seen[names] = statistic(first.in_features, model.device)
-                update = seen[names].update
-                hooks.append(first.register_forward_pre_hook(lambda _, args, update=update: update(args[0])))
-            try:
-                outputs[:] = forward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            return seen
-
-        yield layer, run
-        hidden = forward() if sequential else outputs
-
-
-def _fold(layer: DecoderLayer, names: tuple[str, ...], scale: Tensor) -> bool:
-    """Divide what produces the input of these projections by the scale; returns whether there is something that can."""
-    attention, mlp = layer.self_attn, layer.mlp
-    norm, before = {
-        "self_attn.q_proj": (layer.input_layernorm, None),
-        "self_attn.o_proj": (attention.attn_sub_norm, attention.v_proj),
-        "mlp.gate_proj": (layer.post_attention_layernorm, None),
-        "mlp.down_proj": (mlp.ffn_sub_norm, mlp.up_proj),
-    }[names[0]]
-    if isinstance(norm, RMSNorm):
-        norm.weight.div_(scale)
-        return True
-    if before is None or before.out_features != len(scale):  # several query heads share a row of v_proj
-        return False
-    before.weight.div_(scale[:, None])
-    if before.bias is not None:
-        before.bias.div_(scale)
-    return True
 
 
 def _group_linear(linear: Any, quantized: QuantizedWeight, options: Options, **more: Any) -> GroupLinear:
@@ -361,19 +318,21 @@ def _convert_embeddings(model: BitNetForCausalLM, dtype: str) -> None:
     if dtype == "float32" or not isinstance(table, nn.Embedding):
         return
     if dtype == "int8":
-        if model.lm_head is not None:
-            model.lm_head = PackedLinear.from_linear(model.lm_head, "int8")
         model.model.embed_tokens = PackedEmbedding.from_weight(table.weight)
-        return
-    columns, rows = table.embedding_dim, table.num_embeddings
-    with torch.device("meta"):
-        new = FloatEmbedding(columns, rows, dtype=dtype)
-    shell = nn.Linear(columns, rows, bias=False, device="meta")
-    shell.weight = table.weight
-    new.stored = FloatLinear.from_linear(shell, dtype).stored
-    model.model.embed_tokens = new.eval()
-    if model.lm_head is not None:
-        model.lm_head = FloatLinear.from_linear(model.lm_head, dtype)
+        head: nn.Module | None = model.lm_head and PackedLinear.from_linear(model.lm_head, "int8")
+    else:
+        model.model.embed_tokens = _table(table, dtype)
+        head = model.lm_head and FloatLinear.from_linear(model.lm_head, dtype)
+    model.lm_head = head
+
+
+def _table(table: nn.Embedding, kind: str) -> nn.Module:
+    """An embedding in a block type, or a float by our name or GGUF's."""
+    matrix = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False, device="meta").eval()
+    matrix.weight = table.weight
+    if kind in BLOCKS:
+        return BlockEmbedding.from_linear(matrix, kind)
+    return FloatEmbedding.from_linear(matrix, GGUF_FLOATS.get(kind, kind))
 
 
 def _projections(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -430,6 +389,10 @@ def _check_options(method: str, options: Options, linears: list[tuple[str, Any]]
             raise ValueError(f"{name} has NaN or infinite weights; was the model's training diverging?")
     if method == "nf4" and (odd := [name for name, linear in linears if linear.in_features % NF4_BLOCK]):
         raise ValueError(f"NF4 takes blocks of {NF4_BLOCK}, which do not divide the input channels of {odd[0]}")
+    if method.startswith("gguf") and (kind := method.removeprefix("gguf-").upper()) in BLOCKS:
+        size = BLOCKS[kind].block_size
+        if odd := [name for name, linear in linears if linear.in_features % size]:
+            raise ValueError(f"{kind} has blocks of {size}, which do not divide the input channels of {odd[0]}")
     if method.partition("-")[0] not in ("rtn", "awq", "gptq"):
         return
     bits = int(METHODS[method].bits)
@@ -446,14 +409,6 @@ def _check_options(method: str, options: Options, linears: list[tuple[str, Any]]
                 f"{name} is {linear.out_features} x {linear.in_features}; the GPTQ layout in {bits} bits wants "
                 f"multiples of {step}"
             )
-
-
-def _bar(items: list[Any], title: str, options: Options) -> Any:
-    return tqdm(items, desc=title, leave=False, disable=not options.progress)
-
-
-def _linear(layer: nn.Module, name: str) -> Any:
-    return layer.get_submodule(name)
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

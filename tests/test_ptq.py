@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitnet import kernels, ptq
+from bitnet.interop import gguf_names
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.quantized import (
+    BlockEmbedding,
+    BlockLinear,
     FloatEmbedding,
     FloatLinear,
     GroupLinear,
@@ -38,6 +41,8 @@ KINDS = {
     "fp16": FloatLinear, "bf16": FloatLinear, "fp8": FloatLinear, "nf4": NF4Linear, "w8a8-dynamic": PackedLinear,
     "w4a8-dynamic": PackedLinear, "w8a8-static": StaticInt8Linear, "smoothquant": StaticInt8Linear,
 }  # fmt: skip
+BLOCK_METHODS = [method for method in METHODS if method.startswith("gguf")]
+PLAIN_METHODS = [method for method in METHODS if method not in BLOCK_METHODS]
 QUICK = {"progress": False, "group_size": 32}
 
 
@@ -76,7 +81,7 @@ def projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # Whole models
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_every_method_quantizes_every_projection_and_little_else(method) -> None:
     original = float_model()
     model = quantize_model(copy.deepcopy(original), method, ids(), **QUICK)
@@ -96,7 +101,7 @@ def test_every_method_quantizes_every_projection_and_little_else(method) -> None
 @pytest.mark.parametrize(
     ("method", "shape"),
     [
-        *((method, "sub-norms") for method in METHODS if not METHODS[method].int8_activations),
+        *((method, "sub-norms") for method in PLAIN_METHODS if not METHODS[method].int8_activations),
         *(("awq", shape) for shape in SHAPES),
         ("fp16", "grouped queries"),
     ],
@@ -120,7 +125,9 @@ def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(metho
 
 def test_errors_come_in_the_order_of_the_formats() -> None:
     original = float_model()
-    errors = {m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), **QUICK), original) for m in METHODS}
+    errors = {
+        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), **QUICK), original) for m in PLAIN_METHODS
+    }
     for finer, coarser in [
         ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "rtn-int8"), ("rtn-int8", "rtn-int4"), ("rtn-int4", "rtn-int3"),
         ("rtn-int3", "rtn-int2"), ("gptq-8", "gptq-4"), ("gptq-4", "gptq-3"), ("gptq-3", "gptq-2"),
@@ -133,7 +140,7 @@ def test_errors_come_in_the_order_of_the_formats() -> None:
 
 @pytest.mark.parametrize(
     ("method", "shape"),
-    [*((method, "grouped queries") for method in METHODS), ("awq", "sub-norms"), ("fp16", "no sub-norms")],
+    [*((method, "grouped queries") for method in PLAIN_METHODS), ("awq", "sub-norms"), ("fp16", "no sub-norms")],
 )
 def test_saved_models_come_back_to_the_last_bit(method, shape, tmp_path) -> None:
     model = quantize_model(float_model(**SHAPES[shape]), method, ids(), **QUICK)
@@ -273,6 +280,75 @@ def test_embeddings_shrink_on_request(dtype, tied) -> None:
     assert torch.equal(logits(again), logits(model))
     labels = ids(2, 16)
     assert model.loss(labels[:, :-1], labels[:, 1:]).isfinite()
+
+
+# GGUF blocks
+
+
+def block_model(**changes: object) -> BitNetForCausalLM:
+    return float_model(**{"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, **changes})
+
+
+@pytest.mark.parametrize("method", BLOCK_METHODS)
+def test_gguf_methods_store_the_bytes_of_the_quantizer(method, tmp_path) -> None:
+    original = block_model(tie_word_embeddings=False)
+    model = quantize_model(copy.deepcopy(original), method, **QUICK)
+    kind, config = method.removeprefix("gguf-").upper(), model.config
+    if kind in ptq.BLOCK_TYPES:
+        types = {name: kind for name, _ in projections(model)}
+        assert isinstance(model.model.embed_tokens, nn.Embedding)
+    else:
+        names = dict([*gguf_names.projection_names(config), *gguf_names.table_names(config)])
+        shapes = {f"{names[n]}.weight": tuple(original.get_submodule(n).weight.shape) for n in names}
+        from bitnet.quant.blocks import mixtures
+
+        found = mixtures.tensor_types(kind, shapes)
+        types = {ours: found[f"{theirs}.weight"] for ours, theirs in names.items()}
+        assert isinstance(model.model.embed_tokens, BlockEmbedding)
+        assert len(types) == 9
+        assert len(set(types.values())) > 1
+    for name, block_type in types.items():
+        module, weight = model.get_submodule(name), original.get_submodule(name).weight.detach()
+        assert module.block_type == block_type
+        assert torch.equal(module.data, kernels.blocks.quantize(weight, block_type)), name
+        assert torch.equal(module.dequantize(), kernels.blocks.dequantize(module.data, block_type))
+        assert module.bits_per_weight()[1] == 8 * module.data.shape[1] / module.in_features
+    assert relative_error(model, original) < (1.2 if METHODS[method].bits < 4 else 0.4)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    again = build_quantized(config, json.loads(json.dumps(describe_quantized(model, method))))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    assert torch.equal(logits(again), logits(model))
+    assert METHODS[method].bits <= model_bits(model)[1]
+
+
+def test_gguf_importance_is_the_mean_square_of_the_float_inputs() -> None:
+    original, seen = block_model(num_hidden_layers=2), {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, module in projections(original)
+    ]
+    with torch.no_grad():
+        original(ids())
+    for hook in hooks:
+        hook.remove()
+    model = quantize_model(copy.deepcopy(original), "gguf-q4_k", ids(), **QUICK)
+    plain = quantize_model(copy.deepcopy(original), "gguf-q4_k", **QUICK)
+    weighted, unweighted = 0.0, 0.0
+    for name, module in projections(model):
+        importance = torch.cat(seen[name]).flatten(0, 1).square().mean(0)
+        weight = original.get_submodule(name).weight.detach()
+        weighted += float(((module.dequantize() - weight).square() * importance).sum())
+        unweighted += float(((plain.get_submodule(name).dequantize() - weight).square() * importance).sum())
+    assert weighted < 0.98 * unweighted
+
+
+def test_gguf_errors_are_named() -> None:
+    with pytest.raises(ValueError, match=r"Q4_K has blocks of 256, which do not divide the input channels of model"):
+        quantize_model(float_model(), "gguf-q4_k", **QUICK)
+    with pytest.raises(ValueError, match=r"16 tokens; give at least 128"):
+        quantize_model(block_model(), "gguf-q4_k", ids(2, 8), **QUICK)
+    with pytest.raises(ValueError, match=r"'Q9_K' is unknown"):
+        BlockLinear(256, 4, block_type="Q9_K")
 
 
 # Bad input

@@ -2,8 +2,8 @@
 
     FloatLinear       float16, bfloat16, or FP8 E4M3 with a scale a row
     GroupLinear       2 to 8 bits a weight, in the layout of GPTQ checkpoints (`bitnet/quant/gptq_layout.py`)
-    NF4Linear         4-bit NormalFloat (`bitnet/quant/nf4.py`)
     BlockLinear       the blocks of a GGUF type (`bitnet/quant/blocks`)
+    NF4Linear         4-bit NormalFloat (`bitnet/quant/nf4.py`)
     StaticInt8Linear  INT8 weights and activations, the activations' scale stored: an integer product
 
 All but the last quantize the weight only: the product is `F.linear` with the dequantized weight in x's dtype. Each has
@@ -11,6 +11,7 @@ All but the last quantize the weight only: the product is `F.linear` with the de
 load a state_dict into. W8A8 and W4A8 with a scale a token are `PackedLinear`.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import kernels
+from bitnet.kernels import blocks
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.quant import PerChannel, integer_range, pack_codes, packed_width, quantize, quantize_symmetric, unpack_codes
+from bitnet.quant.blocks import row_bytes
 from bitnet.quant.gptq_layout import GPTQ_BITS, QuantizedWeight, check_weight, pack_gptq, unpack_gptq
 from bitnet.quant.nf4 import SCALES_PER_BLOCK, DoubleQuantized, NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -266,6 +269,44 @@ class NF4Linear(_WeightOnly):
         return {**super().options(), "block_size": self.block_size, "double_quant": self.double_quant}
 
 
+class BlockLinear(_WeightOnly):
+    """The rows of a GGUF tensor: `data` uint8 `[N, row_bytes]` of blocks of a type of `bitnet/quant/blocks`."""
+
+    data: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, block_type: str = "Q4_0") -> None:
+        super().__init__(in_features, out_features, bias)
+        self.block_type = block_type
+        width = row_bytes(in_features, block_type)
+        self.nominal_bits = nominal_bits(block_type)
+        self.register_buffer("data", torch.zeros(out_features, width, dtype=torch.uint8))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, block_type: str, importance: Tensor | None = None) -> "BlockLinear":
+        """Quantize, weighing the error of each column by `importance` `[K]` where it is given. Raises ValueError as
+        `bitnet.kernels.blocks.quantize` does."""
+        layer = _empty(cls, linear, block_type=block_type)
+        layer.data = blocks.quantize(linear.weight.detach(), block_type, importance)
+        return layer
+
+    def dequantize(self) -> Tensor:
+        return blocks.dequantize(self.data, self.block_type)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, float32 `[.., K]`."""
+        return blocks.dequantize(self.data[ids.flatten()], self.block_type).view(*ids.shape, self.in_features)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "block_type": self.block_type}
+
+
+class BlockEmbedding(BlockLinear):
+    """An embedding table in GGUF blocks; `weight` serves as the output head."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
+
+
 class FloatEmbedding(FloatLinear):
     """An embedding table in a shorter float; `weight` serves as the output head."""
 
@@ -315,7 +356,9 @@ class StaticInt8Linear(_Stored):
         codes, layer.weight_scale = quantize_symmetric(check_weight(linear.weight), 8, PerChannel(0))
         layer.packed_weight = pack_codes(codes, 8)
         layer.weight_sum = codes.sum(1, dtype=torch.int32)
-        layer.activation_scale, layer.activation_zero_point = scale.clone(), zero.to(torch.int32, copy=True)
+        device = linear.weight.device
+        layer.activation_scale = scale.to(device, copy=True)
+        layer.activation_zero_point = zero.to(device, torch.int32, copy=True)
         return layer
 
     def set_bias(self, bias: Tensor | None) -> None:
@@ -338,9 +381,13 @@ class StaticInt8Linear(_Stored):
         return {"bias": self.bias is not None}
 
 
-KINDS: dict[str, type[_Stored]] = {
-    kind.__name__: kind for kind in (FloatLinear, FloatEmbedding, GroupLinear, NF4Linear, StaticInt8Linear)
-}
+_LAYERS = (FloatLinear, FloatEmbedding, GroupLinear, NF4Linear, BlockLinear, BlockEmbedding, StaticInt8Linear)
+KINDS: dict[str, type[_Stored]] = {layer.__name__: layer for layer in _LAYERS}
+
+
+def nominal_bits(kind: str) -> float:
+    """Bits of a code in a GGUF type or mixture: the first digit of its name."""
+    return float(re.findall(r"\d", kind)[0])
 
 
 def bits_per_weight(module: nn.Module) -> tuple[float, float] | None:
