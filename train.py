@@ -5,21 +5,25 @@
     python train.py --resume runs/demo                   go on where a run was stopped
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
     python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
+    torchrun --nproc-per-node 4 train.py --preset small --parallel fsdp                               several processes
 
 Everything about a run is in its folder (see bitnet/checkpoint.py). Batches are a pure function of seed and step, and
-nothing else in a step is random, so a resumed run repeats the uninterrupted one bit for bit.
+nothing else in a step is random, so a resumed run repeats the uninterrupted one bit for bit; on another number of
+processes (bitnet/distributed.py) it sees the same data and follows the same curve, up to the order of float sums.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import math
+import os
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +36,17 @@ from bitnet import checkpoint
 from bitnet.checkpoint import CheckpointError
 from bitnet.corpus import open_corpus
 from bitnet.data import BatchSampler, TokenizedCorpus, tokenize_corpus
+from bitnet.distributed import (
+    Strategy,
+    World,
+    local_device,
+    placed_like,
+    refresh_scales,
+    replicate,
+    shard,
+    start,
+    stop,
+)
 from bitnet.evaluate import Evaluation, evaluate
 from bitnet.files import write_atomic
 from bitnet.generation import SamplingConfig, generate, limit_new_tokens
@@ -41,8 +56,12 @@ from bitnet.optim import OptimConfig, Optimizer, clip_gradients
 from bitnet.runtime import compile_model, eager, pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tracking import Tracker
+from bitnet.weight_stats import weight_codes, weight_statistics
 
 # ---------------------------------------------------------------------------------------------------- configuration
+
+
+Remedy = Literal["stop", "skip", "rewind"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,12 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences in an optimizer step."""
     micro_batches: int = 1
-    """Forward and backward passes that a step is cut into, to save memory (gradient accumulation)."""
+    """Forward and backward passes that a process's part of a step is cut into, to save memory (gradient accumulation).
+    """
+    parallel: Strategy = "auto"
+    """With torchrun: ddp (every process has the whole model; auto) or fsdp (parameters, gradients, moments sharded)."""
+    timeout_minutes: float = 30.0
+    """End the program where a step takes longer than this, or a process waits as long for another one."""
     float_start: float = 0.0
     """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
     ramp: float = 0.0
@@ -90,6 +114,16 @@ class TrainConfig:
     fine-tuning, and with model.quantizer other than its own, conversion."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
+    on_nan: Remedy = "stop"
+    """What to do where the loss or the gradient is no finite number: stop; skip the update; or rewind to the last
+    checkpoint and go on with other batches."""
+    on_spike: Literal["off"] | Remedy = "off"
+    """The same for a spike: a perplexity or a gradient norm `spike_factor` times the median of the last 64 steps."""
+    spike_factor: float = 8.0
+    max_minutes: float | None = None
+    """Save and stop before this much time has passed since the start of the program, as on SIGTERM."""
+    keep_last: int = 2
+    """Newest checkpoints that stay, beside the best one; a damaged last one costs the steps since the one before."""
     eval_tokens: int | None = 65536
     """Tokens of the periodic validation; the last one takes the whole split."""
     sample_every: int = 400
@@ -111,7 +145,16 @@ class TrainConfig:
     """auto (online if logged in, else offline), online, offline or off."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "eval_every", "log_every", "context", "threads"):
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "eval_every",
+            "keep_last",
+            "log_every",
+            "context",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -122,8 +165,12 @@ class TrainConfig:
                 f"context {self.window} is longer than the model's {self.model.max_position_embeddings} positions; "
                 "raise --model.max-position-embeddings or lower --context"
             )
-        if self.minutes is not None and self.minutes <= 0:
-            raise ValueError(f"minutes is {self.minutes}; it must be above 0")
+        for name in ("minutes", "max_minutes", "timeout_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.spike_factor <= 1:
+            raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
         if not 0 <= self.float_start < 1:
             raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
         if not 0 <= self.ramp <= 1 - self.float_start:
@@ -184,9 +231,17 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     base = first.add_mutually_exclusive_group()
     base.add_argument("--preset", choices=PRESETS, default="demo", help="start from this preset (default: demo)")
     base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
-    base.add_argument("--resume", metavar="RUN", help="go on with this run")
+    base.add_argument("--resume", metavar="RUN", help="go on with this run; auto: with --out's, if it has begun")
+    first.add_argument("--out")
     known, rest = first.parse_known_args(argv)
     default = PRESETS[known.preset]
+    if known.resume == "auto":
+        if known.out is None:
+            raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
+        begun = (Path(known.out) / "checkpoints" / checkpoint.INDEX).exists()
+        known.resume = known.out if begun else None
+    if known.out is not None:
+        rest = ["--out", known.out, *rest]
     source = known.resume or known.like
     if source:
         try:
@@ -228,15 +283,26 @@ def prepare_data(config: TrainConfig, tokenizer_path: Path | None) -> tuple[Toke
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is no number any more; the message says where and what to do."""
+    """The loss or the gradient is no number any more, or has jumped; the message says where and what to do."""
+
+
+HISTORY = 64  # steps over which a spike is measured
+MAX_FAULTS = 10  # skips or rewinds in a row, after which a run is beyond them
 
 
 class Run:
     """A training run: everything that the loop touches, in the order in which it is made."""
 
-    def __init__(self, config: TrainConfig, resume: bool) -> None:
+    def __init__(self, config: TrainConfig, resume: bool, world: World | None = None) -> None:
+        self.world = world = world or World()
+        self.started = time.perf_counter()
+        if config.batch_size % (config.micro_batches * world.size):
+            raise ValueError(
+                f"batch_size {config.batch_size} cannot be shared by {world.size} processes with micro_batches "
+                f"{config.micro_batches} each; make it a multiple of {config.micro_batches * world.size}"
+            )
         self.folder = Path(config.out)
-        saved = checkpoint.resolve(self.folder) if resume else None
+        saved = self._newest() if resume else None
         if not resume and (self.folder / "checkpoints" / checkpoint.INDEX).exists():
             raise ValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder}, choose another --out, "
@@ -244,11 +310,15 @@ class Run:
             )
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = pick_device(config.device)
+        self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
 
         source = saved or (checkpoint.resolve(config.init, "best") if config.init else None)
+        if not world.is_first:  # the others find done what the first one does
+            world.barrier("the preparation of the data")
         self.corpus, self.tokenizer = prepare_data(config, source and source / checkpoint.TOKENIZER)
+        if world.is_first:
+            world.barrier("the preparation of the data")
         if source and not saved:
             shape = checkpoint.load_config(source)[0].replace(quantizer=config.model.quantizer)
         else:  # the vocabulary is the tokenizer's, which a given .model decides
@@ -259,16 +329,38 @@ class Run:
         torch.manual_seed(config.seed)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(config.model)
+        if world.strategy == "fsdp":
+            shard(self.model, self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.optim)
         self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
+        self.data_shift = 0  # batches that rewinds have jumped over
+        self.faults = 0  # in a row
+        self.history: list[tuple[float, float]] = []  # loss and gradient norm of the last good steps
         limit_new_tokens(config.model, len(self.prompt_ids()), 1)  # refuses a sample prompt that is too long
         if saved:
             self._load(saved)
         elif source:
-            self.model.load_state_dict(checkpoint.load_model(source, self.device).state_dict())
+            weights = checkpoint.load_model(source, self.device).state_dict()
+            mine = self.model.state_dict()
+            self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
+        self.replica: Any = replicate(self.model, self.device) if world.strategy == "ddp" else None
         self.stop_signal: int | None = None
+
+    def _newest(self) -> Path:
+        found: Any = None
+        if self.world.is_first:
+            try:
+                found = checkpoint.newest_good(self.folder)
+            except CheckpointError as error:
+                found = error
+        found = self.world.share(found)
+        if isinstance(found, CheckpointError):
+            raise found
+        for line in found[1] if self.world.is_first else ():
+            print(f"warning: {line}", file=sys.stderr)
+        return found[0]
 
     def _load(self, saved: Path) -> None:
         state = checkpoint.load_json(saved / checkpoint.STATE)
@@ -277,22 +369,28 @@ class Run:
                 f"the run was trained on data {state.get('data')}, and {self.config.data.corpus} gives "
                 f"{self.corpus.meta['fingerprint']}: the corpus has changed. Restore it, or start a new run"
             )
-        checkpoint.load_weights(self.model, saved / checkpoint.MODEL, self.device)
-        self.optimizer.load_state(checkpoint.load_tensors(saved / checkpoint.OPTIMIZER))
+        checkpoint.load_training_tensors(saved, self.model, self.optimizer, self.device)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.data_shift = state.get("data_shift", 0)
+        self.history = [(loss, norm) for loss, norm in state.get("history", [])]
         if self.step > self.config.steps:
             raise ValueError(f"the run is at step {self.step} already; --steps {self.config.steps} is behind it")
 
     def forward_backward(self, step: int) -> float:
-        """Accumulate the gradient of a step's loss over its micro-batches; returns the loss."""
-        total = 0.0
-        for part in range(self.config.micro_batches):
-            input_ids, labels = self.sampler.batch(step, part, self.config.micro_batches)
+        """Accumulate the gradient of a step's loss over its micro-batches; returns this process's part of the loss,
+        of which the processes' mean is the loss."""
+        total, parts = 0.0, self.config.micro_batches
+        loss_of: Any = self.replica or self.model.loss
+        for part in range(parts):
+            index = part * self.world.size + self.world.rank
+            input_ids, labels = self.sampler.batch(step, index, parts * self.world.size)
             input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.model.loss(input_ids, labels) / self.config.micro_batches
-            loss.backward()
+            later = part < parts - 1 and self.replica is not None  # gradients travel once a step
+            with self.replica.no_sync() if later and self.replica else contextlib.nullcontext():
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                    loss = loss_of(input_ids, labels) / parts
+                loss.backward()
             total += float(loss.detach())
         return total
 
@@ -313,24 +411,73 @@ class Run:
         for _, layer in bit_linears(self.model):
             layer.quantizer_enabled = strength > 0
             layer.quantizer_strength = fading
+        if self.world.strategy == "fsdp":
+            refresh_scales(self.model, self.world)
 
     def train_step(self) -> tuple[float, float, float]:
-        """One optimizer step. Returns loss, gradient norm and learning rate. Raises Diverged before the weights are
-        touched by a gradient that is not finite."""
+        """One optimizer step. Returns loss, gradient norm and learning rate. A gradient that is not finite, or a spike,
+        never touches the weights; raises Diverged where the configuration wants to stop there."""
         self._switch_quantizers()
         lr = self.optimizer.set_schedule(self.step, self.config.steps)
-        loss = self.forward_backward(self.step)
+        loss = self._agree(self.forward_backward(self.step + self.data_shift))
         norm = clip_gradients(list(self.model.parameters()), self.config.optim.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(
-                f"step {self.step}: the loss is {loss} and the gradient norm {norm}. Checkpoints are untouched; go on "
-                f"from the last one (--resume {self.folder}), or begin anew if there is none, with lower learning "
-                f"rates: --optim.lr {self.config.optim.lr / 2:g}"
-                + (f" --optim.lr-rest {self.config.optim.lr_rest / 2:g}" if self.config.optim.lr_rest else "")
-            )
+        fault = self._fault(loss, norm)
+        if fault:
+            self._remedy(*fault)
+            return loss, norm, lr
         self.optimizer.step()
         self.step += 1
+        self.faults = 0
+        self.history = [*self.history[1 - HISTORY :], (loss, norm)]
         return loss, norm, lr
+
+    def _fault(self, loss: float, norm: float) -> tuple[str, str] | None:
+        """What is wrong with a step, and the remedy that the configuration has for it."""
+        config = self.config
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss} and the gradient norm {norm}", config.on_nan
+        if config.on_spike == "off" or len(self.history) < HISTORY // 4:
+            return None
+        usual_loss, usual_norm = (statistics.median(column) for column in zip(*self.history, strict=True))
+        if loss - usual_loss > math.log(config.spike_factor) or norm > config.spike_factor * usual_norm:
+            return (
+                f"the loss is {loss:.3f} and the gradient norm {norm:.3g}, usual are {usual_loss:.3f} and "
+                f"{usual_norm:.3g}"
+            ), config.on_spike
+        return None
+
+    def _remedy(self, what: str, remedy: str) -> None:
+        """Skip a step or rewind. Raises Diverged where that is not wanted, or has not helped."""
+        config, self.faults = self.config, self.faults + 1
+        saved = remedy == "rewind" and (self.folder / "checkpoints" / checkpoint.INDEX).exists()
+        if remedy == "stop" or self.faults > MAX_FAULTS or (remedy == "rewind" and not saved):
+            raise Diverged(
+                f"step {self.step}: {what}"
+                + (f", after {MAX_FAULTS} remedies in a row" if self.faults > MAX_FAULTS else "")
+                + f". Checkpoints are untouched; go on from the last one (--resume {self.folder}), or begin anew if "
+                f"there is none, with lower learning rates: --optim.lr {config.optim.lr / 2:g}"
+                + (f" --optim.lr-rest {config.optim.lr_rest / 2:g}" if config.optim.lr_rest else "")
+            )
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        say(f"warning: step {self.step}: {what}; {'rewinding' if saved else 'the update is skipped'}", sys.stderr)
+        if not saved:
+            self.step += 1
+            return
+        reached, faults, best = self.step + self.data_shift, self.faults, self.best_loss
+        self.optimizer = Optimizer(self.model, config.optim)
+        self._load(self._newest())
+        self.data_shift, self.faults, self.best_loss = reached + 1 - self.step, faults, best
+
+    def _agree(self, loss: float) -> float:
+        """The loss over all processes; a signal that one of them got becomes everybody's."""
+        if self.world.size == 1:
+            return loss
+        both = torch.tensor([loss, float(self.stop_signal or 0)], dtype=torch.float64, device=self.device)
+        total, signum = self.world.sum(both).tolist()
+        if signum and self.stop_signal is None:
+            self.stop_signal = signal.SIGTERM
+        return total / self.world.size
 
     def steps_for(self, minutes: float) -> int:
         """How many more steps fit, from timed steps that are undone again."""
@@ -348,7 +495,7 @@ class Run:
         self.optimizer = Optimizer(self.model, self.config.optim)
         self.optimizer.load_state(moments)
         # The rest goes to validation, checkpoints and samples.
-        return max(1, int(minutes * 60 * 0.93 / statistics.median(times)))
+        return self.world.share(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
 
     def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
@@ -376,6 +523,9 @@ class Run:
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Raises OSError, with the earlier ones untouched."""
+        sharded = self.world.strategy == "fsdp"
+        if not (sharded or self.world.is_first):
+            return
         checkpoint.save_checkpoint(
             self.folder,
             model=self.model,
@@ -383,11 +533,13 @@ class Run:
             state={
                 "step": self.step, "seconds": self.seconds,
                 "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
-                "data": self.corpus.meta["fingerprint"],
+                "data": self.corpus.meta["fingerprint"], "data_shift": self.data_shift, "history": self.history,
             },
             config=dataclasses.asdict(self.config),
             tokenizer=self.tokenizer.model_proto,
             best=best,
+            keep=self.config.keep_last,
+            world=self.world if sharded else None,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -401,12 +553,25 @@ class Run:
             f"{self.corpus.bytes_per_token('val'):.2f} bytes a token\n"
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
+            + (f", {self.world.size} processes ({self.world.strategy})" if self.world.strategy != "none" else "")
         )
 
 
 def train(config: TrainConfig, resume: bool = False) -> Run:
-    """Run the loop to its end, or to the first SIGINT or SIGTERM, which saves and stops after the running step."""
-    run = Run(config, resume)
+    """Run the loop to its end, or to the first SIGINT or SIGTERM, which saves and stops after the running step.
+
+    Under torchrun every process runs it, and the first one prints and writes.
+    """
+    world = start(config.parallel, local_device(pick_device(config.device)), config.timeout_minutes)
+    try:
+        with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None):
+            return _train(config, resume, world)
+    finally:
+        stop()
+
+
+def _train(config: TrainConfig, resume: bool, world: World) -> Run:
+    run = Run(config, resume, world)
     print(run.describe())
     if run.finished:
         print(f"{run.folder} is finished: {run.step} of {run.config.steps} steps; more with --steps or --minutes")
@@ -421,9 +586,11 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
         f"training  {config.steps:,} steps of {tokens_per_step:,} tokens = {config.steps * tokens_per_step:,} tokens "
         f"({config.steps * config.batch_size / run.sampler.windows_per_epoch:.2f} epochs) to {run.folder}"
     )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
-    tracker = Tracker(run.folder, dataclasses.asdict(config), config.wandb, resume_step=run.step)
+    tracker: Tracker | None = None
+    if world.is_first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
+        tracker = Tracker(run.folder, dataclasses.asdict(config), config.wandb, resume_step=run.step)
 
     def request_stop(signum: int, frame: Any) -> None:
         run.stop_signal = signum
@@ -431,34 +598,70 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     # Silent unless stderr is a terminal; the loop prints lines instead.
-    bar = tqdm(total=config.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=None)
+    bar = tqdm(
+        total=config.steps, initial=run.step, unit="step", dynamic_ncols=True,
+        disable=None if world.is_first else True,
+    )  # fmt: skip
     try:
         loop(run, tracker, bar)
     finally:
         bar.close()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-        tracker.close()
+        if tracker:
+            tracker.close()
+    if world.strategy == "fsdp" and run.step == config.steps:
+        if world.is_first:  # what generate.py and the exports read
+            for which in ("last", "best"):
+                checkpoint.consolidate(checkpoint.folder_of(run.folder, which))
+        world.barrier("the conversion of the last checkpoint")
     return run
 
 
-def loop(run: Run, tracker: Tracker, bar: tqdm) -> None:
+@contextlib.contextmanager
+def watchdog(minutes: float) -> Iterator[None]:
+    """End the program, with the stack of every thread on stderr, if the block takes longer than this."""
+    try:
+        faulthandler.dump_traceback_later(minutes * 60, exit=True, file=sys.__stderr__ or 2)
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def loop(run: Run, tracker: Tracker | None, bar: tqdm) -> None:
     """Steps, with logging, validation, checkpoints and samples between them."""
     config, tokens_per_step = run.config, run.config.batch_size * run.config.window
-    last_line = time.perf_counter() - 1e9
+    last_line, longest, longest_pause = time.perf_counter() - 1e9, 0.0, 0.0
     since, logged = time.perf_counter(), run.step  # of the last logged step, validation and samples left out
     while run.step < config.steps and run.stop_signal is None:
         start = time.perf_counter()
-        loss, norm, lr = run.train_step()
+        before = run.step
+        statistics_due = (run.step + 1) % config.eval_every == 0 or run.step + 1 == config.steps
+        codes = weight_codes(run.model) if statistics_due else None
+        with watchdog(config.timeout_minutes):
+            loss, norm, lr = run.train_step()
         run.seconds += time.perf_counter() - start
-        bar.update()
+        bar.update(run.step - before)
+        if run.step != before + 1:  # rewound: what is logged again replaces what was
+            since, logged = time.perf_counter(), run.step
+            if tracker:
+                tracker.rewind(run.step)
+            continue
+        longest = max(longest, time.perf_counter() - start)
+        if codes is not None:
+            weights = weight_statistics(run.model, codes, run.world)
+            if tracker and weights:
+                tracker.log(run.step, **weights)
         done = run.step == config.steps
-        if run.step % config.log_every == 0 or done:
+        if (run.step % config.log_every == 0 or done) and math.isfinite(loss):
             rate = (run.step - logged) * tokens_per_step / (time.perf_counter() - since)
             since, logged = time.perf_counter(), run.step
-            tracker.log(run.step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate), seconds=run.seconds)
+            if tracker:
+                tracker.log(
+                    run.step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=round(rate), seconds=run.seconds
+                )
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s")
-            if bar.disable and (done or time.perf_counter() - last_line > 10):
+            if run.world.is_first and bar.disable and (done or time.perf_counter() - last_line > 10):
                 last_line = time.perf_counter()
                 eta = (config.steps - run.step) * tokens_per_step / rate
                 clock = f"{int(eta // 60)}:{int(eta % 60):02d}"
@@ -467,15 +670,21 @@ def loop(run: Run, tracker: Tracker, bar: tqdm) -> None:
         if run.step % config.eval_every == 0 or done:
             validate_and_save(run, tracker)
         if config.sample_every and run.step % config.sample_every == 0 and not done:
-            tqdm.write("sample    " + " ".join(run.sample().split()))
+            say("sample    " + " ".join(run.sample().split()))
         since += time.perf_counter() - pause
+        longest_pause = max(longest_pause, time.perf_counter() - pause)
+        if config.max_minutes and run.stop_signal is None:
+            # Twice the longest step and pause (which saves), since the next ones may be longer.
+            left = config.max_minutes * 60 - (time.perf_counter() - run.started) - 2 * (longest + longest_pause)
+            run.stop_signal = run.world.share(signal.SIGTERM if left < 0 else None)
     if run.step < config.steps:
         save_or_warn(run, best=False, must=True)
-        tracker.draw()
+        if tracker:
+            tracker.draw()
         print(f"stopped at step {run.step} of {config.steps}; go on with: python train.py --resume {run.folder}")
 
 
-def validate_and_save(run: Run, tracker: Tracker) -> None:
+def validate_and_save(run: Run, tracker: Tracker | None) -> None:
     """Validate, write a checkpoint, and call it the best one if the loss over the same part of the split says so."""
     done = run.step == run.config.steps
     result = run.validate(whole=False)
@@ -485,7 +694,7 @@ def validate_and_save(run: Run, tracker: Tracker) -> None:
         run.best_loss = result.loss
     whole = run.validate(whole=True) if done and result.tokens < len(run.corpus.split("val")) - 1 else None
     for prefix, part in (("val", result), ("whole_val", whole)):
-        if part:
+        if part and tracker:
             tracker.log(
                 run.step,
                 **{
@@ -494,12 +703,13 @@ def validate_and_save(run: Run, tracker: Tracker) -> None:
                     f"{prefix}_bits_per_byte": part.bits_per_byte,
                 },
             )
-            tqdm.write(
+            say(
                 f"step {run.step:>6}/{run.config.steps}  {'whole ' if part is whole else ''}validation loss "
                 f"{part.loss:.4f}  perplexity {part.perplexity:.2f}  bits/byte {part.bits_per_byte:.4f}"
             )
     save_or_warn(run, best=improved, must=done)
-    tracker.draw()
+    if tracker:
+        tracker.draw()
 
 
 def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
@@ -509,7 +719,13 @@ def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
     except OSError as error:
         if must:
             raise
-        tqdm.write(f"warning: {error}; earlier checkpoints are intact and training goes on", file=sys.stderr)
+        say(f"warning: {error}; earlier checkpoints are intact and training goes on", file=sys.stderr)
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print a line above the progress bar, from the process that prints."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(text, file=file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,12 +4,13 @@
       config.json              the whole training configuration
       metrics.jsonl  loss.png
       checkpoints/
-        step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model
-        index.json             {"last": "step-00000500", "best": "step-00000400"}
+        step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model,
+                               checksums.json; of a sharded run shards/ (bitnet/sharded.py) for the safetensors
+        index.json             {"last": "step-00000500", "best": "step-00000400", "kept": ["step-00000500", ...]}
 
 A checkpoint is written into a folder of another name, flushed to disk and renamed; then `index.json` is replaced; only
 then are the checkpoints removed that it no longer names. At every moment `index.json` points at complete checkpoints.
-Nothing is pickled, so loading a checkpoint runs no code.
+Nothing is pickled, so loading a checkpoint runs no code. `newest_good` checks the sums before a run goes on from one.
 
 A packed model (`save_packed`) is a folder of its own with model.safetensors, config.json and tokenizer.model, where
 config.json says `"packed": true` and the tensors are those of `BitNetForCausalLM.pack()`, with an INT8 or a float
@@ -17,6 +18,7 @@ embedding.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -30,13 +32,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitnet.distributed import World, placed_like
 from bitnet.engine import Engine
 from bitnet.files import fsync_folder, write_atomic
-from bitnet.kernels import native_wanted, quantize_weight
+from bitnet.gpu_engine import GpuEngine
+from bitnet.kernels import native_wanted, quantize_weight, triton_wanted
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import pack_codes
 
-INDEX = "index.json"
+INDEX, CHECKSUMS, SHARDS = "index.json", "checksums.json", "shards"
 MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER = (
     "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.model",
 )  # fmt: skip
@@ -68,43 +72,177 @@ def save_checkpoint(
     config: dict[str, Any],
     tokenizer: bytes,
     best: bool,
+    keep: int = 1,
+    world: World | None = None,
 ) -> Path:
     """Write a checkpoint, make it the run's last one, and its best one if `best`; returns its folder.
 
-    `state` must hold the step under "step". Raises OSError (disk full, no permission) with the earlier checkpoints
-    untouched and nothing half-written left behind.
+    `state` must hold the step under "step". The `keep` newest checkpoints stay, and the best one. `world` are the
+    processes over which the model is sharded, each of which must call this; without one the model is whole. Raises
+    OSError (disk full, no permission) with the earlier checkpoints untouched and nothing half-written left behind.
     """
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    pid = world.share(os.getpid()) if world else os.getpid()
+    temporary = folder.with_name(f".{folder.name}.tmp-{pid}")
     index = _read_index(run)
-    for remains in folder.parent.glob(".step-*.tmp-*"):  # of a save that was killed; they may be what fills the disk
-        shutil.rmtree(remains, ignore_errors=True)
-    try:
-        if folder.name not in index.values():  # else this very step is already saved and only its rank may change
+
+    def prepare() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for remains in folder.parent.glob(
+            ".step-*.tmp-*"
+        ):  # of a save that was killed; they may be what fills the disk
+            shutil.rmtree(remains, ignore_errors=True)
+        if folder.name not in _named(index):  # else this very step is already saved and only its rank may change
             temporary.mkdir()
-            # Tied tensors appear once: the head of a tied model is no module of its own.
-            save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
-            save_tensors(temporary / OPTIMIZER, optimizer_state)
-            write_atomic(temporary / STATE, json.dumps(state, indent=1))
-            write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-            write_atomic(temporary / TOKENIZER, tokenizer)
-            fsync_folder(temporary)
-            shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
-            os.replace(temporary, folder)
-            fsync_folder(folder.parent)
+
+    def write_rest() -> None:
+        write_atomic(temporary / STATE, json.dumps(state, indent=1))
+        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        write_atomic(temporary / TOKENIZER, tokenizer)
+        write_atomic(temporary / CHECKSUMS, json.dumps(_checksums(temporary), indent=1))
+        fsync_folder(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
+        os.replace(temporary, folder)
+        fsync_folder(folder.parent)
+
+    def publish() -> None:
         index["last"] = folder.name
+        index["kept"] = [folder.name, *(name for name in index.get("kept", []) if name != folder.name)][:keep]
         if best or "best" not in index:
             index["best"] = folder.name
         write_atomic(folder.parent / INDEX, json.dumps(index))
         fsync_folder(folder.parent)
+
+    try:
+        _on_first(world, prepare)
+        if folder.name not in _named(index):
+            if world:
+                from bitnet.sharded import write_shards
+
+                tensors = {f"optimizer.{name}": value for name, value in optimizer_state.items()}
+                write_shards(temporary / SHARDS, tensors | {f"model.{k}": v for k, v in model.state_dict().items()})
+            else:
+                # Tied tensors appear once: the head of a tied model is no module of its own.
+                save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
+                save_tensors(temporary / OPTIMIZER, optimizer_state)
+            _on_first(world, write_rest)
+        _on_first(world, publish)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"the checkpoint of step {state['step']} was not written to {folder.parent}: {error}") from error
-    for other in folder.parent.iterdir():
-        if other.is_dir() and other.name not in index.values():
-            shutil.rmtree(other, ignore_errors=True)
+    if world is None or world.is_first:
+        for other in folder.parent.iterdir():
+            if other.is_dir() and other.name not in _named(index):
+                shutil.rmtree(other, ignore_errors=True)
     return folder
+
+
+def _on_first(world: World | None, action: Callable[[], None]) -> None:
+    """Run on the first process only; what it raises, all raise."""
+    error: Exception | None = None
+    if world is None or world.is_first:
+        try:
+            action()
+        except (OSError, SafetensorError) as problem:
+            error = problem
+    failure = world.share(error and str(error)) if world else None
+    if error or failure:
+        raise error or OSError(failure)
+
+
+def _named(index: dict[str, Any]) -> set[str]:
+    return {name for name in (index.get("last"), index.get("best"), *index.get("kept", [])) if name}
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS):
+        with open(path, "rb") as file:
+            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None: a sum that differs, a file that is missing. One written
+    without sums counts as good where its model can be opened."""
+    try:
+        if not (folder / CHECKSUMS).is_file():
+            load_tensors(folder / MODEL)
+            return None
+        for name, expected in load_json(folder / CHECKSUMS).items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return f"{name} is not what was written"
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
+def newest_good(run: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run whose files are whole, and for each newer one a line about what is lost with it.
+
+    Raises CheckpointError where there is none.
+    """
+    index = _read_index(run)
+    if not _named(index):
+        resolve(run)  # says what is missing
+    lost: list[str] = []
+    for name in sorted(_named(index), reverse=True):
+        problem = damage(run / "checkpoints" / name)
+        if problem is None:
+            return run / "checkpoints" / name, lost
+        lost.append(f"checkpoint {name} is damaged ({problem}), and the steps since the one before it are lost")
+    raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(lost)}; start the run anew")
+
+
+def consolidate(folder: Path) -> Path:
+    """Write the safetensors form of a sharded checkpoint beside its shards, in one process, and return the model's
+    file. Raises CheckpointError for damaged shards and OSError for a disk that is full."""
+    from bitnet.sharded import read_whole
+
+    try:
+        for name, prefix in ((OPTIMIZER, "optimizer."), (MODEL, "model.")):  # with the model's file it is complete
+            temporary = folder / f".{name}.tmp-{os.getpid()}"
+            save_tensors(temporary, read_whole(folder / SHARDS, prefix))
+            os.replace(temporary, folder / name)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    fsync_folder(folder)
+    return folder / MODEL
+
+
+def load_training_tensors(
+    folder: Path, model: BitNetForCausalLM, optimizer: Any, device: torch.device | str = "cpu"
+) -> None:
+    """Fill a model and its optimizer, whole or sharded, from a checkpoint of either form.
+
+    `optimizer` is a `bitnet.optim.Optimizer`. Raises CheckpointError for damaged files or another model's.
+    """
+    if not (folder / SHARDS).is_dir():
+        load_weights(model, folder / MODEL, device)
+        optimizer.load_state(load_tensors(folder / OPTIMIZER))
+        return
+    from bitnet.sharded import names_and_shapes, read_shards
+
+    parameters = dict(model.named_parameters())
+    wanted = {f"model.{name}": value for name, value in model.state_dict().items()}
+    try:
+        shapes = names_and_shapes(folder / SHARDS)
+        moments: dict[str, Tensor] = {}
+        for key, size in shapes.items():
+            if not key.startswith("optimizer."):
+                continue
+            name = key.removeprefix("optimizer.").rpartition(".")[0]
+            if name not in parameters:
+                raise ValueError(f"optimizer state {key!r} belongs to no parameter of this model")
+            moments[key] = torch.zeros_like(parameters[name].detach()) if len(size) else torch.zeros(())
+        found = {name: size for name, size in shapes.items() if name.startswith("model.")}
+        if found != {name: value.shape for name, value in wanted.items()}:
+            raise ValueError(f"the shards in {folder} do not fit the model's configuration")
+        read_shards(folder / SHARDS, wanted | moments)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    optimizer.load_state({key.removeprefix("optimizer."): value for key, value in moments.items()})
 
 
 def resolve(path: str | Path, which: str = "last") -> Path:
@@ -115,14 +253,30 @@ def resolve(path: str | Path, which: str = "last") -> Path:
     path = Path(path)
     if (path / MODEL).is_file():
         return path
+    if (path / SHARDS).is_dir():
+        raise _not_converted(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run folder made by train.py or one of its checkpoints")
-    name = _read_index(path).get(which)
+    folder = folder_of(path, which)
+    if (folder / SHARDS).is_dir() and not (folder / MODEL).is_file():
+        raise _not_converted(folder)
+    if not (folder / MODEL).is_file():
+        raise CheckpointError(f"{path} names {folder.name} as its {which} checkpoint, but {MODEL} is missing there")
+    return folder
+
+
+def folder_of(run: Path, which: str) -> Path:
+    """The folder that a run's index names as last or best. Raises CheckpointError where it names none."""
+    name = _read_index(run).get(which)
     if name is None:
-        raise CheckpointError(f"{path} holds no checkpoint; train one with: python train.py --out {path}")
-    if not (path / "checkpoints" / name / MODEL).is_file():
-        raise CheckpointError(f"{path} names {name} as its {which} checkpoint, but {MODEL} is missing there")
-    return path / "checkpoints" / name
+        raise CheckpointError(f"{run} holds no checkpoint; train one with: python train.py --out {run}")
+    return run / "checkpoints" / name
+
+
+def _not_converted(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is sharded; write its safetensors form with: python -m bitnet.sharded {folder.parent.parent}"
+    )
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -202,12 +356,12 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
 
 def load_for_inference(
     checkpoint: Path, device: torch.device | str = "cpu", *, cache_dtype: str = "float32"
-) -> BitNetForCausalLM | Engine:
+) -> BitNetForCausalLM | Engine | GpuEngine:
     """The packed model of a checkpoint or packed folder, on the backend in force (`bitnet.kernels`): the native engine
-    on a CPU that has it, else packed layers in torch.
+    on a CPU that has it, the Triton engine on a GPU that has it, else packed layers in torch.
 
-    `cache_dtype` (float32, float16, int8) is the engine's; the torch model keeps float32. Raises CheckpointError for a
-    damaged file and ValueError for a float twin, which has no packed form.
+    `cache_dtype` (float32, float16, int8) is the native engine's; the torch model keeps float32. Raises
+    CheckpointError for a damaged file and ValueError for a float twin, which has no packed form.
     """
     device = torch.device(device)
     config, packed = load_config(checkpoint)
@@ -215,8 +369,7 @@ def load_for_inference(
         raise ValueError(f"{checkpoint} is a float model, which has no packed form; generate with --no-pack")
     native = native_wanted(device)
     if not packed:
-        model = load_model(checkpoint, "cpu" if native else device).pack()
-        return Engine.from_model(model, cache_dtype=cache_dtype) if native else model
+        return engine_of(load_model(checkpoint, "cpu" if native else device).pack(), device, cache_dtype)
     path = checkpoint / MODEL
     try:
         if native:
@@ -228,9 +381,20 @@ def load_for_inference(
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
             return Engine(config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
-        return BitNetForCausalLM.packed_from(config, load_tensors(path, device)).to(device)
+        return engine_of(BitNetForCausalLM.packed_from(config, load_tensors(path, device)), device, cache_dtype)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error
+
+
+def engine_of(
+    model: BitNetForCausalLM, device: torch.device, cache_dtype: str = "float32"
+) -> BitNetForCausalLM | Engine | GpuEngine:
+    """A packed model as the backend in force runs it on a device: an engine where there is one, else torch."""
+    if native_wanted(device):
+        return Engine.from_model(model.pack(), cache_dtype=cache_dtype)
+    if triton_wanted(device):
+        return GpuEngine.from_model(model.to(device).pack(), device=device)
+    return model.to(device)
 
 
 def _with_packed_embeddings(
@@ -267,10 +431,11 @@ def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | st
             f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong[:3]
         )
         raise CheckpointError(f"{path} does not fit the model's configuration at {len(wrong)} tensors ({detail})")
-    model.load_state_dict(tensors)
+    whole = model.state_dict()
+    model.load_state_dict({name: placed_like(whole[name], value) for name, value in tensors.items()})
 
 
-def _read_index(run: Path) -> dict[str, str]:
+def _read_index(run: Path) -> dict[str, Any]:
     path = run / "checkpoints" / INDEX
     return load_json(path) if path.exists() else {}
 

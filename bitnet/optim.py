@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitnet.distributed import gathered, placed_like
 from bitnet.model import bit_linears
 
 OPTIMIZERS = ("adamw", "muon")
@@ -153,9 +154,12 @@ class Optimizer:
                     "that the run was started with"
                 )
             # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
-            optimizer.state[parameter][slot] = value.to(parameter.device).clone()
+            optimizer.state[parameter][slot] = placed_like(parameter, value).clone()
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before."""
-    return float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before; of sharded
+    parameters, the norm of the whole."""
+    norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else math.inf, norm)
+    return float(norm)

@@ -37,6 +37,14 @@ class Tracker:
         if self.wandb:
             self.wandb.log(values, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Drop the lines after a step, which a run goes back to."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        try:
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        except OSError as error:
+            self._warn(error)
+
     def draw(self) -> None:
         """Write the loss curve so far."""
         try:

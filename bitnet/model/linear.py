@@ -30,8 +30,14 @@ class BitLinear(nn.Linear):
     quantize activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
 
     `quantizer_enabled = False` turns it into a plain Linear for a while (the 16-bit warm start of a ternary run), and a
-    scalar tensor as `quantizer_strength` fades its quantizers in (0 to 1; None is full strength).
+    scalar tensor as `quantizer_strength` fades its quantizers in (0 to 1; None is full strength). With
+    `weight_is_quantized` the parameter holds W~ already, gathered from the shards of other processes.
     """
+
+    weight_is_quantized = False
+    step_scale: Tensor | None = None
+    step_mean: Tensor | None = None
+    gather_dtype: torch.dtype
 
     def __init__(
         self,
@@ -58,6 +64,8 @@ class BitLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_is_quantized:
+            return kernels.reference.quantized_weight_linear(x, self.weight, self.bias)
         quantizer = self.quantizer if self.quantizer_enabled else "none"
         return kernels.fake_quant_linear(x, self.weight, self.bias, quantizer, self.quantizer_strength)
 

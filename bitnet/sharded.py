@@ -1,0 +1,107 @@
+"""Tensors that are spread over processes, on disk: torch.distributed.checkpoint, and its conversion to safetensors.
+
+A folder of shards holds one file a process and `.metadata`, which says where each part of each tensor is; any number of
+processes can read it, each its own part. Names are those of the safetensors form, `model.` before the model's and
+`optimizer.` before the optimizer's.
+
+    python -m bitnet.sharded runs/big           model.safetensors and optimizer.safetensors beside the shards
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bitnet.distributed import without_wrapper
+
+SHARDS = "shards"
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write this process's part of every tensor; every process must call it. Raises OSError."""
+    try:
+        dcp.save({name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise OSError(f"shards were not written to {folder}: {_reason(error)}") from error
+
+
+def read_shards(folder: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Fill tensors, whole or sharded over any number of processes, from a folder of shards; every process must call it,
+    unless one reads whole tensors `alone`.
+
+    Raises ValueError for shards that are damaged, or do not hold one of the tensors.
+    """
+    try:
+        dcp.load(
+            {name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder,
+            no_dist=alone or not torch.distributed.is_initialized(),
+        )  # fmt: skip
+    except (Exception, CheckpointException) as error:  # pickle, zip, JSON: whatever a damaged file breaks
+        raise ValueError(f"the shards in {folder} cannot be read: {_reason(error)}; use another checkpoint") from error
+
+
+def names_and_shapes(folder: Path) -> dict[str, torch.Size]:
+    """What a folder of shards holds. Raises ValueError where it cannot be read."""
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"the shards in {folder} cannot be read: {_reason(error)}; use another checkpoint") from error
+    return {name: getattr(entry, "size", torch.Size()) for name, entry in metadata.state_dict_metadata.items()}
+
+
+def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix ("model." or "optimizer."), whole, in one process, under their names without it."""
+    shapes = {name: size for name, size in names_and_shapes(folder).items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(size) for name, size in shapes.items()}
+    if tensors:
+        read_shards(folder, tensors, alone=True)
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The same storage without this package's subclass, so that reading needs no class of ours."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = without_wrapper(tensor.to_local())
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", {})
+    first = next(iter(failures.values()))[0] if failures else error
+    return str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line: convert every sharded checkpoint of the runs named."""
+    from bitnet.checkpoint import CheckpointError, consolidate
+
+    runs = sys.argv[1:] if argv is None else argv
+    if not runs:
+        print("usage: python -m bitnet.sharded RUN ...", file=sys.stderr)
+        return 2
+    for run in runs:
+        folders = sorted((Path(run) / "checkpoints").glob("step-*/" + SHARDS))
+        if not folders:
+            print(f"error: {run} has no sharded checkpoint", file=sys.stderr)
+            return 1
+        for shards in folders:
+            try:
+                print(consolidate(shards.parent))
+            except (CheckpointError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
