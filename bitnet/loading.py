@@ -15,9 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from bitnet import checkpoint
-from bitnet.engine import Engine
 from bitnet.generation import LanguageModel
-from bitnet.kernels import native_wanted
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import (
     BaseTokenizer,
@@ -176,9 +174,7 @@ def _read(path: Path, kind: Kind) -> BitNetForCausalLM:
     return hf.read(path) if kind == "hf" else quantized.read(path)
 
 
-def _own(
-    folder: Path, device: torch.device, pack: bool, cache_dtype: str, dtype: torch.dtype
-) -> BitNetForCausalLM | Engine:
+def _own(folder: Path, device: torch.device, pack: bool, cache_dtype: str, dtype: torch.dtype) -> LanguageModel:
     """The model of one of our own folders."""
     config, _ = checkpoint.load_config(folder)
     if pack and config.quantizer != "none":
@@ -188,11 +184,10 @@ def _own(
 
 def _ready(
     model: BitNetForCausalLM, path: Path, device: torch.device, pack: bool, cache_dtype: str, dtype: torch.dtype
-) -> BitNetForCausalLM | Engine:
+) -> LanguageModel:
     """A model as it was read from a foreign file, in the form in which it runs."""
     if model.is_packed and not pack:
         raise ValueError(f"{path} holds packed weights and no latent floats, so it cannot run without packing")
     if model.config.quantizer == "none" or not pack:
         return model.to(device=device, dtype=dtype)
-    model.pack()
-    return Engine.from_model(model, cache_dtype=cache_dtype) if native_wanted(device) else model.to(device)
+    return checkpoint.engine_of(model.pack(), device, cache_dtype)

@@ -32,6 +32,7 @@ __all__ = [
     "packed_matmul",
     "quantize_weight",
     "select_backend",
+    "triton_wanted",
     "use_backend",
 ]
 
@@ -65,6 +66,11 @@ def native_wanted(device: torch.device) -> bool:
     """Whether a model on this device should run natively as a whole: asked for, or automatic and possible. Raises
     ValueError where it was asked for and cannot be."""
     return select_backend(torch.empty(0, device=device)) is cpu
+
+
+def triton_wanted(device: torch.device) -> bool:
+    """The same for the Triton kernels."""
+    return select_backend(torch.empty(0, device=device)) is triton
 
 
 @cache
