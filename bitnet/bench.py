@@ -93,6 +93,9 @@ class Options:
     """NAME=BINARY:MODEL, a llama-bench and its model, to run in turn with ours; may be given several times."""
     json: Path | None = None
     """Write all results into this file."""
+    device: str = "cpu"
+    """cuda measures the Triton kernels, the GPU engine and training instead (bitnet/gpu_bench.py), of --preset or of
+    two shapes; of the other options --json and --quick count."""
     quick: bool = False
     """A few seconds, to see that everything works: the numbers are no measurements."""
 
@@ -706,6 +709,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog="python -m bitnet.bench", args=argv)
     threads = torch.get_num_threads()
     try:
+        if options.device != "cpu":
+            from bitnet import gpu_bench
+
+            presets = {"presets": (options.preset,)} if options.preset else {}
+            return gpu_bench.run(
+                gpu_bench.Options(device=options.device, json=options.json, quick=options.quick, **presets)
+            )
         return run(options)
     except KeyboardInterrupt:
         return 130

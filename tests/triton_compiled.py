@@ -42,6 +42,14 @@ def multiply(M: int, N: int, K: int, bits: int, algorithm: str, **changes: int) 
     return call
 
 
+def quantize(M: int, K: int, norm: bool, gate: str = "none") -> Callable[[], object]:
+    def call() -> object:
+        x = torch.empty(M, K if gate == "none" else 2 * K, dtype=BF16)
+        return activations.quantize_activations(x, torch.empty(K) if norm else None, 1e-5, gate)
+
+    return call
+
+
 def attend() -> object:
     q, cache = torch.empty(1, 1, 20, 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=BF16)
     return attention.attend(q, cache, cache, torch.empty(1, dtype=torch.int32))
@@ -60,13 +68,13 @@ def embed() -> object:
 
 # 2B-4T's shapes: calls, and the pattern that the first launch must hold.
 CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
-    "norm and quantize": (lambda: activations.quantize_activations(torch.empty(1, 2560, dtype=BF16), torch.empty(2560), 1e-5), None),
-    "gate, norm, quantize": (lambda: activations.quantize_activations(torch.empty(9, 13824, dtype=BF16), torch.empty(6912), 1e-5, "relu2"), None),
-    "silu, quantize": (lambda: activations.quantize_activations(torch.empty(9, 13824, dtype=BF16), gate="silu"), None),
+    "norm and quantize": (quantize(1, 2560, True), None),
+    "gate, norm, quantize": (quantize(9, 6912, True, "relu2"), None),
+    "silu, quantize": (quantize(9, 6912, False, "silu"), None),
     "ternary, packed": (lambda: weights.quantize_ternary(torch.empty(2560, 6912)), None),
     "ternary, codes": (lambda: weights.quantize_ternary(torch.empty(2560, 6912, dtype=BF16), packed=False), None),
     "unpack": (lambda: weights.unpack(torch.empty(9, 640, dtype=torch.uint8), 2, 2560), None),
-    "dequantize": (lambda: weights.dequantize(torch.empty(9, 2560, dtype=torch.int8), torch.empty(9), 2560, BF16), None),
+    "dequantize": (lambda: weights.dequantize(torch.empty(9, 2560, dtype=torch.int8), torch.ones(9), 2560, BF16), None),
     "select": (multiply(1, 2560, 2560, 2, "select"), None),
     "four lanes": (multiply(1, 2560, 2560, 2, "four_lanes"), None),
     "dot4, 1 token": (multiply(1, 2560, 2560, 2, "dot4"), DOT4),

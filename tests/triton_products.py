@@ -313,6 +313,10 @@ def test_modules_compile_into_one_graph(on_triton: None) -> None:
     for module in (packed, layer):
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(x), module(x))
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        assert half.dtype == torch.float16
+        assert torch.equal(half, layer(x))
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()
     gradient, layer.weight.grad = layer.weight.grad, None
     layer(x).sum().backward()

@@ -1,0 +1,46 @@
+"""BitLinear in training on weights that were quantized once for the step, with an exact int8 product forward.
+
+    forward     y = (x_q @ w_q^T) * s_x * s_w + bias         int32 accumulation, exact; x_q and s_x are kept
+    backward    grad_x = grad_y @ W~,  grad_W = grad_y^T @ x~        W~ = w_q * s_w, x~ = x_q * s_x, in float
+
+It differs from `reference.fake_quant_linear` by rounding alone: that one sums products of dequantized floats. What is
+kept for the backward is int8, a quarter of what a float layer keeps, and w_q serves every micro-batch and the backward.
+Plain torch (`torch._int_mm`), so that torch.compile fuses what stands around the products.
+
+Letters: M tokens, N out_features, K in_features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.kernels.reference import quantize_activations
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_codes, x_scale = quantize_activations(x)
+        y = torch._int_mm(x_codes, codes.t()).float() * x_scale * scale.view(-1)
+        return y, x_codes, x_scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, _, codes, scale = inputs
+        _, x_codes, x_scale = output
+        ctx.mark_non_differentiable(x_codes, x_scale)
+        ctx.save_for_backward(x_codes, x_scale, codes, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad, (x_codes, x_scale, codes, scale) = grads[0], ctx.saved_tensors
+        return grad @ (codes.float() * scale), grad.t() @ (x_codes.float() * x_scale), None, None
+
+
+def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
+    """Training product of float32 x `[.., K]` on a weight's codes int8 `[N, K]` and scale float32 `[1, 1]` or `[N, 1]`;
+    the gradient goes to the latent `weight` `[N, K]`, straight through. Returns float32 `[.., N]`."""
+    y = _Int8Linear.apply(x.reshape(-1, x.shape[-1]), weight, codes, scale)[0]
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
