@@ -89,6 +89,11 @@ class Engine:
             raise ValueError(f"cache dtype {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
         if config.head_width > 1024:
             raise ValueError(f"head_dim is {config.head_width}; the native attention takes at most 1024")
+        names = None if names is None else set(names)
+        if names is not None and config.num_hidden_layers > len(names):
+            raise ValueError(
+                f"the configuration says {config.num_hidden_layers} layers and there are {len(names)} tensors"
+            )
         native.kernels()
         self.config, self.cache_dtype = config, cache_dtype
         self._keep: list[Tensor] = []

@@ -27,7 +27,6 @@ from bitnet.interop.gguf_names import (
     rotary_rows,
     table_names,
 )
-from bitnet.interop.hf import MAX_ROPE_VALUES
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.transformer import rope_tables
@@ -119,8 +118,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         quantizer="none",
     )
-    # Their tables are the one size that no tensor bounds: twice the file, or 8 MB.
-    if config.max_position_embeddings * head_dim > min(MAX_ROPE_VALUES, max(2**20, file.size // 4)):
+    # Their tables are the one size that no tensor bounds: at most twice the file, or 8 MB.
+    if config.max_position_embeddings * head_dim > max(2**20, file.size // 4):
         raise GGUFError(f"{arch}.context_length is {config.max_position_embeddings}, more than is supported")
     _check_tensors(file, config)
     return config

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from bitnet.kernels import check_quantizer
 
 ACTIVATIONS = ("silu", "relu2")
+MAX_ROPE_VALUES = 2**25
+"""Positions times head_dim: the one size that no tensor bounds. A 128k context with heads of 128 is half of it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class ModelConfig:
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary embedding rotates pairs, choose an even one")
+        if self.max_position_embeddings * self.head_width > MAX_ROPE_VALUES:
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} would take a table of "
+                f"{8 * self.max_position_embeddings * self.head_width:,} bytes; lower it to the length that you need"
+            )
 
     @property
     def head_width(self) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitnet.model.config import ModelConfig
 from bitnet.model.kv_cache import KVCache
@@ -127,6 +128,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # keep only the layers' inputs for the backward, and run each layer again there
         self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -150,8 +152,12 @@ class Decoder(nn.Module):
                 "shorten the input, or train with a larger max_position_embeddings"
             )
         h = self.embed_tokens(input_ids)
+        cos, sin = self.cos[start:end], self.sin[start:end]
         for layer in self.layers:
-            h = layer(h, self.cos[start:end], self.sin[start:end], cache)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(layer, h, cos, sin, cache, use_reentrant=False)
+            else:
+                h = layer(h, cos, sin, cache)
         if cache is not None:
             cache.advance(end - start)
         return self.norm(h)
@@ -167,6 +173,7 @@ class BitNetForCausalLM(nn.Module):
         self.lm_head: Any = None  # pack() puts other modules in the place of these two
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.loss_chunk = 0  # tokens whose logits are in memory at a time; 0 for all
         self.next_token_loss = next_token_loss  # an attribute, so that compile_model can replace it
         self.apply(self._initialize)
 
@@ -195,6 +202,8 @@ class BitNetForCausalLM(nn.Module):
         h = self.model(input_ids)
         if self.head_is_packed:
             return cross_entropy(self._logits(h), labels, reduction)
+        if self.loss_chunk and labels.numel() > self.loss_chunk:
+            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, self.loss_chunk)
         return self.next_token_loss(h, self.head_weight, labels, reduction)
 
     def pack(self, *, embeddings: bool = True) -> "BitNetForCausalLM":
@@ -220,6 +229,8 @@ class BitNetForCausalLM(nn.Module):
         Embedding and head are INT8 or float, whichever the tensors are. Raises RuntimeError, from torch, for tensors
         that are missing, left over or of another shape.
         """
+        if config.num_hidden_layers > len(tensors):  # before as many modules are made
+            raise RuntimeError(f"{config.num_hidden_layers} layers and only {len(tensors)} tensors")
         with torch.device("meta"):
             model = cls(config)
             if "model.embed_tokens.weight" not in tensors:
@@ -281,6 +292,19 @@ class BitNetForCausalLM(nn.Module):
 def next_token_loss(h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of hidden states `[B, T, C]` under an output matrix `[V, C]`; softmax in float32."""
     return cross_entropy(F.linear(h, head), labels, reduction)
+
+
+def chunked_loss(
+    loss: Callable[..., Tensor], h: Tensor, head: Tensor, labels: Tensor, reduction: str, chunk: int
+) -> Tensor:
+    """`loss` (a `next_token_loss`) over pieces of `chunk` tokens, whose logits are made again in the backward: never
+    more than `chunk` x V of them are in memory."""
+    losses = [
+        checkpoint(loss, part[None], head, wanted[None], "none", use_reentrant=False)
+        for part, wanted in zip(h.flatten(0, 1).split(chunk), labels.flatten().split(chunk), strict=True)
+    ]
+    each = torch.cat([part.flatten() for part in losses])
+    return each.sum() / (labels != -100).sum() if reduction == "mean" else each.view(labels.shape)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
