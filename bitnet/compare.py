@@ -344,7 +344,11 @@ class Comparison:
                 elif what in self.runs:
                     row = self.add_trained(name, what)
                 else:
-                    row = self.add_quantized(what)
+                    try:
+                        row = self.add_quantized(what)
+                    except ValueError as error:  # a shape that the method cannot take
+                        tqdm.write(f"note: no row {name}: {error}", file=sys.stderr)
+                        continue
                 self.rows[name] = row
                 self.write()
                 if bar.disable:

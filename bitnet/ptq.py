@@ -89,6 +89,8 @@ class Options:
     """nf4: scales in 8 bits."""
     embeddings: str = "float32"
     """Embedding and head: float32, float16, bfloat16 or int8; the 16-bit methods take their own type."""
+    compatible: bool = False
+    """gguf: ggml's own bytes instead of the better search."""
     version: int = 1
     """Convention for zero points in the GPTQ layout (rtn, awq, gptq)."""
     batch_size: int = 8
@@ -204,7 +206,9 @@ def _gguf(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: Op
         elif kind in GGUF_FLOATS:
             module = FloatLinear.from_linear(projection(model, name), GGUF_FLOATS[kind])
         else:
-            module = BlockLinear.from_linear(projection(model, name), kind, importance.get(name))
+            module = BlockLinear.from_linear(
+                projection(model, name), kind, importance.get(name), compatible=options.compatible
+            )
         _replace(model, name, module)
 
 

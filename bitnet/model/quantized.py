@@ -282,11 +282,13 @@ class BlockLinear(_WeightOnly):
         self.register_buffer("data", torch.zeros(out_features, width, dtype=torch.uint8))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, block_type: str, importance: Tensor | None = None) -> "BlockLinear":
-        """Quantize, weighing the error of each column by `importance` `[K]` where it is given. Raises ValueError as
-        `bitnet.kernels.blocks.quantize` does."""
+    def from_linear(
+        cls, linear: nn.Linear, block_type: str, importance: Tensor | None = None, *, compatible: bool = False
+    ) -> "BlockLinear":
+        """Quantize, weighing the error of each column by `importance` `[K]` where it is given; `compatible` as ggml
+        does. Raises ValueError as `bitnet.kernels.blocks.quantize` does."""
         layer = _empty(cls, linear, block_type=block_type)
-        layer.data = blocks.quantize(linear.weight.detach(), block_type, importance)
+        layer.data = blocks.quantize(linear.weight.detach(), block_type, importance, compatible=compatible)
         return layer
 
     def dequantize(self) -> Tensor:
