@@ -29,6 +29,10 @@ class _ContextParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _QuantizeParams(ctypes.Structure):
+    _fields_ = [("n_threads", c_int32), ("file_type", c_int32), ("rest", ctypes.c_byte * 512)]
+
+
 class _Batch(ctypes.Structure):
     _fields_ = [
         ("n_tokens", c_int32), ("token", POINTER(c_int32)), ("embd", POINTER(c_float)), ("pos", POINTER(c_int32)),
@@ -39,6 +43,8 @@ class _Batch(ctypes.Structure):
 _SIGNATURES = {
     "llama_model_default_params": (_ModelParams, []),
     "llama_context_default_params": (_ContextParams, []),
+    "llama_model_quantize_default_params": (_QuantizeParams, []),
+    "llama_model_quantize": (c_uint32, [c_char_p, c_char_p, POINTER(_QuantizeParams)]),
     "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
@@ -87,6 +93,15 @@ def library() -> ctypes.CDLL:
     ggml.ggml_backend_load_all_from_path(str(FOLDER).encode())
     lib.llama_backend_init()
     return lib
+
+
+def quantize(source: Path, target: Path, file_type: int) -> None:
+    """llama.cpp's own conversion of a float file to one of its file types, as `llama-quantize` does it."""
+    params = library().llama_model_quantize_default_params()
+    params.n_threads, params.file_type = 1, file_type
+    log.clear()
+    code = library().llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    assert code == 0, "".join(log[-6:])
 
 
 class LlamaModel:

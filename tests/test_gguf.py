@@ -12,14 +12,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))
-from llama import LlamaModel
+from llama import LlamaModel, quantize
 
 from bitnet.corpus import open_corpus
 from bitnet.interop import gguf
 from bitnet.interop.gguf_file import NUMBERS, TYPES, GGUFError, GGUFFile, TensorToWrite, write_file
 from bitnet.interop.gguf_read import read_ternary
 from bitnet.interop.gguf_vocabulary import vocabulary
-from bitnet.interop.gguf_write import architecture
+from bitnet.interop.gguf_write import FILE_TYPES, architecture
+from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
 from bitnet.quant import quantize_ternary, unpack_codes
 from bitnet.quant.i2s import pack_i2_s, unpack_i2_s
@@ -713,6 +714,39 @@ def test_llama_cpp_runs_models_without_sub_norms(tmp_path, tokenizer, quantizer,
 def fake(weight: torch.Tensor) -> torch.Tensor:
     codes, scale = quantize_ternary(weight)
     return codes * scale
+
+
+def logits_of_both(path: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and llama.cpp's of one file."""
+    with torch.no_grad(), LlamaModel(path, 64) as loaded:
+        return gguf.read(path)(ids[None])[0], torch.tensor(loaded.logits(ids.tolist()))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).square().mean().sqrt() / b.std())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in blocks.TYPES if not kind.startswith("TQ")])
+def test_llama_cpp_runs_every_block_type(tmp_path, tokenizer, kind):
+    """Both compute with the same weights; llama.cpp quantizes activations to 8 bits a block, which is the distance."""
+    model = random_model(quantizer="none", sub_norm=kind in ("Q4_0", "Q4_K"), num_hidden_layers=1)
+    gguf.write(model, tmp_path / "x.gguf", kind, tokenizer=tokenizer)
+    stored = {info.type for info in GGUFFile(tmp_path / "x.gguf").tensors.values()}
+    assert stored == {"F32", kind, kind if kind == "Q8_0" else "Q6_K"}
+    ids = torch.arange(260, 300)
+    ours, theirs = logits_of_both(tmp_path / "x.gguf", ids)
+    assert distance(ours, theirs) < 0.04
+    with torch.no_grad():
+        loss = distance(ours, model(ids[None])[0])
+    assert loss < {"Q2_K": 1.0, "Q3_K": 0.6}.get(kind, 0.35)  # random weights, no structure to exploit
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_L", "Q4_K_M", "Q5_1", "IQ4_NL"])
+def test_files_that_llama_cpp_quantized_are_read(tmp_path, tokenizer, kind):
+    gguf.write(random_model(quantizer="none", sub_norm=False), tmp_path / "x.gguf", "F32", tokenizer=tokenizer)
+    quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", FILE_TYPES[kind])
+    ours, theirs = logits_of_both(tmp_path / "y.gguf", torch.arange(260, 300))
+    assert distance(ours, theirs) < 0.05
 
 
 def test_smollm2_agrees_with_transformers(tmp_path):

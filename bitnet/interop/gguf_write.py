@@ -57,8 +57,9 @@ def write(
     type:            of the projections, or a mixture such as Q4_K_M; see the top of this file.
     tokenizer:       a sentencepiece tokenizer, or the `tokenizer.*` metadata of another GGUF file.
     chat_template:   its jinja source.
-    embedding_type:  of embedding and head: by default Q6_K beside ternary types (Q8_0 or F16 where its rows do not
-                     fit), else what the type or mixture says. An INT8 embedding is written as the floats it stands for.
+    embedding_type:  of embedding and head: by default F16 beside I2_S, Q6_K beside TQ1_0, TQ2_0 and the types below
+                     six bits (Q8_0 or F16 where its rows do not fit), else the type itself or what the mixture says.
+                     An INT8 embedding is written as the floats it stands for.
     name:            what the file says the model is called.
 
     Raises ValueError, with the reason and the alternative, for what the engine cannot express, and OSError.
@@ -134,12 +135,12 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
                     f"{name} has rows of {columns} weights, no multiple of {type}'s {block}; choose {fallback}, or "
                     f"train with sizes that are multiples of {block}"
                 )
-        types = dict.fromkeys(projections, type) | dict.fromkeys(tables, type)
+        _, block, size = TYPES[NUMBERS[type]]
+        table_type = "F16" if type == "I2_S" else "Q6_K" if 8 * size / block < 6.5 else type
+        types = dict.fromkeys(projections, type) | dict.fromkeys(tables, table_type)
     for table in tables:
         if embedding_type is not None:
             types[table] = embedding_type
-        elif type in TERNARY:
-            types[table] = "F16" if type == "I2_S" else "Q6_K"
         if types[table] not in NUMBERS or types[table] in TERNARY:
             raise ValueError(f"embedding type {types[table]!r} is not one of F32, F16, BF16 and the block types")
         for fallback in ("Q8_0", "F16"):
