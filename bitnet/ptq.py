@@ -202,7 +202,7 @@ def _gguf(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: Op
     for name, kind in _progress(list(_gguf_types(model, method).items()), method, options):
         matrix = model.get_submodule(name)
         if isinstance(matrix, nn.Embedding):
-            module = _table(matrix, kind)
+            module: nn.Module = _table(matrix, kind, options.compatible)
         elif kind in GGUF_FLOATS:
             module = FloatLinear.from_linear(projection(model, name), GGUF_FLOATS[kind])
         else:
@@ -330,12 +330,12 @@ def _convert_embeddings(model: BitNetForCausalLM, dtype: str) -> None:
     model.lm_head = head
 
 
-def _table(table: nn.Embedding, kind: str) -> nn.Module:
+def _table(table: nn.Embedding, kind: str, compatible: bool = False) -> nn.Module:
     """An embedding in a block type, or a float by our name or GGUF's."""
     matrix = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False, device="meta").eval()
     matrix.weight = table.weight
     if kind in BLOCKS:
-        return BlockEmbedding.from_linear(matrix, kind)
+        return BlockEmbedding.from_linear(matrix, kind, compatible=compatible)
     return FloatEmbedding.from_linear(matrix, GGUF_FLOATS.get(kind, kind))
 
 

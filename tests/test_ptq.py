@@ -342,6 +342,19 @@ def test_gguf_importance_is_the_mean_square_of_the_float_inputs() -> None:
     assert weighted < 0.98 * unweighted
 
 
+@pytest.mark.parametrize("method", ["gguf-q4_k", "gguf-q4_0"])
+def test_gguf_compatible_blocks_are_ggmls_and_no_better(method) -> None:
+    original, kind = block_model(), method.removeprefix("gguf-").upper()
+    ours, theirs = (
+        quantize_model(copy.deepcopy(original), method, compatible=compatible, **QUICK) for compatible in (False, True)
+    )
+    for name, module in projections(theirs):
+        weight = original.get_submodule(name).weight.detach()
+        assert torch.equal(module.data, kernels.blocks.quantize(weight, kind, compatible=True))
+        errors = [(m.dequantize() - weight).square().sum() for m in (ours.get_submodule(name), module)]
+        assert errors[0] < errors[1]
+
+
 def test_gguf_errors_are_named() -> None:
     with pytest.raises(ValueError, match=r"Q4_K has blocks of 256, which do not divide the input channels of model"):
         quantize_model(float_model(), "gguf-q4_k", **QUICK)
