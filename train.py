@@ -53,7 +53,7 @@ from bitnet.generation import SamplingConfig, generate, limit_new_tokens
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
-from bitnet.runtime import compile_model, eager, pick_device, pick_dtype
+from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tracking import Tracker
 from bitnet.weight_stats import weight_codes, weight_statistics
@@ -137,6 +137,13 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; auto takes bfloat16 where the hardware multiplies it faster.
     Parameters, norms, residual stream and optimizer stay float32."""
+    product: Literal["auto", "float", "int8"] = "auto"
+    """Forward product of quantized layers in float32 on a CPU: float multiplies dequantized operands; int8 is exact,
+    quantizes weights once a step and keeps activations as int8; auto is int8 where the processor multiplies int8."""
+    recompute: bool = False
+    """Keep only the input of each layer for the backward, and compute the rest again: a third more time."""
+    loss_chunk: int = 0
+    """Tokens whose logits are in memory at a time; 0 for those of a micro-batch."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto where a C++ compiler is found."""
     threads: int | None = None
@@ -225,6 +232,23 @@ PRESETS: dict[str, TrainConfig] = {
 }  # fmt: skip
 
 
+def _resolve_auto(argv: Sequence[str]) -> list[str]:
+    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of --preset and --like, and
+    nothing where it has not: the same command line starts a run and goes on with it."""
+    first = argparse.ArgumentParser(prog="train.py", add_help=False)
+    for name in ("--resume", "--out", "--preset", "--like"):
+        first.add_argument(name)
+    known, rest = first.parse_known_args(argv)
+    if known.resume != "auto":
+        return list(argv)
+    if known.out is None:
+        raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
+    if (Path(known.out) / "checkpoints" / checkpoint.INDEX).exists():
+        return ["--resume", known.out, *rest]
+    start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
+    return [*start, "--out", known.out, *rest]
+
+
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     """Configuration and whether to resume: --preset, --like or --resume give the defaults, the rest overrides them."""
     first = argparse.ArgumentParser(prog="train.py", add_help=False)
@@ -233,13 +257,8 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
     base.add_argument("--resume", metavar="RUN", help="go on with this run; auto: with --out's, if it has begun")
     first.add_argument("--out")
-    known, rest = first.parse_known_args(argv)
+    known, rest = first.parse_known_args(_resolve_auto(argv))
     default = PRESETS[known.preset]
-    if known.resume == "auto":
-        if known.out is None:
-            raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
-        begun = (Path(known.out) / "checkpoints" / checkpoint.INDEX).exists()
-        known.resume = known.out if begun else None
     if known.out is not None:
         rest = ["--out", known.out, *rest]
     source = known.resume or known.like
@@ -312,6 +331,7 @@ class Run:
             torch.set_num_threads(config.threads)
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
+        self.int8 = int8_pays(config.product, self.device, self.dtype) and world.strategy != "fsdp"
 
         source = saved or (checkpoint.resolve(config.init, "best") if config.init else None)
         if not world.is_first:  # the others find done what the first one does
@@ -329,6 +349,7 @@ class Run:
         torch.manual_seed(config.seed)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(config.model)
+        self.model.model.recompute, self.model.loss_chunk = config.recompute, config.loss_chunk
         if world.strategy == "fsdp":
             shard(self.model, self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.optim)
@@ -411,6 +432,8 @@ class Run:
         for _, layer in bit_linears(self.model):
             layer.quantizer_enabled = strength > 0
             layer.quantizer_strength = fading
+            if self.int8:
+                layer.quantize_for_step(strength == 1 and layer.quantizer != "none")
         if self.world.strategy == "fsdp":
             refresh_scales(self.model, self.world)
 
@@ -515,6 +538,7 @@ class Run:
         """A short continuation of the sample prompt."""
         ids = torch.tensor([self.prompt_ids()], device=self.device)
         sampling = SamplingConfig(temperature=0.8, top_p=0.95)
+        self._switch_quantizers()
         with eager():
             new = generate(
                 self.model, ids, max_new_tokens=tokens, sampling=sampling, seed=0, eos_id=self.tokenizer.eos_id

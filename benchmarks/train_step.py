@@ -1,11 +1,12 @@
 """Time of a training step: the ternary model against its float twin, side by side in one process.
 
-    python benchmarks/train_step.py [--preset demo] [--threads 2] [--rounds 15]
+    python benchmarks/train_step.py [--preset small --batch-size 2] [--threads 2] [--rounds 15]
 
 Both models have the same shape, batch and optimizer, and are compiled as train.py compiles them. A round times one
 step of each in turn, so that a machine that slows down slows both; the ratio is the median of the rounds' ratios.
-Before any time is printed, the compiled ternary model's loss and gradients must agree with the eager one's; otherwise
-the script stops. Results go to benchmarks/results/train_step.json.
+Before any time is printed, the compiled ternary model's loss and gradients must agree with the eager fake-quant
+reference's; otherwise the script stops. Beside the times stands what autograd keeps for the backward, weights left out. Results go to
+benchmarks/results/train_step.json.
 """
 
 import dataclasses
@@ -22,9 +23,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
-from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import Optimizer, clip_gradients
-from bitnet.runtime import compile_model, cpu_capabilities, eager, pick_device, pick_dtype
+from bitnet.runtime import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
@@ -33,6 +34,10 @@ RESULTS = Path(__file__).parent / "results" / "train_step.json"
 class Options:
     preset: str = "demo"
     """Preset of train.py: its shape, batch and optimizer."""
+    batch_size: int | None = None
+    """Sequences in a step, of one micro-batch; the preset's unless given."""
+    product: str = "auto"
+    """As in train.py."""
     rounds: int = 15
     threads: int | None = None
     device: str = "auto"
@@ -46,14 +51,41 @@ class Contender:
         self.device = pick_device(options.device)
         self.dtype = pick_dtype(options.dtype, self.device)
         self.grad_clip = config.optim.grad_clip
+        quantized = model.quantizer != "none"
+        self.int8 = quantized and int8_pays(options.product, self.device, self.dtype)
         torch.manual_seed(0)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(model)
         self.optimizer = Optimizer(self.model, config.optim)
-        shape = (config.batch_size // config.micro_batches, config.window + 1)
+        shape = (options.batch_size or config.batch_size // config.micro_batches, config.window + 1)
         ids = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         self.input_ids, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         self.compiled = compile_model(self.model)
+
+    def quantize(self, wanted: bool = True) -> None:
+        """What train.py does once a step, if this contender does."""
+        for _, layer in bit_linears(self.model) if self.int8 else ():
+            layer.quantize_for_step(wanted)
+
+    def saved_bytes(self) -> int:
+        """Bytes that autograd keeps from the forward for the backward, parameters and their codes left out."""
+        own = [*self.model.parameters(), *self.model.buffers()]
+        own += [
+            t for _, layer in bit_linears(self.model) for t in (layer.step_codes, layer.step_scale) if t is not None
+        ]
+        known = {t.untyped_storage().data_ptr() for t in own}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.model.loss(self.input_ids, self.labels)
+        del loss
+        return sum(kept.values())
 
     def forward_backward(self) -> torch.Tensor:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -64,6 +96,7 @@ class Contender:
     def step(self) -> float:
         """Seconds of forward, backward, clipping and optimizer."""
         start = time.perf_counter()
+        self.quantize()
         self.forward_backward()
         clip_gradients(list(self.model.parameters()), self.grad_clip)
         self.optimizer.step()
@@ -82,9 +115,12 @@ class Contender:
 
 def check(contender: Contender) -> float:
     """Relative error of the compiled gradient against the eager one. Raises SystemExit where it is no rounding."""
+    contender.quantize()
     loss, gradient = contender.gradients()
+    contender.quantize(False)  # the fake-quant reference
     with eager():
         expected_loss, expected = contender.gradients()
+    contender.quantize()
     error = float((gradient - expected).norm() / expected.norm())
     # Rounding in a float product flips some INT8 codes by one; in bfloat16 it does so more often.
     limit = 0.05 if contender.dtype == torch.float32 else 0.15
@@ -102,6 +138,7 @@ def main() -> None:
         Contender(config, config.model.replace(quantizer=quantizer), options) for quantizer in ("ternary", "none")
     )
     error = max(check(contender) for contender in (ternary, twin))
+    saved = [contender.saved_bytes() for contender in (ternary, twin)]
     for contender in (ternary, twin):
         for _ in range(3):
             contender.step()
@@ -119,6 +156,8 @@ def main() -> None:
         "compiled": ternary.compiled,
         "parameters": ternary.model.num_parameters(),
         "tokens_per_step": tokens,
+        "int8_product": ternary.int8,
+        "saved_activations_mb": [round(size / 1e6, 1) for size in saved],
         "ternary_ms": round(seconds[0] * 1e3, 1),
         "twin_ms": round(seconds[1] * 1e3, 1),
         "ratio_median": round(statistics.median(ratios), 3),

@@ -40,6 +40,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def int8_pays(product: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether training multiplies int8 codes (`bitnet/kernels/int8_training.py`): `auto` does in float32 on a CPU with
+    instructions for it. Raises ValueError for an int8 that is asked for elsewhere."""
+    possible = device.type == "cpu" and dtype == torch.float32
+    if product == "int8" and not possible:
+        raise ValueError(f"product int8 runs in float32 on a CPU, and this is {dtype} on {device}; choose auto")
+    found = cpu_capabilities()
+    fast = any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "avx2_vnni", "amx_int8", "neon_i8mm", "i8mm"))
+    return product == "int8" or (product == "auto" and possible and fast)
+
+
 def cpu_capabilities() -> dict[str, Any]:
     """What torch knows of the processor (name, instruction sets, caches); empty where this version can't tell."""
     return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
