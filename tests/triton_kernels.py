@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet import gpu_bench
 from bitnet.kernels import reference
-from bitnet.kernels.triton import activations, language, weights
+from bitnet.kernels.triton import activations, language, product, weights
 from bitnet.quant import pack_codes, quantize_ternary, unpack_codes
 
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
@@ -220,3 +221,21 @@ def test_unpack_and_dequantize(bits: int, low: int, high: int, K: int) -> None:
         values = weights.dequantize(unpacked, scale, K, torch.float32)
         assert torch.equal(values, codes * (scale if scale.numel() == 1 else scale[:, None]))
     assert weights.dequantize(unpacked, scale, K, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("gate", [gpu_bench.check_activations, gpu_bench.check_weights, gpu_bench.check_training])
+def test_gates_of_the_benchmark_turn_red(gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert list(gate(cpu, True)) == []
+    original = language.launch
+
+    def off_by_one(kernel, grid, *tensors, **options) -> None:
+        """Every kernel writes one number too large into its first code, scale or sum."""
+        original(kernel, grid, *tensors, **options)
+        for tensor in tensors[1:]:
+            if tensor.dtype in (torch.int8, torch.uint8):
+                tensor.view(-1)[0] += 1
+
+    for module in (activations, weights, product):
+        monkeypatch.setattr(module, "launch", off_by_one)
+    assert list(gate(cpu, True)) != []

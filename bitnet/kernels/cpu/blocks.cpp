@@ -275,6 +275,23 @@ BN_INLINE vf level_value(vf index) {
     return found;
 }
 
+// What a scale's code of more bits than it has does to its neighbours in ggml's bytes (kquants._overflow).
+template <int K> void overflow(two_levels &l) {
+    constexpr int G = groups_of(K);
+    vi s[G], over = {};
+    for (int g = 0; g < G; g++) {
+        s[g] = __builtin_convertvector(l.s[g], vi);
+        over |= s[g] > limit_of(K);
+    }
+    if (!any(over)) return;
+    for (int g = 0; g < G; g++) {
+        vi wide = s[g];
+        if (K == Q2_K) l.m[g] = __builtin_convertvector(__builtin_convertvector(l.m[g], vi) | wide >> 4, vf);
+        if (K == Q4_K && g >= 4) s[g] = (wide & 63) | s[g - 4] >> 6 << 4;
+        l.s[g] = K == Q5_K ? smallest_of(l.s[g], all(63)) : __builtin_convertvector(s[g] & (K == Q2_K ? 15 : 63), vf);
+    }
+}
+
 // ggml's fields. `weight` is scratch for types whose weights are not the importance itself.
 template <int K> void compatible_super(tile &t, bool important) {
     constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K), limit = limit_of(K);
@@ -305,6 +322,7 @@ template <int K> void compatible_super(tile &t, bool important) {
         if (important) {
             l.d = positive<G>(scales, sums, limit, l.s);
             l.dmin = positive<G>(minimums, sums, limit, l.m);
+            overflow<K>(l);
         } else
             for (int which = 0; which < 2; which++) {
                 vf *from = which ? minimums : scales, *to = which ? l.m : l.s, most = {};

@@ -124,17 +124,21 @@ template <int N> static vf symmetric(const vf *x, const vf *weight, int levels, 
     return zero ? vf{} : scale;
 }
 
-template <int N> static void descend(const vf *x, const vf *weight, vf *codes, vf &sum_xq, vf &sum_qq, float low, float high) {
+BN_INLINE vf low_byte(vf x) { return __builtin_convertvector(__builtin_convertvector(x, vi) & 255, vf); }
+
+template <int N, bool UNSIGNED>
+static void descend(const vf *x, const vf *weight, vf *codes, vf &sum_xq, vf &sum_qq, float low, float high) {
     for (int pass = 0; pass < 5; pass++) {
         vi changed = {};
         for (int i = 0; i < N; i++) {
             vf wx = weight[i] * x[i], w = weight[i], code = codes[i];
             vf xq = sum_xq - wx * code, qq = sum_qq - w * code * code;
-            vf moved = clamp(nearest_int(x[i] * qq / xq), low, high);
+            vf moved = nearest_int(x[i] * qq / xq);
+            moved = UNSIGNED ? smallest_of(moved, all(high)) : clamp(moved, low, high);
             vf new_xq = xq + wx * moved, new_qq = qq + w * moved * moved;
             vi better = (xq > 0) & (moved != code) & (new_qq > 0) & (new_xq * new_xq * sum_qq > sum_xq * sum_xq * new_qq);
-            if (low >= 0) better &= qq > 0;
-            codes[i] = better ? moved : code;
+            if (UNSIGNED) better &= qq > 0;
+            codes[i] = better ? UNSIGNED ? low_byte(moved) : moved : code;
             sum_xq = better ? new_xq : sum_xq;
             sum_qq = better ? new_qq : sum_qq;
             changed |= better;
@@ -151,7 +155,7 @@ template <int N> static vf symmetric_descent(const vf *x, int levels, vf *codes)
         xq += weight[i] * x[i] * codes[i];
         qq += weight[i] * codes[i] * codes[i];
     }
-    descend<N>(x, weight, codes, xq, qq, -levels, levels - 1);
+    descend<N, false>(x, weight, codes, xq, qq, -levels, levels - 1);
     vi zero = magnitude(extreme) < TINY;
     for (int i = 0; i < N; i++) codes[i] = zero ? vf{} : codes[i] + (float)levels;
     return zero ? vf{} : qq > 0 ? xq / qq : vf{};
@@ -215,7 +219,7 @@ template <int N> static vf positive(const vf *x, const vf *weight, int levels, v
         vf inv = divide(step == -5 ? (float)levels : 0.1f * (float)step + (float)levels, high), scale = 1 / inv, error = {};
         for (int i = 0; i < N; i++) {
             vf q = nearest_int(inv * x[i]);
-            if (step > -5) q = smallest_of(q, all(levels));
+            q = step == -5 ? low_byte(q) : smallest_of(q, all(levels));
             vf difference = x[i] - scale * q;
             error += weight[i] * difference * difference;
         }
@@ -230,11 +234,12 @@ template <int N> static vf positive(const vf *x, const vf *weight, int levels, v
     }
     vf xq = {}, qq = {};
     for (int i = 0; i < N; i++) {
-        codes[i] = smallest_of(nearest_int(best_inv * x[i]), all(levels));
-        xq += weight[i] * x[i] * codes[i];
-        qq += weight[i] * codes[i] * codes[i];
+        vf q = smallest_of(nearest_int(best_inv * x[i]), all(levels));
+        xq += weight[i] * x[i] * q;
+        qq += weight[i] * q * q;
+        codes[i] = low_byte(q);
     }
-    descend<N>(x, weight, codes, xq, qq, 0, levels);
+    descend<N, true>(x, weight, codes, xq, qq, 0, levels);
     for (int i = 0; i < N; i++) codes[i] = zero ? vf{} : codes[i];
     return zero ? vf{} : qq > 0 ? xq / qq : vf{};
 }

@@ -66,7 +66,8 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         raise ValueError(f"dot4 takes at most {DOT4_MAX_TOKENS} tokens and there are {M}; choose tensor_core")
     width = packed_width(K, bits)
     if algorithm == "dense":
-        return Plan(algorithm, 128, 128, 128, warps=8) if M > 64 else Plan(algorithm, 128, 64, 128)
+        plan = Plan(algorithm, 128, 128, 128, warps=8) if M > 64 else Plan(algorithm, 128, 64, 128)
+        return dataclasses.replace(plan, stages=_stages((plan.rows + plan.tokens) * plan.columns, device))
     if algorithm == "tensor_core":
         tokens = min(128, max(16, power_of_2(M)))
         rows = 128 if tokens == 128 else 64
@@ -75,7 +76,8 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         wanted = _processors(device) * (2 if M <= 64 else 1 if M <= 256 else 0)
         while split < 8 and tiles * split < wanted and width >= 4 * plan.columns * split:
             split *= 2
-        return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4)
+        stages = _stages((rows + tokens * 8 // bits) * plan.columns, device)
+        return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4, stages=stages)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
     # One warp a program: a thread reads 16 bytes of a row and the same of x; nothing passes through shared memory.
@@ -245,6 +247,14 @@ def _device_name(device: torch.device) -> str:
     if device.type != "cuda" or recording():
         return "none"
     return torch.cuda.get_device_name(device).replace("/", " ")
+
+
+def _stages(size: int, device: torch.device) -> int:
+    """2 or 3 steps in flight, as many as shared memory has room for when one takes `size` bytes."""
+    limit = 65_536 if assembly() == "gcn" else 166_912
+    if device.type == "cuda":
+        limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", limit)
+    return 3 if 3 * size <= limit else 2
 
 
 @functools.cache
