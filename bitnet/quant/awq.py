@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitnet.quant.gptq import layer_error
 from bitnet.quant.gptq_layout import Grid, QuantizedWeight, check_weight, min_max_qparams, round_to_nearest
 
 SMALLEST_MAGNITUDE = 1e-4
@@ -42,16 +41,16 @@ def awq_scale(
     magnitude = magnitude.float()
     # A channel that never fires must not be scaled away altogether.
     magnitude = magnitude.clamp(min=SMALLEST_MAGNITUDE * (float(magnitude.max()) or 1.0))
-    floats = [check_weight(weight) for weight in weights]
+    floats, hessian = [check_weight(weight) for weight in weights], hessian.float()
     best = (torch.inf, torch.ones_like(magnitude), 0.0)
     for i in range(points):
         alpha = i / points
         scale = magnitude**alpha
         scale = scale / (scale.max() * scale.min()).sqrt()
-        error = sum(
-            float(layer_error(w, round_to_nearest(w * scale, grid, group_size).dequantize() / scale, hessian).sum())
-            for w in floats
-        )
+        error = 0.0
+        for weight in floats:
+            change = round_to_nearest(weight * scale, grid, group_size).dequantize() / scale - weight
+            error += float(((change @ hessian) * change).sum())  # float32 ranks them as well as float64 would
         if error < best[0]:
             best = (error, scale, alpha)
     return best[1], best[2]
