@@ -27,6 +27,10 @@ INSTRUCTION_SETS = {
     "arm64": {"neon": []},  # Apple's compiler targets chips that all have it
 }
 INSTRUCTION_SETS["AMD64"] = INSTRUCTION_SETS["x86_64"]
+# blocks.cpp needs less: plain vectors of 16 bytes, which every target has, and on x86 those of 32 and 64.
+BLOCKS_512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+BLOCKS = {"x86_64": {"avx2": [*X86, "-DBN_AVX2"], "avx512": [*X86, *BLOCKS_512, "-DBN_AVX512"]}}
+BLOCKS["AMD64"] = BLOCKS["x86_64"]
 # Contraction off, and fused multiply-adds written where wanted: every instruction set computes the same bits.
 FLAGS = [
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
@@ -36,11 +40,11 @@ FLAGS = [
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        def compile_one(name: str, flags: list[str]) -> list[str] | None:
+        def compile_one(name: str, flags: list[str], folder: str = "") -> list[str] | None:
             try:
                 return self.compiler.compile(
-                    [f"{FOLDER}/{name}.cpp"], output_dir=self.build_temp, extra_postargs=[*FLAGS, *flags],
-                    depends=ext.depends,
+                    [f"{FOLDER}/{name}.cpp"], output_dir=os.path.join(self.build_temp, folder),
+                    extra_postargs=[*FLAGS, *flags], depends=ext.depends,
                 )  # fmt: skip
             except CompileError:
                 return None
@@ -53,13 +57,18 @@ class BuildKernels(build_ext):
             scalar = compile_one("isa_scalar", openmp)
         sets = INSTRUCTION_SETS.get(platform.machine(), {})
         with ThreadPoolExecutor(os.cpu_count()) as pool:
+            builds = {"scalar": [], **BLOCKS.get(platform.machine(), {})}
+            blocks = [
+                pool.submit(compile_one, "blocks", [*openmp, *flags, f"-DBN_BUILD={name}"], name)
+                for name, flags in builds.items()
+            ]
             compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", [*openmp, *sets[name]]), sets))
         found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
         print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")
         dispatch = compile_one("dispatch", [*openmp, *found])
         if scalar is None or dispatch is None:
             raise CompileError("the native CPU kernels do not compile; bitnet will run on its torch reference")
-        objects = [path for part in (scalar, *compiled, dispatch) for path in part or []]
+        objects = [path for part in (scalar, *compiled, dispatch, *(b.result() for b in blocks)) for path in part or []]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
         )
@@ -68,7 +77,7 @@ class BuildKernels(build_ext):
         return []  # a plain library, loaded by ctypes: no PyInit
 
 
-HEADERS = [f"{FOLDER}/{name}.h" for name in ("simd", "layout", "matmul", "attention", "forward", "isa")]
+HEADERS = [f"{FOLDER}/{name}.h" for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "blocks")]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],
     cmdclass={"build_ext": BuildKernels},

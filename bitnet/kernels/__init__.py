@@ -31,6 +31,7 @@ __all__ = [
     "packed_linear",
     "packed_matmul",
     "quantize_weight",
+    "requested_backend",
     "select_backend",
     "triton_wanted",
     "use_backend",
@@ -60,6 +61,11 @@ def select_backend(x: Tensor) -> ModuleType:
     if _requested == "triton":
         triton.require(x.device)
     return BACKENDS[_requested]
+
+
+def requested_backend() -> str:
+    """What was asked for: "auto" or a key of BACKENDS."""
+    return _requested
 
 
 def native_wanted(device: torch.device) -> bool:

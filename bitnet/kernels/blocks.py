@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from bitnet import kernels
-from bitnet.kernels import cpu
 from bitnet.kernels.cpu import blocks as native
 from bitnet.quant.blocks import TYPES, BlockType, check_rows, check_weight, dequantize_blocks, quantize_blocks
 

@@ -48,7 +48,8 @@ TYPES = {
 }
 # What llama.cpp takes for a row whose length is no multiple of 256.
 FALLBACK = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
+    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
 }  # fmt: skip
 LARGEST = 65504  # of float16
 _FAMILIES = (simple, kquants, ternary)
@@ -120,10 +121,15 @@ def quantize_blocks(x: Tensor, kind: str, importance: Tensor | None = None, *, c
     return family.pack(family.quantize(blocks, kind, weight, sigma2, compatible=compatible), kind).view(len(x), -1)
 
 
-def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
-    """Rows of bytes uint8 `[N, row bytes]` to float32 `[N, K]`, to the last bit as ggml does. Raises ValueError for an
-    unknown type and for rows that no number of blocks fills."""
+def check_rows(data: Tensor, kind: str) -> None:
+    """Raises ValueError for what `dequantize_blocks` does not take."""
     found = block_type(kind)
     if data.ndim != 2 or data.dtype != torch.uint8 or data.shape[1] % found.bytes:
         raise ValueError(f"{kind} rows must be uint8 [N, blocks * {found.bytes}], got {data.dtype} {list(data.shape)}")
-    return _FAMILY[kind].dequantize(data.reshape(-1, found.bytes), kind).view(len(data), -1)
+
+
+def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
+    """Rows of bytes uint8 `[N, row bytes]` to float32 `[N, K]`, to the last bit as ggml does. Raises ValueError for an
+    unknown type and for rows that no number of blocks fills."""
+    check_rows(data, kind)
+    return _FAMILY[kind].dequantize(data.reshape(-1, block_type(kind).bytes), kind).view(len(data), -1)

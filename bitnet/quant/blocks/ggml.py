@@ -111,7 +111,9 @@ def symmetric_descent(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return torch.where(zero, 0.0, scale), torch.where(zero, 0.0, codes + levels)
 
 
-def _descend(x: Tensor, weight: Tensor, codes: Tensor, sum_xq: Tensor, sum_qq: Tensor, low: float, high: float) -> None:
+def _descend(
+    x: Tensor, weight: Tensor, codes: Tensor, sum_xq: Tensor, sum_qq: Tensor, low: int | None, high: int
+) -> None:
     """Up to five passes over the codes, each moved to its best value at the scale that the others give; in place."""
     for _ in range(5):
         changed = False
@@ -121,10 +123,10 @@ def _descend(x: Tensor, weight: Tensor, codes: Tensor, sum_xq: Tensor, sum_qq: T
             moved = nearest_int(x[i] * qq / xq).clamp(low, high)
             new_xq, new_qq = xq + wx * moved, qq + w * moved * moved
             better = (xq > 0) & (moved != code) & (new_qq > 0)
-            # Q2_K, Q4_K and Q5_K ask for qq > 0 before the move; where it is 0 the others' codes are all 0.
-            better &= (qq > 0) | (low < 0)
+            if low is None:  # unsigned codes: ggml asks for qq > 0 before the move, too
+                better &= qq > 0
             better &= new_xq * new_xq * sum_qq > sum_xq * sum_xq * new_qq
-            codes[i] = torch.where(better, moved, code)
+            codes[i] = torch.where(better, moved % 256 if low is None else moved, code)
             sum_xq.copy_(torch.where(better, new_xq, sum_xq))
             sum_qq.copy_(torch.where(better, new_qq, sum_qq))
             changed |= bool(better.any())
@@ -169,7 +171,9 @@ def affine(
 
 
 def positive(x: Tensor, weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale and codes `[0, levels]` of non-negative numbers, the scales of a super-block (ggml: make_qp_quants)."""
+    """Scale and codes `[0, levels]` of non-negative numbers, the scales of a super-block (ggml: make_qp_quants). A
+    scale below 0, which rounding can make of a group without slope, gets a code that wraps in ggml's uint8 and exceeds
+    levels."""
     high = x.amax(dim=0).clamp(min=0)
     zero = high < TINY
 
@@ -178,7 +182,7 @@ def positive(x: Tensor, weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         return total(weight * difference * difference)
 
     best_inv = divide(levels, high)
-    best_error = error_of(divide(1, best_inv), nearest_int(best_inv * x))
+    best_error = error_of(divide(1, best_inv), nearest_int(best_inv * x) % 256)
     for step in [*range(-4, 0), *range(1, 5)]:
         inv_scale = divide(float(np.float32(0.1) * np.float32(step) + np.float32(levels)), high)
         error = error_of(divide(1, inv_scale), nearest_int(inv_scale * x).clamp(max=levels))
@@ -187,6 +191,7 @@ def positive(x: Tensor, weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         best_inv = torch.where(better, inv_scale, best_inv)
     codes = nearest_int(best_inv * x).clamp(max=levels)
     sum_xq, sum_qq = total(weight * x * codes), total(weight * codes * codes)
-    _descend(x, weight, codes, sum_xq, sum_qq, 0, levels)
+    codes = codes % 256
+    _descend(x, weight, codes, sum_xq, sum_qq, None, levels)
     scale = torch.where(sum_qq > 0, sum_xq / sum_qq, 0.0)
     return torch.where(zero, 0.0, scale), torch.where(zero, 0.0, codes)

@@ -137,11 +137,22 @@ def _compatible_affine(x: Tensor, kind: str, importance: Tensor | None) -> Field
         sums = ggml.total(weight).view(groups, -1)
         d, s = ggml.positive(scales.view(groups, -1), sums, limit)
         dmin, m = ggml.positive(minimums.view(groups, -1), sums, limit)
+        if (s > limit).any():
+            s, m = _overflow(kind, s.int(), m.int())
     half_d, half_dmin = ggml.to_half(d), ggml.to_half(dmin)
     scale, minimum = (half_d.float() * s).view(-1), (half_dmin.float() * m).view(-1)
     again = ggml.nearest_int((grouped + minimum) / scale).clamp(0, high)
     codes = torch.where(scale != 0, again, codes)
     return Fields(codes_of(codes, groups), half_d, half_dmin, _levels(s), _levels(m))
+
+
+def _overflow(kind: str, s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """What a scale's code of more than 6 bits (4 for Q2_K) does to its neighbours in ggml's bytes: int32 `[G, B]`."""
+    if kind == "Q2_K":
+        s, m = s & 15, m | s >> 4
+    elif kind == "Q4_K":
+        s = torch.cat([s[:4] & 63, s[4:] & 63 | s[:4] >> 6 << 4])
+    return s.clamp(max=63).float(), m.float()
 
 
 def _first_level(scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
