@@ -475,7 +475,7 @@ def run(options: Options) -> int:
     for option, known in (("sections", SECTIONS), ("presets", tuple(PRESETS))):
         if unknown := set(getattr(options, option)) - set(known):
             raise ValueError(f"--{option} {' '.join(sorted(unknown))} is unknown; choose from {', '.join(known)}")
-    import triton
+    from bitnet.kernels.triton.language import triton
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     results: dict[str, Any] = {
