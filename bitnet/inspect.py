@@ -145,7 +145,8 @@ def _folder(folder: Path, config: dict[str, Any], tensors: Any) -> Contents:
     if isinstance(config.get("model"), dict):
         model = ModelConfig.from_dict(config["model"])
         kind = "packed model" if config.get("packed") else "run"
-        kind = "quantized model" if "quantization" in config else kind
+        if isinstance(config.get("quantization"), dict):
+            return _quantized(Contents("quantized model", dataclasses.asdict(model)), tensors, model, config)
         return _entries(Contents(kind, dataclasses.asdict(model)), tensors, model, None)
     model, form = parse_config(config)
     return _entries(Contents(f"Hugging Face model, {form}", config), tensors, model, form)
@@ -164,7 +165,7 @@ def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) ->
         if scale in tensors.names and last in ("packed_weight", "weight"):
             nbytes += _nbytes(tensors, scale)
             if last == "packed_weight" and config is not None:
-                type, shape, load, ternary = _packed(tensors, stem, config)
+                type, shape, load, ternary = _packed(tensors, stem, config) or (type, shape, load, ternary)
             elif form in ("packed", "packed-inverse"):
                 type, shape, load, ternary = _hugging_face(tensors, stem, form)
         elif (
@@ -175,6 +176,23 @@ def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) ->
         ):
             type, load, ternary = f"{type}, ternary in use", _latent(tensors, name), True
         contents.entries.append(Entry(name, type, shape, nbytes, load, ternary))
+    return contents
+
+
+def _quantized(contents: Contents, tensors: Any, model: Any, config: dict[str, Any]) -> Contents:
+    """Add the tensors of `bitnet/interop/quantized.py`: all that belong to a projection are shown as one."""
+    from bitnet.interop.gguf_names import projection_names, projection_shape
+
+    method = str(config["quantization"].get("method", "quantized"))
+    contents.about["method"] = method
+    parts = {stem: [n for n in tensors.names if n.startswith(f"{stem}.")] for stem, _ in projection_names(model)}
+    claimed = {name for names in parts.values() for name in names}
+    for name in sorted(tensors.names - claimed | {stem for stem, names in parts.items() if names}, key=_natural):
+        names = parts.get(name, [name])
+        shape = projection_shape(model, name) if name in parts else tuple(tensors.shape(name))
+        largest = max(names, key=lambda n: _nbytes(tensors, n))
+        kind, nbytes = method if name in parts else tensors.kind(name), sum(_nbytes(tensors, n) for n in names)
+        contents.entries.append(Entry(name, kind, shape, nbytes, _floats(tensors, largest)))
     return contents
 
 
@@ -204,20 +222,18 @@ def _latent(tensors: Any, name: str) -> Callable[[], tuple[Tensor, float | None]
     return load
 
 
-def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
-    """A matrix in our own layout (`bitnet/quant/packing.py`)."""
+def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...], Callable[[], Any], bool] | None:
+    """A matrix in our own layout (`bitnet/quant/packing.py`), or None where its width is of another one."""
     from bitnet.kernels import PACKED_BITS
     from bitnet.quant import packed_width, unpack_codes
 
     rows, width = tensors.shape(f"{stem}.packed_weight")
-    projection = ".layers." in stem
-    bits = PACKED_BITS.get(config.quantizer, 8) if projection else 8
     heads = config.num_attention_heads * config.head_width
     columns = {"o_proj": heads, "down_proj": config.intermediate_size}.get(stem.rpartition(".")[2], config.hidden_size)
-    if packed_width(columns, bits) != width:
-        raise ValueError(
-            f"{stem}.packed_weight has {width} bytes a row and {columns} weights of {bits} bits need others"
-        )
+    likely = PACKED_BITS.get(config.quantizer, 8) if ".layers." in stem else 8
+    bits = next((bits for bits in (likely, 8, 4, 2) if packed_width(columns, bits) == width), None)
+    if bits is None:
+        return None
 
     def load() -> tuple[Tensor, float | None]:
         codes, scale = (

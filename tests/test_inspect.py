@@ -86,6 +86,26 @@ def test_scales_and_zeros_of_every_kind(tmp_path, capsys, model, kind):
     assert result["bits_per_weight"] == pytest.approx(8 * result["bytes"] / total)
 
 
+def test_a_quantized_model_is_counted_by_its_projections(tmp_path, capsys, model):
+    """All tensors of a projection are one, whatever they are called."""
+    from dataclasses import asdict
+
+    state = {n: v for n, v in model.state_dict().items() if "_proj" not in n}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            rows, columns = module.weight.shape
+            state[f"{name}.codes"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            state[f"{name}.scales"] = torch.zeros(rows, columns // 64, dtype=torch.float16)
+    save_file(state, tmp_path / "model.safetensors")
+    about = {"model": asdict(CONFIG.replace(quantizer="none")), "quantization": {"method": "rtn-int4", "modules": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    result = shown(capsys, tmp_path)
+    assert result["kind"] == "quantized model"
+    assert result["parameters"] == model.num_parameters()
+    row = tensor(result, "model.layers.1.mlp.down_proj")
+    assert (row["type"], row["shape"], row["bits_per_weight"]) == ("rtn-int4", [256, 512], 4.25)
+
+
 def test_text(tmp_path, capsys, model):
     gguf.write(model, tmp_path / "x.gguf", "TQ2_0", embedding_type="F16")
     assert main([str(tmp_path / "x.gguf")]) == 0

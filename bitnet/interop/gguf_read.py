@@ -164,10 +164,10 @@ def _real(file: GGUFFile, key: str, default: float | None = None) -> float:
 
 
 def dequantize(file: GGUFFile, name: str) -> Tensor:
-    """A tensor in float32, of its own shape. Raises GGUFError for a type without a dequantizer."""
+    """A tensor in float32, in its shape and memory of its own. Raises GGUFError for a type without a dequantizer."""
     info, data = file.tensors[name], torch.from_numpy(file.data(name))
     if info.type in FLOATS:
-        return data.view(FLOATS[info.type]).to(torch.float32).view(info.shape)
+        return data.view(FLOATS[info.type]).to(torch.float32, copy=True).view(info.shape)
     if info.type not in blocks.TYPES:
         raise GGUFError(f"{name} is {info.type}, which has no dequantizer here; convert the file to another type")
     rows = data.view(-1, info.nbytes // (info.parameters // info.shape[-1]))
@@ -175,9 +175,9 @@ def dequantize(file: GGUFFile, name: str) -> Tensor:
 
 
 def _float_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Norms, embedding and head, copied out of the file."""
+    """Norms, embedding and head."""
     names = [*norm_names(config), *table_names(config)]
-    return {f"{name}.weight": dequantize(file, f"{theirs}.weight").clone() for name, theirs in names}
+    return {f"{name}.weight": dequantize(file, f"{theirs}.weight") for name, theirs in names}
 
 
 def _dense_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def _dense_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
     for name, theirs in projection_names(config):
         weight = dequantize(file, f"{theirs}.weight")
         weight = rotary_rows(config, file.architecture, name, weight, inverse=True)
-        tensors[f"{name}.weight"] = weight * _factor(file, theirs)
+        tensors[f"{name}.weight"] = weight.mul_(_factor(file, theirs)) if f"{theirs}.scale" in file.tensors else weight
     return tensors
 
 
