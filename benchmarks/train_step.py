@@ -5,8 +5,8 @@
 Both models have the same shape, batch and optimizer, and are compiled as train.py compiles them. A round times one
 step of each in turn, so that a machine that slows down slows both; the ratio is the median of the rounds' ratios.
 Before any time is printed, the compiled ternary model's loss and gradients must agree with the eager fake-quant
-reference's; otherwise the script stops. Beside the times stands what autograd keeps for the backward, weights left out. Results go to
-benchmarks/results/train_step.json.
+reference's; otherwise the script stops. Beside the times stands what autograd keeps for the backward, weights left
+out. Results go to benchmarks/results/train_step.json.
 """
 
 import dataclasses

@@ -136,9 +136,17 @@ def find_twins(run: Path) -> dict[str, Path]:
     for folder in [run, *sorted(run.resolve().parent.iterdir())]:
         if wanted is not None and folder.is_dir() and key(folder) == wanted:
             quantizer = checkpoint.load_json(folder / checkpoint.CONFIG)["model"]["quantizer"]
-            if (folder / "checkpoints" / checkpoint.INDEX).exists():
+            if _finished(folder):
                 found.setdefault(quantizer, folder)
     return found
+
+
+def _finished(run: Path) -> bool:
+    """Whether a run was trained to its end; half a training says nothing about a method."""
+    if not (run / "checkpoints" / checkpoint.INDEX).exists():
+        return False
+    state = checkpoint.load_json(checkpoint.resolve(run) / checkpoint.STATE)
+    return state["step"] >= checkpoint.load_json(run / checkpoint.CONFIG)["steps"]
 
 
 def train_twin(run: Path, quantizer: str) -> None:

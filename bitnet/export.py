@@ -35,8 +35,8 @@ class Options:
     """What to write; it must not exist."""
     to: Literal["packed", "hf", "gguf", "gptq"] = "packed"
     type: str | None = None
-    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, or for float models any block type or mixture,
-    Q4_K_M unless given."""
+    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, or for float models any block type, Q8_0
+    unless given."""
     form: Literal["packed", "packed-inverse", "master"] | None = None
     """hf: packed (weight_scale multiplies), packed-inverse (it divides), or master (latent floats, quantized online);
     packed for ternary models unless given, master for float ones."""
@@ -73,7 +73,7 @@ def run(options: Options) -> None:
         hf_write.write(model, options.out, form, tokenizer_files=files)
     elif options.to == "gguf":
         template = opened.chat_template.source if opened.chat_template else None
-        kind = options.type or ("Q4_K_M" if is_float else "TQ2_0")
+        kind = options.type or ("Q8_0" if is_float else "TQ2_0")
         gguf_write.write(
             model, options.out, kind, tokenizer=_vocabulary(opened), chat_template=template, name=options.out.stem
         )

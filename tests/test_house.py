@@ -16,12 +16,12 @@ LAYERS = [
     {"quant", "files", "plots"},
     {"kernels"},
     {"model"},
-    {"engine", "gpu_engine", "runtime", "tokenizer", "corpus"},
+    {"engine", "gpu_engine", "runtime", "tokenizer", "corpus", "distributed"},
     {"data"},
-    {"checkpoint", "generation", "optim"},
+    {"checkpoint", "generation", "optim", "sharded"},
     {"interop", "ptq"},
     {"loading"},
-    {"bench", "compare", "evaluate", "export", "inspect", "quantize", "tracking"},
+    {"bench", "compare", "evaluate", "export", "gpu_bench", "inspect", "quantize", "tracking", "weight_stats"},
     {"train", "generate"},
 ]
 # These know nothing of the package: they could be libraries of their own.
