@@ -28,7 +28,7 @@ from bitnet.interop.gguf_vocabulary import vocabulary
 from bitnet.kernels import PACKED_BITS, blocks, quantize_weight
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.quant import pack_codes, unpack_codes
-from bitnet.quant.blocks import ternary
+from bitnet.quant.blocks import mixtures, ternary
 from bitnet.quant.i2s import pack_i2_s
 from bitnet.tokenizer import BaseTokenizer
 
@@ -121,11 +121,6 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
     projections = {theirs: projection_shape(config, name) for name, theirs in projection_names(config)}
     tables = [theirs for _, theirs in table_names(config)]
     if type not in NUMBERS:
-        try:
-            from bitnet.quant.blocks import mixtures  # type: ignore[attr-defined]
-        except ImportError:
-            base = type.rpartition("_")[0]
-            raise ValueError(f"the mixture {type} is not built here; choose one type for all, such as {base}") from None
         shapes = projections | dict.fromkeys(tables, (config.vocab_size, config.hidden_size))
         types = mixtures.tensor_types(type, {f"{name}.weight": shape for name, shape in shapes.items()})
         types = {name.removesuffix(".weight"): kind for name, kind in types.items()}

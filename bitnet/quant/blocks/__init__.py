@@ -48,7 +48,7 @@ TYPES = {
 }
 # What llama.cpp takes for a row whose length is no multiple of 256.
 FALLBACK = {
-    "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
     "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
 }  # fmt: skip
 LARGEST = 65504  # of float16
