@@ -77,7 +77,10 @@ class BuildKernels(build_ext):
         return []  # a plain library, loaded by ctypes: no PyInit
 
 
-HEADERS = [f"{FOLDER}/{name}.h" for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "blocks")]
+HEADERS = [
+    f"{FOLDER}/{name}.h"
+    for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "blocks", "blocks_layout")
+]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],
     cmdclass={"build_ext": BuildKernels},

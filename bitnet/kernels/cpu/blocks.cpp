@@ -1,200 +1,10 @@
-// The GGUF block formats: quantizing and dequantizing rows of blocks. bitnet/quant/blocks draws the bits and is the specification.
+// The GGUF block formats: quantizing and dequantizing rows of blocks. bitnet/quant/blocks is the specification.
 //
-// Compiled once for each instruction set under another BN_BUILD (setup.py). Quantizing takes a tile of W blocks, turns it so that a lane
-// is a block, searches (blocks.h), turns the codes back and packs block by block.
-#include "blocks.h"
+// Compiled once for each instruction set under another BN_BUILD (setup.py). Quantizing takes a tile of W blocks, turns
+// it so that a lane is a block, searches (blocks.h), turns the codes back and packs block by block (blocks_layout.h).
+#include "blocks_layout.h"
 
 namespace {
-
-enum kind { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20,
-            TQ1_0 = 34, TQ2_0 = 35 };
-
-constexpr int bytes_of(int k) {
-    return k == Q4_0 ? 18 : k == Q4_1 ? 20 : k == Q5_0 ? 22 : k == Q5_1 ? 24 : k == Q8_0 ? 34 : k == Q2_K ? 84 : k == Q3_K ? 110
-         : k == Q4_K ? 144 : k == Q5_K ? 176 : k == Q6_K ? 210 : k == IQ4_NL ? 18 : k == TQ1_0 ? 54 : 66;
-}
-constexpr bool is_super(int k) { return k >= Q2_K && k <= Q6_K; }
-constexpr int size_of(int k) { return is_super(k) || k == TQ1_0 || k == TQ2_0 ? 256 : 32; }
-constexpr int groups_of(int k) { return k == Q4_K || k == Q5_K ? 8 : 16; }
-constexpr int bits_of(int k) {
-    return k == Q2_K ? 2 : k == Q3_K ? 3 : k == Q5_0 || k == Q5_1 || k == Q5_K ? 5 : k == Q6_K ? 6 : k == Q8_0 ? 8 : 4;
-}
-constexpr int center_of(int k) { return k == Q3_K ? 4 : k == Q6_K ? 32 : k == Q4_0 ? 8 : k == Q5_0 ? 16 : k == Q8_0 ? 128 : k >= TQ1_0 ? 1 : 0; }
-constexpr int limit_of(int k) { return k == Q2_K ? 15 : k == Q3_K ? 32 : k == Q6_K ? 128 : 63; }
-
-constexpr float LEVELS[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
-// ---- a block in numbers, and its bytes ----
-
-struct block {
-    uint8_t codes[256]; // as stored
-    int16_t s[16], m[16];
-    uint16_t d, dmin;
-};
-
-uint16_t half_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
-    if (size > 0x7F800000) return (uint16_t)(sign | 0x7E00);
-    if (size >= 0x477FF000) return (uint16_t)(sign | 0x7C00); // 65520 and more round to infinity
-    if (size < 0x38800000) {
-        float rounded = fabsf(x) + 0.75f;
-        memcpy(&bits, &rounded, 4);
-        return (uint16_t)(sign | (bits - 0x3F400000));
-    }
-    return (uint16_t)(sign | (((size + 0xFFF + (size >> 13 & 1)) >> 13) - (112 << 10)));
-}
-
-float half_value(uint16_t half) {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, size = half & 0x7FFF, bits;
-    if (size < 0x0400) {
-        float x = (float)size * 0x1p-24f;
-        memcpy(&bits, &x, 4);
-    } else bits = (size << 13) + (size >= 0x7C00 ? 0x70000000 : 0x38000000);
-    if (size > 0x7C00) bits |= 0x400000; // a quiet NaN
-    bits |= sign;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-BN_INLINE void put(uint8_t *p, uint16_t v) { memcpy(p, &v, 2); }
-BN_INLINE uint16_t get(const uint8_t *p) {
-    uint16_t v;
-    memcpy(&v, p, 2);
-    return v;
-}
-
-// layout.pack_bits of `codes >> shift`, masked to BITS, for N codes.
-template <int N, int BITS, int STRIDE> BN_INLINE void pack_bits(const uint8_t *codes, int shift, uint8_t *out) {
-    constexpr int LANES = 8 / BITS, MASK = (1 << BITS) - 1;
-    for (int chunk = 0; chunk < N / (LANES * STRIDE); chunk++, codes += LANES * STRIDE, out += STRIDE)
-        for (int j = 0; j < STRIDE; j++) {
-            uint8_t byte = 0;
-            for (int lane = 0; lane < LANES; lane++) byte |= (uint8_t)((codes[lane * STRIDE + j] >> shift & MASK) << (BITS * lane));
-            out[j] = byte;
-        }
-}
-// Its inverse: ors the codes, shifted back, into `codes`.
-template <int N, int BITS, int STRIDE> BN_INLINE void unpack_bits(const uint8_t *in, int shift, uint8_t *codes) {
-    constexpr int LANES = 8 / BITS, MASK = (1 << BITS) - 1;
-    for (int chunk = 0; chunk < N / (LANES * STRIDE); chunk++, codes += LANES * STRIDE, in += STRIDE)
-        for (int lane = 0; lane < LANES; lane++)
-            for (int j = 0; j < STRIDE; j++) codes[lane * STRIDE + j] |= (uint8_t)((in[j] >> (BITS * lane) & MASK) << shift);
-}
-
-struct chunk {
-    int first, width, count, at;
-};
-constexpr chunk TRITS[] = {{0, 32, 5, 0}, {160, 16, 5, 32}, {240, 4, 4, 48}};
-
-template <int K> BN_INLINE void pack(const block &b, uint8_t *out) {
-    const uint8_t *c = b.codes;
-    if constexpr (K == TQ2_0) {
-        pack_bits<256, 2, 32>(c, 0, out);
-        put(out + 64, b.d);
-    } else if constexpr (K == TQ1_0) {
-        for (chunk t : TRITS)
-            for (int j = 0; j < t.width; j++) {
-                int number = 0, power = 81;
-                for (int i = 0; i < t.count; i++, power /= 3) number += power * c[t.first + i * t.width + j];
-                out[t.at + j] = (uint8_t)((number * 256 + 242) / 243);
-            }
-        put(out + 52, b.d);
-    } else if constexpr (K == Q2_K) {
-        for (int g = 0; g < 16; g++) out[g] = (uint8_t)(b.s[g] | b.m[g] << 4);
-        pack_bits<256, 2, 32>(c, 0, out + 16);
-        put(out + 80, b.d);
-        put(out + 82, b.dmin);
-    } else if constexpr (K == Q3_K) {
-        pack_bits<256, 1, 32>(c, 2, out);
-        pack_bits<256, 2, 32>(c, 0, out + 32);
-        uint8_t t[16];
-        for (int g = 0; g < 16; g++) t[g] = (uint8_t)(b.s[g] + 32);
-        for (int g = 0; g < 8; g++) out[96 + g] = (uint8_t)((t[g] & 15) | t[8 + g] << 4);
-        pack_bits<16, 2, 4>(t, 4, out + 104);
-        put(out + 108, b.d);
-    } else if constexpr (K == Q6_K) {
-        pack_bits<256, 4, 64>(c, 0, out);
-        pack_bits<256, 2, 32>(c, 4, out + 128);
-        for (int g = 0; g < 16; g++) out[192 + g] = (uint8_t)b.s[g];
-        put(out + 208, b.d);
-    } else if constexpr (is_super(K)) {
-        put(out, b.d);
-        put(out + 2, b.dmin);
-        for (int j = 0; j < 4; j++) {
-            out[4 + j] = (uint8_t)(b.s[j] | b.s[4 + j] >> 4 << 6);
-            out[8 + j] = (uint8_t)(b.m[j] | b.m[4 + j] >> 4 << 6);
-            out[12 + j] = (uint8_t)((b.s[4 + j] & 15) | b.m[4 + j] << 4);
-        }
-        if (K == Q5_K) pack_bits<256, 1, 32>(c, 4, out + 16);
-        pack_bits<256, 4, 32>(c, 0, out + bytes_of(K) - 128);
-    } else {
-        put(out, b.d);
-        if (K == Q4_1 || K == Q5_1) put(out + 2, b.dmin);
-        if (K == Q8_0)
-            for (int j = 0; j < 32; j++) out[2 + j] = c[j] ^ 128;
-        else {
-            if (bits_of(K) == 5) pack_bits<32, 1, 1>(c, 4, out + bytes_of(K) - 20);
-            pack_bits<32, 4, 16>(c, 0, out + bytes_of(K) - 16);
-        }
-    }
-}
-
-template <int K> BN_INLINE void unpack(const uint8_t *in, block &b) {
-    uint8_t *c = b.codes;
-    memset(c, 0, size_of(K));
-    if constexpr (K == TQ2_0) {
-        unpack_bits<256, 2, 32>(in, 0, c);
-        b.d = get(in + 64);
-    } else if constexpr (K == TQ1_0) {
-        for (chunk t : TRITS) {
-            uint8_t power = 1;
-            for (int i = 0; i < t.count; i++, power *= 3)
-                for (int j = 0; j < t.width; j++) c[t.first + i * t.width + j] = (uint8_t)((uint8_t)(in[t.at + j] * power) * 3 >> 8);
-        }
-        b.d = get(in + 52);
-    } else if constexpr (K == Q2_K) {
-        for (int g = 0; g < 16; g++) b.s[g] = in[g] & 15, b.m[g] = in[g] >> 4;
-        unpack_bits<256, 2, 32>(in + 16, 0, c);
-        b.d = get(in + 80);
-        b.dmin = get(in + 82);
-    } else if constexpr (K == Q3_K) {
-        unpack_bits<256, 1, 32>(in, 2, c);
-        unpack_bits<256, 2, 32>(in + 32, 0, c);
-        uint8_t t[16];
-        for (int g = 0; g < 16; g++) t[g] = in[96 + g % 8] >> (g / 8 * 4) & 15;
-        unpack_bits<16, 2, 4>(in + 104, 4, t);
-        for (int g = 0; g < 16; g++) b.s[g] = (int16_t)(t[g] - 32);
-        b.d = get(in + 108);
-    } else if constexpr (K == Q6_K) {
-        unpack_bits<256, 4, 64>(in, 0, c);
-        unpack_bits<256, 2, 32>(in + 128, 4, c);
-        for (int g = 0; g < 16; g++) b.s[g] = (int8_t)in[192 + g];
-        b.d = get(in + 208);
-    } else if constexpr (is_super(K)) {
-        b.d = get(in);
-        b.dmin = get(in + 2);
-        for (int j = 0; j < 4; j++) {
-            b.s[j] = in[4 + j] & 63;
-            b.m[j] = in[8 + j] & 63;
-            b.s[4 + j] = (int16_t)((in[12 + j] & 15) | in[4 + j] >> 6 << 4);
-            b.m[4 + j] = (int16_t)(in[12 + j] >> 4 | in[8 + j] >> 6 << 4);
-        }
-        if (K == Q5_K) unpack_bits<256, 1, 32>(in + 16, 4, c);
-        unpack_bits<256, 4, 32>(in + bytes_of(K) - 128, 0, c);
-    } else {
-        b.d = get(in);
-        if (K == Q4_1 || K == Q5_1) b.dmin = get(in + 2);
-        if (K == Q8_0)
-            for (int j = 0; j < 32; j++) c[j] = in[2 + j] ^ 128;
-        else {
-            if (bits_of(K) == 5) unpack_bits<32, 1, 1>(in + bytes_of(K) - 20, 4, c);
-            unpack_bits<32, 4, 16>(in + bytes_of(K) - 16, 0, c);
-        }
-    }
-}
 
 template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -207,11 +17,17 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
             const uint8_t *c = b.codes + g * SIZE;
             float scale = is_super(K) ? d * (float)b.s[g] : d;
             constexpr bool minimum = K == Q2_K || K == Q4_K || K == Q5_K;
-            float low = minimum ? -(half_value(b.dmin) * (float)b.m[g]) : K == Q4_1 || K == Q5_1 ? half_value(b.dmin) : 0.0f;
+            float low = minimum                ? -(half_value(b.dmin) * (float)b.m[g])
+                      : K == Q4_1 || K == Q5_1 ? half_value(b.dmin)
+                                               : 0.0f;
+            BN_LOOP
             for (int i = 0; i < SIZE; i++) {
-                if (K == IQ4_NL) y[g * SIZE + i] = scale * LEVELS[c[i] & 15];
-                else if (minimum || K == Q4_1 || K == Q5_1) y[g * SIZE + i] = scale * (float)c[i] + low;
-                else y[g * SIZE + i] = scale * (float)((int)c[i] - center_of(K));
+                if (K == IQ4_NL)
+                    y[g * SIZE + i] = scale * LEVELS[c[i] & 15];
+                else if (minimum || K == Q4_1 || K == Q5_1)
+                    y[g * SIZE + i] = scale * (float)c[i] + low;
+                else
+                    y[g * SIZE + i] = scale * (float)((int)c[i] - center_of(K));
             }
         }
     }
@@ -246,8 +62,10 @@ BN_INLINE void transpose(vf *v) {
 template <int N> void load(const float *const *from, int count, vf *to) {
     for (int i = 0; i < N; i += W) {
         for (int l = 0; l < W; l++)
-            if (l < count) memcpy(&to[i + l], from[l] + i, sizeof(vf));
-            else to[i + l] = vf{};
+            if (l < count)
+                memcpy(&to[i + l], from[l] + i, sizeof(vf));
+            else
+                to[i + l] = vf{};
         transpose(to + i);
     }
 }
@@ -294,7 +112,8 @@ template <int K> void overflow(two_levels &l) {
 
 // ggml's fields. `weight` is scratch for types whose weights are not the importance itself.
 template <int K> void compatible_super(tile &t, bool important) {
-    constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K), limit = limit_of(K);
+    constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K),
+                  limit = limit_of(K);
     vf weight[256], sums[G] = {}, scales[G], minimums[G], *x = t.x;
     if (important) {
         // 2 / 256 and 1 / 256 are powers of two and round nothing.
@@ -314,8 +133,10 @@ template <int K> void compatible_super(tile &t, bool important) {
             float first = important ? -0.9f : K == Q4_K ? -1.0f : -0.5f, step = important ? 0.05f : 0.1f;
             int steps = important ? 36 : K == Q4_K ? 20 : 15;
             scales[g] = affine<N>(xg, wg, high, first, step, steps, K == Q2_K && !important, qg, minimums[g]);
-        } else if (K == Q3_K && !important) scales[g] = symmetric_descent<N>(xg, center, qg);
-        else scales[g] = symmetric<N>(xg, wg, center, qg);
+        } else if (K == Q3_K && !important)
+            scales[g] = symmetric_descent<N>(xg, center, qg);
+        else
+            scales[g] = symmetric<N>(xg, wg, center, qg);
     }
     two_levels &l = t.l;
     if constexpr (center == 0) {
@@ -387,7 +208,8 @@ template <int K> void compatible_simple(tile &t, bool important) {
     if (important) {
         for (int i = 0; i < 32; i++) weight[i] = t.weight[i] * root(t.sigma2 + x[i] * x[i]);
         vf minimum;
-        if (center) t.l.d = half_of(symmetric<32>(x, weight, center, q));
+        if (center)
+            t.l.d = half_of(symmetric<32>(x, weight, center, q));
         else {
             t.l.d = half_of(affine<32>(x, weight, high, -0.9f, 0.05f, 36, false, q, minimum));
             t.l.dmin = half_of(-minimum);
@@ -403,17 +225,21 @@ template <int K> void compatible_simple(tile &t, bool important) {
     d = center ? largest<32>(x) / (float)-center : (most - low) / (float)high;
     vf inv = inverse_or_zero(d);
     for (int i = 0; i < 32; i++)
-        q[i] = smallest_of(truncate(center ? x[i] * inv + ((float)center + 0.5f) : (x[i] - low) * inv + 0.5f), all(high));
+        q[i] =
+            smallest_of(truncate(center ? x[i] * inv + ((float)center + 0.5f) : (x[i] - low) * inv + 0.5f), all(high));
     t.l.d = half_of(d);
     t.l.dmin = half_of(low);
 }
 
 // The default search; keeps what is there where it is no better.
 template <int K, bool WEIGHTED> void improve_super(tile &t) {
-    constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K), limit = limit_of(K);
+    constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K),
+                  limit = limit_of(K);
     two_levels found;
-    if constexpr (center) found = search_symmetric<G, N, WEIGHTED>(t.x, t.weight, center, limit, K == Q3_K ? 1 : 2);
-    else found = search_affine<G, N, WEIGHTED>(t.x, t.weight, high, limit);
+    if constexpr (center)
+        found = search_symmetric<G, N, WEIGHTED>(t.x, t.weight, center, limit, K == Q3_K ? 1 : 2);
+    else
+        found = search_affine<G, N, WEIGHTED>(t.x, t.weight, high, limit);
     vf before = {};
     for (int g = 0; g < G; g++) {
         vf scale = t.l.d * t.l.s[g], low = center ? vf{} : -(t.l.dmin * t.l.m[g]), error = {};
@@ -432,7 +258,8 @@ template <int K, bool WEIGHTED> void improve_super(tile &t) {
         if (!center) t.l.m[g] = better ? found.m[g] : t.l.m[g];
         vf inv = inverse(found.d * found.s[g]), low = center ? vf{} : -(found.dmin * found.m[g]);
         for (int i = g * N; i < (g + 1) * N; i++) {
-            vf q = center ? nearest(t.x[i], inv, low, -center, center - 1) + (float)center : nearest(t.x[i], inv, low, 0, high);
+            vf q = center ? nearest(t.x[i], inv, low, -center, center - 1) + (float)center
+                          : nearest(t.x[i], inv, low, 0, high);
             t.q[i] = better ? q : t.q[i];
         }
     }
@@ -551,35 +378,36 @@ template <int K> void quantize(const job &j) {
 #define BN_JOIN2(a, b) a##b
 #define BN_JOIN(a, b) BN_JOIN2(a, b)
 #define BN_EXPORT extern "C" __attribute__((visibility("default")))
-#define BN_KINDS(call)                                                                                                 \
-    switch (kind) {                                                                                                    \
-        case Q4_0: call(Q4_0); return 0;                                                                               \
-        case Q4_1: call(Q4_1); return 0;                                                                               \
-        case Q5_0: call(Q5_0); return 0;                                                                               \
-        case Q5_1: call(Q5_1); return 0;                                                                               \
-        case Q8_0: call(Q8_0); return 0;                                                                               \
-        case Q2_K: call(Q2_K); return 0;                                                                               \
-        case Q3_K: call(Q3_K); return 0;                                                                               \
-        case Q4_K: call(Q4_K); return 0;                                                                               \
-        case Q5_K: call(Q5_K); return 0;                                                                               \
-        case Q6_K: call(Q6_K); return 0;                                                                               \
-        case IQ4_NL: call(IQ4_NL); return 0;                                                                           \
-        case TQ1_0: call(TQ1_0); return 0;                                                                             \
-        case TQ2_0: call(TQ2_0); return 0;                                                                             \
-        default: return 1;                                                                                             \
+#define BN_KINDS(call)                       \
+    switch (kind) {                          \
+        case Q4_0: call(Q4_0); return 0;     \
+        case Q4_1: call(Q4_1); return 0;     \
+        case Q5_0: call(Q5_0); return 0;     \
+        case Q5_1: call(Q5_1); return 0;     \
+        case Q8_0: call(Q8_0); return 0;     \
+        case Q2_K: call(Q2_K); return 0;     \
+        case Q3_K: call(Q3_K); return 0;     \
+        case Q4_K: call(Q4_K); return 0;     \
+        case Q5_K: call(Q5_K); return 0;     \
+        case Q6_K: call(Q6_K); return 0;     \
+        case IQ4_NL: call(IQ4_NL); return 0; \
+        case TQ1_0: call(TQ1_0); return 0;   \
+        case TQ2_0: call(TQ2_0); return 0;   \
+        default: return 1;                   \
     }
 
 // `kind` is ggml's number of the type. Both return 1 for one that isn't here.
 BN_EXPORT int BN_JOIN(bn_blocks_quantize_, BN_BUILD)(const float *x, int64_t rows, int64_t columns, int kind,
-                                                     const float *importance, float *sigma2, int compatible, uint8_t *out,
-                                                     int threads) {
+                                                     const float *importance, float *sigma2, int compatible,
+                                                     uint8_t *out, int threads) {
     job j = {x, importance, sigma2, rows, columns, out, compatible, threads};
 #define BN_CALL(K) quantize<K>(j)
     BN_KINDS(BN_CALL)
 #undef BN_CALL
 }
 
-BN_EXPORT int BN_JOIN(bn_blocks_dequantize_, BN_BUILD)(const uint8_t *data, int64_t blocks, int kind, float *out, int threads) {
+BN_EXPORT int BN_JOIN(bn_blocks_dequantize_, BN_BUILD)(const uint8_t *data, int64_t blocks, int kind, float *out,
+                                                       int threads) {
 #define BN_CALL(K) dequantize<K>(data, blocks, out, threads)
     BN_KINDS(BN_CALL)
 #undef BN_CALL

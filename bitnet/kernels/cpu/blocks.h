@@ -1,8 +1,8 @@
 // Searches of the GGUF block formats: the arithmetic of bitnet/quant/blocks/ggml.py and search.py, in the same order.
 //
-// A lane of a vector is a block, so every sum over a block runs from its first weight to its last, as in ggml's scalar code,
-// and the bytes are the same on every instruction set. Arrays of vectors are indexed by the weight's place in the block.
-// Names and comments are those of the Python files, which explain what is searched.
+// A lane of a vector is a block, so every sum over a block runs from its first weight to its last, as in ggml's scalar
+// code, and the bytes are the same on every instruction set. Arrays of vectors are indexed by the weight's place in the
+// block. Names and comments are those of the Python files, which explain what is searched.
 #pragma once
 
 #include <math.h>
@@ -72,7 +72,9 @@ BN_INLINE vf nearest_int(vf x) { return __builtin_convertvector(nearest_integer(
 BN_INLINE vf divide(float number, vf x) { return all(number) / x; }
 BN_INLINE vf inverse_or_zero(vf x) { return x != 0 ? 1 / x : vf{}; }
 // Toward 0; what is not finite becomes 0.
-BN_INLINE vf truncate(vf x) { return magnitude(x) < 1e9f ? __builtin_convertvector(__builtin_convertvector(x, vi), vf) : vf{}; }
+BN_INLINE vf truncate(vf x) {
+    return magnitude(x) < 1e9f ? __builtin_convertvector(__builtin_convertvector(x, vi), vf) : vf{};
+}
 BN_INLINE vf round_away(vf x) {
     vf whole = truncate(x);
     vf more = whole + (x < 0 ? all(-1) : all(1));
@@ -101,7 +103,8 @@ template <int N> static vf symmetric(const vf *x, const vf *weight, int levels, 
     for (int step = -10; step <= 9; step++) {
         if (step == 0) continue;
         // The first trial has no step; -10 stands for it.
-        vf inv = divide(step == -10 ? (float)-levels : -((float)levels + 0.1f * (float)step), extreme), xq = {}, qq = {};
+        vf inv = divide(step == -10 ? (float)-levels : -((float)levels + 0.1f * (float)step), extreme), xq = {},
+           qq = {};
         for (int i = 0; i < N; i++) {
             vf q = clamp(nearest_int(inv * x[i]), -levels, levels - 1);
             xq += wx[i] * q;
@@ -136,7 +139,8 @@ static void descend(const vf *x, const vf *weight, vf *codes, vf &sum_xq, vf &su
             vf moved = nearest_int(x[i] * qq / xq);
             moved = UNSIGNED ? smallest_of(moved, all(high)) : clamp(moved, low, high);
             vf new_xq = xq + wx * moved, new_qq = qq + w * moved * moved;
-            vi better = (xq > 0) & (moved != code) & (new_qq > 0) & (new_xq * new_xq * sum_qq > sum_xq * sum_xq * new_qq);
+            vi better =
+                (xq > 0) & (moved != code) & (new_qq > 0) & (new_xq * new_xq * sum_qq > sum_xq * sum_xq * new_qq);
             if (UNSIGNED) better &= qq > 0;
             codes[i] = better ? UNSIGNED ? low_byte(moved) : moved : code;
             sum_xq = better ? new_xq : sum_xq;
@@ -161,8 +165,8 @@ template <int N> static vf symmetric_descent(const vf *x, int levels, vf *codes)
     return zero ? vf{} : qq > 0 ? xq / qq : vf{};
 }
 
-template <int N> static vf affine(const vf *x, const vf *weight, int levels, float first, float step, int steps, bool absolute,
-                                  vf *best, vf &minimum) {
+template <int N> static vf affine(const vf *x, const vf *weight, int levels, float first, float step, int steps,
+                                  bool absolute, vf *best, vf &minimum) {
     vf low = x[0], high = x[0], sum_w = {}, sum_x = {}, codes[N];
     for (int i = 0; i < N; i++) {
         low = x[i] < low ? x[i] : low;
@@ -216,7 +220,8 @@ template <int N> static vf positive(const vf *x, const vf *weight, int levels, v
     vf best_inv, best_error;
     for (int step = -5; step <= 4; step++) {
         if (step == 0) continue;
-        vf inv = divide(step == -5 ? (float)levels : 0.1f * (float)step + (float)levels, high), scale = 1 / inv, error = {};
+        vf inv = divide(step == -5 ? (float)levels : 0.1f * (float)step + (float)levels, high), scale = 1 / inv,
+           error = {};
         for (int i = 0; i < N; i++) {
             vf q = nearest_int(inv * x[i]);
             q = step == -5 ? low_byte(q) : smallest_of(q, all(levels));
@@ -313,7 +318,8 @@ template <int N> static int scale_starts(const vf *x, float first, float last, f
     vf extreme = largest<N>(x);
     int count = 0;
     for (int end = first == -last; end < 2; end++)
-        for (int a = -2; a <= 2; a++) starts[count++] = extreme / all(end ? last + spread * 0.5f * a : first - spread * 0.5f * a);
+        for (int a = -2; a <= 2; a++)
+            starts[count++] = extreme / all(end ? last + spread * 0.5f * a : first - spread * 0.5f * a);
     return count;
 }
 
@@ -336,7 +342,8 @@ static vf fit_affine(const vf *x, const vf *weight, int high, vf sum_w, vf sum_x
             found = better ? scale : found;
             low = better ? end : low;
             vf determinant = sum_w * s.qq - s.q * s.q;
-            vf new_scale = ratio(sum_w * s.xq - sum_x * s.q, determinant), new_low = ratio(s.qq * sum_x - s.q * s.xq, determinant);
+            vf new_scale = ratio(sum_w * s.xq - sum_x * s.q, determinant),
+               new_low = ratio(s.qq * sum_x - s.q * s.xq, determinant);
             if (!FREE) {
                 vi above = new_low > 0;
                 new_scale = above ? ratio(s.xq, s.qq) : new_scale;
@@ -403,13 +410,15 @@ static two_levels search_symmetric(const vf *x, const vf *weight, int center, in
     return found;
 }
 
-template <int G, int N, bool WEIGHTED> static two_levels search_affine(const vf *x, const vf *weight, int high, int limit) {
+template <int G, int N, bool WEIGHTED>
+static two_levels search_affine(const vf *x, const vf *weight, int high, int limit) {
     integers codes = {0, (float)high};
     two_levels l = {}, found = {};
     vf real[G], low[G], sum_w[G], sum_x[G], ignored, most = {}, least = {};
     for (int g = 0; g < G; g++) {
         sums_of_weights<N, WEIGHTED>(x + N * g, weight + N * g, sum_w[g], sum_x[g]);
-        real[g] = fit_affine<N, WEIGHTED, false, false>(x + N * g, weight + N * g, high, sum_w[g], sum_x[g], low[g], ignored);
+        real[g] =
+            fit_affine<N, WEIGHTED, false, false>(x + N * g, weight + N * g, high, sum_w[g], sum_x[g], low[g], ignored);
         most = g == 0 ? real[g] : real[g] > most ? real[g] : most;
         least = g == 0 ? -low[g] : -low[g] > least ? -low[g] : least;
     }
@@ -428,7 +437,8 @@ template <int G, int N, bool WEIGHTED> static two_levels search_affine(const vf 
             sums kept_sums = {};
             for (int step = -1; step <= 1; step++) {
                 vf moved = clamp(l.s[g] + (float)step, 0, limit), scale = l.d * moved, minimum = l.m[g], base = {};
-                for (int change = -2; change <= 1; change++) { // -2: the minimum as it is; then 0, -1, 1 from the best one
+                for (int change = -2; change <= 1;
+                     change++) { // -2: the minimum as it is; then 0, -1, 1 from the best one
                     static const float changes[] = {0, 0, -1, 1};
                     if (change > -2) minimum = clamp(base + changes[change + 2], 0, limit);
                     sums a = sums_at<N, WEIGHTED>(x + N * g, weight + N * g, codes, scale, -(l.dmin * minimum));
