@@ -132,4 +132,8 @@ def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
     """Rows of bytes uint8 `[N, row bytes]` to float32 `[N, K]`, to the last bit as ggml does. Raises ValueError for an
     unknown type and for rows that no number of blocks fills."""
     check_rows(data, kind)
-    return _FAMILY[kind].dequantize(data.reshape(-1, block_type(kind).bytes), kind).view(len(data), -1)
+    found = block_type(kind)
+    columns = data.shape[1] // found.bytes * found.block_size
+    if not data.numel():
+        return torch.empty(len(data), columns, device=data.device)
+    return _FAMILY[kind].dequantize(data.reshape(-1, found.bytes), kind).view(len(data), columns)

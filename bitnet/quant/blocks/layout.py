@@ -47,9 +47,14 @@ def unpack_bits(packed: Tensor, bits: int, stride: int) -> Tensor:
 
 def half_bytes(half: Tensor) -> Tensor:
     """float16 `[B]` to its bytes `[B, 2]`, little-endian."""
-    return half.contiguous().view(torch.uint8).view(-1, 2)
+    return _copy(half).view(torch.uint8).view(-1, 2)
 
 
 def half_at(raw: Tensor, start: int) -> Tensor:
     """The float16 at byte `start` of every block: `[B]`."""
-    return raw[:, start : start + 2].contiguous().view(torch.float16).view(-1)
+    return _copy(raw[:, start : start + 2]).view(torch.float16).view(-1)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy that can be viewed as another dtype: its own memory, in order, aligned."""
+    return x.clone(memory_format=torch.contiguous_format)
