@@ -22,10 +22,10 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +34,12 @@ import torch
 from tqdm import tqdm
 
 from bitnet.corpus import Corpus, sha256_of
+from bitnet.files import write_atomic
 from bitnet.tokenizer import BaseTokenizer
 
 FORMAT_VERSION = 1
+JOURNAL = "journal.json"  # in a folder that is being written: how far it is complete
+FLUSH_BYTES = 64 << 20  # of text between two entries of the journal
 HELD_OUT_CHARS = 32 * 1024  # largest piece when documents are cut for the validation split
 IGNORE_INDEX = -100  # label that cross_entropy skips
 _SPLIT_SEED = 20240227
@@ -56,7 +59,8 @@ def tokenize_corpus(
 
     Writes `train-00000.bin`, ..., `val-00000.bin`, ... (uint16 if the vocabulary fits, else uint32, native byte order),
     the tokenizer's file and `meta.json`. The folder appears whole or not at all. Memory holds the ids of about 1 MB of
-    text, or of one document if that is larger.
+    text, or of one document if that is larger. A call that was killed is gone on with by the next one, from the last
+    64 MB of text that were flushed to disk; two calls at once wait for each other.
 
     workers: the tokenizer's threads, default one per core; the files do not depend on them.
 
@@ -74,8 +78,9 @@ def tokenize_corpus(
     if folder.exists():
         return TokenizedCorpus.load(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".tmp", dir=folder.parent))
-    try:
+    with _work_folder(folder) as work:
+        if work is None:  # another call was faster
+            return TokenizedCorpus.load(folder)
         tokenizer.save(work / tokenizer.file_name)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         splits = _write_splits(corpus, tokenizer, work, dtype, every, workers, shard_tokens, progress)
@@ -90,16 +95,56 @@ def tokenize_corpus(
             "val_every": every,
             "splits": splits,
         }
-        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp's 0o700 would hide a shared cache from others
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
+        (work / JOURNAL).unlink(missing_ok=True)
+        work.rename(folder)
     return TokenizedCorpus.load(folder)
+
+
+@contextmanager
+def _work_folder(folder: Path) -> Iterator[Path | None]:
+    """The folder that becomes `folder`, locked, with what a killed call has left in it; None if `folder` is there by
+    the time that the lock is free. An error removes it, a kill does not."""
+    work = folder.with_name(f".{folder.name}.tmp")
+    while True:
+        work.mkdir(exist_ok=True)
+        with _locked(work) as held:
+            if folder.exists():
+                yield None
+                return
+            if not held:  # whoever held the lock has renamed or removed what was locked here
+                continue
+            try:
+                yield work
+            except Exception:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder; whether it is still the folder of that name. Without POSIX locks there are none, and
+    two calls at once must not happen."""
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            same = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except FileNotFoundError:
+            same = False
+        yield same
+    finally:
+        os.close(descriptor)
 
 
 def _cores() -> int:
@@ -129,16 +174,41 @@ def _write_splits(
     )
     bos = [] if tokenizer.bos_id is None or not tokenizer.adds_bos else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    settings = {"tokenizer": tokenizer.fingerprint, "shard_tokens": shard_tokens}
+    done, flushed = _read_journal(folder, writers, settings), 0
     with bar:
-        index = 0
-        for batch in _batches(_splittable_documents(corpus, every)):
+        documents = _splittable_documents(corpus, every)
+        for document in itertools.islice(documents, done):  # read again, which is quick beside tokenizing
+            bar.update(len(document.encode()))
+        index = done
+        for batch in _batches(documents):
             for document, ids in zip(batch, tokenizer.encode_batch(batch, threads=workers), strict=True):
                 size = len(document.encode())
                 writer = writers["val" if is_validation(index, every) else "train"]
                 writer.add([*bos, *ids, *eos], size)
                 bar.update(size)
                 index += 1
+                flushed += size
+            if flushed >= FLUSH_BYTES:
+                flushed = 0
+                state = {split: writer.flush() for split, writer in writers.items()}
+                write_atomic(folder / JOURNAL, json.dumps({"documents": index, "splits": state, **settings}))
     return {split: writer.close() for split, writer in writers.items()}
+
+
+def _read_journal(folder: Path, writers: dict[str, _ShardWriter], settings: dict[str, Any]) -> int:
+    """Bring the writers to where a killed call last flushed them; how many documents that were."""
+    try:
+        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        if any(journal[name] != value for name, value in settings.items()):
+            return 0
+        for split, writer in writers.items():
+            writer.go_on(journal["splits"][split])
+        return int(journal["documents"])
+    except (OSError, ValueError, KeyError):
+        for writer in writers.values():
+            writer.go_on({"documents": 0, "bytes": 0, "shards": []})
+        return 0
 
 
 def is_validation(index: int, every: int) -> bool:
@@ -219,6 +289,26 @@ class _ShardWriter:
             tokens = tokens[room:]
             if self._shards[-1]["tokens"] == self._limit:
                 self._close_file()
+
+    def flush(self) -> dict[str, Any]:
+        """Bring everything to disk; what `go_on` needs to go on from here."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"documents": self._documents, "bytes": self._bytes, "shards": self._shards}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Be as when `flush` returned this, cutting off what was written later. OSError for files that are shorter."""
+        for shard in state["shards"]:
+            path, size = self._folder / shard["file"], shard["tokens"] * self._dtype.itemsize
+            if path.stat().st_size < size:
+                raise OSError(f"{path} is shorter than the {size} bytes that were flushed")
+            os.truncate(path, size)
+        self._documents, self._bytes, self._shards = state["documents"], state["bytes"], state["shards"]
+        if self._shards and self._shards[-1]["tokens"] < self._limit:
+            last = self._shards[-1]
+            self._file = open(self._folder / last["file"], "r+b")  # noqa: SIM115  (open until the shard is full)
+            self._file.seek(0, os.SEEK_END)
 
     def _close_file(self) -> None:
         if self._file is not None:

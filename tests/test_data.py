@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -201,23 +203,44 @@ def test_second_call_reuses_and_a_change_makes_another_folder(tmp_path, tokenize
     assert set(tmp_path.iterdir()) == folders
 
 
-def test_interrupted_tokenization_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    corpus = corpus_of(numbered(50))
-    encode, calls = Tokenizer.encode_batch, []
+@pytest.mark.parametrize("stop_at", [0, 1, 17, 49])
+def test_a_killed_call_is_gone_on_with(tmp_path, tokenizer, monkeypatch, stop_at):
+    corpus, encode, texts = corpus_of(numbered(50)), Tokenizer.encode_batch, []
+    expected = tokenize_corpus(corpus, tokenizer, tmp_path / "straight", shard_tokens=100).folder
 
-    def interrupted(self, texts, threads=1):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return encode(self, texts, threads)
+    def encoding(self, batch, threads=1):
+        if len(texts) == stop_at:
+            raise KeyboardInterrupt  # leaves behind what a kill leaves
+        texts.extend(batch)
+        return encode(self, batch, threads)
 
     monkeypatch.setattr(data, "_batches", lambda documents: ([d] for d in documents))
+    monkeypatch.setattr(data, "FLUSH_BYTES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", interrupted)
+        patch.setattr(Tokenizer, "encode_batch", encoding)
         with pytest.raises(KeyboardInterrupt):
-            tokenize_corpus(corpus, tokenizer, tmp_path)
+            tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100)
+        stop_at = -1
+        (work,) = (tmp_path / "killed").iterdir()
+        assert work.name.startswith(".")
+        for file in work.glob("*.bin"):  # written later than the journal's last entry, perhaps in part
+            with open(file, "ab") as stream:
+                stream.write(b"\1\2\3")
+        found = tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100).folder
+    assert texts == numbered(50)  # nothing was tokenized twice
+    assert [p.name for p in (tmp_path / "killed").iterdir()] == [found.name]
+    for file in expected.iterdir():
+        assert (found / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_an_error_leaves_nothing(tmp_path, tokenizer):
+    def failing():
+        yield from numbered(30)
+        raise ValueError("line 31 is not text")
+
+    with pytest.raises(ValueError, match="line 31"):
+        tokenize_corpus(Corpus("made", failing, lambda: "x"), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert tokenize_corpus(corpus, tokenizer, tmp_path).meta["splits"]["train"]["documents"] == 48
 
 
 def test_a_killed_runs_remains_are_not_taken_for_complete(tmp_path, tokenizer):
@@ -230,11 +253,26 @@ def test_a_killed_runs_remains_are_not_taken_for_complete(tmp_path, tokenizer):
     assert (built / "train-00000.bin").read_bytes() == (complete / "train-00000.bin").read_bytes()
 
 
-def test_two_runs_at_once(tmp_path, tokenizer):
-    corpus = corpus_of(numbered(50))
-    slow = Corpus("made", lambda: [tokenize_corpus(corpus, tokenizer, tmp_path)] and numbered(50), corpus.identify)
-    tokenized = tokenize_corpus(slow, tokenizer, tmp_path)  # the other run finishes while this one reads
-    assert list(tmp_path.iterdir()) == [tokenized.folder]
+def test_two_calls_at_once_wait_for_each_other(tmp_path, tokenizer):
+    texts = numbered(50)
+
+    def reading():
+        for text in texts:
+            time.sleep(0.002)
+            yield text
+
+    slow = Corpus("made", reading, lambda: json.dumps(texts))
+    folders = []
+    threads = [
+        threading.Thread(target=lambda: folders.append(tokenize_corpus(slow, tokenizer, tmp_path).folder))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(folders) == 3
+    assert set(folders) == set(tmp_path.iterdir()) == {folders[0]}
 
 
 def test_damaged_folders_name_the_remedy(tmp_path, tokenizer):
