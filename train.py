@@ -110,8 +110,8 @@ class TrainConfig:
     ramp: float = 0.0
     """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
     init: str | None = None
-    """Start from the weights, shape and tokenizer of this model (a run, or any float model that generate.py takes):
-    fine-tuning, and with model.quantizer other than its own, conversion."""
+    """Start from the weights, shape and tokenizer of this run: fine-tuning, and with another model.quantizer than its
+    own, conversion."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
     on_nan: Remedy = "stop"

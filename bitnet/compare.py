@@ -48,7 +48,7 @@ from bitnet.interop import quantized
 from bitnet.kernels import blocks
 from bitnet.loading import open_model, tokenizer_files
 from bitnet.model import BitNetForCausalLM
-from bitnet.model.quantized import StaticInt8Linear
+from bitnet.model.quantized import StaticInt8Linear, cache_weights
 from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_quantize
 from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
 
@@ -215,13 +215,6 @@ def kernel_of(model: BitNetForCausalLM) -> str:
 # ----------------------------------------------------------------------------------------------------------- speed
 
 
-def cache_weights(model: nn.Module) -> None:
-    """Let weight-only layers keep their dequantized weight: the speed that they can have without a kernel."""
-    for module in model.modules():
-        if hasattr(module, "cache_weight"):
-            module.cache_weight = True  # type: ignore[assignment]
-
-
 def measure(path: str, threads: int | None) -> dict[str, float | None]:
     """Speed and memory of a model on disk; runs in a process of its own. Medians of 3."""
     if threads:
@@ -230,7 +223,7 @@ def measure(path: str, threads: int | None) -> dict[str, float | None]:
     reset_peak_memory()
     model = open_model(path).model
     if isinstance(model, nn.Module):
-        cache_weights(model)
+        cache_weights(model)  # dequantized once: the speed that a method can have without a kernel
     vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
     prompt, steps = min(256, positions // 2), min(32, positions // 4)
     ids = torch.randint(vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
@@ -404,7 +397,7 @@ class Comparison:
         return row
 
     def write(self) -> None:
-        """table.json, table.csv, table.md and the two scatter pictures, each replaced whole."""
+        """table.json, table.csv and table.md, each replaced whole."""
         rows = list(self.rows.values())
         stored = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
         write_atomic(

@@ -102,19 +102,7 @@ class Engine:
         self._bits = PACKED_BITS[config.quantizer]
         self._codec = codec
         self._matrices: list[native.Lines] = []
-        seen: set[str] = set()
-
-        def checked(name: str, *shape: int) -> Tensor:
-            seen.add(name)
-            value = tensor(name)
-            if list(value.shape) != list(shape):
-                raise ValueError(f"{name} is {list(value.shape)} and the configuration says {list(shape)}")
-            return value
-
-        self._build(checked)
-        left = sorted(set(names or ()) - seen)
-        if left:
-            raise ValueError(f"{len(left)} tensors are not of this configuration: {', '.join(left[:3])}")
+        build_exactly(self._build, tensor, names)
 
     @classmethod
     def from_model(cls, model: BitNetForCausalLM, **options: str) -> "Engine":
@@ -271,6 +259,26 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads, as they lie in memory."""
         return sum(lines.memory.nbytes + lines.scale.nbytes for lines in self._matrices)
+
+
+def build_exactly(
+    build: Callable[[Callable[..., Tensor]], None], tensor: Callable[[str], Tensor], names: Iterable[str] | None
+) -> None:
+    """Call `build(checked)`, where `checked(name, *shape)` is the tensor of that name and shape. Raises ValueError for
+    another shape, and for names that were not asked for."""
+    seen: set[str] = set()
+
+    def checked(name: str, *shape: int) -> Tensor:
+        seen.add(name)
+        value = tensor(name)
+        if list(value.shape) != list(shape):
+            raise ValueError(f"{name} is {list(value.shape)} and the configuration says {list(shape)}")
+        return value
+
+    build(checked)
+    left = sorted(set(names or ()) - seen)
+    if left:
+        raise ValueError(f"{len(left)} tensors are not of this configuration: {', '.join(left[:3])}")
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet.engine import build_exactly
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels import triton as backend
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -106,19 +107,7 @@ class GpuEngine:
         self.config, self.dtype = config, DTYPES[dtype]
         self.graphs = graphs and self._device.type == "cuda"
         self._free: dict[tuple[int, int], list[_Storage]] = defaultdict(list)
-        seen: set[str] = set()
-
-        def checked(name: str, *shape: int) -> Tensor:
-            seen.add(name)
-            value = tensor(name)
-            if list(value.shape) != list(shape):
-                raise ValueError(f"{name} is {list(value.shape)} and the configuration says {list(shape)}")
-            return value.detach().to(self._device)
-
-        self._build(checked)
-        left = sorted(set(names or ()) - seen)
-        if left:
-            raise ValueError(f"{len(left)} tensors are not of this configuration: {', '.join(left[:3])}")
+        build_exactly(self._build, lambda name: tensor(name).detach().to(self._device), names)
 
     @classmethod
     def from_model(cls, model: BitNetForCausalLM, **options: Any) -> "GpuEngine":

@@ -59,10 +59,7 @@ def open_model(
 
     Raises ValueError (CheckpointError is one) or OSError naming what is wrong with the path.
     """
-    device, path = torch.device(device), find(path)
-    kind = kind_of(path)
-    if kind not in ("gguf", "hf"):
-        path = checkpoint.resolve(path, which)
+    device, (path, kind) = torch.device(device), _locate(path, which)
     tokenizer, template = open_tokenizer(path, kind)
     if kind == "run" or kind == "packed":
         model = _own(path, device, pack, cache_dtype, dtype)
@@ -79,10 +76,7 @@ def open_model(
 def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
     """A model as it is stored, for writing it in another form: a run's latent floats, or the codes of a packed one,
     with float embeddings where they are float; and what `open_model` gives beside it. Raises as that does."""
-    path = find(path)
-    kind = kind_of(path)
-    if kind not in ("gguf", "hf"):
-        path = checkpoint.resolve(path, which)
+    path, kind = _locate(path, which)
     tokenizer, template = open_tokenizer(path, kind)
     if kind == "run":
         model = checkpoint.load_model(path)
@@ -92,6 +86,13 @@ def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCaus
     else:
         model = _read(path, kind)
     return model, OpenModel(model, tokenizer, template, path, kind)
+
+
+def _locate(path: str | Path, which: str) -> tuple[Path, Kind]:
+    """The file or folder that holds the tensors, which of a run is a checkpoint, and its kind."""
+    path = find(path)
+    kind = kind_of(path)
+    return path if kind in ("gguf", "hf") else checkpoint.resolve(path, which), kind
 
 
 def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:

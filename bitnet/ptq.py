@@ -2,7 +2,7 @@
 
     model = quantize_model(model, "gptq-4", calibration_ids)
 
-The projections are quantized; embedding, head and norms stay float, but in the 16-bit formats.
+The projections are quantized; embedding, head and norms stay float, but in the GGUF mixtures and the 16-bit formats.
 Calibrated methods go through the model block by block. For GPTQ each block is calibrated on the quantized output of the
 earlier ones, and within a block in the order of the computation (q k v, o, gate up, down), each on the quantized output
 of the one before ("true sequential"). The others are calibrated on the float model.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitnet.interop.gguf_names import projection_names
+from bitnet.interop.gguf_names import projection_names, projection_shape, table_names
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear
 from bitnet.model.quantized import (
@@ -40,6 +40,7 @@ from bitnet.model.walk import STAGES, Maxima, MeanSquares, Moments, fold, progre
 from bitnet.quant import PerTensor
 from bitnet.quant.awq import awq_scale, clip_quantize
 from bitnet.quant.blocks import TYPES as BLOCKS
+from bitnet.quant.blocks import mixtures
 from bitnet.quant.calibration import Observer, calibrate
 from bitnet.quant.gptq import gptq_quantize
 from bitnet.quant.gptq_layout import TERNARY, Grid, QuantizedWeight, round_to_nearest
@@ -49,6 +50,7 @@ MIN_CALIBRATION_TOKENS = 128
 GGUF_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 NF4_BLOCK = 64
 BLOCK_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "Q3_K", "Q2_K")
+MIXTURES = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K_S")
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ METHODS: dict[str, Method] = {
     **{f"gptq-{b}": Method(f"GPTQ: INT{b} weights in groups", b, True) for b in (8, 4, 3, 2)},
     "gptq-ternary": Method("GPTQ on the ternary grid, in groups", 2, True),
     **{f"gguf-{name.lower()}": Method(f"GGUF blocks {name}", nominal_bits(name)) for name in BLOCK_TYPES},
+    **{
+        f"gguf-{name.lower()}": Method(f"GGUF mixture {name}, embedding and head included", nominal_bits(name))
+        for name in MIXTURES
+    },
 }
 
 
@@ -212,9 +218,15 @@ def _gguf(model: BitNetForCausalLM, method: str, ids: Tensor | None, options: Op
 
 
 def _gguf_types(model: BitNetForCausalLM, method: str) -> dict[str, str]:
-    """The type of each projection, by our names of the modules."""
+    """The type of each projection and, in a mixture, of embedding and head, by our names of the modules."""
     kind = method.removeprefix("gguf-").upper()
-    return {ours: kind for ours, _ in projection_names(model.config)}
+    config = model.config
+    if kind not in MIXTURES:
+        return {ours: kind for ours, _ in projection_names(config)}
+    shapes = {theirs: projection_shape(config, ours) for ours, theirs in projection_names(config)}
+    shapes |= {theirs: (config.vocab_size, config.hidden_size) for _, theirs in table_names(config)}
+    types = mixtures.tensor_types(kind, {f"{name}.weight": shape for name, shape in shapes.items()})
+    return {ours: types[f"{theirs}.weight"] for ours, theirs in (*projection_names(config), *table_names(config))}
 
 
 def _gptq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -> None:

@@ -25,8 +25,9 @@ from torch import Tensor
 from bitnet.interop.gguf_file import NUMBERS, TYPES, TensorToWrite, write_file
 from bitnet.interop.gguf_names import norm_names, projection_names, projection_shape, rotary_rows, table_names
 from bitnet.interop.gguf_vocabulary import vocabulary
-from bitnet.kernels import PACKED_BITS, blocks, quantize_weight
+from bitnet.kernels import PACKED_BITS, blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
+from bitnet.model.linear import codes_and_scale
 from bitnet.quant import pack_codes, unpack_codes
 from bitnet.quant.blocks import mixtures, ternary
 from bitnet.quant.i2s import pack_i2_s
@@ -183,8 +184,8 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
     def weight(type: str, name: str, module: Any) -> Tensor:
         if config.quantizer == "none":
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
-        codes, scale = _codes(module)
-        return encode_ternary(rotary_rows(config, arch, name, codes), scale, type)
+        codes, scale = codes_and_scale(module)
+        return encode_ternary(rotary_rows(config, arch, name, codes.cpu()), float(scale), type)
 
     for ours, theirs in table_names(config):
         shape, type = (config.vocab_size, config.hidden_size), types[theirs]
@@ -196,7 +197,7 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         type = types[theirs]
         yield entry(f"{theirs}.weight", projection_shape(config, ours), type, partial(weight, type, ours), ours)
         if config.quantizer != "none" and type != "I2_S":
-            yield entry(f"{theirs}.scale", (1,), "F32", lambda module: torch.tensor([_codes(module)[1]]), ours)
+            yield entry(f"{theirs}.scale", (1,), "F32", lambda module: codes_and_scale(module)[1].view(1).cpu(), ours)
 
 
 def _layer(name: str) -> int:
@@ -223,15 +224,6 @@ def encode_ternary(codes: Tensor, scale: float, type: str) -> Tensor:
     packed = pack_codes(codes, 2).view(codes.shape[0], -1, 64)  # TQ2_0's quants have our bit layout
     one = torch.ones(*packed.shape[:2], 1, dtype=torch.float16).view(torch.uint8)
     return torch.cat([packed, one], dim=-1)
-
-
-def _codes(module: Any) -> tuple[Tensor, float]:
-    """Codes int8 `[N, K]` and the scale, from the one quantization that the model computes with."""
-    if isinstance(module, PackedLinear):
-        return module.codes().cpu(), float(module.weight_scale)
-    with torch.no_grad():
-        codes, scale = quantize_weight(module.weight, module.quantizer)
-    return codes.cpu(), float(scale)
 
 
 def _table(type: str, module: Any) -> Tensor:

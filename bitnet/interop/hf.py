@@ -42,8 +42,6 @@ from bitnet.quant import pack_codes
 Form = Literal["dense", "master", "packed", "packed-inverse"]
 SHARDS = "model.safetensors.index.json"
 PACKED_ROWS = 4  # rows that share a byte
-MAX_ROPE_VALUES = 2**25
-"""Positions times head_dim: the one size that no tensor bounds. A 128k context with heads of 128 is half of it."""
 JSON_LIMIT = 64 * 2**20
 FLOATS = {"F64", "F32", "F16", "BF16"}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
@@ -144,11 +142,6 @@ def parse_config(values: dict[str, Any]) -> tuple[ModelConfig, Form]:
     )
     if config.sub_norm and config.num_attention_heads * config.head_width != config.hidden_size:
         raise ValueError(f"head_dim {config.head_width} times {heads} heads is not hidden_size, and attn_sub_norm is")
-    if config.max_position_embeddings * config.head_width > MAX_ROPE_VALUES:
-        raise ValueError(
-            f"max_position_embeddings {config.max_position_embeddings} would take a table of "
-            f"{8 * config.max_position_embeddings * config.head_width:,} bytes; lower it to the length that you need"
-        )
     return config, form
 
 

@@ -18,14 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitnet.checkpoint import CONFIG, MODEL, TOKENIZER, new_folder, save_tensors
 from bitnet.files import write_atomic
 from bitnet.interop.hf import PACKED_ROWS, pack_rows
-from bitnet.kernels import PACKED_BITS, quantize_weight
+from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
 from bitnet.tokenizer import Tokenizer
 
@@ -60,7 +60,7 @@ def write(
     tensors: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, (BitLinear, PackedLinear)) and form != "master" and name != "lm_head":
-            codes, scale = _codes(module)
+            codes, scale = codes_and_scale(module)
             tensors[f"{name}.weight"] = pack_rows(codes)
             scale = scale.detach().float().view(1).cpu()
             tensors[f"{name}.weight_scale"] = scale if form == "packed" else 1 / scale.double()
@@ -150,14 +150,6 @@ def config_of(model: BitNetForCausalLM, form: str) -> dict[str, Any]:
             "modules_to_not_convert": ["lm_head"],
         }
     return result
-
-
-def _codes(module: nn.Module) -> tuple[Tensor, Tensor]:
-    if isinstance(module, PackedLinear):
-        return module.codes(), module.weight_scale
-    assert isinstance(module, BitLinear)
-    with torch.no_grad():
-        return quantize_weight(module.weight, module.quantizer)
 
 
 # Tokenizers

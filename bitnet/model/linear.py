@@ -200,6 +200,15 @@ class PackedEmbedding(_Packed):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits=8"
 
 
+def codes_and_scale(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[N, K]` and scale of a BitLinear or PackedLinear, from the one quantization that it computes with."""
+    if isinstance(module, PackedLinear):
+        return module.codes(), module.weight_scale
+    assert isinstance(module, BitLinear)
+    with torch.no_grad():
+        return kernels.quantize_weight(module.weight, module.quantizer)
+
+
 def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quantizer: str = "ternary") -> nn.Module:
     """Swap the `nn.Linear` modules of any model for BitLinear, in place, and return the model.
 
