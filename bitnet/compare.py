@@ -13,7 +13,11 @@ Every model is written to disk, and its speed and memory are measured in a proce
 `kernel` says matters: only `native` and `int8` multiply the quantized integers, `dequantizes` unpacks to floats first
 and has a float product's speed, whatever its file size.
 
+Embedding and head are FP16 in the files of weight-only methods, INT8 where activations are INT8 too, and what the
+mixture says in GGUF mixtures.
+
     perplexity = exp(mean -ln p(token))      its standard error is perplexity times that of the mean over windows
+    gap = mean ln(p_float(token) / p(token)), nats a token, +- its own standard error, from the windows one by one
     KL = mean sum_v p_float(v) ln(p_float(v) / p(v)), nats a token      top-1: share of tokens with the same arg max
 """
 
@@ -99,6 +103,8 @@ class Row:
     file_mb: float
     perplexity: float
     perplexity_error: float
+    gap: float
+    gap_error: float
     kl: float
     top1: float
     kernel: str
@@ -363,8 +369,9 @@ class Comparison:
         method = ptq.METHODS[name]
         start = time.perf_counter()
         model = ptq.quantize_model(
-            copy.deepcopy(self.model), name, self.calibration, group_size=self.group_size, progress=False
-        )
+            copy.deepcopy(self.model), name, self.calibration, group_size=self.group_size, progress=False,
+            embeddings="int8" if method.int8_activations else "float16",
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         row = self.add(name, family_of(name), method.bits, model, seconds)
         changed = layer_outputs(model, self.windows[0][0])
@@ -381,12 +388,13 @@ class Comparison:
         stored = open_model(path).model
         if isinstance(stored, nn.Module):
             cache_weights(stored)
-        loss, error, kl, top1 = self.reference.score(stored)
+        score = self.reference.score(stored)
+        perplexity = math.exp(min(score.loss, 700))
         row = Row(
             name=name, family=family, bits=bits, effective_bits=ptq.model_bits(model)[1],
-            file_mb=(path / checkpoint.MODEL).stat().st_size / 1e6, perplexity=math.exp(min(loss, 700)),
-            perplexity_error=math.exp(min(loss, 700)) * error, kl=kl, top1=top1, kernel=kernel_of(model),
-            seconds=seconds,
+            file_mb=(path / checkpoint.MODEL).stat().st_size / 1e6, perplexity=perplexity,
+            perplexity_error=perplexity * score.error, gap=score.gap, gap_error=score.gap_error, kl=score.kl,
+            top1=score.top1, kernel=kernel_of(model), seconds=seconds,
         )  # fmt: skip
         del stored
         if self.options.speed:
@@ -459,7 +467,7 @@ class Comparison:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 COLUMNS = (
-    "model", "bits", "stored", "file MB", "perplexity", "KL", "top-1", "prefill", "decode", "kernel", "MB", "quantize",
+    "model", "bits", "stored", "file MB", "perplexity", "gap", "KL", "top-1", "prefill", "decode", "kernel", "MB", "quantize",
 )  # fmt: skip
 
 
@@ -471,7 +479,8 @@ def cells(row: Row) -> list[str]:
 
     perplexity = f"{row.perplexity:.2f} \u00b1 {row.perplexity_error:.2f}" if row.perplexity < 1e4 else ">10000"
     return [
-        row.name, f"{row.bits:.2f}", f"{row.effective_bits:.2f}", f"{row.file_mb:.2f}", perplexity, f"{row.kl:.4f}",
+        row.name, f"{row.bits:.2f}", f"{row.effective_bits:.2f}", f"{row.file_mb:.2f}", perplexity,
+        f"{row.gap:+.4f} \u00b1 {row.gap_error:.4f}", f"{row.kl:.4f}",
         f"{row.top1:.1%}", number(row.prefill, ".0f"), number(row.decode, ".1f"), row.kernel,
         number(row.peak_mb, ".0f"), number(row.seconds, ".1f") + ("" if row.seconds is None else " s"),
     ]  # fmt: skip
@@ -509,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(terminal(list(comparison.rows.values())))
     print(
-        "bits: of a code; stored: with scales. KL and top-1 against the float model. prefill, decode: tokens/s. "
+        "bits: of a code; stored: with scales. gap: loss above the float model's. KL and top-1 against the float model. prefill, decode: tokens/s. "
         f"MB: memory of the running model. In {options.out}: table.md, .csv, .json and pictures."
     )
     return 0

@@ -94,12 +94,25 @@ def evaluate(
         model.train()
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
     sums, counts = sums[counts > 0], counts[counts > 0]
-    count = int(counts.sum())
-    loss = float(sums.sum()) / count
-    # Ratio estimator over windows: tokens inside one window are far from independent.
-    deviations = sums - loss * counts
-    error = math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
-    return Evaluation(loss, error, loss / math.log(2) / bytes_per_token, count)
+    loss, error = ratio_and_error(sums, counts)
+    return Evaluation(loss, error, loss / math.log(2) / bytes_per_token, int(counts.sum()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model against the float one on the same windows; losses in nats a token, standard errors over windows."""
+
+    loss: float
+    error: float
+    gap: float
+    """Loss above the float model's."""
+    gap_error: float
+    """Standard error of the gap. Windows that are hard for one model are hard for the other, so it is far below
+    `error`."""
+    kl: float
+    """KL divergence from the float model."""
+    top1: float
+    """Share of tokens with the float model's most likely one."""
 
 
 class Reference:
@@ -116,20 +129,30 @@ class Reference:
             self.logp[at : at + len(logp)] = logp.numpy()
             at += len(logp)
 
-    def score(self, model: Any) -> tuple[float, float, float, float]:
-        """Loss, its standard error over windows, KL divergence from the float model, and top-1 agreement."""
-        sums, counts, kl, agree, at = [], [], 0.0, 0, 0
+    def score(self, model: Any) -> Score:
+        """Score a model of the same vocabulary."""
+        losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
         for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
             float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
             at += len(logp)
             kl += float((float_logp.exp() * (float_logp - logp)).sum(1).double().sum())
             agree += int((float_logp.argmax(1) == logp.argmax(1)).sum())
-            sums.append(-float(logp.gather(1, labels[:, None]).double().sum()))
+            of_labels = logp.gather(1, labels[:, None]).double()
+            losses.append(-float(of_labels.sum()))
+            gaps.append(float((float_logp.gather(1, labels[:, None]).double() - of_labels).sum()))
             counts.append(len(labels))
-        loss = sum(sums) / at
-        deviations = sum((s - loss * c) ** 2 for s, c in zip(sums, counts, strict=True))
-        error = math.sqrt(deviations * len(sums) / max(1, len(sums) - 1)) / at
-        return loss, error, kl / at, agree / at
+        loss, error = ratio_and_error(torch.tensor(losses).double(), torch.tensor(counts))
+        gap, gap_error = ratio_and_error(torch.tensor(gaps).double(), torch.tensor(counts))
+        return Score(loss, error, gap, gap_error, kl / at, agree / at)
+
+
+def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Mean a token and its standard error, from the sums over windows and the tokens in each: the ratio estimator, as
+    tokens inside one window are far from independent."""
+    count = int(counts.sum())
+    mean = float(sums.sum()) / count
+    deviations = sums - mean * counts
+    return mean, math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
 
 
 @torch.inference_mode()

@@ -56,18 +56,23 @@ def test_scores_are_what_their_definitions_say() -> None:
     labels = torch.randint(300, (3, 1, 16))
     labels[2, 0, 9:] = -100
     windows = [(torch.randint(300, (1, 16)), labels[i]) for i in range(3)]
-    loss, error, kl, top1 = Reference(model, windows, 300).score(other)
+    score = Reference(model, windows, 300).score(other)
 
     p, q = ([network(ids)[0].double().log_softmax(-1) for ids, _ in windows] for network in (model, other))
     keep = [window[1][0] != -100 for window in windows]
     losses = [F.nll_loss(q[i], windows[i][1][0], ignore_index=-100, reduction="none")[keep[i]] for i in range(3)]
     flat_p, flat_q = (torch.cat([x[i][keep[i]] for i in range(3)]) for x in (p, q))
-    assert loss == pytest.approx(float(torch.cat(losses).mean().detach()), rel=1e-5)
-    assert kl == pytest.approx(float(F.kl_div(flat_q, flat_p, log_target=True, reduction="batchmean")), rel=1e-4)
-    assert top1 == pytest.approx(float((flat_p.argmax(1) == flat_q.argmax(1)).double().mean()))
-    residuals = torch.stack([(part - loss).sum() for part in losses])
-    assert error == pytest.approx(math.sqrt(float(residuals.square().sum().detach()) * 3 / 2) / 41, rel=1e-4)
-    assert Reference(model, windows, 300).score(model)[2:] == (pytest.approx(0, abs=1e-9), 1.0)
+    assert score.loss == pytest.approx(float(torch.cat(losses).mean().detach()), rel=1e-5)
+    assert score.kl == pytest.approx(float(F.kl_div(flat_q, flat_p, log_target=True, reduction="batchmean")), rel=1e-4)
+    assert score.top1 == pytest.approx(float((flat_p.argmax(1) == flat_q.argmax(1)).double().mean()))
+    floats = [F.nll_loss(p[i], windows[i][1][0], ignore_index=-100, reduction="none")[keep[i]] for i in range(3)]
+    gaps = [a - b for a, b in zip(losses, floats, strict=True)]
+    assert score.gap == pytest.approx(float(torch.cat(gaps).mean().detach()), rel=1e-4)
+    for parts, mean, error in ((losses, score.loss, score.error), (gaps, score.gap, score.gap_error)):
+        residuals = torch.stack([(part - mean).sum() for part in parts])
+        assert error == pytest.approx(math.sqrt(float(residuals.square().sum().detach()) * 3 / 2) / 41, rel=1e-4)
+    same = Reference(model, windows, 300).score(model)
+    assert (same.gap, same.kl, same.top1) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1.0)
 
 
 def test_layer_errors_compare_the_residual_stream_behind_each_layer() -> None:
