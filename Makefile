@@ -20,8 +20,10 @@ twin: demo  ## the float model of the same shape, tokens and seed at its own lea
 	  else $(BIN)/python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float; fi
 	@$(BIN)/python -m bitnet.evaluate runs/demo runs/demo-float --picture runs/demo-twin.png
 
+# Where Triton and libllama could be installed, every oracle is there, and a test that misses one fails.
 test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite
-	$(BIN)/python -m pytest
+	@export BITNET_REQUIRE_ORACLES=$${BITNET_REQUIRE_ORACLES:-$$(test -d $(VENV)/oracles/package \
+	  && $(BIN)/python -c "import triton" 2>/dev/null && echo 1)}; $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev  ## formatting, lint rules and types
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32
 from pathlib import Path
 
 import numpy as np
-import pytest
+import oracles
 
 FOLDER = Path(sys.prefix) / "oracles" / "package" / "bins" / "linux-x64"
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
@@ -79,10 +79,12 @@ def _collect(level: int, text: bytes, data: int) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library; skips the test where it is not installed."""
+    """The loaded library; skips or fails the test where it is not installed."""
     path = next(iter(sorted(FOLDER.glob("libllama.v*.so"))), None)
     if path is None:
-        pytest.skip(f"llama.cpp is not installed (no libllama in {FOLDER.relative_to(sys.prefix)} of the environment)")
+        oracles.missing(
+            f"llama.cpp is not installed (no libllama in {FOLDER.relative_to(sys.prefix)} of the environment)"
+        )
     lib = ctypes.CDLL(str(path))
     for name, (restype, argtypes) in _SIGNATURES.items():
         function = getattr(lib, name)

@@ -1,6 +1,5 @@
 """The GGUF block formats: ggml's bytes, the better search, torch against native code, mixtures against llama.cpp."""
 
-import ctypes
 import functools
 import sys
 import zlib
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+import ggml
 import llama
+import oracles
 
 from bitnet.interop.gguf_file import GGUFFile, TensorToWrite, write_file
 from bitnet.interop.gguf_write import FILE_TYPES
@@ -131,35 +132,6 @@ def errors(x: Tensor, data: Tensor, kind: str, importance: Tensor | None = None)
 # ggml
 
 
-@functools.cache
-def ggml() -> Any:
-    folder = Path(pytest.importorskip("libggml").__file__).parent
-    library = ctypes.CDLL(str(next(folder.glob("lib*/libggml-base.so"))))
-    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    return library
-
-
-def ggml_quantize(x: Tensor, kind: str, importance: Tensor | None) -> Tensor:
-    x, out = x.contiguous(), torch.zeros(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
-    weight = None if importance is None else importance.data_ptr()
-    size = ggml().ggml_quantize_chunk(
-        TYPES[kind].number, x.data_ptr(), out.data_ptr(), 0, len(x), x.shape[1], weight
-    )  # fmt: skip
-    assert size == out.numel()
-    return out
-
-
-def ggml_dequantize(data: Tensor, kind: str, columns: int) -> Tensor:
-    name = kind.lower() if kind[0] != "Q" or kind[-1] != "K" else kind.replace("Q", "q")
-    function = getattr(ggml(), f"dequantize_row_{name}")
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
-    out = torch.zeros(len(data), columns)
-    function(data.data_ptr(), out.data_ptr(), out.numel())
-    return out
-
-
 def same_floats(a: Tensor, b: Tensor) -> bool:
     """Equal bits, of NaN only that it is NaN: its sign depends on the order of the operands."""
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
@@ -171,13 +143,13 @@ def test_dequantizers_give_ggml_s_floats(kind):
     ours = dequantize_blocks(data, kind)
     assert ours.isnan().any()
     assert ours.isinf().any()
-    assert same_floats(ours, ggml_dequantize(data, kind, K))
+    assert same_floats(ours, ggml.dequantize(data, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid:RuntimeWarning")
 def test_dequantizers_give_gguf_py_s_floats(kind):
-    gguf = pytest.importorskip("gguf")
+    gguf = oracles.require("gguf")
     data = random_bytes(kind)
     theirs = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
     assert same_floats(dequantize_blocks(data, kind), torch.from_numpy(theirs.copy()))
@@ -191,7 +163,7 @@ def test_dequantizers_give_gguf_py_s_floats(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch_gives_ggml_s_bytes(kind, importance):
     x, weight = all_rows(), importances()[importance]
-    theirs = ggml_quantize(x, kind, weight)
+    theirs = ggml.quantize(x, kind, weight)
     assert differing_rows(quantize_blocks(x, kind, weight, compatible=True), theirs) == []
 
 
@@ -204,7 +176,7 @@ def test_native_code_gives_ggml_s_bytes(kind, isa):
             x = all_rows(seed)
             for name, weight in importances(seed).items():
                 ours = blocks.quantize(x, kind, weight, compatible=True)
-                assert differing_rows(ours, ggml_quantize(x, kind, weight)) == [], (seed, name)
+                assert differing_rows(ours, ggml.quantize(x, kind, weight)) == [], (seed, name)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q5_K"])
@@ -217,7 +189,7 @@ def test_a_slope_below_zero_wraps_as_in_ggml(kind):
     both = kquants.by_group(weight.view(-1, 256).repeat(300, 1).t().contiguous(), groups)
     scales, _, _ = kquants.ggml.affine(columns, both, 2 ** kquants.BITS[kind] - 1, -0.9, 0.05, 36)
     assert bool((scales < 0).any()) or kind != "Q4_K"  # what this test is about
-    assert torch.equal(quantize_blocks(x, kind, weight, compatible=True), ggml_quantize(x, kind, weight))
+    assert torch.equal(quantize_blocks(x, kind, weight, compatible=True), ggml.quantize(x, kind, weight))
 
 
 # The default search
@@ -411,7 +383,7 @@ def test_golden_bytes(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_golden_bytes_are_ggml_s(kind):
-    assert golden(kind, ggml_quantize) == GOLDEN[kind][:2]
+    assert golden(kind, ggml.quantize) == GOLDEN[kind][:2]
 
 
 # Bad input

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 
+import oracles
 import pytest
 import torch
 
@@ -104,7 +105,7 @@ def tokenizer() -> HuggingFaceTokenizer:
 
 @pytest.fixture(scope="module")
 def oracle(tokenizer):
-    transformers = pytest.importorskip("transformers")
+    transformers = oracles.require("transformers")
     import tokenizers
 
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

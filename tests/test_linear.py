@@ -3,6 +3,7 @@ import io
 import pickle
 from collections.abc import Iterator
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -588,7 +589,7 @@ def test_encoder_without_swapped_layers_keeps_its_fused_path() -> None:
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    return oracles.require("transformers")
 
 
 def test_vit_trains_and_packs(transformers) -> None:

