@@ -5,6 +5,7 @@ The library is that of the package libggml-python.
 
 import ctypes
 import functools
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -15,20 +16,20 @@ from bitnet.quant.blocks import TYPES, row_bytes
 
 
 @functools.cache
-def library() -> Any:
-    """The loaded library; skips or fails the test where it is not installed."""
-    library = ctypes.CDLL(str(next(oracles.folder_of("libggml").glob("lib*/libggml-base.so"))))
+def library(path: Path | None = None) -> Any:
+    """The loaded library, of a file or of the package; skips or fails the test where that is not installed."""
+    library = ctypes.CDLL(str(path or next(oracles.folder_of("libggml").glob("lib*/libggml-base.so"))))
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
 
 
-def quantize(x: Tensor, kind: str, importance: Tensor | None) -> Tensor:
-    """Rows float32 `[N, K]` to rows of bytes, on one thread."""
+def quantize(x: Tensor, kind: str, importance: Tensor | None, path: Path | None = None) -> Tensor:
+    """Rows float32 `[N, K]` to rows of bytes, on one thread, by the package's library or the one of a file."""
     x, out = x.contiguous(), torch.zeros(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
     weight = None if importance is None else importance.data_ptr()
-    size = library().ggml_quantize_chunk(
+    size = library(path).ggml_quantize_chunk(
         TYPES[kind].number, x.data_ptr(), out.data_ptr(), 0, len(x), x.shape[1], weight
     )  # fmt: skip
     assert size == out.numel()
