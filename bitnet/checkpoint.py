@@ -4,8 +4,9 @@
       config.json              the whole training configuration
       metrics.jsonl  loss.png
       checkpoints/
-        step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model,
-                               checksums.json; of a sharded run shards/ (bitnet/sharded.py) for the safetensors
+        step-00000500/         model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer.model (or
+                               another tokenizer's files), chat_template.jinja where the model has one, checksums.json;
+                               of a sharded run shards/ (bitnet/sharded.py) for the safetensors
         index.json             {"last": "step-00000500", "best": "step-00000400", "kept": ["step-00000500", ...]}
 
 A checkpoint is written into a folder of another name, flushed to disk and renamed; then `index.json` is replaced; only
@@ -70,16 +71,17 @@ def save_checkpoint(
     optimizer_state: dict[str, Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
-    tokenizer: bytes,
+    tokenizer: bytes | Mapping[str, bytes],
     best: bool,
     keep: int = 1,
     world: World | None = None,
 ) -> Path:
     """Write a checkpoint, make it the run's last one, and its best one if `best`; returns its folder.
 
-    `state` must hold the step under "step". The `keep` newest checkpoints stay, and the best one. `world` are the
-    processes over which the model is sharded, each of which must call this; without one the model is whole. Raises
-    OSError (disk full, no permission) with the earlier checkpoints untouched and nothing half-written left behind.
+    `state` must hold the step under "step"; `tokenizer` is a sentencepiece .model, or files by name. The `keep` newest
+    checkpoints stay, and the best one. `world` are the processes over which the model is sharded, each of which must
+    call this; without one the model is whole. Raises OSError (disk full, no permission) with the earlier checkpoints
+    untouched and nothing half-written left behind.
     """
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     pid = world.share(os.getpid()) if world else os.getpid()
@@ -98,7 +100,8 @@ def save_checkpoint(
     def write_rest() -> None:
         write_atomic(temporary / STATE, json.dumps(state, indent=1))
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-        write_atomic(temporary / TOKENIZER, tokenizer)
+        for name, content in _tokenizer_files(tokenizer):
+            write_atomic(temporary / name, content)
         write_atomic(temporary / CHECKSUMS, json.dumps(_checksums(temporary), indent=1))
         fsync_folder(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
@@ -332,8 +335,12 @@ def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes | Mappi
         save_tensors(temporary / MODEL, dict(model.state_dict()))
         config = {"packed": True, "model": dataclasses.asdict(model.config)}
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
-        for name, content in ({TOKENIZER: tokenizer} if isinstance(tokenizer, bytes) else tokenizer).items():
+        for name, content in _tokenizer_files(tokenizer):
             write_atomic(temporary / name, content)
+
+
+def _tokenizer_files(tokenizer: bytes | Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    yield from ({TOKENIZER: tokenizer} if isinstance(tokenizer, bytes) else tokenizer).items()
 
 
 @contextmanager

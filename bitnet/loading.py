@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from bitnet import checkpoint
 from bitnet.generation import LanguageModel
-from bitnet.model import BitNetForCausalLM
+from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model.linear import codes_and_scale
 from bitnet.tokenizer import (
     BaseTokenizer,
     ChatTemplate,
-    Tokenizer,
     chat_template_of_gguf,
     find_chat_template,
     from_gguf_metadata,
@@ -86,6 +87,35 @@ def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCaus
     else:
         model = _read(path, kind)
     return model, OpenModel(model, tokenizer, template, path, kind)
+
+
+def open_latent(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
+    """A model to go on training with, its projections BitLinear layers of latent floats, and what `open_model` gives
+    beside it.
+
+    Packed codes become latents that are quantized to the same codes and scale. Raises as `open_model` does, and
+    ValueError for weights that a method of `bitnet.quantize` has made.
+    """
+    model, opened = open_stored(path, which=which)
+    if opened.kind == "quantized":
+        raise ValueError(f"{path} was quantized after training and cannot be trained; give the model it was made from")
+    if not model.is_packed and not model.head_is_packed:
+        return model, opened
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedEmbedding):
+            tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
+        elif isinstance(module, PackedLinear):
+            codes, scale = codes_and_scale(module)
+            if module.quantizer == "ternary":  # of which the mean of the absolute latents is the scale
+                scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
+            tensors[f"{name}.weight"] = codes * scale
+    with torch.device("meta"):
+        latent = BitNetForCausalLM(model.config)
+    rest = {name: value for name, value in model.state_dict().items() if name in latent.state_dict()}
+    latent.load_state_dict({**rest, **tensors}, assign=True)
+    latent.model.cos, latent.model.sin = model.model.cos, model.model.sin
+    return latent.eval(), opened
 
 
 def _locate(path: str | Path, which: str) -> tuple[Path, Kind]:
@@ -158,9 +188,7 @@ def open_tokenizer(path: Path, kind: Kind) -> tuple[BaseTokenizer, ChatTemplate 
         metadata = GGUFFile(path).metadata
         tokenizer = from_gguf_metadata(metadata, str(path))
         return tokenizer, chat_template_of_gguf(metadata, tokenizer, str(path))
-    # Of our own folders' files the .model: it tells a U+2581 in a text from a space.
-    own = path / checkpoint.TOKENIZER
-    tokenizer = Tokenizer.load(own) if kind != "hf" and own.is_file() else load_tokenizer(path)
+    tokenizer = load_tokenizer(path, own=kind != "hf")
     return tokenizer, find_chat_template(path, tokenizer)
 
 

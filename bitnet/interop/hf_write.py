@@ -160,11 +160,12 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
     return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
 
 
-def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None) -> dict[str, bytes]:
+def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, chat: bool = False) -> dict[str, bytes]:
     """What AutoTokenizer and `generate` need, by file name, from the bytes of a sentencepiece model.
 
     max_length: positions of the model, in tokens. "<s>" goes in front of every text, as in training, and "<s>" inside
-    a text stays text. Raises ValueError for a model that a tokenizer.json cannot express, found by comparing ids.
+    a text stays text, but with `chat`: transformers tokenizes what a chat template has written as it does any text.
+    Raises ValueError for a model that a tokenizer.json cannot express, found by comparing ids.
     """
     tokenizer = Tokenizer.from_bytes(model_proto)
     library = _byte_pair_tokenizer(tokenizer)
@@ -175,7 +176,7 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None) ->
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,
-        "split_special_tokens": True,
+        "split_special_tokens": not chat,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }

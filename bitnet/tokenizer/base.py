@@ -65,18 +65,29 @@ class BaseTokenizer(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer's one file, all of it or nothing."""
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False, special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, special: bool = False, mark: str = ""
+    ) -> list[int]:
         """Token ids of a text, with the begin and end of text tokens on request, where the model has them.
 
-        With `special`, special tokens written in the text become their ids; otherwise "<s>" stays text.
+        With `special`, special tokens written in the text become their ids; otherwise "<s>" stays text. `mark` is a
+        string that `break_specials` has put into those that are to stay text all the same; it has no ids.
         """
-        ids = self._encode_special(text) if special else self.encode_batch([text])[0]
+        ids = self._encode_special(text, mark) if special else self.encode_batch([text])[0]
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return [*front, *ids, *([self.eos_id] if eos and self.eos_id is not None else [])]
 
-    def _encode_special(self, text: str) -> list[int]:
-        """Token ids of a text in which special tokens count."""
+    def break_specials(self, text: str, mark: str) -> str:
+        """The text with `mark` behind every character of the special tokens in it, which are none then."""
+        if self._special_pattern is None:
+            return text
+        return self._special_pattern.sub(lambda match: "".join(letter + mark for letter in match[0]), text)
+
+    def _encode_special(self, text: str, mark: str = "") -> list[int]:
+        """Token ids of a text in which special tokens count, but for those with the mark in them."""
         parts = self._special_pattern.split(text) if self._special_pattern else [text]
+        if mark:
+            parts[::2] = [part.replace(mark, "") for part in parts[::2]]
         # Texts stand at even places, special tokens at odd ones. An empty text has no ids, not even a space's.
         encoded = iter(self.encode_batch([part for part in parts[::2] if part]))
         ids = []

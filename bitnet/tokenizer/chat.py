@@ -8,14 +8,19 @@ nothing else, with what transformers gives to templates (`apply_chat_template`):
 `bos_token`, `eos_token`, `raise_exception`, `strftime_now`, `tojson`, `break` and `continue`, and blocks without the
 newline and the indentation of their lines. It is looked for where transformers looks: chat_template.jinja, then
 tokenizer_config.json, then chat_template.json; in a GGUF file it is `tokenizer.chat_template`.
+
+What a message says is text: "<|im_end|>" in it ends no turn. Which tokens of a conversation are the model's to write is
+known exactly (`encode_answers`), for training on them.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +32,15 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 """{"role": "system", "user" or "assistant", "content": text}, and whatever else a template reads."""
+
+PLAIN_TEMPLATE = (
+    "{% set begin = bos_token or eos_token %}{% for message in messages %}"
+    "{{ begin + message['role'] + begin + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ begin + 'assistant' + begin }}{% endif %}"
+)
+"""For models without a template: `<s>user<s>Hello</s><s>assistant<s>Hi</s>`. It needs no tokens but the begin and the
+end of a text, and every message stands between two of them: it is tokenized as if it were alone, and cannot be taken
+for the name of a role, whatever it says."""
 
 
 class ChatTemplate:
@@ -41,6 +55,9 @@ class ChatTemplate:
         self._variables: dict[str, Any] = {"tools": None, "documents": None} | {
             f"{name}_token": tokenizer.id_to_piece(token_id) for name, token_id in ids.items() if token_id is not None
         }
+        ends = [text for text, token_id in tokenizer.specials.items() if text and token_id in tokenizer.eos_ids]
+        ends.sort(key=len, reverse=True)
+        self._end_of_turn = re.compile("|".join(map(re.escape, ends))) if ends else None
         try:
             self._template = _environment().from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
@@ -67,11 +84,64 @@ class ChatTemplate:
             ) from error
 
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The token ids of `render`, special tokens included.
+        """The token ids of `render`, with the template's special tokens; those in a message's own words stay text.
 
         The begin of text token comes in front where the tokenizer wants it and the template has not written it.
         """
-        ids = self.tokenizer.encode(self.render(messages, add_generation_prompt), special=True)
+        messages, mark = self._broken(messages)
+        return self._ids(self.render(messages, add_generation_prompt), mark)
+
+    def encode_answers(self, messages: Sequence[Message]) -> list[list[int]]:
+        """The token ids of a conversation up to its last answer, in pieces: what the model reads, what it has to write
+        there, what it reads next, and so on.
+
+        A piece to write begins where the prompt ends with which the model is asked to (`encode`), and ends with the
+        token that ends the turn. Joined, the pieces are the ids of the rendered conversation, unless a token would
+        reach over the begin of an answer, where a model that answers has none; then they meet there. Empty without an
+        answer. Raises ValueError for a template that writes a turn otherwise than it asks for it, or never ends it.
+        """
+        messages, mark = self._broken(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            return []
+        text = self.render(messages[: answers[-1] + 1], False)
+        cuts = [0]
+        for i in answers:
+            prompt = self.render(messages[:i], True)
+            end = self._end_of_turn.search(text, len(prompt)) if self._end_of_turn else None
+            if not text.startswith(prompt) or len(prompt) < cuts[-1] or end is None:
+                raise ValueError(
+                    f"{self.where} writes no answer that can be learnt: {text[-200:]!r} should go on from "
+                    f"{prompt[-200:]!r} and end with a token that ends a turn; take another template"
+                )
+            cuts += [len(prompt), end.end()]
+        text = text[: cuts[-1]]
+        whole = self._ids(text, mark)
+        pieces = [self.tokenizer.encode(text[a:b], special=True, mark=mark) for a, b in pairwise(cuts)]
+        pieces[0] = self._ids(text[: cuts[1]], mark)
+        if [*chain(*pieces)] == whole:
+            return pieces
+        # A space that is put in front of each piece, or a token across a border: does the whole begin as prompts do?
+        prefixes = [[], *(self._ids(text[:cut], mark) for cut in cuts[1:])]
+        if all(whole[: len(ids)] == ids for ids in prefixes):
+            return [whole[len(a) : len(b)] for a, b in pairwise(prefixes)]
+        return pieces
+
+    def _broken(self, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
+        """The messages with the special tokens in them broken by a character that occurs in none, and that character;
+        as they are, and "", where there are no such tokens."""
+        texts = [value for message in messages for value in message.values() if isinstance(value, str)]
+        if all(self.tokenizer.break_specials(text, "-") == text for text in texts):
+            return messages, ""
+        unused = (chr(code) for code in range(0xFDD0, 0xFDF0))  # code points that are no characters and never will be
+        mark = next((letter for letter in unused if not any(letter in text for text in texts)), None)
+        if mark is None:
+            raise ValueError("a conversation holds special tokens and all of U+FDD0 to U+FDEF; take these out")
+        broken = self.tokenizer.break_specials
+        return [{k: broken(v, mark) if isinstance(v, str) else v for k, v in m.items()} for m in messages], mark
+
+    def _ids(self, text: str, mark: str) -> list[int]:
+        ids = self.tokenizer.encode(text, special=True, mark=mark)
         bos = self.tokenizer.bos_id
         return [bos, *ids] if bos is not None and self.tokenizer.adds_bos and ids[:1] != [bos] else ids
 

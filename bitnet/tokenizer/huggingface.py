@@ -138,7 +138,9 @@ class HuggingFaceTokenizer(BaseTokenizer):
             check_encodable(texts)
             raise error
 
-    def _encode_special(self, text: str) -> list[int]:
+    def _encode_special(self, text: str, mark: str = "") -> list[int]:
+        if mark and mark in text:  # the library knows no marks
+            return super()._encode_special(text, mark)
         self._backend.encode_special_tokens = False
         try:
             return self.encode_batch([text])[0]
