@@ -15,14 +15,15 @@ import ggml as ggml_oracle
 import oracles
 from llama import LlamaModel, quantize
 
+from bitnet import kernels
 from bitnet.corpus import open_corpus
 from bitnet.interop import gguf
 from bitnet.interop.gguf_file import NUMBERS, TYPES, GGUFError, GGUFFile, TensorToWrite, write_file
 from bitnet.interop.gguf_read import read_ternary
 from bitnet.interop.gguf_vocabulary import vocabulary
 from bitnet.interop.gguf_write import FILE_TYPES, architecture
-from bitnet.kernels import blocks
-from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
+from bitnet.kernels import blocks, reference
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear, bit_linears
 from bitnet.quant import quantize_ternary, unpack_codes
 from bitnet.quant.i2s import pack_i2_s, unpack_i2_s
 from bitnet.tokenizer import Tokenizer, train_tokenizer
@@ -332,6 +333,20 @@ def test_codes_and_scales_come_back_exactly(tmp_path, kind, sub_norm, packed):
         assert scale == expected[name][1], name
     for name, value in head.items():
         assert torch.equal(dict(back.named_parameters())[name], value), name
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "F16", "I2_S"])
+def test_a_matrix_is_quantized_once(tmp_path, monkeypatch, kind):
+    seen = []
+
+    def counted(weight, quantizer):
+        seen.append(weight.data_ptr())
+        return reference.quantize_weight(weight, quantizer)
+
+    monkeypatch.setattr(kernels, "quantize_weight", counted)
+    model = random_model()
+    gguf.write(model, tmp_path / "x.gguf", kind)
+    assert sorted(seen) == sorted(layer.weight.data_ptr() for _, layer in bit_linears(model))
 
 
 def test_reading_and_writing_again_gives_the_same_file(tmp_path):

@@ -172,6 +172,7 @@ def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> dict[str,
 
 def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iterator[TensorToWrite]:
     config = model.config
+    scales: dict[str, Tensor] = {}  # from the one quantization that a weight gets when its turn comes, just before
 
     def entry(
         name: str, shape: tuple[int, ...], type: str, tensor: Callable[[Any], Tensor], ours: str
@@ -184,8 +185,11 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
     def weight(type: str, name: str, module: Any) -> Tensor:
         if config.quantizer == "none":
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
-        codes, scale = codes_and_scale(module)
-        return encode_ternary(rotary_rows(config, arch, name, codes.cpu()), float(scale), type)
+        codes, scales[name] = codes_and_scale(module)
+        return encode_ternary(rotary_rows(config, arch, name, codes.cpu()), float(scales[name]), type)
+
+    def scale(name: str, module: Any) -> Tensor:
+        return scales.pop(name).view(1).cpu()
 
     for ours, theirs in table_names(config):
         shape, type = (config.vocab_size, config.hidden_size), types[theirs]
@@ -197,7 +201,7 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         type = types[theirs]
         yield entry(f"{theirs}.weight", projection_shape(config, ours), type, partial(weight, type, ours), ours)
         if config.quantizer != "none" and type != "I2_S":
-            yield entry(f"{theirs}.scale", (1,), "F32", lambda module: codes_and_scale(module)[1].view(1).cpu(), ours)
+            yield entry(f"{theirs}.scale", (1,), "F32", partial(scale, ours), ours)
 
 
 def _layer(name: str) -> int:
