@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from bitnet.files import fsync_folder, write_atomic
 from bitnet.gpu_engine import GpuEngine
 from bitnet.kernels import native_wanted, quantize_weight, triton_wanted
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.transformer import rope_tables
 from bitnet.quant import pack_codes
 
 INDEX, CHECKSUMS, SHARDS = "index.json", "checksums.json", "shards"
@@ -282,11 +283,13 @@ def _not_converted(folder: Path) -> CheckpointError:
     )
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises CheckpointError for a truncated or foreign file."""
+@contextmanager
+def open_tensors(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """A safetensors file, of which nothing but the header is read by itself. Raises CheckpointError for a truncated or
+    foreign file."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {path.parent} a checkpoint of this project?") from None
     except (SafetensorError, OSError) as error:
@@ -296,21 +299,44 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         ) from error
 
 
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError as `open_tensors` does."""
+    with open_tensors(path, device) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
 def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
     """The model of a checkpoint folder, in float32 and evaluation mode.
 
     `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file
-    or tensors that do not fit the configuration.
+    or tensors that do not fit the configuration, before anything of the configuration's sizes is made.
     """
-    model_config, packed = load_config(checkpoint)
+    config, packed = load_config(checkpoint)
     if packed:
         raise CheckpointError(f"{checkpoint} holds packed weights and no latent floats; give the run it was made from")
     if quantizer is not None:
-        model_config = model_config.replace(quantizer=quantizer)
-    with torch.device(device):
-        model = BitNetForCausalLM(model_config)
-    load_weights(model, checkpoint / MODEL, device)
+        config = config.replace(quantizer=quantizer)
+    path = checkpoint / MODEL
+    with open_tensors(path, device) as file:
+        names = list(file.keys())
+        check_layers(path, config, names)
+        with torch.device("meta"):
+            model = BitNetForCausalLM(config)
+        _check_fit(path, model, file)
+        tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
+    model.load_state_dict(tensors, assign=True)
+    model.model.cos, model.model.sin = (table.to(device) for table in rope_tables(config))
     return model.eval()
+
+
+def check_layers(path: Path, config: ModelConfig, names: Iterable[str]) -> None:
+    """Raise CheckpointError where a file does not have tensors of every layer, before as many layers are made."""
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    if config.num_hidden_layers > len(layers):
+        raise CheckpointError(
+            f"{path} does not fit the model's configuration: that says {config.num_hidden_layers} layers, and the file "
+            f"has tensors of {len(layers)}"
+        )
 
 
 def load_config(checkpoint: Path) -> tuple[ModelConfig, bool]:
@@ -377,20 +403,30 @@ def load_for_inference(
     native = native_wanted(device)
     if not packed:
         return engine_of(load_model(checkpoint, "cpu" if native else device).pack(), device, cache_dtype)
+    if not native:
+        return engine_of(load_packed(checkpoint, device), device, cache_dtype)
     path = checkpoint / MODEL
+
+    def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
     try:
-        if native:
-
-            def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
-                with safe_open(path, framework="pt") as file:
-                    return file.get_tensor(name)
-
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            return Engine(config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
-        return engine_of(BitNetForCausalLM.packed_from(config, load_tensors(path, device)), device, cache_dtype)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        return Engine(config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold the packed model of its {CONFIG}: {error}") from error
+
+
+def load_packed(folder: Path, device: torch.device | str = "cpu") -> BitNetForCausalLM:
+    """The packed model of a folder, its embedding and head as they are stored. Raises CheckpointError for a damaged
+    file or tensors that do not fit the configuration."""
+    config, _ = load_config(folder)
+    try:
+        return BitNetForCausalLM.packed_from(config, load_tensors(folder / MODEL, device))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder / MODEL} does not hold the packed model of its {CONFIG}: {error}") from error
 
 
 def engine_of(
@@ -429,17 +465,28 @@ def _with_packed_embeddings(
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:
     """Copy the tensors of a file into a model, every one of them and no other. Raises CheckpointError otherwise."""
-    tensors = load_tensors(path, device)
+    with open_tensors(path, device) as file:
+        _check_fit(path, model, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    whole = model.state_dict()
+    model.load_state_dict({name: placed_like(whole[name], value) for name, value in tensors.items()})
+
+
+def _check_fit(path: Path, model: BitNetForCausalLM, file: Any) -> None:
+    """Raise CheckpointError unless a safetensors file has floats of the shapes of the model's tensors, every one of
+    them and no other."""
     expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    found = {name: list(value.get_shape()) for name, value in slices.items()}
     if expected != found:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         detail = "; ".join(
             f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong[:3]
         )
         raise CheckpointError(f"{path} does not fit the model's configuration at {len(wrong)} tensors ({detail})")
-    whole = model.state_dict()
-    model.load_state_dict({name: placed_like(whole[name], value) for name, value in tensors.items()})
+    for name, value in slices.items():
+        if value.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise CheckpointError(f"{path}: {name} is {value.get_dtype()}, not a float; it is damaged")
 
 
 def _read_index(run: Path) -> dict[str, Any]:

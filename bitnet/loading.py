@@ -66,12 +66,17 @@ def open_model(
         model = _own(path, device, pack, cache_dtype, dtype)
     else:
         model = _ready(_read(path, kind), path, device, pack or kind == "quantized", cache_dtype, dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    return _checked(OpenModel(model, tokenizer, template, path, kind))
+
+
+def _checked(opened: OpenModel) -> OpenModel:
+    tokens, rows = opened.tokenizer.vocab_size, opened.model.config.vocab_size
+    if tokens > rows:
         raise checkpoint.CheckpointError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size}; "
-            "put the tokenizer there that the model was trained with"
+            f"{opened.folder}: the tokenizer has {tokens} tokens and the model only {rows}; put the tokenizer there "
+            "that the model was trained with"
         )
-    return OpenModel(model, tokenizer, template, path, kind)
+    return opened
 
 
 def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
@@ -82,8 +87,7 @@ def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCaus
     if kind == "run":
         model = checkpoint.load_model(path)
     elif kind == "packed":
-        config, _ = checkpoint.load_config(path)
-        model = BitNetForCausalLM.packed_from(config, checkpoint.load_tensors(path / checkpoint.MODEL))
+        model = checkpoint.load_packed(path)
     else:
         model = _read(path, kind)
     return model, OpenModel(model, tokenizer, template, path, kind)
@@ -99,6 +103,7 @@ def open_latent(path: str | Path, *, which: str = "best") -> tuple[BitNetForCaus
     model, opened = open_stored(path, which=which)
     if opened.kind == "quantized":
         raise ValueError(f"{path} was quantized after training and cannot be trained; give the model it was made from")
+    _checked(opened)
     if not model.is_packed and not model.head_is_packed:
         return model, opened
     tensors: dict[str, Tensor] = {}
@@ -133,8 +138,7 @@ def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
         return {
             name: (opened.folder / name).read_bytes() for name in TOKENIZER_FILES if (opened.folder / name).is_file()
         }
-    files = {"chat_template.jinja": opened.chat_template.source.encode()} if opened.chat_template else {}
-    return files | opened.tokenizer.files()
+    return opened.tokenizer.files() | (opened.chat_template.files() if opened.chat_template else {})
 
 
 def find(path: str | Path) -> Path:

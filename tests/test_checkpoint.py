@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -133,6 +134,58 @@ def test_tensors_of_another_shape_are_refused_by_name(tmp_path, model):
     (folder / checkpoint.CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight: expected \[64, 256\], found \[64, 128\]"):
         load_model(folder)
+
+
+HUGE = {
+    "one matrix": {"vocab_size": 2**24},  # 4 GB
+    "wide": {"hidden_size": 2**14},
+    "many layers": {"num_hidden_layers": 2**31 - 1},
+    "one layer more": {"num_hidden_layers": 3},
+    "everything": {"vocab_size": 2**20, "intermediate_size": 2**20, "hidden_size": 2**20, "num_hidden_layers": 2**20},
+    "bytes beyond 64 bits": {"vocab_size": 2**31 - 1, "hidden_size": 2**30},
+}
+
+
+@pytest.mark.parametrize("sizes", HUGE)
+def test_a_configuration_of_another_size_is_refused_before_anything_is_made(tmp_path, model, sizes):
+    folder = save(tmp_path, model, 1)
+    config = json.loads((folder / checkpoint.CONFIG).read_text())
+    config["model"] |= HUGE[sizes]
+    (folder / checkpoint.CONFIG).write_text(json.dumps(config))
+    start, before = time.process_time(), resident()
+    with pytest.raises(CheckpointError, match=r"does not fit the model's configuration|a matrix would be"):
+        load_model(folder)
+    assert time.process_time() - start < 1
+    assert resident() - before < 2**25
+
+
+def resident() -> int:
+    """The most bytes of memory that this process has had."""
+    import resource  # POSIX only, as is the measure
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_weights_in_another_float_are_loaded_in_float32_and_integers_refused(tmp_path, model):
+    folder = save(tmp_path, model, 1)
+    for dtype in (torch.bfloat16, torch.float64):
+        checkpoint.save_tensors(folder / checkpoint.MODEL, {k: v.to(dtype) for k, v in model.state_dict().items()})
+        for name, value in load_model(folder).state_dict().items():
+            assert torch.equal(value, model.state_dict()[name].to(dtype).float()), name
+            assert value.dtype == torch.float32
+    checkpoint.save_tensors(folder / checkpoint.MODEL, {k: v.int() for k, v in model.state_dict().items()})
+    with pytest.raises(CheckpointError, match="is I32, not a float"):
+        load_model(folder)
+
+
+def test_a_loaded_model_trains_and_shares_nothing_with_its_file(tmp_path, model):
+    folder = save(tmp_path, model, 1)
+    loaded = load_model(folder)
+    (folder / checkpoint.MODEL).write_bytes(b"")
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(loaded(ids), model.eval()(ids))
+    loaded.train().loss(ids, ids).backward()
+    assert all(parameter.grad is not None and parameter.is_leaf for parameter in loaded.parameters())
 
 
 @pytest.mark.parametrize(

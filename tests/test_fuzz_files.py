@@ -5,6 +5,7 @@ mutation that leaves a good file must open.
 """
 
 import contextlib
+import dataclasses
 import json
 import random
 import struct
@@ -16,8 +17,9 @@ from pathlib import Path
 import oracles
 import pytest
 
-from bitnet.checkpoint import load_for_inference, save_packed
-from bitnet.interop import gguf, hf, hf_write
+from bitnet import ptq
+from bitnet.checkpoint import load_for_inference, load_model, save_packed, save_tensors
+from bitnet.interop import gguf, hf, hf_write, quantized
 from bitnet.interop.gguf_file import GGUFFile
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer, train_tokenizer
@@ -261,6 +263,26 @@ def test_our_own_folders(tmp_path, tokenizer, model):
     assert fuzz(350, 6, prepare, lambda: load_for_inference(folder))["opened"]
     (folder / "model.safetensors").write_bytes(good)
     assert fuzz(350, 7, prepare_json(folder / "config.json"), lambda: load_for_inference(folder))["opened"]
+
+
+def test_checkpoints(tmp_path, model):
+    save_tensors(tmp_path / "model.safetensors", model.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
+    good = (tmp_path / "model.safetensors").read_bytes()
+    assert fuzz(250, 10, prepare_safetensors(tmp_path / "model.safetensors"), lambda: load_model(tmp_path))["opened"]
+    (tmp_path / "model.safetensors").write_bytes(good)
+    assert fuzz(250, 11, prepare_json(tmp_path / "config.json"), lambda: load_model(tmp_path))["opened"]
+
+
+@pytest.mark.parametrize("method", ["nf4", "rtn-int4", "w8a8-dynamic", "gguf-q4_0"])
+def test_quantized_folders(tmp_path, method):
+    model = ptq.quantize_model(
+        BitNetForCausalLM(CONFIG.replace(quantizer="none")), method, group_size=32, progress=False
+    )
+    folder = tmp_path / "x"
+    quantized.write(model, folder, method, {})
+    load = load_for_inference if method == "w8a8-dynamic" else quantized.read
+    assert fuzz(150, 12, prepare_json(folder / "config.json"), lambda: load(folder))["opened"]
 
 
 # Tokenizers

@@ -17,6 +17,7 @@ from bitnet.checkpoint import (
     CONFIG,
     MODEL,
     CheckpointError,
+    check_layers,
     load_config,
     load_json,
     load_tensors,
@@ -58,8 +59,10 @@ def read(folder: Path, device: torch.device | str = "cpu") -> BitNetForCausalLM:
     config, _ = load_config(folder)
     description = load_json(folder / CONFIG).get("quantization")
     try:
+        tensors = load_tensors(folder / MODEL)  # mapped, not read
+        check_layers(folder / MODEL, config, tensors)
         model = ptq.build_quantized(config, description)  # type: ignore[arg-type]
-        model.load_state_dict(load_tensors(folder / MODEL), assign=True)
+        model.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
     return model.to(device).eval()

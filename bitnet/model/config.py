@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from bitnet.kernels import check_quantizer
 
 ACTIVATIONS = ("silu", "relu2")
+MAX_MATRIX_VALUES = 2**40
+"""Weights of one matrix: far more than there are, and far from where their bytes overflow 64 bits."""
 MAX_ROPE_VALUES = 2**25
 """Positions times head_dim: the one size that no tensor bounds. A 128k context with heads of 128 is half of it."""
 
@@ -73,6 +75,11 @@ class ModelConfig:
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary embedding rotates pairs, choose an even one")
+        widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.head_width)
+        if widest * self.hidden_size > MAX_MATRIX_VALUES:
+            raise ValueError(
+                f"a matrix would be {widest:,} x {self.hidden_size:,}, which nothing holds; check the sizes"
+            )
         if self.max_position_embeddings * self.head_width > MAX_ROPE_VALUES:
             raise ValueError(
                 f"max_position_embeddings {self.max_position_embeddings} would take a table of "
