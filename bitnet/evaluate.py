@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor, nn
 
 from bitnet import checkpoint
+from bitnet.chat_data import TokenizedChats, tokenize_chats
 from bitnet.corpus import open_corpora
 from bitnet.data import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches
 from bitnet.loading import OpenModel, find, kind_of, open_model
@@ -31,7 +32,8 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
 from bitnet.plots import draw_loss
 from bitnet.runtime import pick_device, pick_dtype
-from bitnet.sampling import Mixture, tokenize_mixture
+from bitnet.sampling import Mixture, document_borders, tokenize_mixture
+from bitnet.tokenizer.chat import require
 from bitnet.tracking import read_metrics
 
 DEFAULT_DATA = {"corpus": None, "max_bytes": None, "cache": "data", "val_fraction": 0.05}
@@ -146,6 +148,21 @@ def evaluate_mixture(
     return Evaluation(loss, error, bits, sum(part.tokens for _, part in shares), parts)
 
 
+def evaluate_chats(
+    model: Any,
+    chats: TokenizedChats,
+    *,
+    context: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate on the answers of held-out conversations, in rows of which `max_tokens` tokens are read, or all."""
+    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
+    batches = chats.rows("val", context).batches(batch_size, max_batches)
+    return evaluate_batches(model, batches, batch_size=batch_size, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Score:
     """A model against the float one on the same windows; losses in nats a token, standard errors over windows."""
@@ -232,6 +249,8 @@ def open_mixture(opened: OpenModel, text: str | None = None, context: int | None
     data = dict(config.get("data") or DEFAULT_DATA)
     if text is not None:
         data.update(corpus=text, max_bytes=None)
+    elif data.get("chat"):
+        raise ValueError(f"{opened.folder} was trained on conversations; give a text with --text, e.g. sotu")
     if data["corpus"] is None:
         raise ValueError(f"{opened.folder} does not say what text it was trained on; give one with --text, e.g. sotu")
     corpora, weights = open_corpora(data["corpus"], max_bytes=data["max_bytes"])
@@ -275,9 +294,22 @@ def evaluate_model(
     if latent:
         run_config(checkpoint.resolve(path, "best"))  # before anything large is read
     opened = open_model(path, device=device, pack=not latent)
+    if latent and text is None and run_config(opened.folder)["data"].get("chat"):
+        return opened.model.config.quantizer, _evaluate_answers(opened, dtype)
     mixture, context = open_mixture(opened, text)
+    if latent and run_config(opened.folder)["data"].get("document_mask"):
+        opened.model.document_ids = document_borders(opened.tokenizer)
     result = evaluate_mixture(opened.model, mixture, context=context, dtype=dtype)
     return opened.model.config.quantizer, result
+
+
+def _evaluate_answers(opened: OpenModel, dtype: torch.dtype) -> Evaluation:
+    """A run of conversations, on the answers of its held-out ones."""
+    config, template = run_config(opened.folder), require(opened.chat_template, opened.folder)
+    data = config["data"]
+    chats = tokenize_chats(data["chat"], template, data["cache"], val_fraction=data["val_fraction"])
+    context = config.get("context") or opened.model.config.max_position_embeddings
+    return evaluate_chats(opened.model, chats, context=context, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -314,9 +346,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'run':{width}}  quantizer  held-out loss    perplexity  bits/byte{gap_column}")
     for run, quantizer, result in results:
         gap = result.loss / results[-1][2].loss - 1
+        bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         print(
             f"{run:{width}}  {quantizer:9}  {result.loss:.4f} ± {result.standard_error:.4f}  "
-            f"{result.perplexity:10.2f}  {result.bits_per_byte:9.4f}" + (f"  {gap:+.2%}" if len(runs) > 1 else "")
+            f"{result.perplexity:10.2f}  {bits:>9}" + (f"  {gap:+.2%}" if len(runs) > 1 else "")
         )
         for name, part in result.corpora.items():
             print(f"  {name:{width - 2}}  {'':9}  {part.loss:.4f} ± {part.standard_error:.4f}")

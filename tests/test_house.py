@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels"},
     {"model"},
     {"engine", "gpu_engine", "runtime", "tokenizer", "corpus", "distributed"},
-    {"data", "sampling"},
+    {"data", "sampling", "chat_data"},
     {"checkpoint", "generation", "optim", "sharded"},
     {"interop", "ptq"},
     {"loading"},

@@ -63,6 +63,10 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"{where} is not a Jinja template that can be read: {error}") from error
 
+    def files(self) -> dict[str, bytes]:
+        """Contents by name of the file of a model's folder in which `find_chat_template` finds this template."""
+        return {"chat_template.jinja": self.source.encode()}
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation, with the beginning of the assistant's next turn unless that is not wanted.
 
