@@ -7,8 +7,9 @@
 Batches for training are made in bitnet/sampling.py.
 
 A split is one long stream of tokens: <s>, the document's tokens, </s>, the next <s>, ... as LLaMA is trained, so that
-a model knows where a text begins and says when it ends. Windows are cut from the stream without regard to documents,
-and attention may look across </s><s>: masking it buys little at this scale and would cost a mask per window.
+a model knows where a text begins and says when it ends. Windows are cut from the stream without regard to documents.
+Attention may look across </s><s>, or stay inside a document if the model is told where they begin
+(`sampling.document_borders`).
 
 Validation is held out by document: of every round(1 / val_fraction) documents in a row, one, chosen by a hash of
 their number. A corpus of fewer documents than that (one long .txt file, say) is first cut at paragraphs into pieces

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -32,6 +33,7 @@ import torch
 
 from bitnet.corpus import Corpus
 from bitnet.data import TokenArray, TokenizedCorpus, check_window, tokenize_corpus
+from bitnet.model.transformer import document_ids
 from bitnet.tokenizer import BaseTokenizer
 
 MAX_BLOCK = 1 << 16
@@ -85,6 +87,17 @@ def tokenize_mixture(
         name: tokenize_corpus(corpus, tokenizer, out_dir, val_fraction=val_fraction) for name, corpus in corpora.items()
     }
     return Mixture(tokenized, counts_of(weights))
+
+
+def document_borders(tokenizer: BaseTokenizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a model's `document_ids` is set to, for a stream of this tokenizer's tokens as `tokenize_corpus` writes it.
+
+    ValueError for a tokenizer that marks neither the begin nor the end of a document.
+    """
+    start = tokenizer.bos_id if tokenizer.adds_bos else None
+    if start is None and tokenizer.eos_id is None:
+        raise ValueError("the tokenizer has neither a begin nor an end of text token: leave the document mask off")
+    return partial(document_ids, start=start, end=tokenizer.eos_id)
 
 
 def counts_of(weights: Sequence[float]) -> tuple[int, ...]:

@@ -55,6 +55,25 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+def document_ids(input_ids: Tensor, start: int | None, end: int | None) -> Tensor:
+    """Which document of its window each token is in, counted from 0, int64 `[B, T]`.
+
+    A document begins at each token `start` (<s>) or, for a tokenizer that writes none, behind each `end` (</s>).
+    """
+    if start is not None:
+        return (input_ids == start).cumsum(1)
+    return F.pad((input_ids == end)[:, :-1].cumsum(1), (1, 0))
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`) that are not behind.
+
+    Positions go on counting across the border. A rotary score depends on the distance of two tokens alone, so inside a
+    document they are those of positions that start again.
+    """
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -69,7 +88,7 @@ class Attention(nn.Module):
         self.o_proj = _projection(config, queries, config.hidden_size)
         self.attn_sub_norm = RMSNorm(queries, config.rms_norm_eps) if config.sub_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             rearrange(projection(x), "b t (heads d) -> b heads t d", d=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -79,11 +98,11 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             k, v = k.to(q.dtype), v.to(q.dtype)
         T, total = q.shape[2], k.shape[2]
-        mask = None
         if 1 < T < total:  # new tokens behind cached ones: row t sees the S cached positions and the first t + 1 new
             mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(total - T)
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == total > 1, enable_gqa=grouped)
+        causal = mask is None and T == total > 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(self.attn_sub_norm(rearrange(out, "b heads t d -> b t (heads d)")))
 
 
@@ -114,8 +133,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin, cache)
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin, cache, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -143,7 +162,7 @@ class Decoder(nn.Module):
             self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
         return self
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         end = start + input_ids.shape[1]
         if end > self.config.max_position_embeddings:
@@ -153,11 +172,13 @@ class Decoder(nn.Module):
             )
         h = self.embed_tokens(input_ids)
         cos, sin = self.cos[start:end], self.sin[start:end]
+        assert cache is None or documents is None  # cached tokens belong to one document
+        mask = None if documents is None else document_mask(documents)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(layer, h, cos, sin, cache, use_reentrant=False)
+                h = checkpoint(layer, h, cos, sin, cache, mask, use_reentrant=False)
             else:
-                h = layer(h, cos, sin, cache)
+                h = layer(h, cos, sin, cache, mask)
         if cache is not None:
             cache.advance(end - start)
         return self.norm(h)
@@ -174,6 +195,7 @@ class BitNetForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False)
         self.loss_chunk = 0  # tokens whose logits are in memory at a time; 0 for all
+        self.document_ids: Callable[[Tensor], Tensor] | None = None  # of token ids; loss() attends inside a document
         self.next_token_loss = next_token_loss  # an attribute, so that compile_model can replace it
         self.apply(self._initialize)
 
@@ -198,8 +220,9 @@ class BitNetForCausalLM(nn.Module):
 
     def loss(self, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
-        -100 does not count: the mean, or `[B, T]` with reduction "none"."""
-        h = self.model(input_ids)
+        -100 does not count: the mean, or `[B, T]` with reduction "none". With `document_ids` set, attention does not
+        cross the borders of documents."""
+        h = self.model(input_ids, documents=self.document_ids(input_ids) if self.document_ids else None)
         if self.head_is_packed:
             return cross_entropy(self._logits(h), labels, reduction)
         if self.loss_chunk and labels.numel() > self.loss_chunk:
