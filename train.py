@@ -56,7 +56,7 @@ from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
 from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
-from bitnet.sampling import BatchSampler, Mixture, document_borders, tokenize_mixture
+from bitnet.sampling import Ahead, BatchSampler, Mixture, document_borders, tokenize_mixture
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.tracking import Tracker
@@ -88,6 +88,8 @@ class DataConfig:
     """Share of the documents held out for validation."""
     document_mask: bool = False
     """Keep attention inside a document where a sequence holds several."""
+    prefetch: int = 2
+    """Micro-batches that a thread reads ahead of the step; 0 for none."""
     cache: str = "data"
     """Folder of the tokenized corpora and trained tokenizers."""
 
@@ -193,6 +195,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.data.prefetch < 0:
+            raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
         if not 0 <= self.float_start < 1:
@@ -238,8 +242,11 @@ PRESETS: dict[str, TrainConfig] = {
     # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
     "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.5, out="runs/demo"),
     "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.5, out="runs/small"),
-    # With --init and --data.chat, which give the model and its tokens.
-    "chat": TrainConfig(optim=OptimConfig(lr=1e-3, warmup_steps=20), steps=500, eval_every=100, out="runs/chat"),
+    # With --init and --data.chat, which give the model and what to say.
+    "chat": TrainConfig(
+        optim=OptimConfig(optimizer="muon", lr=5e-3, lr_rest=5e-3, warmup_steps=20), steps=500, eval_every=100,
+        out="runs/chat",
+    ),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
         optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
@@ -400,6 +407,8 @@ class Run:
                 self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
             )
 
+        self.batches = Ahead(self._micro_batch, config.data.prefetch)
+
         torch.manual_seed(config.seed)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(config.model)
@@ -453,6 +462,16 @@ class Run:
         if self.step > self.config.steps:
             raise ValueError(f"the run is at step {self.step} already; --steps {self.config.steps} is behind it")
 
+    def _micro_batch(self, number: int) -> tuple[torch.Tensor, ...]:
+        """What this process computes in the `number`-th of all its micro-batches; for a GPU in pinned memory."""
+        parts = self.config.micro_batches
+        step, part = divmod(number, parts)
+        batch = self.sampler.batch(step, part * self.world.size + self.world.rank, parts * self.world.size)
+        if self.device.type != "cuda":
+            return batch
+        with torch.cuda.device(self.device):  # of this thread too
+            return tuple(tensor.pin_memory() for tensor in batch)
+
     def forward_backward(self, step: int) -> float:
         """Accumulate the gradient of a step's loss over its micro-batches; returns this process's part of the loss,
         of which the processes' mean is the loss."""
@@ -460,12 +479,12 @@ class Run:
         loss_of: Any = self.replica or self.model.loss
         for part in range(parts):
             index = part * self.world.size + self.world.rank
-            input_ids, labels = self.sampler.batch(step, index, parts * self.world.size)
-            input_ids, labels = input_ids.to(self.device), labels.to(self.device)
+            batch = self.batches[step * parts + part]
+            input_ids, labels, *documents = (tensor.to(self.device, non_blocking=True) for tensor in batch)
             later = part < parts - 1 and self.replica is not None  # gradients travel once a step
             with self.replica.no_sync() if later and self.replica else contextlib.nullcontext():
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    loss = loss_of(input_ids, labels) / parts
+                    loss = loss_of(input_ids, labels, "mean", *documents) / parts
                     if isinstance(self.sampler, ChatSampler):  # of which not all parts have as many labels
                         loss = loss * self.sampler.weight(step, index, parts * self.world.size)
                 loss.backward()
@@ -672,6 +691,11 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
 def _train(config: TrainConfig, resume: bool, world: World) -> Run:
     run = Run(config, resume, world)
+    with contextlib.closing(run.batches):
+        return _carry_out(run, world)
+
+
+def _carry_out(run: Run, world: World) -> Run:
     print(run.describe())
     if run.finished:
         print(f"{run.folder} is finished: {run.step} of {run.config.steps} steps; more with --steps or --minutes")

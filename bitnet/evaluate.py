@@ -84,28 +84,31 @@ def evaluate(
 @torch.no_grad()
 def evaluate_batches(
     model: Any,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor, ...]],
     *,
     batch_size: int,
     bytes_per_token: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`; else as `evaluate`."""
+    """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
+    some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`."""
     device = model.device
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
-    for input_ids, labels in batches:
+    for input_ids, labels, *documents in batches:
         # The last batch is filled up with rows that do not count: one shape, one compilation.
         missing = batch_size - len(labels)
         input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
         labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
+        documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if isinstance(model, BitNetForCausalLM):
-                losses = model.loss(input_ids, labels, "none")
+                losses = model.loss(input_ids, labels, "none", *documents)
             else:
+                assert not documents
                 losses = cross_entropy(model(input_ids), labels, "none")
         window_losses.append(losses.sum(1).double().cpu())
         window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
@@ -297,7 +300,8 @@ def evaluate_model(
     if latent and text is None and run_config(opened.folder)["data"].get("chat"):
         return opened.model.config.quantizer, _evaluate_answers(opened, dtype)
     mixture, context = open_mixture(opened, text)
-    if latent and run_config(opened.folder)["data"].get("document_mask"):
+    masked = latent and run_config(opened.folder)["data"].get("document_mask")
+    if masked and isinstance(opened.model, BitNetForCausalLM):
         opened.model.document_ids = document_borders(opened.tokenizer)
     result = evaluate_mixture(opened.model, mixture, context=context, dtype=dtype)
     return opened.model.config.quantizer, result

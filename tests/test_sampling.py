@@ -6,6 +6,9 @@ import dataclasses
 import json
 import math
 import random
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from bitnet.corpus import Corpus, mixed, open_corpora
 from bitnet.data import TokenArray
 from bitnet.evaluate import evaluate
 from bitnet.evaluate import main as evaluate_runs
-from bitnet.sampling import MAX_BLOCK, BatchSampler, counts_of, interleave
+from bitnet.sampling import MAX_BLOCK, Ahead, BatchSampler, counts_of, interleave
 from bitnet.tracking import read_metrics
 from tests.test_train import configuration, corpus, stop_after  # noqa: F401 - the fixture
 
@@ -294,3 +297,118 @@ def test_mixtures_on_the_command_line(tmp_path):
     config, _ = trainer.parse(["--preset", "tiny", "--data.corpus", "a.txt=0.7", "b=0.3", "--steps", "5"])
     assert config.data.corpus == ("a.txt=0.7", "b=0.3")
     assert trainer.parse(["--preset", "tiny", "--data.corpus", "sotu"])[0].data.corpus == "sotu"
+
+
+def threads_ahead() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ahead")}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_reading_ahead_gives_what_is_asked_for(depth):
+    before, loaded = threads_ahead(), []
+    ahead = Ahead(lambda n: loaded.append(n) or n * n, depth)
+    order = [*range(5), 3, 4, 100, 101, 2, 2, *range(50, 60)]  # on, back, far ahead, the same again
+    for n in order:
+        assert ahead[n] == n * n
+    deadline = time.time() + 10
+    while depth and loaded[-1] < 59 + depth and time.time() < deadline:
+        time.sleep(0.001)
+    assert loaded[-1] == 59 + depth  # in the meantime
+    ahead.close()
+    assert threads_ahead() == before
+    if depth:
+        assert len(loaded) < len(order) + 6 * (depth + 1)  # each once, but for the jumps
+        assert ahead[7] == 49  # as new
+        assert len(threads_ahead() - before) == 1
+    ahead.close()
+    ahead.close()
+    assert threads_ahead() == before
+
+
+def test_a_thread_is_ahead_while_the_caller_works():
+    second = threading.Event()
+    ahead = Ahead(lambda n: second.set() if n == 1 else None)
+    ahead[0]
+    assert second.wait(10)
+    ahead.close()
+
+
+def test_an_exception_reaches_whoever_asks_for_the_number():
+    def load(n: int) -> int:
+        if n == 2:
+            raise OSError("the shard is gone")
+        return n
+
+    ahead = Ahead(load)
+    assert [ahead[0], ahead[1]] == [0, 1]
+    with pytest.raises(OSError, match="the shard is gone"):
+        ahead[2]
+    assert ahead[3] == 3
+    ahead.close()
+
+
+def test_an_interrupt_while_waiting_is_raised_at_once():
+    release, main_thread = threading.Event(), threading.get_ident()
+
+    def load(n: int) -> int:
+        if not release.is_set():
+            signal.pthread_kill(main_thread, signal.SIGINT)
+            release.wait(30)
+        return n
+
+    ahead = Ahead(load, 1)
+    with pytest.raises(KeyboardInterrupt):
+        ahead[1]
+    start = time.perf_counter()
+    release.set()
+    assert ahead[1] == 1
+    ahead.close()
+    assert time.perf_counter() - start < 10
+
+
+def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, second, monkeypatch):  # noqa: F811
+    read = []
+    original = BatchSampler.batch
+
+    def batch(self, step, rank=0, world=1):
+        read.append(threading.current_thread() is threading.main_thread())
+        return original(self, step, rank, world)
+
+    monkeypatch.setattr(BatchSampler, "batch", batch)
+    before, found = threads_ahead(), []
+    for depth in (0, 2):
+        config = mixture_run(
+            tmp_path, (corpus, second), (0.6, 0.4), micro_batches=2, out=str(tmp_path / str(depth)), on_nan="rewind"
+        )
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=depth))
+        with monkeypatch.context() as patch:
+            bad = [6]
+            forward_backward = trainer.Run.forward_backward
+
+            def poisoned(self, step, bad=bad, inner=forward_backward):
+                loss = inner(self, step)
+                if step in bad:
+                    bad.clear()
+                    return math.nan
+                return loss
+
+            patch.setattr(trainer.Run, "forward_backward", poisoned)
+            read.clear()
+            run = trainer.train(config)
+        assert all(read) == (depth == 0)
+        assert any(read) == (depth == 0)
+        assert run.data_shift == 3
+        rows = read_metrics(run.folder / "metrics.jsonl")
+        found.append([{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in rows])
+        assert threads_ahead() == before
+    assert found[0] == found[1]
+
+    def broken(self, step, rank=0, world=1):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(BatchSampler, "batch", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        trainer.train(dataclasses.replace(config, out=str(tmp_path / "broken")))
+    assert threads_ahead() == before
+    with pytest.raises(ValueError, match=r"data\.prefetch is -1"):
+        dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=-1))

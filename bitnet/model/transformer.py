@@ -62,6 +62,7 @@ def document_ids(input_ids: Tensor, start: int | None, end: int | None) -> Tenso
     """
     if start is not None:
         return (input_ids == start).cumsum(1)
+    assert end is not None
     return F.pad((input_ids == end)[:, :-1].cumsum(1), (1, 0))
 
 
@@ -218,11 +219,15 @@ class BitNetForCausalLM(nn.Module):
         table = self.model.embed_tokens
         return table.project(h) if isinstance(table, PackedEmbedding) else F.linear(h, table.weight)
 
-    def loss(self, input_ids: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, reduction: str = "mean", documents: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
-        -100 does not count: the mean, or `[B, T]` with reduction "none". With `document_ids` set, attention does not
-        cross the borders of documents."""
-        h = self.model(input_ids, documents=self.document_ids(input_ids) if self.document_ids else None)
+        -100 does not count: the mean, or `[B, T]` with reduction "none". Attention does not cross the
+        borders of documents where they are given, as `document_ids` gives them, or that attribute is set."""
+        if documents is None and self.document_ids:
+            documents = self.document_ids(input_ids)
+        h = self.model(input_ids, documents=documents)
         if self.head_is_packed:
             return cross_entropy(self._logits(h), labels, reduction)
         if self.loss_chunk and labels.numel() > self.loss_chunk:
