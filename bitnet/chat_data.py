@@ -2,7 +2,7 @@
 
     chats = tokenize_chats("chats.jsonl", template, "data")      # data/chats-<fingerprint>/: token arrays and meta.json
     rows = ChatRows(chats, "train", context=256)                 # whole conversations, as many as fit into a row
-    input_ids, labels = ChatSampler(rows, batch_size=32, seed=0).batch(step)      # a pure function of the step
+    input_ids, labels, documents = ChatSampler(rows, 32, seed=0).batch(step)      # a pure function of the step
 
 A line of a .jsonl file is a conversation: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
 user and assistant, or ShareGPT's {"conversations": [{"from": ..., "value": ...}, ...]}. The model's chat template turns
@@ -10,8 +10,9 @@ it into tokens. A label is the token that comes next, where that one belongs to 
 (`ChatTemplate.encode_answers`), and -100 elsewhere, so the loss is the mean over what the model has to write itself.
 
 A row holds whole conversations, longest first and each in the fullest row that still has room for it (best fit
-decreasing), padded at its end. One that is longer than a row loses its last turns, and is left out where not even the
-first answer fits. Validation is held out by conversation, as `bitnet/data.py` holds out documents.
+decreasing), padded at its end; attention stays inside each. One that is longer than a row loses its last turns, and is
+left out where not even the first answer fits. Validation is held out by conversation, as `bitnet/data.py` does it by
+document.
 
 Letters: B batch_size, T context, R rows.
 """
@@ -275,29 +276,32 @@ class ChatRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, rows: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels), int64 `[rows, T]` each, padded with id 0 and label -100."""
+    def read(self, rows: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input_ids, labels, documents), int64 `[rows, T]` each, padded with id 0, label -100 and a document of its
+        own; documents number the conversations of a row from 0, for attention not to cross them."""
         chosen = list(rows)
         input_ids = np.zeros((len(chosen), self.context), dtype=np.int64)
         labels = np.full((len(chosen), self.context), IGNORE_INDEX, dtype=np.int64)
+        documents = np.zeros((len(chosen), self.context), dtype=np.int64)
         for place, row in enumerate(chosen):
             at = 0
-            for index in self._rows[row]:
+            for number, index in enumerate(self._rows[row], start=1):
                 start, length = self._chats.starts[index], self._lengths[index]
                 tokens = self._chats.tokens[start : start + length + 1].astype(np.int64)
                 counted = self._chats.counted[start + 1 : start + length + 1]
                 input_ids[place, at : at + length] = tokens[:-1]
                 labels[place, at : at + length][counted] = tokens[1:][counted]
                 at += length
-        return torch.from_numpy(input_ids), torch.from_numpy(labels)
+                documents[place, at:] = number
+        return torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(documents)
 
     def prompt(self) -> list[int]:
         """The tokens in front of the first answer."""
-        input_ids, labels = self.read([0])
+        input_ids, labels, _ = self.read([0])
         first = int((labels[0] != IGNORE_INDEX).nonzero()[0])
         return input_ids[0, : first + 1].tolist()
 
-    def batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
         """The rows in order, at most `batch_size` at a time and `max_batches` times, for validation."""
         for first in range(0, len(self), batch_size)[:max_batches]:
             yield self.read(range(first, min(first + batch_size, len(self))))
@@ -356,9 +360,9 @@ class ChatSampler:
         samples = (divmod(sample, len(self.rows)) for sample in range(first, first + count))
         return [int(self._order(epoch)[place]) for epoch, place in samples]
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels) of a step, int64 `[B / world, T]` each: the part of one of `world` ranks or, the same
-        thing in time, micro-batches."""
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(input_ids, labels, documents) of a step, int64 `[B / world, T]` each: the part of one of `world` ranks or,
+        the same thing in time, micro-batches."""
         return self.rows.read(self._rows_of(step, rank, world))
 
     def weight(self, step: int, rank: int = 0, world: int = 1) -> float:

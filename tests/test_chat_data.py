@@ -1,19 +1,30 @@
 """Fine-tuning on conversations: which tokens count, how rows are packed, and a run from the data to the answer."""
 
+import dataclasses
 import gzip
 import io
 import itertools
 import json
 
+import oracles
 import pytest
 import sentencepiece
 import torch
 from test_chat import CHATML, DEFAULT_SYSTEM, LLAMA2, LLAMA3, SPECIALS, ZEPHYR
+from test_train import stop_after, tensors
 
+import generate
+import train as trainer
+from bitnet import evaluate, export
 from bitnet.chat_data import ChatRows, ChatSampler, TokenizedChats, chat_texts, read_chats, tokenize_chats
+from bitnet.checkpoint import CheckpointError
 from bitnet.data import IGNORE_INDEX
+from bitnet.distributed import World
+from bitnet.loading import open_model
+from bitnet.model import PRESETS
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, HuggingFaceTokenizer, Tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
+from bitnet.tracking import read_metrics
 
 TEXT = (
     "user assistant system\n\nHello, how are you today? I am fine.\n- one\n- two\n1. first\n"
@@ -295,8 +306,8 @@ def test_rows_hold_every_conversation_once_and_whole(chats, own, many, context):
     for split in ("train", "val"):
         rows = chats.rows(split, context)
         assert rows is chats.rows(split, context)
-        input_ids, labels = rows.read(range(len(rows)))
-        assert input_ids.shape == labels.shape == (len(rows), context)
+        input_ids, labels, documents = rows.read(range(len(rows)))
+        assert input_ids.shape == labels.shape == documents.shape == (len(rows), context)
         assert (labels != IGNORE_INDEX).sum(1).tolist() == rows.counts.tolist()
         seen_cut, seen_dropped = seen_cut + rows.cut, seen_dropped + rows.dropped
         for row in range(len(rows)):
@@ -306,8 +317,14 @@ def test_rows_hold_every_conversation_once_and_whole(chats, own, many, context):
             counted = labels[row] != IGNORE_INDEX
             inner = counted[:-1] & (input_ids[row, 1:] != own.bos_id) & (labels[row, :-1] != own.eos_id)
             assert torch.equal(input_ids[row, 1:][inner], labels[row, :-1][inner])
-            starts = own.decode(input_ids[row]).replace("system", "user")
-            assert starts.startswith("user")
+            for number in range(int(documents[row].max()) + 1):
+                inside = documents[row] == number
+                if int(input_ids[row][inside].sum()):  # not the padding
+                    assert own.decode(input_ids[row][inside].tolist()).startswith(("user", "system"))
+                    assert counted[inside].any()
+                else:
+                    assert not counted[inside].any()
+            assert bool((documents[row].diff() >= 0).all())
     assert sorted(found) == sorted(expected)
     assert (seen_cut, seen_dropped) == (cut, dropped)
     assert ("cut behind" in chats.describe(context)) == (cut > 0)
@@ -324,6 +341,7 @@ def test_batches_are_a_pure_function_of_the_step(chats):
     rows = ChatRows(chats, "train", 120)
     sampler, other = ChatSampler(rows, 4, 0), ChatSampler(ChatRows(chats, "train", 120), 4, 0)
     for step in (7, 0, 7, 3):
+        assert len(sampler.batch(step)) == 3
         for left, right in zip(sampler.batch(step), other.batch(step), strict=True):
             assert torch.equal(left, right)
     assert not torch.equal(sampler.batch(0)[0], ChatSampler(rows, 4, 1).batch(0)[0])
@@ -345,7 +363,7 @@ def test_parts_are_the_step_and_their_weights_its_mean(chats, world):
     for step in range(3):
         parts = [sampler.batch(step, rank, world) for rank in range(world)]
         whole = sampler.batch(step)
-        for place in range(2):
+        for place in range(3):
             assert torch.equal(torch.cat([part[place] for part in parts]), whole[place])
         values = torch.rand(whole[1].shape, dtype=torch.float64)
         counted = whole[1] != IGNORE_INDEX
@@ -360,6 +378,157 @@ def test_parts_are_the_step_and_their_weights_its_mean(chats, world):
 def test_validation_batches_are_the_rows_in_order(chats):
     rows = ChatRows(chats, "val", 120)
     batches = list(rows.batches(3))
-    assert [len(labels) for _, labels in batches] == [3] * (len(rows) // 3) + ([len(rows) % 3] if len(rows) % 3 else [])
-    assert torch.equal(torch.cat([labels for _, labels in batches]), rows.read(range(len(rows)))[1])
+    assert [len(labels) for _, labels, _ in batches] == [3] * (len(rows) // 3) + (
+        [len(rows) % 3] if len(rows) % 3 else []
+    )
+    assert torch.equal(torch.cat([labels for _, labels, _ in batches]), rows.read(range(len(rows)))[1])
     assert len(list(rows.batches(1, 2))) == 2
+
+
+# Runs
+
+OPPOSITES = {
+    "hot": "cold", "big": "small", "day": "night", "up": "down", "left": "right", "old": "young", "fast": "slow",
+    "wet": "dry",
+}  # fmt: skip
+
+
+def question(word: str) -> str:
+    return f"What is the opposite of {word}?"
+
+
+def answer(word: str) -> str:
+    return f"It is {OPPOSITES[word]}."
+
+
+@pytest.fixture(scope="module")
+def opposites(tmp_path_factory):
+    """A file of conversations of one to three questions, whose answers are a function of the question alone."""
+    generator = torch.Generator().manual_seed(0)
+    words, chats = sorted(OPPOSITES), []
+    for _ in range(300):
+        chosen = torch.randperm(len(words), generator=generator)[: 1 + int(torch.randint(3, (1,), generator=generator))]
+        chats.append(chat(*(text for i in chosen for text in (question(words[i]), answer(words[i])))))
+    path = tmp_path_factory.mktemp("opposites") / "opposites.jsonl"
+    write(path, chats)
+    return path
+
+
+def configuration(tmp_path, chats, **changes) -> trainer.TrainConfig:
+    defaults = {
+        "model": PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, num_hidden_layers=1),
+        "data": trainer.DataConfig(chat=str(chats), cache=str(tmp_path / "data")),
+        "out": str(tmp_path / "run"), "steps": 6, "batch_size": 4, "eval_every": 3, "sample_every": 0, "log_every": 1,
+        "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
+    }  # fmt: skip
+    return trainer.TrainConfig(**{**defaults, **changes})
+
+
+def gradient(run: trainer.Run) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("micro_batches", "processes"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_batches, processes):
+    model = PRESETS["tiny"].replace(vocab_size=310, max_position_embeddings=96, num_hidden_layers=1, quantizer="none")
+    path = chats.folder.parent / "many.jsonl"
+    config = configuration(tmp_path, path, model=model, micro_batches=micro_batches)
+    losses, gradients = [], []
+    for rank in range(processes):
+        run = trainer.Run(config, False)
+        run.world = World(rank, processes)
+        losses.append(run.forward_backward(1))
+        gradients.append(gradient(run))
+    found = sum(losses) / processes, sum(gradients) / processes
+    whole = trainer.Run(dataclasses.replace(config, micro_batches=1), False)
+    input_ids, labels, documents = whole.sampler.batch(1)
+    counts = (labels != IGNORE_INDEX).sum(1)
+    assert counts.min() < counts.max()  # else any weighting would do
+    loss = whole.model.loss(input_ids, labels, "none", documents).sum() / counts.sum()
+    loss.backward()
+    assert found[0] == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(found[1], gradient(whole), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("quantizer", ["none", "ternary"])
+def test_in_a_row_a_conversation_is_as_if_alone(tmp_path, opposites, quantizer):
+    model = PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, quantizer=quantizer)
+    run = trainer.Run(configuration(tmp_path, opposites, model=model), False)
+    packed = run.data.rows("train", 96)
+    input_ids, labels, documents = packed.read([len(packed) // 2])
+    assert int(documents.max()) >= 2
+    run.model.double()
+    together = run.model.loss(input_ids, labels, "none", documents)
+    for number in range(int(documents.max())):
+        inside = documents[0] == number
+        alone = run.model.loss(input_ids[:, inside], labels[:, inside], "none")
+        torch.testing.assert_close(together[:, inside], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_run_of_conversations_resumes_bit_for_bit(tmp_path, opposites, monkeypatch, capsys):
+    config = configuration(tmp_path, opposites, micro_batches=2, sample_every=2)
+    trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    assert "What is the opposite of" in capsys.readouterr().out  # samples answer a held-out question
+    stop_after(monkeypatch, 2)
+    assert trainer.train(config).step == 2
+    monkeypatch.undo()
+    trainer.train(config, resume=True)
+    straight, broken = (tensors(tmp_path / name) for name in ("straight", "run"))
+    for name, value in straight.items():
+        assert torch.equal(value, broken[name]), name
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not any("bits_per_byte" in key for row in rows for key in row)
+    with open(opposites) as file:
+        (tmp_path / "fewer.jsonl").write_text("".join(file.readlines()[:-1]))
+    changed = dataclasses.replace(config, data=trainer.DataConfig(chat=str(tmp_path / "fewer.jsonl")), steps=8)
+    changed = dataclasses.replace(changed, data=dataclasses.replace(changed.data, cache=str(tmp_path / "data")))
+    with pytest.raises(CheckpointError, match=r"fewer.jsonl.*has changed"):
+        trainer.train(changed, resume=True)
+
+
+def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
+    """Pretraining, fine-tuning, asking, and the same template in every export."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"user {question(w)} assistant {answer(w)}\n" for w in OPPOSITES) * 40)
+    common = ["--compile", "off", "--wandb", "off", "--device", "cpu", "--threads", "1", "--product", "float"]
+    base = ["--preset", "tiny", "--data.corpus", "text.txt", "--model.vocab-size", "400", "--steps", "2", *common]
+    assert trainer.main([*base, "--out", "base"]) == 0
+    tuned = ["--preset", "chat", "--init", "base", "--data.chat", str(opposites), "--steps", "100", "--context", "96"]
+    rates = ["--optim.lr", "2e-2", "--optim.lr-rest", "3e-2", "--batch-size", "8", "--eval-every", "50"]
+    assert trainer.main([*tuned, *rates, *common, "--sample-every", "0", "--out", "chat"]) == 0
+    assert "tokens of answers" in capsys.readouterr().out
+    losses = [row["val_loss"] for row in read_metrics(tmp_path / "chat" / "metrics.jsonl") if "val_loss" in row]
+    assert losses[-1] < 0.02, losses
+    for word in OPPOSITES:
+        assert asked(capsys, "chat", question(word)) == answer(word)
+    assert evaluate.main(["chat", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(" -")  # no bits per byte
+    assert evaluate.main(["chat", "--device", "cpu", "--text", "text.txt"]) == 0
+    with pytest.raises(ValueError, match="give a text with --text"):
+        evaluate.open_text(open_model("chat"))
+
+    exports = {"packed": [], "hf": ["--to", "hf"], "gguf": ["--to", "gguf", "--type", "F16"]}
+    template = open_model("chat").chat_template
+    messages = chat(question("hot"), answer("hot"), question("wet"), system="Be brief.")
+    for name, arguments in exports.items():
+        assert export.main(["chat", f"chat.{name}", *arguments]) == 0
+        opened = open_model(f"chat.{name}").chat_template
+        assert opened.source == template.source == PLAIN_TEMPLATE
+        assert opened.encode(messages) == template.encode(messages)
+        assert asked(capsys, f"chat.{name}", question("wet")) == answer("wet")
+    transformers = oracles.require("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained("chat.hf")
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == template.encode(
+        messages
+    )
+
+    # What was fine-tuned can be pretrained again and keeps its template.
+    again = ["--init", "chat", *base, "--out", "again"]
+    assert trainer.main(again) == 0
+    assert open_model("again").chat_template.source == PLAIN_TEMPLATE
+
+
+def asked(capsys, model: str, prompt: str) -> str:
+    capsys.readouterr()
+    assert generate.main([model, "--chat", "--prompt", prompt, "--temperature", "0", "--max-new-tokens", "20"]) == 0
+    return capsys.readouterr().out.strip()
