@@ -2,13 +2,14 @@
 
 llama.cpp's "llama" tokenizer joins the two neighbours whose piece has the highest score, as sentencepiece's byte-pair
 models do, and knows neither normalization nor other kinds of model: those are refused. One text it reads differently: a
-U+2581 in it, which `Tokenizer` spells in bytes, is a space there.
+U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.json is `gguf_tokenizer_json.py`'s.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bitnet.tokenizer import BaseTokenizer, Tokenizer
+from bitnet.interop import gguf_tokenizer_json
+from bitnet.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer
 from bitnet.tokenizer.gguf import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _BYTE_PAIR = 2  # sentencepiece's TrainerSpec.ModelType
@@ -16,7 +17,7 @@ _ALTERNATIVE = "export without a tokenizer, or to a Hugging Face folder"
 
 
 def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The `tokenizer.*` metadata of a sentencepiece tokenizer, or those of another file, for `vocab_size` rows.
+    """The `tokenizer.*` metadata of a tokenizer, or those of another file, for `vocab_size` rows.
 
     Rows of the embedding without a token get unused ones. Raises ValueError, with the reason and the alternative, for
     a tokenizer that llama.cpp would run differently or that has more tokens than there are rows.
@@ -27,11 +28,10 @@ def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) ->
             raise ValueError("the metadata hold no tokenizer.ggml.tokens; give those of a GGUF file with a tokenizer")
     elif isinstance(tokenizer, Tokenizer):
         metadata = _sentencepiece(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        metadata = gguf_tokenizer_json.metadata_of(tokenizer)
     else:
-        raise ValueError(
-            f"a {type(tokenizer).__name__} is no sentencepiece model, and which of llama.cpp's pre-tokenizers it would "
-            f"need is not known; give the metadata of a GGUF file with this tokenizer, or {_ALTERNATIVE}"
-        )
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be written into a GGUF file; {_ALTERNATIVE}")
     missing = vocab_size - len(metadata["tokenizer.ggml.tokens"])
     if missing < 0:
         raise ValueError(

@@ -56,7 +56,7 @@ def write(
     """Write a model, whole or not at all, one tensor in memory at a time.
 
     type:            of the projections, or a mixture such as Q4_K_M; see the top of this file.
-    tokenizer:       a sentencepiece tokenizer, or the `tokenizer.*` metadata of another GGUF file.
+    tokenizer:       one of sentencepiece's or a tokenizer.json's, or the `tokenizer.*` metadata of another GGUF file.
     chat_template:   its jinja source.
     embedding_type:  of embedding and head: by default F16 beside I2_S, Q6_K beside TQ1_0, TQ2_0 and the types below
                      six bits (Q8_0 or F16 where its rows do not fit), else the type itself or what the mixture says.

@@ -27,7 +27,7 @@ from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
-from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer import BaseTokenizer, Tokenizer
 
 FORMS = ("packed", "packed-inverse", "master")
 GENERATION = "generation_config.json"
@@ -234,13 +234,14 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> Any:
     return library
 
 
-def _compare(tokenizer: Tokenizer, library: Any) -> None:
-    """Raise ValueError unless both give the same ids for every piece, for pieces put together, and for odd texts."""
+def probing_texts(tokenizer: BaseTokenizer) -> list[str]:
+    """Texts on which two forms of a tokenizer are compared: every piece, pieces put together, and odd ones."""
     pieces = [tokenizer.surface_bytes(i).decode("utf-8", "ignore") for i in range(tokenizer.vocab_size)]
     pieces = [piece for piece in pieces if piece]
     shuffled = random.Random(0).sample(pieces, len(pieces))
     texts = pieces + ["".join(shuffled[i : i + 5]) for i in range(0, len(pieces), 2)]
-    texts += [
+    return [
+        *texts,
         "",
         " ",
         "  two  spaces  ",
@@ -249,6 +250,11 @@ def _compare(tokenizer: Tokenizer, library: Any) -> None:
         "\ufb01 \u00e9 e\u0301 \u3000 \U0001f600",
         "007 1,000",
     ]
+
+
+def _compare(tokenizer: Tokenizer, library: Any) -> None:
+    """Raise ValueError unless both give the same ids for every piece, for pieces put together, and for odd texts."""
+    texts = probing_texts(tokenizer)
     for text, ids, encoding in zip(
         texts, tokenizer.encode_batch(texts), library.encode_batch(texts, add_special_tokens=False), strict=True
     ):

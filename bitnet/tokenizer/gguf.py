@@ -18,6 +18,7 @@ Token types (ggml's numbers, sentencepiece's too): 1 normal, 2 unknown, 3 contro
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # Endings that several rules share: contractions, then symbols and whitespace.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_RULE = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _SYMBOLS
@@ -46,15 +47,15 @@ _PUNCTUATED = (
 _SENTENCE_MARKS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2_RULE, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2_RULE,),
+    "smollm": (r"\p{N}", GPT2_RULE),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "qwen35": (
         _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES,
     ),
-    "falcon": (r"[\p{P}$+<=>^~|`]+", _GPT2, r"[0-9][0-9][0-9]"),
+    "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2_RULE, r"[0-9][0-9][0-9]"),
     # The model's list of letters is that of cased letters without the mathematical alphabets.
     "deepseek-llm": (
         r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7CB}]]+",
@@ -88,6 +89,22 @@ _RULE_OF = {name: name for name in PRE_TOKENIZERS} | {
 # A word that is a piece as it stands is that piece, whatever the merges would make of it; and the begin of text token
 # is in front unless the file says otherwise.
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+
+
+def rule_names(expressions: tuple[str, ...], whole_words: bool) -> list[str]:
+    """The names under which llama.cpp knows a rule, [] where it does not: first those that agree with `whole_words`,
+    whether a word that is a piece stays whole."""
+    wanted = tuple(map(_spelled_out, expressions))
+    for rule, known in PRE_TOKENIZERS.items():
+        if tuple(map(_spelled_out, known)) == wanted:
+            names = [rule, *_SAME_AS.get(rule, "").split()]
+            return sorted(names, key=lambda name: (name in _WHOLE_WORDS) != whole_words)  # keeps the order otherwise
+    return []
+
+
+def _spelled_out(regex: str) -> str:
+    """An expression with its characters as they are instead of by number."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})|\\x\{([0-9a-fA-F]+)\}", lambda found: chr(int(found[1] or found[2], 16)), regex)
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any], source: str = "GGUF file") -> BaseTokenizer:
