@@ -45,8 +45,7 @@ from tqdm import tqdm
 
 from bitnet import checkpoint, kernels, plots, ptq
 from bitnet.bench import process_memory, reset_peak_memory
-from bitnet.data import iter_eval_batches
-from bitnet.evaluate import Reference, calibration_sequences, open_text
+from bitnet.evaluate import Reference, calibration_sequences, held_out_windows, open_text
 from bitnet.files import write_atomic
 from bitnet.interop import quantized
 from bitnet.kernels import blocks
@@ -284,10 +283,10 @@ class Comparison:
         self.model = opened.model.float()
         sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
         self.group_size = options.group_size or math.gcd(128, *sizes)
-        corpus, self.context = open_text(opened, options.text, options.context)
+        mixture, self.context = open_text(opened, options.text, options.context)
         windows = max(1, options.tokens // self.context)
-        self.windows = list(iter_eval_batches(corpus.split("val"), self.context, 1, windows))
-        self.calibration = calibration_sequences(corpus, self.context, options.calibration_tokens)
+        self.windows = held_out_windows(mixture, self.context, windows)
+        self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
         self.settings = hashlib.sha256(
             repr(
                 (str(source), self.context, options.tokens, options.calibration_tokens, options.text, self.group_size)

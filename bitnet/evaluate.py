@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bitnet import checkpoint
 from bitnet.chat_data import TokenizedChats, tokenize_chats
 from bitnet.corpus import open_corpora
-from bitnet.data import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches
+from bitnet.data import IGNORE_INDEX, TokenArray, iter_eval_batches
 from bitnet.loading import OpenModel, find, kind_of, open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
@@ -232,16 +232,8 @@ def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) ->
         yield logits[counted].log_softmax(-1), labels[0][counted]
 
 
-def open_text(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[TokenizedCorpus, int]:
-    """`open_mixture` where one corpus is wanted. Raises ValueError for a mixture of several."""
-    mixture, context = open_mixture(opened, text, context)
-    if len(mixture.corpora) > 1:
-        raise ValueError(f"{opened.folder} was trained on {' and '.join(mixture.corpora)}; choose one with --text")
-    return next(iter(mixture.corpora.values())), context
-
-
-def open_mixture(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[Mixture, int]:
-    """The corpora that a model is evaluated on, in its tokens, and the tokens of a window.
+def open_text(opened: OpenModel, text: str | None = None, context: int | None = None) -> tuple[Mixture, int]:
+    """The corpora that a model is evaluated and calibrated on, in its tokens, and the tokens of a window.
 
     They are those that a run was trained with, unless given; another model needs `text`, and its windows have at most
     512 tokens. Raises CheckpointError or ValueError for a corpus that isn't there.
@@ -273,16 +265,31 @@ def run_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def calibration_sequences(corpus: TokenizedCorpus, context: int, count: int) -> Tensor:
-    """About `count` tokens of a corpus's training part, int64 `[B, context]`, spread over the whole of it."""
-    tokens = corpus.split("train")
-    rows = min(count, len(tokens)) // context
-    if not rows:
+def held_out_windows(mixture: Mixture, context: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """About `count` windows (input_ids, labels), int64 `[1, context]`: by its share, the first ones of each corpus's
+    held-out part."""
+    return [
+        window
+        for name, share in mixture.shares.items()
+        for window in iter_eval_batches(mixture.corpora[name].split("val"), context, 1, max(1, round(share * count)))
+    ]
+
+
+def calibration_sequences(mixture: Mixture, context: int, count: int) -> Tensor:
+    """About `count` tokens of the corpora's training parts by their shares, int64 `[B, context]`, spread over the whole
+    of each."""
+    sequences = []
+    for name, share in mixture.shares.items():
+        tokens = mixture.corpora[name].split("train")
+        rows = min(round(share * count), len(tokens)) // context
+        starts = [i * (len(tokens) - context) // rows for i in range(rows)]
+        sequences += [tokens.read(start, context).astype(np.int64) for start in starts]
+    if not sequences:
         raise ValueError(
-            f"calibration needs {context} tokens or more; there are {len(tokens)} and {count} are asked for"
+            f"calibration needs {context} tokens or more of a corpus; there are {mixture.tokens('train')} and {count} "
+            "are asked for"
         )
-    starts = [i * (len(tokens) - context) // rows for i in range(rows)]
-    return torch.from_numpy(np.stack([tokens.read(start, context).astype(np.int64) for start in starts]))
+    return torch.from_numpy(np.stack(sequences))
 
 
 def evaluate_model(
@@ -299,7 +306,7 @@ def evaluate_model(
     opened = open_model(path, device=device, pack=not latent)
     if latent and text is None and run_config(opened.folder)["data"].get("chat"):
         return opened.model.config.quantizer, _evaluate_answers(opened, dtype)
-    mixture, context = open_mixture(opened, text)
+    mixture, context = open_text(opened, text)
     masked = latent and run_config(opened.folder)["data"].get("document_mask")
     if masked and isinstance(opened.model, BitNetForCausalLM):
         opened.model.document_ids = document_borders(opened.tokenizer)
@@ -345,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    width = max(3, *(len(run) for run in runs))
+    width = max(3, *(len(run) for run in runs), *(2 + len(name) for *_, result in results for name in result.corpora))
     gap_column = "  gap" if len(runs) > 1 else ""
     print(f"{'run':{width}}  quantizer  held-out loss    perplexity  bits/byte{gap_column}")
     for run, quantizer, result in results:

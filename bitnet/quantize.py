@@ -75,8 +75,8 @@ def run(options: Options) -> None:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
     ids = None
     if ptq.METHODS[options.method].needs_calibration:
-        corpus, context = open_text(opened, options.text, options.context)
-        ids = calibration_sequences(corpus, context, options.calibration_tokens)
+        mixture, context = open_text(opened, options.text, options.context)
+        ids = calibration_sequences(mixture, context, options.calibration_tokens)
     start = time.perf_counter()
     model = ptq.quantize_model(
         model, options.method, ids, group_size=options.group_size, symmetric=options.symmetric,

@@ -20,9 +20,10 @@ import train as trainer
 from bitnet import checkpoint
 from bitnet.corpus import Corpus, mixed, open_corpora
 from bitnet.data import TokenArray
-from bitnet.evaluate import evaluate
+from bitnet.evaluate import calibration_sequences, evaluate, held_out_windows
 from bitnet.evaluate import main as evaluate_runs
-from bitnet.sampling import MAX_BLOCK, Ahead, BatchSampler, counts_of, interleave
+from bitnet.sampling import MAX_BLOCK, Ahead, BatchSampler, counts_of, interleave, tokenize_mixture
+from bitnet.tokenizer import train_tokenizer
 from bitnet.tracking import read_metrics
 from tests.test_train import configuration, corpus, stop_after  # noqa: F401 - the fixture
 
@@ -291,6 +292,18 @@ def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):  # n
     (second / "00.txt").write_text("nothing but this")
     with pytest.raises(checkpoint.CheckpointError, match="corpus has changed"):
         trainer.Run(dataclasses.replace(config, steps=20), resume=True)
+
+
+def test_windows_for_comparisons_are_taken_by_share(tmp_path):
+    corpora = {name: made(name, [f"{name} {i} " * 9 for i in range(100)]) for name in ("left", "right")}
+    tokenizer = train_tokenizer(mixed(list(corpora.values()), [3, 1]).documents(), 290)
+    mixture = tokenize_mixture(corpora, (0.75, 0.25), tokenizer, tmp_path)
+    texts = [tokenizer.decode(ids[0].tolist()) for ids, _ in held_out_windows(mixture, 16, 8)]
+    assert [("left" in text, "right" in text) for text in texts] == [(True, False)] * 6 + [(False, True)] * 2
+    texts = [tokenizer.decode(ids) for ids in calibration_sequences(mixture, 16, 16 * 12).tolist()]
+    assert [("left" in text, "right" in text) for text in texts] == [(True, False)] * 9 + [(False, True)] * 3
+    with pytest.raises(ValueError, match="calibration needs 16 tokens or more"):
+        calibration_sequences(mixture, 16, 10)
 
 
 def test_mixtures_on_the_command_line(tmp_path):
