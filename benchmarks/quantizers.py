@@ -18,6 +18,7 @@ libggml-python. Results go to benchmarks/results/quantizers.json, and a table to
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -321,6 +322,8 @@ def run(options: Options) -> int:
     """Everything; the exit code."""
     if options.columns % 256 or options.rows < 1:
         raise ValueError(f"the matrix is {options.rows} x {options.columns}; its rows must be multiples of 256")
+    if importlib.util.find_spec("libggml") is None:
+        raise ValueError("libggml-python is not installed, and ggml is what the rest is compared with; pip install it")
     if unknown := sorted(set(options.kinds) - set(blocks.TYPES)):
         raise ValueError(f"block type {unknown[0]!r} is unknown; choose of {', '.join(blocks.TYPES)}")
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def library(path: Path | None = None) -> Any:
 
 def quantize(x: Tensor, kind: str, importance: Tensor | None, path: Path | None = None) -> Tensor:
     """Rows float32 `[N, K]` to rows of bytes, on one thread, by the package's library or the one of a file."""
-    x, out = x.contiguous(), torch.zeros(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
+    x, out = x.contiguous(), torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
     weight = None if importance is None else importance.data_ptr()
     size = library(path).ggml_quantize_chunk(
         TYPES[kind].number, x.data_ptr(), out.data_ptr(), 0, len(x), x.shape[1], weight

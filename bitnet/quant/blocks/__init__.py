@@ -10,6 +10,7 @@ Two quantizers: the default minimizes the squared error of what is stored, weigh
 weight for each column `[K]`: the mean squared activation that llama.cpp calls an importance matrix.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,15 +81,15 @@ def check_weight(x: Tensor, kind: str, importance: Tensor | None) -> None:
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"a weight must be a float matrix [N, K], got {x.dtype} {list(x.shape)}")
     row_bytes(x.shape[1], kind)
-    if not x.isfinite().all():
+    # One pass for both: NaN is the smallest and the largest where there is one.
+    largest = max(abs(float(end)) for end in x.detach().aminmax()) if x.numel() else 0.0
+    if not math.isfinite(largest):
         bad = int((~x.isfinite()).sum())
         raise ValueError(
             f"{bad} of {x.numel()} weights are NaN or infinite; blocks cannot hold them, repair the weight"
         )
-    if x.numel() and x.abs().max() > LARGEST:
-        raise ValueError(
-            f"a weight of {float(x.abs().max()):g} is beyond float16, which the scales are; rescale the layer"
-        )
+    if largest > LARGEST:
+        raise ValueError(f"a weight of {largest:g} is beyond float16, which the scales are; rescale the layer")
     if importance is None:
         return
     if importance.shape != (x.shape[1],):
