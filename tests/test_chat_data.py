@@ -5,7 +5,9 @@ import gzip
 import io
 import itertools
 import json
+from pathlib import Path
 
+import llama
 import oracles
 import pytest
 import sentencepiece
@@ -521,6 +523,9 @@ def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
     assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == template.encode(
         messages
     )
+    with llama.LlamaModel(Path("chat.gguf")) as theirs:
+        assert theirs.chat_template == PLAIN_TEMPLATE
+        assert theirs.tokenize(template.render(messages), parse_special=True) == template.encode(messages)
 
     # What was fine-tuned can be pretrained again and keeps its template.
     again = ["--init", "chat", *base, "--out", "again"]
