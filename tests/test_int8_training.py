@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bitnet.kernels import quantize_weight, reference
 from bitnet.kernels.int8_training import int8_linear
-from bitnet.model import BitLinear
+from bitnet.model import PRESETS, BitLinear, BitNetForCausalLM, bit_linears
 from bitnet.runtime import int8_pays
 
 
@@ -64,3 +66,79 @@ def test_int8_is_for_float32_on_a_cpu():
     assert not int8_pays("auto", cpu, torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16 on cpu"):
         int8_pays("int8", cpu, torch.bfloat16)
+
+
+def loss_and_gradients(
+    model: BitNetForCausalLM, ids: Tensor, seen: dict[str, list[Tensor]] | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient of every parameter; into `seen`, of every BitLinear x, y, the gradients of y and of x."""
+
+    def forward(name: str, x: Tensor, y: Tensor) -> None:
+        if seen is not None:
+            seen[name] = [x.detach().clone(), y.detach().clone()]
+
+    def backward(name: str, grad_x: Tensor, grad_y: Tensor) -> None:
+        if seen is not None:
+            seen[name] += [grad_y.clone(), grad_x.clone()]
+
+    hooks = []
+    for name, layer in bit_linears(model):
+        hooks.append(layer.register_forward_hook(lambda _, x, y, name=name: forward(name, x[0], y)))
+        hooks.append(
+            layer.register_full_backward_hook(lambda _, grad_x, grad_y, name=name: backward(name, grad_x[0], grad_y[0]))
+        )
+    model.zero_grad()
+    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def error(found: Tensor | dict[str, Tensor], expected: Tensor | dict[str, Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        found, expected = (torch.cat([t.flatten() for t in each.values()]) for each in (found, expected))
+    return float(((found - expected).norm() / expected.norm()).detach())  # type: ignore[operator, union-attr]
+
+
+def test_a_model_differs_from_the_reference_by_flipped_activation_codes_alone():
+    torch.manual_seed(0)
+    config = PRESETS["tiny"].replace(hidden_size=128, intermediate_size=384, num_hidden_layers=4)
+    model, ids = BitNetForCausalLM(config), torch.randint(config.vocab_size, (8, 65))
+    layers, eps = dict(bit_linears(model)), torch.finfo(torch.float32).eps
+    _, reference_gradient = loss_and_gradients(model, ids, of_reference := {})
+    for layer in layers.values():
+        layer.quantize_for_step()
+    loss, gradient = loss_and_gradients(model, ids, of_int8 := {})
+
+    # Each layer by itself, on the input and the upstream gradient that it had: a product and its gradients are sums in
+    # float32 of the same terms, so what is left is their rounding.
+    for name, layer in layers.items():
+        x, y, grad_y, grad_x = of_int8[name]
+        expected = reference.fake_quant_linear(x.requires_grad_(), layer.weight, None, layer.quantizer)
+        wanted = torch.autograd.grad(expected, (x, layer.weight), grad_y)
+        for found, value in zip((y, grad_x, gradient[f"{name}.weight"]), (expected, *wanted), strict=True):
+            assert error(found, value) < 8 * eps, name
+
+    # That rounding lifts some x / s_x over the border between two codes, and each flip lifts others downstream.
+    codes = [{n: reference.quantize_activations(each[n][0])[0] for n in layers} for each in (of_int8, of_reference)]
+    flips = [int((codes[0][name] != codes[1][name]).sum()) for name in layers]
+    assert flips[0] == 0  # the first layers read the same input
+    assert sum(flips) > 0
+
+    # The reference on the codes of the int8 model, everything else its own: nothing but rounding is left.
+    for name, layer in layers.items():
+        layer.quantize_for_step(False)
+        x_codes, x_scale = reference.quantize_activations(of_int8[name][0])
+
+        def forward(x, layer=layer, forced=x_codes * x_scale):
+            straight_through = forced + (x - x.detach())
+            return F.linear(straight_through, reference.fake_quantize_weight(layer.weight, layer.quantizer))
+
+        layer.forward = forward
+    forced_loss, forced_gradient = loss_and_gradients(model, ids)
+    assert forced_loss == pytest.approx(loss, rel=4 * eps)
+    left = error(forced_gradient, gradient)
+    assert left < 8 * eps * config.num_hidden_layers
+    assert error(reference_gradient, gradient) > 20 * left
