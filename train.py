@@ -48,14 +48,16 @@ from bitnet.distributed import (
     start,
     stop,
 )
+from bitnet.estimate import memory_warning, report
 from bitnet.evaluate import Evaluation, evaluate_chats, evaluate_mixture
 from bitnet.files import write_atomic
 from bitnet.generation import SamplingConfig, generate, limit_new_tokens
 from bitnet.loading import open_latent, open_tokenizer
+from bitnet.memory import Workload, estimate, return_freed_blocks
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import OptimConfig, Optimizer, clip_gradients
-from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
+from bitnet.runtime import compile_model, eager, has_compiler, int8_pays, pick_device, pick_dtype
 from bitnet.sampling import Ahead, BatchSampler, Mixture, document_borders, tokenize_mixture
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
@@ -275,6 +277,13 @@ def _resolve_auto(argv: Sequence[str]) -> list[str]:
     return [*start, "--out", known.out, *rest]
 
 
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate", nargs="?", const=1, type=int, metavar="N",
+        help="train nothing; print the tokens, memory, disk and time that the run would take, on N processes",
+    )  # fmt: skip
+
+
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     """Configuration and whether to resume: --preset, --like or --resume give the defaults, the rest overrides them."""
     first = argparse.ArgumentParser(prog="train.py", add_help=False)
@@ -283,6 +292,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
     base.add_argument("--resume", metavar="RUN", help="go on with this run; auto: with --out's, if it has begun")
     first.add_argument("--out")
+    _add_estimate(first)
     known, rest = first.parse_known_args(_resolve_auto(argv))
     default = PRESETS[known.preset]
     if known.out is not None:
@@ -361,11 +371,7 @@ class Run:
     def __init__(self, config: TrainConfig, resume: bool, world: World | None = None) -> None:
         self.world = world = world or World()
         self.started = time.perf_counter()
-        if config.batch_size % (config.micro_batches * world.size):
-            raise ValueError(
-                f"batch_size {config.batch_size} cannot be shared by {world.size} processes with micro_batches "
-                f"{config.micro_batches} each; make it a multiple of {config.micro_batches * world.size}"
-            )
+        check_shares(config, world.size)
         self.folder = Path(config.out)
         saved = self._newest() if resume else None
         if not resume and (self.folder / "checkpoints" / checkpoint.INDEX).exists():
@@ -673,6 +679,47 @@ class Run:
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
             + (f", {self.world.size} processes ({self.world.strategy})" if self.world.strategy != "none" else "")
+            + f"\nmemory    {estimate(self.workload).summary()}"
+        )
+
+    @property
+    def workload(self) -> Workload:
+        """What the memory of a step depends on."""
+        return workload(self.config, self.dtype, self.int8, self.compiled, self.world)
+
+
+def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool, world: World) -> Workload:
+    """What the memory and time of a step depend on. Raises ValueError for a batch that the processes cannot share."""
+    check_shares(config, world.size)
+    return Workload(
+        config.model, config.batch_size // (config.micro_batches * world.size), config.window,
+        optimizer=config.optim.optimizer, dtype=dtype, int8=int8 and config.model.quantizer != "none",
+        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk, masked=config.data.document_mask,
+        micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
+    )  # fmt: skip
+
+
+def estimate_run(config: TrainConfig, processes: int) -> str:
+    """What a run would take, in lines; nothing is trained, read or written. Raises ValueError for no processes."""
+    if processes < 1:
+        raise ValueError(f"--estimate {processes}: give the number of processes, at least 1")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
+    int8 = int8_pays(config.product, device, dtype) and strategy != "fsdp"
+    compiled = config.compile != "off" and has_compiler(device)
+    work = workload(config, dtype, int8, compiled, World(0, processes, strategy))
+    return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Raise ValueError unless each process gets as many sequences of each micro-batch."""
+    if config.batch_size % (config.micro_batches * processes):
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared by {processes} processes with micro_batches "
+            f"{config.micro_batches} each; make it a multiple of {config.micro_batches * processes}"
         )
 
 
@@ -681,6 +728,7 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
     Under torchrun every process runs it, and the first one prints and writes.
     """
+    return_freed_blocks()
     world = start(config.parallel, local_device(pick_device(config.device)), config.timeout_minutes)
     try:
         with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None):
@@ -697,6 +745,8 @@ def _train(config: TrainConfig, resume: bool, world: World) -> Run:
 
 def _carry_out(run: Run, world: World) -> Run:
     print(run.describe())
+    if warning := memory_warning(estimate(run.workload), run.workload, run.device, in_use=True):
+        say(f"warning: {warning}", sys.stderr)
     if run.finished:
         print(f"{run.folder} is finished: {run.step} of {run.config.steps} steps; more with --steps or --minutes")
         return run
@@ -860,7 +910,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # a pipe sees every line at once, and no character ends a run
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
     try:
-        config, resume = parse(sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        config, resume = parse(argv)
+        first = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+        _add_estimate(first)
+        processes = first.parse_known_args(argv)[0].estimate
+        if processes is not None:
+            print(estimate_run(config, processes))
+            return 0
         run = train(config, resume)
     except KeyboardInterrupt:
         print("interrupted before the first step, or twice", file=sys.stderr)

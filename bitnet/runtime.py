@@ -78,11 +78,16 @@ def compile_model(model: BitNetForCausalLM, mode: str = "auto") -> bool:
     return True
 
 
+def has_compiler(device: torch.device) -> bool:
+    """Whether the compiler that torch.compile needs on this device is there; whether it works is another question."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return device.type != "cpu" or any(name and shutil.which(name) for name in names)
+
+
 def _compile_failure(device: torch.device) -> str | None:
     """Why torch.compile does not work on this device, or None where it does: found out by compiling something small,
     which also starts up the compiler that the model is about to need."""
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name and shutil.which(name)]
-    if device.type == "cpu" and not compilers:
+    if not has_compiler(device):
         return "no C++ compiler was found (g++ or clang++)"
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

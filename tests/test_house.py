@@ -18,12 +18,15 @@ LAYERS = [
     {"model"},
     {"engine", "gpu_engine", "runtime", "tokenizer", "corpus", "distributed"},
     {"data", "sampling", "chat_data"},
-    {"checkpoint", "generation", "optim", "sharded"},
+    {"checkpoint", "generation", "memory", "optim", "sharded"},
     {"interop", "ptq"},
     {"loading"},
-    {"bench", "compare", "evaluate", "export", "gpu_bench", "inspect", "quantize", "tracking", "weight_stats"},
+    {
+        "bench", "compare", "estimate", "evaluate", "export", "gpu_bench", "inspect", "quantize", "tracking",
+        "weight_stats",
+    },
     {"train", "generate"},
-]
+]  # fmt: skip
 # These know nothing of the package: they could be libraries of their own.
 LEAVES = {"quant", "corpus", "files", "plots"}
 # Heavy or optional packages, and the one file that may import each, inside a function.
