@@ -694,7 +694,8 @@ def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool
     return Workload(
         config.model, config.batch_size // (config.micro_batches * world.size), config.window,
         optimizer=config.optim.optimizer, dtype=dtype, int8=int8 and config.model.quantizer != "none",
-        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk, masked=config.data.document_mask,
+        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk,
+        masked=config.data.document_mask or config.data.chat is not None,
         micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
     )  # fmt: skip
 
