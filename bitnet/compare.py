@@ -420,16 +420,29 @@ class Comparison:
     def draw(self) -> None:
         """The pictures."""
         rows = list(self.rows.values())
-        size = [plots.Point(r.name, r.family, r.file_mb, r.perplexity, r.perplexity_error) for r in rows]
-        plots.draw_scatter(size, self.out / "size.png", xlabel="file, MB", title="Perplexity against size on disk")
-        speed = [plots.Point(r.name, r.family, r.decode, r.perplexity, r.perplexity_error) for r in rows if r.decode]
-        if speed:
-            plots.draw_scatter(
-                speed, self.out / "speed.png", xlabel="decode, tokens/s", title="Perplexity against decode speed"
-            )
+        bars = "bars: standard error of the difference to the float model"
+        for name, column, label, title in (
+            ("size", "file_mb", "file, MB", "Perplexity against size on disk"),
+            ("speed", "decode", "decode, tokens/s", "Perplexity against decode speed"),
+        ):
+            points = [
+                plots.Point(
+                    r.name, r.family, getattr(r, column), r.perplexity, r.perplexity * r.gap_error,
+                    hollow=r.kernel == "dequantizes",
+                )
+                for r in rows
+                if getattr(r, column)
+            ]  # fmt: skip
+            if points:
+                plots.draw_scatter(
+                    points, self.out / f"{name}.png", xlabel=label, title=f"{title} ({bars}; hollow: dequantizes)",
+                    lower_is_better=name == "size",
+                )  # fmt: skip
         errors = {r.name: r.layer_errors for r in rows if r.layer_errors}
         if errors:
-            plots.draw_layers(errors, self.out / "layers.png", title="Error behind each layer, against the float model")
+            plots.draw_layers(
+                errors, self.out / "layers.png", title="Relative error of the residual stream behind each layer"
+            )
 
     def draw_distributions(self) -> None:
         """Histograms of one layer's weights and of its input, before and after quantizers of each kind."""
@@ -459,14 +472,15 @@ class Comparison:
         plots.draw_histograms(
             plots.sample_values(x), {k: plots.sample_values(v) for k, v in variants.items()},
             self.out / "activations.png",
-            title="input of down_proj in the middle layer: float (grey) and quantized (red)",
+            title="input of down_proj in the middle layer: float (grey) and quantized (red), logarithmic", log=True,
         )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
 COLUMNS = (
-    "model", "bits", "stored", "file MB", "perplexity", "gap", "KL", "top-1", "prefill", "decode", "kernel", "MB", "quantize",
+    "model", "bits", "stored", "file MB", "perplexity", "gap", "KL", "top-1", "prefill", "decode", "kernel", "MB",
+    "quantize",
 )  # fmt: skip
 
 
@@ -517,8 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(terminal(list(comparison.rows.values())))
     print(
-        "bits: of a code; stored: with scales. gap: loss above the float model's. KL and top-1 against the float model. prefill, decode: tokens/s. "
-        f"MB: memory of the running model. In {options.out}: table.md, .csv, .json and pictures."
+        "bits: of a code; stored: with scales. gap: loss above the float model's, nats; KL and top-1 against it too. "
+        f"prefill, decode: tokens/s. MB: memory of the running model. In {options.out}: the table and pictures."
     )
     return 0
 

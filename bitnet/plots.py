@@ -25,9 +25,9 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    yield figure.subplots(rows, columns)
-    FigureCanvasAgg(figure).print_png(path)
+    canvas = FigureCanvasAgg(Figure(figsize=size, layout="constrained"))
+    yield canvas.figure.subplots(rows, columns)
+    canvas.print_png(path)
 
 
 def draw_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -63,69 +63,88 @@ class Point:
     y: float
     error: float = 0.0
     """Standard error of y."""
+    hollow: bool = False
+    """Draw a ring instead of a dot."""
 
 
-def draw_scatter(points: Sequence[Point], path: Path, *, xlabel: str, title: str, ylabel: str = "perplexity") -> None:
-    """Methods over a logarithmic x, the lower left corner being the best, with the border that nothing beats.
+def draw_scatter(
+    points: Sequence[Point], path: Path, *, xlabel: str, title: str, ylabel: str = "perplexity",
+    lower_is_better: bool = True,
+) -> None:  # fmt: skip
+    """Methods over a logarithmic x, low (or high, if not `lower_is_better`) x and low y being best, with the border
+    that nothing beats.
 
     Methods whose y lies above 1.6 times the best are drawn at the upper edge with an arrow and their value: one
-    broken method must not flatten the differences between the others.
+    broken method must not flatten the differences between the others. Names that find no room are left out, those of
+    methods inside the border first.
     """
     best = min(point.y for point in points)
     ceiling = min(1.6 * best, max(point.y for point in points))
     with _figure(path, size=(9, 6)) as axes:
         axes.set_xscale("log")
         for family, color in FAMILIES.items():
-            chosen = [p for p in points if p.family == family]
-            if chosen:
-                axes.errorbar(
-                    [p.x for p in chosen], [min(p.y, ceiling) for p in chosen],
-                    yerr=[p.error if p.y < ceiling else 0 for p in chosen],
-                    fmt="o", color=color, ms=5, lw=1, capsize=2, label=family,
-                )  # fmt: skip
+            for hollow in (False, True):
+                chosen = [p for p in points if p.family == family and p.hollow == hollow]
+                if chosen:
+                    axes.errorbar(
+                        [p.x for p in chosen], [min(p.y, ceiling) for p in chosen],
+                        yerr=[p.error if p.y < ceiling else 0 for p in chosen], fmt="o", color=color, ms=5, lw=1,
+                        capsize=2, markerfacecolor="white" if hollow else color,
+                        label=family if not hollow or all(p.hollow for p in points if p.family == family) else None,
+                    )  # fmt: skip
         border: list[Point] = []
-        for point in sorted(points, key=lambda p: (p.x, p.y)):
+        sign = 1 if lower_is_better else -1
+        for point in sorted(points, key=lambda p: (sign * p.x, p.y)):
             if point.y <= ceiling and (not border or point.y < border[-1].y):
                 border.append(point)
         axes.plot([p.x for p in border], [p.y for p in border], color="#bbbbbb", lw=1, zorder=0)
         low, high = axes.get_ylim()
-        axes.set_ylim(low, high + 0.05 * (high - low))
-        texts = [
-            (p.x, min(p.y, ceiling), f"{p.name} \u2191{p.y:.3g}" if p.y > ceiling else p.name, FAMILIES[p.family])
-            for p in points
-        ]
-        axes.figure.canvas.draw()  # the transform of the final limits, for placing the labels
-        _place_labels(axes, texts)
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
         axes.grid(alpha=0.25, which="both")
         axes.legend(frameon=False, fontsize=8)
+        axes.figure.canvas.draw()  # the final limits and sizes, for placing the names
+        important = sorted(points, key=lambda p: (p not in border, p.family not in ("native", "float"), p.y))
+        _place_names(axes, [(p, min(p.y, ceiling)) for p in important])
 
 
-def _place_labels(axes: Any, texts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each text beside its point, at the first of some places where it covers no text placed before and no
-    point."""
-    pixel = axes.transData.transform
-    points = [pixel((x, y)) for x, y, _, _ in texts]
-    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in points]
-    places = [(6, 3), (6, -11), (-6, 3), (-6, -11), (6, 14), (6, -22), (-6, 14), (-6, -22), (10, 25), (10, -33)]
-    for (px, py), (x, y, text, color) in zip(points, texts, strict=True):
-        width, height = 4.4 * len(text) * axes.figure.dpi / 100, 9.0
-        for dx, dy in places:
-            left = px + dx - (width if dx < 0 else 0)
-            box = (left, py + dy, left + width, py + dy + height)
-            if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
-                break
-        taken.append(box)
-        axes.annotate(
-            text, (x, y), (dx, dy), textcoords="offset pixels", fontsize=6.5, color=color,
-            ha="right" if dx < 0 else "left",
+def _place_names(axes: Any, points: Sequence[tuple[Point, float]]) -> None:
+    """Write each name beside its point (at the given y), at the first of some places where it covers no point and no
+    name placed before, and not at all where there is none."""
+    renderer = axes.figure.canvas.get_renderer()
+    pixels = [axes.transData.transform((p.x, y)) for p, y in points]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in pixels]
+    legend = axes.get_legend()
+    if legend is not None:
+        taken.append(legend.get_window_extent(renderer).extents)
+    edges = axes.bbox.extents
+    for point, y in points:
+        text = axes.annotate(
+            f"{point.name} \u2191{point.y:.3g}" if point.y > y else point.name, (point.x, y), (0, 0),
+            textcoords="offset pixels", fontsize=6.5, color=FAMILIES[point.family],
         )  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width, extent.height
+        text.set_in_layout(False)
+        for dx, dy in ((d, e) for e in (2, -10, 12, -20) for d in (7, -7 - width, -width / 2)):
+            if abs(dy) < 8 and -7 - width < dx < 0:
+                continue  # centered on the point itself
+            left, bottom = extent.x0 + dx, extent.y0 + dy
+            right, top = left + width, bottom + height
+            inside = edges[0] < left and right < edges[2] and edges[1] < bottom and top < edges[3]
+            if inside and not any(left < b[2] and b[0] < right and bottom < b[3] and b[1] < top for b in taken):
+                taken.append((left, bottom, right, top))
+                text.set_position((dx, dy))
+                break
+        else:
+            text.remove()
 
 
-def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, title: str) -> None:
-    """The values of a tensor before and after each of some quantizers, one panel a quantizer.
+def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, title: str, log: bool = False) -> None:
+    """The values of a tensor before and after each of some quantizers, one panel a quantizer; `log` shows the tails.
 
     `after` holds dequantized values. A quantizer with few levels is drawn as bars of the share of each level."""
     columns = min(3, len(after))
@@ -134,9 +153,11 @@ def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, 
     with _figure(path, rows, columns, size=(3.6 * columns, 2.6 * rows + 0.4)) as grid:
         panels = list(grid.flat) if hasattr(grid, "flat") else [grid]
         for axes, (name, values) in zip(panels, after.items(), strict=False):
+            axes.set_yscale("log" if log else "linear")
             axes.hist(before.flatten().float().numpy(), bins=160, range=(-limit, limit), color="#bbbbbb", density=True)
             levels, counts = values.flatten().float().unique(return_counts=True)
             twin = axes.twinx()
+            twin.set_yscale("log" if log else "linear")
             if len(levels) <= 256:
                 twin.bar(
                     levels.numpy(), counts.numpy(), width=limit / (80 if len(levels) < 40 else 300), color="#d62728"
@@ -159,16 +180,22 @@ def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, 
 
 
 def draw_layers(errors: Mapping[str, Sequence[float]], path: Path, *, title: str) -> None:
-    """A curve for each method: its relative error behind every layer, on a logarithmic axis."""
-    with _figure(path, size=(8, 5)) as axes:
-        for index, (name, values) in enumerate(errors.items()):
-            style = ("-", "--", ":", "-.")[index // 10 % 4]
-            axes.plot(range(1, len(values) + 1), values, style, color=f"C{index % 10}", marker=".", lw=1.2, label=name)
-        axes.set_yscale("log")
-        axes.set(xlabel="behind layer", ylabel="relative error of the residual stream", title=title)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    """A row for each method, the best one on top: its relative error behind every layer as a color, the last one as a
+    number too."""
+    from matplotlib.colors import LogNorm
+
+    rows = sorted(errors.items(), key=lambda item: item[1][-1])
+    values = torch.tensor([row for _, row in rows]).clamp_min(1e-6).numpy()  # a logarithm is drawn
+    layers = values.shape[1]
+    with _figure(path, size=(max(5.0, min(10.0, 2.5 + 0.3 * layers)), 1.2 + 0.17 * len(rows))) as axes:
+        image = axes.imshow(values, aspect="auto", cmap="viridis", norm=LogNorm())
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+        axes.set_xticks(range(0, layers, max(1, layers // 10)), range(1, layers + 1, max(1, layers // 10)))
+        for index, (_, row) in enumerate(rows):
+            axes.text(layers - 0.4, index, f"{row[-1]:.2g}", va="center", fontsize=7)
+        axes.set_xlabel("behind layer")
+        axes.set_title(title, fontsize=9)
+        axes.figure.colorbar(image, ax=axes, pad=0.12)
 
 
 def sample_values(tensor: Tensor, count: int = 200_000) -> Tensor:
