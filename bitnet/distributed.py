@@ -20,12 +20,15 @@ Letters: W processes, N out_features, K in_features.
 
 import datetime
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.utils._pytree import tree_map_only
 
 from bitnet.kernels import PACKED_BITS, quantize_weight
@@ -101,9 +104,38 @@ def start(strategy: Strategy, device: torch.device, timeout_minutes: float) -> W
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        store = next(rendezvous("env://", timeout=timeout))[0]
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=_own_part(store, rank, size, timeout.total_seconds()),
+            rank=rank, world_size=size, timeout=timeout,
+        )  # fmt: skip
         _host = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
     return World(rank, size, "ddp" if strategy == "auto" else strategy)
+
+
+def _own_part(store: Any, rank: int, size: int, timeout: float) -> Any:
+    """The part of torchrun's store that belongs to this start of the processes alone.
+
+    The store outlives a restart, and what dead processes have left in it, their addresses, would be taken for the
+    living ones' (pytorch issue 135712; nothing that torchrun gives a process numbers the restarts alike on all nodes).
+    So each process says hello under a name made up now, the first one offers each name that it reads, which may be a
+    dead one's, the name of a new part, and takes the answer that comes in that part for the living one's.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"hello/{rank}", me)
+    missing = set() if rank else set(range(1, size))
+    while (rank and not store.check([f"offer/{me}"])) or missing:
+        for other in sorted(missing):
+            if store.check([f"{me}/here/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"offer/{store.get(f'hello/{other}').decode()}", me)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"process {rank} waited in vain for others at the start: {sorted(missing) or [0]}")
+        time.sleep(0.01)
+    part = store.get(f"offer/{me}").decode() if rank else me
+    store.set(f"{part}/here/{rank}", "")
+    return dist.PrefixStore(part, store)
 
 
 def local_device(device: torch.device) -> torch.device:

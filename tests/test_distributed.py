@@ -4,18 +4,22 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint, sharded
+from bitnet import checkpoint, distributed, sharded
 from bitnet.distributed import World, placed_like, start
 from bitnet.model import PRESETS
 from bitnet.tracking import read_metrics
+from tests.test_train import SMALL, tensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,6 +143,66 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
     )
     ends = [losses(dataclasses.replace(alone.config, out=out))[50:] for out in (half.out, alone.config.out)]
     assert float((ends[0] / ends[1] - 1).abs().max()) < 1e-3, ends
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if "BITNET_KILLS" in os.environ else ["fsdp"])
+def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, corpus, strategy):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        "--monitor-interval", "0.1", str(ROOT / "train.py"), *SMALL, "--parallel", strategy, "--steps", "80",
+        "--data.corpus", str(corpus), "--eval-every", "10", "--eval-tokens", "64", "--batch-size", "2",
+        "--log-every", "1", "--dtype", "float32", "--resume", "auto", "--out",
+    ]  # fmt: skip
+    options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    straight = subprocess.run([*command, "straight"], capture_output=True, timeout=300, **options)
+    assert straight.returncode == 0, straight.stderr
+
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen([*command, "broken"], stdout=log, stderr=log, **options)
+        while process.poll() is None and len(read_metrics(metrics)) < 25:  # behind the checkpoint of step 20
+            time.sleep(0.01)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(workers) == 2, log.read()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        process.wait(timeout=300)
+        log.seek(0)
+        said = log.read()
+    assert process.returncode == 0, said
+    assert said.count("training  80 steps") == 2  # started again
+    assert said.count("step      1/80") == 1  # and gone on with
+    assert checkpoint.resolve(tmp_path / "broken").name == "step-00000080"
+    expected, found = tensors(tmp_path / "straight"), tensors(tmp_path / "broken")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # two processes add the same two parts whenever they are started
+        assert torch.equal(value, found[name]), name
+    rows = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("straight", "broken")
+    ]
+    assert len(rows[0]) == 80
+    assert rows[0] == rows[1]
+
+
+def test_each_start_has_a_part_of_the_store_of_its_own():
+    store = torch.distributed.HashStore()
+
+    def begin(ranks: range) -> list:
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(lambda rank: distributed._own_part(store, rank, 3, 5), ranks))
+
+    parts = []
+    for value in ("first", "second"):  # the second one finds what the first one has left
+        stores = begin(range(3))
+        assert not stores[0].check(["address"])
+        stores[0].set("address", value)
+        assert [other.get("address") for other in stores] == [value.encode()] * 3
+        parts.append(stores[0])
+    assert parts[0].get("address") == b"first"
+    with pytest.raises(RuntimeError, match=r"process 0 waited in vain for others at the start: \[1, 2\]"):
+        distributed._own_part(store, 0, 3, 0.1)
+    with pytest.raises(RuntimeError, match=r"process 2 waited in vain for others at the start: \[0\]"):
+        distributed._own_part(store, 2, 3, 0.1)
 
 
 def test_a_hung_process_ends_the_run(tmp_path, corpus):
