@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import json
 import math
 import os
@@ -145,6 +146,8 @@ class TrainConfig:
     """Save and stop before this much time has passed since the start of the program, as on SIGTERM."""
     keep_last: int = 2
     """Newest checkpoints that stay, beside the best one; a damaged last one costs the steps since the one before."""
+    async_save: Literal["auto", "on", "off"] = "auto"
+    """Write checkpoints beside the training, from a copy in memory of weights and moments; auto with fsdp."""
     eval_tokens: int | None = 65536
     """Tokens of the periodic validation; the last one takes the whole split."""
     sample_every: int = 400
@@ -435,6 +438,12 @@ class Run:
             self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
+        background = config.async_save == "on" or (config.async_save == "auto" and world.strategy == "fsdp")
+        self.saver: Any = None
+        if background:
+            from bitnet.sharded import BackgroundSaver
+
+            self.saver = BackgroundSaver(world, config.timeout_minutes)
         self.replica: Any = replicate(self.model, self.device) if world.strategy == "ddp" else None
         self.stop_signal: int | None = None
 
@@ -554,6 +563,7 @@ class Run:
     def _remedy(self, what: str, remedy: str) -> None:
         """Skip a step or rewind. Raises Diverged where that is not wanted, or has not helped."""
         config, self.faults = self.config, self.faults + 1
+        write(self.finish_save, must=False)
         saved = remedy == "rewind" and (self.folder / "checkpoints" / checkpoint.INDEX).exists()
         if remedy == "stop" or self.faults > MAX_FAULTS or (remedy == "rewind" and not saved):
             raise Diverged(
@@ -640,14 +650,12 @@ class Run:
             return tokenizer.decode([*prompt, *(int(row[0]) for row in new)])
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint. Raises OSError, with the earlier ones untouched."""
+        """Write a checkpoint, or begin to. Raises OSError, with the earlier ones untouched."""
         sharded = self.world.strategy == "fsdp"
         if not (sharded or self.world.is_first):
             return
-        checkpoint.save_checkpoint(
-            self.folder,
-            model=self.model,
-            optimizer_state=self.optimizer.state(),
+        save = functools.partial(
+            checkpoint.save_checkpoint, self.folder,
             state={
                 "step": self.step, "seconds": self.seconds,
                 "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
@@ -657,8 +665,23 @@ class Run:
             tokenizer=self.tokenizer.files() | (self.template.files() if self.template else {}),
             best=best,
             keep=self.config.keep_last,
-            world=self.world if sharded else None,
         )  # fmt: skip
+        weights, moments = self.model.state_dict(), self.optimizer.state()
+        if self.saver:
+            self.saver.start(save, weights, moments)
+        else:
+            save(model=weights, optimizer_state=moments, world=self.world if sharded else None)
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written. Raises OSError where that failed."""
+        if self.saver:
+            self.saver.wait()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.batches.close()
+        if self.saver:
+            self.saver.close()
 
     def describe(self) -> str:
         """The run in a few lines."""
@@ -740,7 +763,7 @@ def train(config: TrainConfig, resume: bool = False) -> Run:
 
 def _train(config: TrainConfig, resume: bool, world: World) -> Run:
     run = Run(config, resume, world)
-    with contextlib.closing(run.batches):
+    with contextlib.closing(run):
         return _carry_out(run, world)
 
 
@@ -891,9 +914,17 @@ def validate_and_save(run: Run, tracker: Tracker | None) -> None:
 
 
 def save_or_warn(run: Run, *, best: bool, must: bool) -> None:
-    """Save; a full disk in mid-run is a warning (the next save may succeed), at the end it is an error."""
+    """Save; what fails in mid-run is a warning (the next save may succeed), at the end it is an error."""
+    write(run.finish_save, must=False)  # of the checkpoint before
+    write(functools.partial(run.save, best=best), must=must)
+    if must:
+        write(run.finish_save, must=True)
+
+
+def write(action: Callable[[], None], *, must: bool) -> None:
+    """Do what may find a full disk, which is a warning unless it must not happen."""
     try:
-        run.save(best=best)
+        action()
     except OSError as error:
         if must:
             raise

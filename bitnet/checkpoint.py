@@ -68,8 +68,8 @@ def load_json(path: Path) -> dict[str, Any]:
 def save_checkpoint(
     run: Path,
     *,
-    model: BitNetForCausalLM,
-    optimizer_state: dict[str, Tensor],
+    model: BitNetForCausalLM | Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
     state: dict[str, Any],
     config: dict[str, Any],
     tokenizer: bytes | Mapping[str, bytes],
@@ -79,15 +79,16 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, make it the run's last one, and its best one if `best`; returns its folder.
 
-    `state` must hold the step under "step"; `tokenizer` is a sentencepiece .model, or files by name. The `keep` newest
-    checkpoints stay, and the best one. `world` are the processes over which the model is sharded, each of which must
-    call this; without one the model is whole. Raises OSError (disk full, no permission) with the earlier checkpoints
-    untouched and nothing half-written left behind.
+    `model` may be its state_dict; `state` must hold the step under "step"; `tokenizer` is a sentencepiece .model, or
+    files by name. The `keep` newest checkpoints stay, and the best one. `world` are the processes over which the model
+    is sharded, each of which must call this; without one the model is whole. Raises OSError (disk full, no permission)
+    with the earlier checkpoints untouched and nothing half-written left behind.
     """
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
     pid = world.share(os.getpid()) if world else os.getpid()
     temporary = folder.with_name(f".{folder.name}.tmp-{pid}")
     index = _read_index(run)
+    weights = model if isinstance(model, Mapping) else model.state_dict()
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,10 +125,11 @@ def save_checkpoint(
                 from bitnet.sharded import write_shards
 
                 tensors = {f"optimizer.{name}": value for name, value in optimizer_state.items()}
-                write_shards(temporary / SHARDS, tensors | {f"model.{k}": v for k, v in model.state_dict().items()})
+                tensors |= {f"model.{name}": value for name, value in weights.items()}
+                write_shards(temporary / SHARDS, tensors, world.group)
             else:
                 # Tied tensors appear once: the head of a tied model is no module of its own.
-                save_tensors(temporary / MODEL, {k: v.detach() for k, v in model.state_dict().items()})
+                save_tensors(temporary / MODEL, {k: v.detach() for k, v in weights.items()})
                 save_tensors(temporary / OPTIMIZER, optimizer_state)
             _on_first(world, write_rest)
         _on_first(world, publish)
@@ -494,7 +496,7 @@ def _read_index(run: Path) -> dict[str, Any]:
     return load_json(path) if path.exists() else {}
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, flushed to disk."""
     # The metadata is what transformers asks of a file before it reads it.
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})

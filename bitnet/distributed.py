@@ -47,6 +47,8 @@ class World:
     size: int = 1
     strategy: str = "none"
     """none, ddp or fsdp."""
+    group: Any = None
+    """The processes as `share` sees them, where it is called beside the training: a `host_group` of its own."""
 
     @property
     def is_first(self) -> bool:
@@ -73,7 +75,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=_host_group())
+        dist.broadcast_object_list(box, group=self.group or _host_group())
         return box[0]
 
 
@@ -82,6 +84,11 @@ _host: Any = None
 
 def _host_group() -> Any:
     return _host or dist.group.WORLD
+
+
+def host_group(timeout_minutes: float) -> Any:
+    """Another group of all processes, on gloo, for what a thread says beside the training; all must ask for it."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
 def start(strategy: Strategy, device: torch.device, timeout_minutes: float) -> World:

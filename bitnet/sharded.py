@@ -2,29 +2,65 @@
 
 A folder of shards holds one file a process and `.metadata`, which says where each part of each tensor is; any number of
 processes can read it, each its own part. Names are those of the safetensors form, `model.` before the model's and
-`optimizer.` before the optimizer's.
+`optimizer.` before the optimizer's. `BackgroundSaver` writes checkpoints, of shards or of whole tensors, beside the
+training that goes on.
 
     python -m bitnet.sharded runs/big           model.safetensors and optimizer.safetensors beside the shards
 """
 
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from bitnet.distributed import without_wrapper
+from bitnet.distributed import World, host_group, without_wrapper
 
 SHARDS = "shards"
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write this process's part of every tensor; every process must call it. Raises OSError."""
+class BackgroundSaver:
+    """Saves in a thread, one checkpoint at a time, from copies in main memory; the processes of a sharded run talk
+    about it in a group of their own. Every process must make one."""
+
+    def __init__(self, world: World, timeout_minutes: float) -> None:
+        sharded = world.strategy == "fsdp"
+        self.world = dataclasses.replace(world, group=host_group(timeout_minutes)) if sharded else None
+        self._thread = ThreadPoolExecutor(1)
+        self._running: Future[Any] | None = None
+
+    def start(self, save: Callable[..., Any], weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Copy the tensors, then call `save(model=, optimizer_state=, world=)` with the copies, in the thread. Waits
+        for the save before, and raises what that one raised."""
+        self.wait()
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        plain = [{name: _plain(value) for name, value in tensors.items()} for tensors in (weights, moments)]
+        copies: Any = stager.stage({"model": plain[0], "optimizer_state": plain[1]})
+        stager.close()
+        self._running = self._thread.submit(save, **copies, world=self.world)
+
+    def wait(self) -> None:
+        """Until the save that runs is done. Raises what it raised: OSError for a full disk."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def close(self) -> None:
+        """Let the save that runs come to its end."""
+        self._thread.shutdown()
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Write this process's part of every tensor; every process (of the group) must call it. Raises OSError."""
     try:
-        dcp.save({name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder)
+        dcp.save({name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder, process_group=group)
     except CheckpointException as error:
         raise OSError(f"shards were not written to {folder}: {_reason(error)}") from error
 
