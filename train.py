@@ -720,6 +720,7 @@ def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool
         compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk,
         masked=config.data.document_mask or config.data.chat is not None,
         micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
+        float_start=config.float_start > 0, ramp=config.ramp > 0, timed=config.minutes is not None,
     )  # fmt: skip
 
 

@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 
 from bitnet.bench import available_memory
-from bitnet.memory import PROCESS_PART, Estimate, Workload, estimate, head_activations, layer_activations, meta_model
+from bitnet.memory import (
+    PROCESS_PART,
+    Estimate,
+    Workload,
+    estimate,
+    head_activations,
+    layer_activations,
+    meta_model,
+    projection_parameters,
+)
 from bitnet.model import ModelConfig, bit_linears
 
 ROWS, COLUMNS = 512, 8192
@@ -125,8 +134,7 @@ def probe(work: Workload, device: torch.device) -> Speed:
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
     kept = c.num_hidden_layers * layer_activations(work) + head_activations(work)
     other = TRAFFIC * kept * work.micro_batches / bandwidth
-    owners = work.processes if work.strategy == "fsdp" else 1
-    optimizer = 28 * model.num_parameters() / owners / bandwidth
+    optimizer = 28 * model.num_parameters() / work.owners / bandwidth
     if work.optimizer == "muon":
         square = torch.randn(512, 512, dtype=torch.bfloat16, device=device)
         rate = 2 * 512**3 / seconds(lambda: square @ square, device)
@@ -167,6 +175,8 @@ def local_processes(work: Workload) -> int:
 def report(work: Workload, device: torch.device, *, steps: int, minutes: float | None, checkpoints: int) -> str:
     """The estimate in lines. With `minutes`, the steps are those that fit into them."""
     c, found, speed = work.model, estimate(work), probe(work, device)
+    parameters = meta_model(c).num_parameters()
+    projections = c.num_hidden_layers * projection_parameters(c)
     if minutes:
         steps = max(1, int(minutes * 60 / speed.total))
     tokens_per_step = work.tokens * work.micro_batches * work.processes
@@ -178,8 +188,8 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
     )
     rate = flops * tokens_per_step / speed.total / work.processes
     lines = [
-        f"parameters  {found.parameters:,}, of which {found.projections:,} in the projections ({c.quantizer})",
-        f"tokens      {steps:,} steps of {tokens_per_step:,} = {tokens:,}, {tokens / found.parameters:.3g} a parameter",
+        f"parameters  {parameters:,}, of which {projections:,} in the projections ({c.quantizer})",
+        f"tokens      {steps:,} steps of {tokens_per_step:,} = {tokens:,}, {tokens / parameters:.3g} a parameter",
         f"compute     {flops * tokens:.3g} FLOPs, {flops / 1e9:.3g} GFLOPs a token",
         f"memory      {found.total / 1e9:.2f} GB a process at its peak, which is at {found.moment}",
         found.table(),

@@ -25,9 +25,10 @@ scale. A compiled loss keeps logits of a M V and works in place. With `recompute
 and one layer whole. With FSDP a process has 1/W of parameters, gradients and moments, gathers the embedding for the
 whole step and two layers at a time, and has the gradient of one of them.
 
-The peak is the largest of four moments: the loss's backward (all activations, no gradients), the first layer's (its
-own, and all gradients), the embedding's (its gradient beside the head's, where they are tied), and the optimizer's.
-Not modelled: what a GPU's allocator rounds up, communication buffers, and validation.
+The peak is the largest of these moments: the backward of the loss (all activations, no gradients), of the last and the
+first layer (which has its own activations and all gradients), of the embedding (its gradient beside the head's, where
+they are tied), and the optimizer's step. A warm start in float and a ramp are phases of their own. Not modelled: what a
+GPU's allocator rounds up, and communication buffers.
 
 Letters: B sequences of a micro-batch, T window, C hidden_size, H heads, Q = H D and K = G D widths of queries and
 keys, F intermediate_size, V vocab_size, L layers, W processes.
@@ -36,7 +37,7 @@ keys, F intermediate_size, V vocab_size, L layers, W processes.
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,6 +72,17 @@ class Workload:
     strategy: str = "none"
     """none, ddp or fsdp."""
     processes: int = 1
+    float_start: bool = False
+    """Whether the run begins without quantizers."""
+    ramp: bool = False
+    """Whether it fades them in, on float products."""
+    timed: bool = False
+    """Whether some steps are timed first, and undone."""
+
+    @property
+    def owners(self) -> int:
+        """Processes that parameters, gradients and moments are cut for."""
+        return self.processes if self.strategy == "fsdp" else 1
 
     @property
     def tokens(self) -> int:
@@ -98,9 +110,8 @@ class Estimate:
 
     parts: dict[str, float]
     moment: str
-    parameters: int
-    projections: int
-    """How many of the parameters are the projections'."""
+    work: Workload
+    """As it is in that phase of the run."""
 
     @property
     def total(self) -> float:
@@ -193,75 +204,89 @@ def projection_parameters(c: ModelConfig) -> int:
 
 
 def estimate(work: Workload) -> Estimate:
-    """The parts of one process at the peak of a training step after the first one."""
-    c, M = work.model, work.tokens
-    C, F, V, L, W = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers, work.processes
-    model = meta_model(c)
+    """The parts of one process at the peak of a run, which is at a step after the first one."""
+    phases = [work]
+    if work.float_start:
+        phases.append(replace(work, model=work.model.replace(quantizer="none"), int8=False))
+    if work.ramp:
+        phases.append(replace(work, int8=False))
+    model = meta_model(work.model)
     matrices = [layer.weight.numel() for _, layer in bit_linears(model)]
-    P, projections = model.num_parameters(), sum(matrices)
-    embedding, head = 4 * V * C, 0 if c.tie_word_embeddings else 4 * V * C
-    per_layer = (4 * (P - V * C) - head) / L  # the final norm with them
+    found = []
+    for phase in phases:
+        constant = constant_parts(phase, model.num_parameters(), sum(matrices))
+        moments = parts_of_moments(phase, model.num_parameters(), max(matrices))
+        found += [
+            Estimate(constant | parts | {PROCESS_PART: PROCESS[work.compiled]}, moment, phase)
+            for moment, parts in moments.items()
+        ]
+    return max(found, key=lambda each: each.total)
 
-    sharded, owners = work.strategy == "fsdp", W if work.strategy == "fsdp" else 1
+
+def constant_parts(work: Workload, P: int, projections: int) -> dict[str, float]:
+    """What is there throughout a step: bytes by name."""
+    c, sharded = work.model, work.strategy == "fsdp"
     slots = 4 * projections + 8 * (P - projections) if work.optimizer == "muon" else 8 * P
-    constant = {
-        "parameters": 4 * P / owners,
-        "optimizer moments": slots / owners,
+    ends = 4 * c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return {
+        "parameters": 4 * P / work.owners,
+        "optimizer moments": slots / work.owners,
         "int8 codes of the weights": projections if work.int8 else 0,
-        "gathered parameters": embedding + head + 2 * per_layer if sharded else 0,
+        "int8 codes for the statistics": projections / work.owners if work.quantized else 0,
+        "parameters gathered": ends + 2 * (4 * P - ends) / c.num_hidden_layers if sharded else 0,
+        "weights kept while steps are timed": 4 * P / work.owners if work.timed else 0,
     }
-    # Gradients that are there whatever the moment; the others come as the backward goes from layer to layer.
-    throughout = work.strategy == "ddp" or (work.micro_batches > 1)
-    gradients = 4 * P / owners
-    arriving = per_layer if throughout and not sharded else 0  # a layer's, before it is added
-    whole_gradient = 2 * per_layer if sharded else arriving  # not yet cut, and as it is sent
 
-    layers = L * layer_input(work) if work.recompute else L * layer_activations(work)
-    weights = 0 if work.recompute else L * layer_weights(work)
+
+def parts_of_moments(work: Workload, P: int, largest: int) -> dict[str, dict[str, float]]:
+    """What else is there when most of it is: bytes by name, for the moments that may be the peak. `largest` is the
+    size of the largest projection."""
+    c, M, L = work.model, work.tokens, work.model.num_hidden_layers
+    sharded, tied = work.strategy == "fsdp", c.tie_word_embeddings
+    embedding = 4 * c.vocab_size * c.hidden_size
+    per_layer = (4 * P - embedding * (1 if tied else 2)) / L  # gradients; the final norm's with them
+    gradients = 4 * P / work.owners
+    # A tied embedding's gradient waits for its second half; what is added to an earlier one lies beside it.
+    throughout = work.strategy == "ddp" or work.micro_batches > 1
+    arriving = 2 * per_layer if sharded else per_layer if throughout else 0  # FSDP sends a copy
+    waiting = embedding if tied and throughout else 0
+
     one_layer = layer_activations(work) + layer_weights(work) if work.recompute else 0
-    inside_layer = 4 * 4 * M * F if not work.compiled else 3 * 4 * M * F
-    head_kept = head_activations(work)
-    in_chunk = min(M, work.loss_chunk or M)
-    logits = (work.value if work.compiled else 4) * in_chunk * V
-    made_again = logits if is_chunked(work) else 0
-    # The gradient of the logits lies in their place once both are no longer needed, and in a compiled loss from the
-    # start; then comes the head's, of a chunk beside that of the chunks before.
-    head_gradients = embedding * (2 if is_chunked(work) else 1)
-    in_loss = made_again + (head_gradients if work.compiled else max(2 * logits, head_gradients))
-    tied = embedding if c.tie_word_embeddings else 0
+    layers = L * (layer_input(work) if work.recompute else layer_activations(work))
+    weights = 0 if work.recompute else L * layer_weights(work)
+    inside_layer = (1 if work.compiled else 4) * 4 * M * c.intermediate_size
 
-    largest = 4 * max(matrices) / owners
-    in_optimizer = 3 * largest if work.optimizer == "muon" else 0
-
-    moments = {
+    logits = (work.value if work.compiled else 4) * min(M, work.loss_chunk or M) * c.vocab_size
+    # The gradient of the logits takes their place, in a compiled loss from the start. Then comes the head's, of a chunk
+    # beside that of the chunks before.
+    in_loss = embedding * (2 if is_chunked(work) else 1)
+    if not work.compiled:
+        in_loss = max(in_loss, 2 * logits)
+    if is_chunked(work):
+        in_loss += logits  # made again
+    return {
         "the loss": {
-            "gradients": gradients if throughout else 0,
-            "quantized weights kept by layers": weights,
-            "activations kept by layers": layers,
-            "final norm and loss": head_kept,
+            "gradients": gradients if throughout else 0, "quantized weights kept by layers": weights,
+            "activations kept by layers": layers, "final norm and loss": head_activations(work),
             "workspace": in_loss,
         },
         "the last layer": {
-            "gradients": gradients if throughout else (embedding + per_layer) / owners,
-            "quantized weights kept by layers": weights,
-            "activations kept by layers": layers + one_layer,
-            "workspace": inside_layer + whole_gradient + (tied if throughout else 0),
+            "gradients": gradients if throughout else (embedding + per_layer) / work.owners,
+            "quantized weights kept by layers": weights, "activations kept by layers": layers + one_layer,
+            "workspace": inside_layer + arriving + waiting,
         },
         "the first layer": {
-            "gradients": gradients,
-            "quantized weights kept by layers": weights / L,
-            "activations kept by layers": layers / L + one_layer,
-            "workspace": inside_layer + whole_gradient + (tied if throughout else 0),
+            "gradients": gradients, "quantized weights kept by layers": weights / L,
+            "activations kept by layers": layers / L + one_layer, "workspace": inside_layer + arriving + waiting,
         },
         "the embedding": {
             "gradients": gradients,
-            "workspace": tied * (2 if throughout else 1) + 4 * M * C + (embedding if sharded else 0),
+            "workspace": (embedding if tied else 0) + waiting + 4 * M * c.hidden_size + (embedding if sharded else 0),
         },
-        "the optimizer": {"gradients": gradients, "workspace": in_optimizer},
-    }
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = constant | moments[moment] | {PROCESS_PART: PROCESS[work.compiled]}
-    return Estimate(parts, moment, P, projections)
+        "the optimizer": {
+            "gradients": gradients, "workspace": 3 * 4 * largest / work.owners if work.optimizer == "muon" else 0,
+        },
+    }  # fmt: skip
 
 
 def return_freed_blocks() -> None:

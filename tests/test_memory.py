@@ -143,9 +143,8 @@ def test_a_float_start_counts_where_it_takes_more_than_the_quantized_model():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
-@pytest.mark.parametrize("name", ["eager fake-quant adamw", "eager int8 recompute loss_chunk"])
-def test_a_process_that_trains_takes_what_was_estimated(name):
-    config = train_memory.CONFIGURATIONS[name]
+def test_a_process_that_trains_takes_what_was_estimated():
+    config = train_memory.CONFIGURATIONS["eager fake-quant adamw"]  # the others are the benchmark's
     model = config.model.replace(num_hidden_layers=3, hidden_size=384, intermediate_size=1024, num_attention_heads=6,
                                  num_key_value_heads=6)  # fmt: skip
     found = train_memory.measure(dataclasses.replace(config, model=model, batch_size=4, threads=1), steps=2)
