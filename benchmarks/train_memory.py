@@ -24,6 +24,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
+from bitnet import recipes
 from bitnet.bench import process_memory, reset_peak_memory
 from bitnet.data import TokenArray
 from bitnet.files import write_atomic
@@ -45,10 +46,10 @@ class Options:
 
 def configuration(
     layers: int = 8, hidden: int = 512, optimizer: str = "muon", model: dict[str, Any] | None = None, **changes: Any
-) -> trainer.TrainConfig:
+) -> recipes.TrainConfig:
     """The preset `small`, made of so many layers of this width, in float32 on a CPU."""
     shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 3 * hidden, **(model or {})}
-    base = trainer.PRESETS["small"]
+    base = recipes.PRESETS["small"]
     defaults = {"batch_size": 4, "device": "cpu", "dtype": "float32", "compile": "off", "out": "runs/memory"}
     return dataclasses.replace(
         base, model=base.model.replace(**shape), optim=dataclasses.replace(base.optim, optimizer=optimizer),
@@ -57,7 +58,7 @@ def configuration(
 
 
 FLOAT = {"quantizer": "none"}
-CONFIGURATIONS: dict[str, trainer.TrainConfig] = {
+CONFIGURATIONS: dict[str, recipes.TrainConfig] = {
     "eager float adamw": configuration(model=FLOAT, optimizer="adamw"),
     "eager fake-quant adamw": configuration(4, product="float", optimizer="adamw"),
     "eager int8 muon": configuration(product="int8"),
@@ -78,7 +79,7 @@ CONFIGURATIONS: dict[str, trainer.TrainConfig] = {
 }  # fmt: skip
 
 
-def measure(config: trainer.TrainConfig, steps: int = 3) -> dict[str, float]:
+def measure(config: recipes.TrainConfig, steps: int = 3) -> dict[str, float]:
     """Bytes in a process that trains: `peak`, and what it held `before`; and the estimate's `total`."""
     command = [sys.executable, __file__, "--steps", str(steps), "--child", json.dumps(dataclasses.asdict(config))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -87,7 +88,7 @@ def measure(config: trainer.TrainConfig, steps: int = 3) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(config: trainer.TrainConfig, steps: int) -> dict[str, float]:
+def child(config: recipes.TrainConfig, steps: int) -> dict[str, float]:
     """Train for some steps in this process."""
     return_freed_blocks()
     torch.optim.AdamW([torch.zeros(1)])
@@ -116,7 +117,7 @@ def child(config: trainer.TrainConfig, steps: int) -> dict[str, float]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.child:
-        print(json.dumps(child(trainer.TrainConfig.from_dict(json.loads(options.child)), options.steps)))
+        print(json.dumps(child(recipes.TrainConfig.from_dict(json.loads(options.child)), options.steps)))
         return
     rows = []
     print(f"{'':<36} parameters   peak MB  estimate    ratio   net ratio")

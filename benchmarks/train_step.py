@@ -22,7 +22,7 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train as trainer
+from bitnet import recipes
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import Optimizer, clip_gradients
 from bitnet.runtime import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
@@ -47,7 +47,7 @@ class Options:
 class Contender:
     """One model with everything a step needs, on random tokens."""
 
-    def __init__(self, config: trainer.TrainConfig, model: ModelConfig, options: Options) -> None:
+    def __init__(self, config: recipes.TrainConfig, model: ModelConfig, options: Options) -> None:
         self.device = pick_device(options.device)
         self.dtype = pick_dtype(options.dtype, self.device)
         self.grad_clip = config.optim.grad_clip
@@ -133,7 +133,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = trainer.PRESETS[options.preset]
+    config = recipes.PRESETS[options.preset]
     ternary, twin = (
         Contender(config, config.model.replace(quantizer=quantizer), options) for quantizer in ("ternary", "none")
     )

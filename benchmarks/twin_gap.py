@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
+from bitnet import recipes
 from bitnet.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "twin_gap"
@@ -41,9 +42,9 @@ class Options:
     """Train nothing, print what is there."""
 
 
-def configuration(corpus: str, size: str, quantizer: str, lr: float, options: Options, out: str) -> trainer.TrainConfig:
+def configuration(corpus: str, size: str, quantizer: str, lr: float, options: Options, out: str) -> recipes.TrainConfig:
     """The demo's recipe at another shape, corpus, quantizer and learning rate."""
-    base = trainer.PRESETS["demo"]
+    base = recipes.PRESETS["demo"]
     hidden, ffn, heads = SIZES[size]
     model = base.model.replace(
         hidden_size=hidden, intermediate_size=ffn, num_attention_heads=heads, num_key_value_heads=heads,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from bitnet.bench import available_memory
+from bitnet.distributed import World
 from bitnet.memory import (
     PROCESS_PART,
     Estimate,
@@ -31,6 +32,8 @@ from bitnet.memory import (
     projection_parameters,
 )
 from bitnet.model import ModelConfig, bit_linears
+from bitnet.recipes import TrainConfig
+from bitnet.runtime import has_compiler, int8_pays, pick_device, pick_dtype
 
 ROWS, COLUMNS = 512, 8192
 """Tokens, and rows of a weight, that a timed product has at most."""
@@ -209,3 +212,40 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} seconds"
+
+
+def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool, world: World) -> Workload:
+    """What the memory and time of a step depend on. Raises ValueError for a batch that the processes cannot share."""
+    check_shares(config, world.size)
+    return Workload(
+        config.model, config.batch_size // (config.micro_batches * world.size), config.window,
+        optimizer=config.optim.optimizer, dtype=dtype, int8=int8 and config.model.quantizer != "none",
+        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk,
+        masked=config.data.document_mask or config.data.chat is not None,
+        micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
+        float_start=config.float_start > 0, ramp=config.ramp > 0, timed=config.minutes is not None,
+    )  # fmt: skip
+
+
+def estimate_run(config: TrainConfig, processes: int) -> str:
+    """What a run would take, in lines; nothing is trained, read or written. Raises ValueError for no processes."""
+    if processes < 1:
+        raise ValueError(f"--estimate {processes}: give the number of processes, at least 1")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
+    int8 = int8_pays(config.product, device, dtype) and strategy != "fsdp"
+    compiled = config.compile != "off" and has_compiler(device)
+    work = workload(config, dtype, int8, compiled, World(0, processes, strategy))
+    return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Raise ValueError unless each process gets as many sequences of each micro-batch."""
+    if config.batch_size % (config.micro_batches * processes):
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared by {processes} processes with micro_batches "
+            f"{config.micro_batches} each; make it a multiple of {config.micro_batches * processes}"
+        )

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
-from bitnet import distributed
+from bitnet import distributed, recipes
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
             return original(self)
 
         trainer.Run.train_step = train_step
-        trainer.train(trainer.TrainConfig.from_dict(job["config"]), job["resume"])
+        trainer.train(recipes.TrainConfig.from_dict(job["config"]), job["resume"])
         trainer.Run.train_step = original
     distributed.stop()
 

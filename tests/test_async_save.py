@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint
+from bitnet import checkpoint, recipes
 from tests.test_train import configuration, corpus, fill_disk_at, stop_after, tensors  # noqa: F401 - the fixture
 from tests.test_train_faults import poison
 
@@ -29,7 +29,7 @@ def slow_disk(monkeypatch) -> list[str]:
 
 
 def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):  # noqa: F811
-    optim = trainer.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2)
+    optim = recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2)
     base = configuration(tmp_path, corpus, optim=optim, eval_every=2, keep_last=10)
     runs = [
         trainer.train(dataclasses.replace(base, out=str(tmp_path / mode), async_save=mode)) for mode in ("off", "on")

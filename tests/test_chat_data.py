@@ -17,7 +17,7 @@ from test_train import stop_after, tensors
 
 import generate
 import train as trainer
-from bitnet import evaluate, export
+from bitnet import evaluate, export, recipes
 from bitnet.chat_data import ChatRows, ChatSampler, TokenizedChats, chat_texts, read_chats, tokenize_chats
 from bitnet.checkpoint import CheckpointError
 from bitnet.data import IGNORE_INDEX
@@ -417,14 +417,14 @@ def opposites(tmp_path_factory):
     return path
 
 
-def configuration(tmp_path, chats, **changes) -> trainer.TrainConfig:
+def configuration(tmp_path, chats, **changes) -> recipes.TrainConfig:
     defaults = {
         "model": PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, num_hidden_layers=1),
-        "data": trainer.DataConfig(chat=str(chats), cache=str(tmp_path / "data")),
+        "data": recipes.DataConfig(chat=str(chats), cache=str(tmp_path / "data")),
         "out": str(tmp_path / "run"), "steps": 6, "batch_size": 4, "eval_every": 3, "sample_every": 0, "log_every": 1,
         "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
     }  # fmt: skip
-    return trainer.TrainConfig(**{**defaults, **changes})
+    return recipes.TrainConfig(**{**defaults, **changes})
 
 
 def gradient(run: trainer.Run) -> torch.Tensor:
@@ -483,7 +483,7 @@ def test_an_interrupted_run_of_conversations_resumes_bit_for_bit(tmp_path, oppos
     assert not any("bits_per_byte" in key for row in rows for key in row)
     with open(opposites) as file:
         (tmp_path / "fewer.jsonl").write_text("".join(file.readlines()[:-1]))
-    changed = dataclasses.replace(config, data=trainer.DataConfig(chat=str(tmp_path / "fewer.jsonl")), steps=8)
+    changed = dataclasses.replace(config, data=recipes.DataConfig(chat=str(tmp_path / "fewer.jsonl")), steps=8)
     changed = dataclasses.replace(changed, data=dataclasses.replace(changed.data, cache=str(tmp_path / "data")))
     with pytest.raises(CheckpointError, match=r"fewer.jsonl.*has changed"):
         trainer.train(changed, resume=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import train as trainer
-from bitnet import compare, plots
+from bitnet import compare, plots, recipes
 from bitnet.evaluate import Reference
 from bitnet.model import BitNetForCausalLM, ModelConfig
 
@@ -29,8 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.mkdir()
     for i in range(40):
         (text / f"{i:02}.txt").write_text(f"Number {i} is followed by {i + 1}; twice {i} is {2 * i}.\n" * 12)
-    config = trainer.TrainConfig(
-        model=CONFIG.replace(quantizer="ternary"), data=trainer.DataConfig(str(text), cache=str(root / "data")),
+    config = recipes.TrainConfig(
+        model=CONFIG.replace(quantizer="ternary"), data=recipes.DataConfig(str(text), cache=str(root / "data")),
         out=str(root / "runs" / "a"), steps=12, batch_size=4, eval_every=12, sample_every=0, compile="off", wandb="off",
         dtype="float32", device="cpu",
     )  # fmt: skip

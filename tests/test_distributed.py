@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint, distributed, sharded
+from bitnet import checkpoint, distributed, recipes, runtime, sharded
 from bitnet.distributed import World, placed_like, start
 from bitnet.model import PRESETS
 from bitnet.tracking import read_metrics
 from tests.test_train import SMALL, tensors
 
 ROOT = Path(__file__).parent.parent
+LONG = bool(os.environ.get("BITNET_LONG"))  # also what takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,15 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def configuration(tmp_path: Path, corpus: Path, **changes) -> trainer.TrainConfig:
+def configuration(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
     defaults = {
         "model": PRESETS["tiny"].replace(vocab_size=300, max_position_embeddings=32, num_hidden_layers=1),
-        "data": trainer.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
-        "optim": trainer.OptimConfig(lr=5e-4, warmup_steps=2),
+        "data": recipes.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
+        "optim": recipes.OptimConfig(lr=5e-4, warmup_steps=2),
         "steps": 50, "batch_size": 8, "eval_every": 50, "eval_tokens": 512, "sample_every": 0, "log_every": 1,
         "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
     }  # fmt: skip
-    return trainer.TrainConfig(**{**defaults, **changes})
+    return recipes.TrainConfig(**{**defaults, **changes})
 
 
 def torchrun(processes: int, tmp_path: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
@@ -57,13 +58,13 @@ def torchrun(processes: int, tmp_path: Path, jobs: list[dict]) -> subprocess.Com
     )  # fmt: skip
 
 
-def losses(config: trainer.TrainConfig) -> torch.Tensor:
+def losses(config: recipes.TrainConfig) -> torch.Tensor:
     rows = [row for row in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
     return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
 
 
-def nudged(config: trainer.TrainConfig, towards: float) -> trainer.TrainConfig:
+def nudged(config: recipes.TrainConfig, towards: float) -> recipes.TrainConfig:
     """A run whose first weights are each moved to the next float towards infinity or minus infinity."""
     run = trainer.Run(config, False)
     with torch.no_grad():
@@ -72,7 +73,7 @@ def nudged(config: trainer.TrainConfig, towards: float) -> trainer.TrainConfig:
     return trainer._carry_out(run, World()).config
 
 
-def difference(found: trainer.TrainConfig, expected: trainer.TrainConfig) -> torch.Tensor:
+def difference(found: recipes.TrainConfig, expected: recipes.TrainConfig) -> torch.Tensor:
     """Relative difference of two curves, step by step."""
     return (losses(found) / losses(expected) - 1).abs()
 
@@ -80,10 +81,10 @@ def difference(found: trainer.TrainConfig, expected: trainer.TrainConfig) -> tor
 def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
     base = configuration(tmp_path, corpus)
     twin = dataclasses.replace(base, model=base.model.replace(quantizer="none"))
-    muon = trainer.OptimConfig(optimizer="muon", lr=5e-4, warmup_steps=2)
+    muon = recipes.OptimConfig(optimizer="muon", lr=5e-4, warmup_steps=2)
     fading = dataclasses.replace(base, float_start=0.2, ramp=0.2, steps=20, optim=muon)
 
-    def named(config: trainer.TrainConfig, name: str, **changes) -> trainer.TrainConfig:
+    def named(config: recipes.TrainConfig, name: str, **changes) -> recipes.TrainConfig:
         return dataclasses.replace(config, out=str(tmp_path / name), **changes)
 
     one = {
@@ -145,7 +146,21 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
     assert float((ends[0] / ends[1] - 1).abs().max()) < 1e-3, ends
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if "BITNET_KILLS" in os.environ else ["fsdp"])
+@pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
+def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, corpus):
+    if reason := runtime._compile_failure(torch.device("cpu")):
+        pytest.skip(reason)
+    base = configuration(tmp_path, corpus, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
+    eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config)} for config in (eager, compiled)])
+    assert result.returncode == 0, result.stderr
+    assert ", compiled," in result.stdout
+    error = difference(compiled, eager)
+    assert float(error[:12].max()) < 16 * torch.finfo(torch.float32).eps, error  # in 16 bit, and while codes fade in
+    assert float(error.max()) < 5e-3, error
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if LONG else ["fsdp"])
 def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, corpus, strategy):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",

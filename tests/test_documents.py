@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import runtime
+from bitnet import recipes, runtime
 from bitnet.evaluate import evaluate_model
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.model.transformer import document_ids, document_mask
@@ -129,13 +129,13 @@ def test_a_tokenizer_without_borders_is_refused():
     assert document_borders(Bare())(ids).tolist() == [[0, 0, 1, 1]]  # type: ignore[arg-type]
 
 
-def masked(tmp_path: Path, corpus: Path, **changes) -> trainer.TrainConfig:  # noqa: F811
+def masked(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:  # noqa: F811
     """A run on documents much shorter than its windows."""
     lines = [line for file in sorted(corpus.iterdir()) for line in file.read_text().splitlines()]
     text = tmp_path / "short.jsonl"
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    data = trainer.DataConfig(corpus=str(text), cache=str(tmp_path / "data"), document_mask=True)
-    optim = trainer.OptimConfig(lr=5e-4, warmup_steps=2)
+    data = recipes.DataConfig(corpus=str(text), cache=str(tmp_path / "data"), document_mask=True)
+    optim = recipes.OptimConfig(lr=5e-4, warmup_steps=2)
     return configuration(tmp_path, corpus, data=data, optim=optim, batch_size=8, steps=10, **changes)
 
 

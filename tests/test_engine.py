@@ -15,7 +15,7 @@ from torch import Tensor
 import generate as cli
 import train as trainer
 from bitnet import engine as engine_module
-from bitnet import kernels
+from bitnet import kernels, recipes
 from bitnet.checkpoint import (
     CONFIG,
     MODEL,
@@ -636,10 +636,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         for _ in range(25):
             text += f"The {nouns[pick(nouns)]} {verbs[pick(verbs)]} the {nouns[pick(nouns)]}.\n"
         (root / "corpus" / f"{index:02}.txt").write_text(text)
-    config = trainer.TrainConfig(
+    config = recipes.TrainConfig(
         model=PRESETS["tiny"].replace(vocab_size=400), out=str(root / "run"), steps=200, batch_size=4, context=96,
-        data=trainer.DataConfig(corpus=str(root / "corpus"), cache=str(root / "data"), val_fraction=0.1),
-        optim=dataclasses.replace(trainer.SHORT_RUN, warmup_steps=10, lr=2e-2), float_start=0.4, eval_every=200,
+        data=recipes.DataConfig(corpus=str(root / "corpus"), cache=str(root / "data"), val_fraction=0.1),
+        optim=dataclasses.replace(recipes.SHORT_RUN, warmup_steps=10, lr=2e-2), float_start=0.4, eval_every=200,
         eval_tokens=512, sample_every=0, log_every=100, dtype="float32", compile="off", wandb="off", device="cpu",
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):

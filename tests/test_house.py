@@ -18,7 +18,7 @@ LAYERS = [
     {"model"},
     {"engine", "gpu_engine", "runtime", "tokenizer", "corpus", "distributed"},
     {"data", "sampling", "chat_data"},
-    {"checkpoint", "generation", "memory", "optim", "sharded"},
+    {"checkpoint", "generation", "memory", "optim", "recipes", "sharded"},
     {"interop", "ptq"},
     {"loading"},
     {

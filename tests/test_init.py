@@ -11,7 +11,7 @@ from test_loading import make, save_run
 from test_train import configuration, stop_after, tensors
 
 import train as trainer
-from bitnet import quantize
+from bitnet import quantize, recipes
 from bitnet.checkpoint import CheckpointError, save_packed
 from bitnet.interop import gguf, hf_write
 from bitnet.loading import open_latent, open_model
@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def begin(tmp_path, corpus, source, **changes) -> trainer.TrainConfig:
+def begin(tmp_path, corpus, source, **changes) -> recipes.TrainConfig:
     return configuration(tmp_path, corpus, init=str(source), context=32, **changes)
 
 
@@ -112,7 +112,7 @@ def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     gguf.write(model, tmp_path / "m.gguf", kind, tokenizer=tokenizer, chat_template=template)
-    data = trainer.DataConfig(chat=str(tmp_path / "chats.jsonl"), cache=str(tmp_path / "data"))
+    data = recipes.DataConfig(chat=str(tmp_path / "chats.jsonl"), cache=str(tmp_path / "data"))
     quantizer = model.config.quantizer
     config = begin(
         tmp_path, tmp_path, tmp_path / "m.gguf", data=data, steps=2, model=PRESETS["tiny"].replace(quantizer=quantizer)
@@ -155,7 +155,7 @@ def test_the_tokenizer_of_a_run_may_be_a_tokenizer_json(tmp_path, corpus):
     theirs = byte_pair_tokenizer()
     theirs.save(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
-    data = trainer.DataConfig(
+    data = recipes.DataConfig(
         corpus=str(corpus), cache=str(tmp_path / "data"), tokenizer=str(tmp_path / "tokenizer.json")
     )
     run = trainer.train(configuration(tmp_path, corpus, data=data, steps=1))

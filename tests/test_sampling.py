@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint
+from bitnet import checkpoint, recipes
 from bitnet.corpus import Corpus, mixed, open_corpora
 from bitnet.data import TokenArray
 from bitnet.evaluate import calibration_sequences, evaluate, held_out_windows
@@ -246,7 +246,7 @@ def second(tmp_path) -> Path:
 
 def mixture_run(tmp_path: Path, corpora: tuple[Path, Path], weights: tuple[float, float], **changes):
     specs = tuple(f"{place}={weight}" for place, weight in zip(corpora, weights, strict=True))
-    data = trainer.DataConfig(corpus=specs, cache=str(tmp_path / "data"))
+    data = recipes.DataConfig(corpus=specs, cache=str(tmp_path / "data"))
     return configuration(tmp_path, corpora[0], data=data, **changes)
 
 
@@ -254,7 +254,7 @@ def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):  # n
     config = mixture_run(tmp_path, (corpus, second), (0.75, 0.25))
     run = trainer.train(config)
     assert "data      0.75 animals + 0.25 numbers: " in capsys.readouterr().out
-    assert trainer.TrainConfig.from_dict(json.loads((run.folder / "config.json").read_text())) == run.config
+    assert recipes.TrainConfig.from_dict(json.loads((run.folder / "config.json").read_text())) == run.config
     assert [run.sampler.sample(n)[0] for n in range(4)].count("numbers") == 1
 
     # The validation loss is the mean by share, and each corpus's is that of the corpus alone.

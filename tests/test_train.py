@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import checkpoint, runtime
+from bitnet import checkpoint, recipes, runtime
 from bitnet.evaluate import Evaluation, evaluate
 from bitnet.model import PRESETS, bit_linears
 from bitnet.tracking import Tracker, read_metrics
@@ -39,14 +39,14 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def configuration(tmp_path: Path, corpus: Path, **changes) -> trainer.TrainConfig:
+def configuration(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
     defaults = {
         "model": PRESETS["tiny"].replace(vocab_size=300, max_position_embeddings=32, num_hidden_layers=1),
-        "data": trainer.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
+        "data": recipes.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
         "out": str(tmp_path / "run"), "steps": 8, "batch_size": 4, "eval_every": 4, "eval_tokens": 512,
         "sample_every": 0, "log_every": 1, "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
     }  # fmt: skip
-    return trainer.TrainConfig(**{**defaults, **changes})
+    return recipes.TrainConfig(**{**defaults, **changes})
 
 
 def tensors(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def stop_after(monkeypatch, step: int) -> None:
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
     if compiled == "on" and (reason := runtime._compile_failure(torch.device("cpu"))):
         pytest.skip(reason)
-    optim = trainer.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
+    optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
     config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
 
@@ -113,7 +113,7 @@ def test_micro_batches_accumulate_the_same_gradient(tmp_path, corpus):
 
 
 def test_it_learns_and_writes_everything(tmp_path, corpus):
-    config = configuration(tmp_path, corpus, steps=60, eval_every=30, optim=trainer.OptimConfig(lr=1e-2))
+    config = configuration(tmp_path, corpus, steps=60, eval_every=30, optim=recipes.OptimConfig(lr=1e-2))
     run = trainer.train(config)
     rows = read_metrics(run.folder / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -403,8 +403,8 @@ def test_like_takes_the_configuration_but_not_the_weights(tmp_path, corpus):
 
 
 def test_configuration_survives_its_json(tmp_path, corpus):
-    for config in (*trainer.PRESETS.values(), configuration(tmp_path, corpus)):
-        assert trainer.TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    for config in (*recipes.PRESETS.values(), configuration(tmp_path, corpus)):
+        assert recipes.TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_wandb_offline_writes_a_run(tmp_path, corpus, monkeypatch):
