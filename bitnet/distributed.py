@@ -289,7 +289,8 @@ def without_wrapper(tensor: Tensor) -> Tensor:
     return tensor.plain if isinstance(tensor, LatentWeight) else tensor
 
 
-def _local(parameter: Any) -> Tensor:
+def local_part(parameter: Any) -> Tensor:
+    """What this process has of a sharded tensor, as a plain one that shares its memory."""
     return without_wrapper(parameter.to_local())
 
 
@@ -316,7 +317,7 @@ def refresh_scales(model: BitNetForCausalLM, world: World) -> None:
     whole = [layer for layer in layers if layer.weight_is_quantized and PACKED_BITS[layer.quantizer] == 2]
     if not whole:
         return
-    shards = [_local(layer.weight).double() for layer in whole]
+    shards = [local_part(layer.weight).double() for layer in whole]
     sums = torch.stack([torch.stack([local.abs().sum(), local.sum()]) for local in shards])
     for layer, (absolute, plain) in zip(whole, world.sum(sums), strict=True):
         scale, mean = ((total / (layer.out_features * layer.in_features)).float() for total in (absolute, plain))

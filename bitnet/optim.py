@@ -13,11 +13,13 @@ ordinary recipe of the float twin.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from bitnet.distributed import gathered, placed_like
+from bitnet.distributed import gathered, local_part, placed_like
 from bitnet.model import bit_linears
 
 OPTIMIZERS = ("adamw", "muon")
@@ -101,7 +103,8 @@ class Optimizer:
         ]
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
-            self.optimizers.append(torch.optim.Muon(groups[:1], adjust_lr_fn="match_rms_adamw"))
+            muon = ShardedMuon if hasattr(matrices[0], "device_mesh") else torch.optim.Muon
+            self.optimizers.append(muon(groups[:1], adjust_lr_fn="match_rms_adamw"))
             groups = groups[1:]
         self.optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=fused))
 
@@ -155,6 +158,97 @@ class Optimizer:
                 )
             # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
             optimizer.state[parameter][slot] = placed_like(parameter, value).clone()
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon of matrices that are sharded by rows, with the numbers of one process.
+
+    Each matrix is made orthogonal whole, by the one process that is in charge of it; two exchanges a step carry all
+    updates there and back, in the bfloat16 that the iteration computes in.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step(parameters, group)
+
+    def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            updates.append(
+                gradient.lerp(buffer, group["momentum"]).bfloat16() if group["nesterov"] else buffer.bfloat16()
+            )
+        mesh = parameters[0].device_mesh
+        rank, size = mesh.get_local_rank(), mesh.size()
+        owners = _shares([p.shape for p in parameters], size)
+        mine = [p.shape for p, owner in zip(parameters, owners, strict=True) if owner == rank]
+        order = sorted(range(len(parameters)), key=lambda i: owners[i])  # by owner, then as they stand
+        sent = [sum(updates[i].numel() for i in order if owners[i] == other) for other in range(size)]
+        received = [sum(_rows(shape[0], size, other) * shape[1] for shape in mine) for other in range(size)]
+        outgoing = torch.cat([updates[i].flatten() for i in order])
+
+        incoming = outgoing.new_empty(sum(received))
+        dist.all_to_all_single(incoming, outgoing, received, sent, group=mesh.get_group())
+        pieces = [
+            part.split([_rows(shape[0], size, other) * shape[1] for shape in mine])
+            for other, part in enumerate(incoming.split(received))
+        ]
+        whole = [
+            orthogonalize(torch.cat(parts).view(shape), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for shape, parts in zip(mine, zip(*pieces, strict=True), strict=True)
+        ]
+        cut = [
+            [
+                matrix[_rows(len(matrix), size, other, before=True) :][: _rows(len(matrix), size, other)].flatten()
+                for matrix in whole
+            ]
+            for other in range(size)
+        ]
+        answer = torch.cat([piece for pieces in cut for piece in pieces]) if whole else incoming
+        dist.all_to_all_single(outgoing, answer, sent, received, group=mesh.get_group())
+
+        for i, update in zip(order, outgoing.split([updates[i].numel() for i in order]), strict=True):
+            weight = local_part(parameters[i])
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[i].shape))  # match_rms_adamw
+            weight.add_(update.view(weight.shape), alpha=-rate)
+
+
+def _rows(total: int, size: int, rank: int, *, before: bool = False) -> int:
+    """Rows of a matrix that a process has, or that those before it have: all have the same number but the last."""
+    each = -(-total // size)
+    return min(total, each * rank) if before else min(total, each * (rank + 1)) - min(total, each * rank)
+
+
+def _shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
+    """The process in charge of each matrix, so that all have about as much to multiply."""
+    work, owners = [0] * size, [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -shapes[i].numel() * min(shapes[i])):
+        owners[i] = work.index(min(work))
+        work[owners[i]] += shapes[i].numel() * min(shapes[i])
+    return owners
+
+
+def orthogonalize(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """The nearest matrix whose singular values are about 1, bfloat16: Muon's Newton-Schulz iteration,
+    X <- a X + (b G + c G^2) X with G = X X^T. Source: Jordan, "Muon", 2024."""
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:

@@ -19,6 +19,7 @@ from bitnet import checkpoint, distributed, recipes, runtime, sharded
 from bitnet.distributed import World, placed_like, start
 from bitnet.model import PRESETS
 from bitnet.tracking import read_metrics
+from tests.distributed_worker import muon_steps
 from tests.test_train import SMALL, tensors
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +145,21 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
     )
     ends = [losses(dataclasses.replace(alone.config, out=out))[50:] for out in (half.out, alone.config.out)]
     assert float((ends[0] / ends[1] - 1).abs().max()) < 1e-3, ends
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, corpus, processes):
+    base = configuration(tmp_path, corpus, optim=recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2))
+    config = dataclasses.replace(base, model=base.model.replace(intermediate_size=91))  # which they do not divide
+    path = tmp_path / "weights.pt"
+    result = torchrun(processes, tmp_path, [{"config": dataclasses.asdict(config), "muon": str(path)}])
+    assert result.returncode == 0, result.stderr
+    found, expected = torch.load(path, weights_only=True), muon_steps(config, World())
+    assert found.keys() == expected.keys()
+    matrices = [name for name in expected if "_proj.weight" in name]
+    assert len(matrices) == 2 * 7 * config.model.num_hidden_layers
+    for name in matrices:  # the rest is AdamW's
+        assert torch.equal(found[name], expected[name]), name
 
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
