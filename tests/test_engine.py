@@ -37,6 +37,7 @@ from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitLinear, BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
+from bitnet.sampling import Mixture
 from bitnet.tokenizer import Tokenizer
 
 ISAS = native.instruction_sets()
@@ -645,8 +646,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with contextlib.redirect_stdout(io.StringIO()):
         run = trainer.train(config)
     folder = resolve(run.folder)
-    held_out, per_token = run.corpus.split("val"), run.corpus.bytes_per_token("val")
-    return Trained(run.folder, folder, Tokenizer.load(folder / TOKENIZER), held_out, per_token)
+    assert isinstance(run.data, Mixture)
+    [held_out] = run.data.split("val").values()
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    return Trained(run.folder, folder, tokenizer, held_out, run.data.bytes_per_token("val"))
 
 
 @pytest.fixture
