@@ -4,7 +4,7 @@
                                               attention is causal, so half of a window on average; `recompute` adds 1/3
     time of a step       products of the model's shapes, forward and two for the backward, timed on some rows each
                          + `TRAFFIC` times the activations kept, and 28 bytes a parameter, at the speed of a copy
-                         + the products within Muon, at the speed of a square one
+                         + the products within Muon, at the speed of its step on one matrix
 
 Memory is `bitnet/memory.py`'s. The time leaves out validation, checkpoints and compilation.
 
@@ -139,8 +139,9 @@ def probe(work: Workload, device: torch.device) -> Speed:
     other = TRAFFIC * kept * work.micro_batches / bandwidth
     optimizer = 28 * model.num_parameters() / work.owners / bandwidth
     if work.optimizer == "muon":
-        square = torch.randn(512, 512, dtype=torch.bfloat16, device=device)
-        rate = 2 * 512**3 / seconds(lambda: square @ square, device)
+        matrix = torch.nn.Parameter(torch.randn(512, 1024, device=device))
+        matrix.grad = torch.randn_like(matrix)
+        rate = newton_schulz_flops(512, 1024) / seconds(torch.optim.Muon([matrix]).step, device)
         optimizer += sum(n * newton_schulz_flops(*shape) for shape, n in shapes.items()) / rate
     return Speed(products, attention, other, optimizer)
 
@@ -214,6 +215,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} seconds"
 
 
+def saves_beside(config: TrainConfig, strategy: str) -> bool:
+    """Whether checkpoints are written beside the steps."""
+    return config.async_save == "on" or (config.async_save == "auto" and strategy == "fsdp")
+
+
 def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool, world: World) -> Workload:
     """What the memory and time of a step depend on. Raises ValueError for a batch that the processes cannot share."""
     check_shares(config, world.size)
@@ -224,6 +230,7 @@ def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool
         masked=config.data.document_mask or config.data.chat is not None,
         micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
         float_start=config.float_start > 0, ramp=config.ramp > 0, timed=config.minutes is not None,
+        async_save=saves_beside(config, world.strategy),
     )  # fmt: skip
 
 
