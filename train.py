@@ -46,7 +46,7 @@ from bitnet.distributed import (
     start,
     stop,
 )
-from bitnet.estimate import check_shares, estimate_run, memory_warning, workload
+from bitnet.estimate import check_shares, estimate_run, memory_warning, saves_beside, workload
 from bitnet.evaluate import Evaluation, evaluate_chats, evaluate_mixture
 from bitnet.files import write_atomic
 from bitnet.generation import SamplingConfig, generate, limit_new_tokens
@@ -181,9 +181,8 @@ class Run:
             self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
-        background = config.async_save == "on" or (config.async_save == "auto" and world.strategy == "fsdp")
         self.saver: Any = None
-        if background:
+        if saves_beside(config, world.strategy):
             from bitnet.sharded import BackgroundSaver
 
             self.saver = BackgroundSaver(world, config.timeout_minutes)

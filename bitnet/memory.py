@@ -17,7 +17,9 @@ size of a value in the matrix products: 4, or 2 in bfloat16, where weights are c
                         float32 are shared: a M (C + Q + C + F)
                     the embedding's output and the final norm: 4 M (2C + 1), and the head's input a M C
     loss            4 M V for the backward, and twice that within it; a `loss_chunk` of tokens instead of M
-    workspace       gradients of activations within a layer; in the optimizer, Muon's work on the largest matrix
+    workspace       gradients of activations within a layer; in the optimizer, Muon's work on the largest matrix, and
+                    with FSDP its updates in bfloat16, sent, received and answered: 6 P' / W
+    save            a copy of parameters and moments, where checkpoints are written beside the steps
 
 A compiled layer keeps less, since it makes again in the backward what is cheap to make: of the norms x and 1/rms, of
 the feed-forward gate and up, the inputs once for each norm, of int8 codes those of width C alone, and 4 M of every
@@ -78,6 +80,8 @@ class Workload:
     """Whether it fades them in, on float products."""
     timed: bool = False
     """Whether some steps are timed first, and undone."""
+    async_save: bool = False
+    """Whether checkpoints are written from a copy, beside the steps."""
 
     @property
     def owners(self) -> int:
@@ -234,6 +238,7 @@ def constant_parts(work: Workload, P: int, projections: int) -> dict[str, float]
         "int8 codes of the weights": projections if work.int8 else 0,
         "int8 codes for the statistics": projections / work.owners if work.quantized else 0,
         "parameters gathered": ends + 2 * (4 * P - ends) / c.num_hidden_layers if sharded else 0,
+        "checkpoint being written": (4 * P + slots) / work.owners if work.async_save else 0,
         "weights kept while steps are timed": 4 * P / work.owners if work.timed else 0,
     }
 
@@ -264,6 +269,7 @@ def parts_of_moments(work: Workload, P: int, largest: int) -> dict[str, dict[str
         in_loss = max(in_loss, 2 * logits)
     if is_chunked(work):
         in_loss += logits  # made again
+    muon = 12 * largest if not sharded else 8 * largest + 6 * L * projection_parameters(c) / work.owners
     return {
         "the loss": {
             "gradients": gradients if throughout else 0, "quantized weights kept by layers": weights,
@@ -283,9 +289,7 @@ def parts_of_moments(work: Workload, P: int, largest: int) -> dict[str, dict[str
             "gradients": gradients,
             "workspace": (embedding if tied else 0) + waiting + 4 * M * c.hidden_size + (embedding if sharded else 0),
         },
-        "the optimizer": {
-            "gradients": gradients, "workspace": 3 * 4 * largest / work.owners if work.optimizer == "muon" else 0,
-        },
+        "the optimizer": {"gradients": gradients, "workspace": muon if work.optimizer == "muon" else 0},
     }  # fmt: skip
 
 

@@ -191,41 +191,37 @@ class ShardedMuon(torch.optim.Muon):
         owners = _shares([p.shape for p in parameters], size)
         mine = [p.shape for p, owner in zip(parameters, owners, strict=True) if owner == rank]
         order = sorted(range(len(parameters)), key=lambda i: owners[i])  # by owner, then as they stand
+        counts = [updates[i].numel() for i in order]
         sent = [sum(updates[i].numel() for i in order if owners[i] == other) for other in range(size)]
-        received = [sum(_rows(shape[0], size, other) * shape[1] for shape in mine) for other in range(size)]
+        sizes = [[_rows(shape[0], size, other) * shape[1] for shape in mine] for other in range(size)]
+        received = [sum(each) for each in sizes]
         outgoing = torch.cat([updates[i].flatten() for i in order])
+        del updates
 
         incoming = outgoing.new_empty(sum(received))
         dist.all_to_all_single(incoming, outgoing, received, sent, group=mesh.get_group())
+        # Of every process its rows of each matrix; what becomes of them goes back to where they came from.
         pieces = [
-            part.split([_rows(shape[0], size, other) * shape[1] for shape in mine])
-            for other, part in enumerate(incoming.split(received))
+            [piece.view(-1, shape[1]) for piece, shape in zip(part.split(each), mine, strict=True)]
+            for part, each in zip(incoming.split(received), sizes, strict=True)
         ]
-        whole = [
-            orthogonalize(torch.cat(parts).view(shape), group["ns_coefficients"], group["ns_steps"], group["eps"])
-            for shape, parts in zip(mine, zip(*pieces, strict=True), strict=True)
-        ]
-        cut = [
-            [
-                matrix[_rows(len(matrix), size, other, before=True) :][: _rows(len(matrix), size, other)].flatten()
-                for matrix in whole
-            ]
-            for other in range(size)
-        ]
-        answer = torch.cat([piece for pieces in cut for piece in pieces]) if whole else incoming
-        dist.all_to_all_single(outgoing, answer, sent, received, group=mesh.get_group())
+        for parts in zip(*pieces, strict=True):
+            whole = orthogonalize(torch.cat(parts), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for part, result in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                part.copy_(result)
+        dist.all_to_all_single(outgoing, incoming, sent, received, group=mesh.get_group())
 
-        for i, update in zip(order, outgoing.split([updates[i].numel() for i in order]), strict=True):
+        for i, update in zip(order, outgoing.split(counts), strict=True):
             weight = local_part(parameters[i])
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             rate = group["lr"] * 0.2 * math.sqrt(max(parameters[i].shape))  # match_rms_adamw
             weight.add_(update.view(weight.shape), alpha=-rate)
 
 
-def _rows(total: int, size: int, rank: int, *, before: bool = False) -> int:
-    """Rows of a matrix that a process has, or that those before it have: all have the same number but the last."""
+def _rows(total: int, size: int, rank: int) -> int:
+    """Rows of a matrix that a process has: all have the same number, but the last ones may have fewer."""
     each = -(-total // size)
-    return min(total, each * rank) if before else min(total, each * (rank + 1)) - min(total, each * rank)
+    return min(total, each * (rank + 1)) - min(total, each * rank)
 
 
 def _shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
