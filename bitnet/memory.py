@@ -296,8 +296,8 @@ def parts_of_moments(work: Workload, P: int, largest: int) -> dict[str, dict[str
 def return_freed_blocks() -> None:
     """Have glibc take blocks above 1 MiB from the system and give them back, for this process from now on.
 
-    Its heap cannot put an aligned block into a gap of its own size, so a step's heap grew to 1.3 to 1.6 times of what
-    was in use, at the same processor time. Does nothing elsewhere, or where the environment has MALLOC_MMAP_THRESHOLD_.
+    Its heap cannot put an aligned block into a gap of its own size, so a step took 1.0 to 1.7 times the memory that
+    it used, and no less processor time. Does nothing elsewhere, or where the environment has MALLOC_MMAP_THRESHOLD_.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
