@@ -38,6 +38,7 @@ from bitnet.checkpoint import CheckpointError
 from bitnet.corpus import mixed, open_corpora
 from bitnet.distributed import (
     World,
+    leave,
     local_device,
     placed_like,
     refresh_scales,
@@ -668,4 +669,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

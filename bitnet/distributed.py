@@ -18,12 +18,14 @@ straight-through rule.
 Letters: W processes, N out_features, K in_features.
 """
 
+import atexit
 import datetime
 import os
+import sys
 import time
 import uuid
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -158,6 +160,20 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _host = None
+
+
+def leave(status: int) -> NoReturn:
+    """End the program; of several processes without the interpreter's last steps.
+
+    A thread of gloo may still be letting go of the tensors of the last collective (torch 2.13), and where that waits
+    for an interpreter that is ending, the process is aborted, which torchrun takes for a failure of the run.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise SystemExit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Replica(nn.Module):

@@ -59,6 +59,7 @@ def main() -> None:
         trainer.train(config, job["resume"])
         trainer.Run.train_step = original
     distributed.stop()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
