@@ -23,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet import recipes
+from bitnet.memory import storages_saved
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.optim import Optimizer, clip_gradients
 from bitnet.runtime import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
@@ -69,20 +70,7 @@ class Contender:
 
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps from the forward for the backward, parameters and their codes left out."""
-        own = [*self.model.parameters(), *self.model.buffers()]
-        own += [
-            t for _, layer in bit_linears(self.model) for t in (layer.step_codes, layer.step_scale) if t is not None
-        ]
-        known = {t.untyped_storage().data_ptr() for t in own}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with storages_saved(self.model) as kept:
             loss = self.model.loss(self.input_ids, self.labels)
         del loss
         return sum(kept.values())

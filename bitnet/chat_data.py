@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from bitnet.corpus import read_json_lines, sha256_of
-from bitnet.data import IGNORE_INDEX, is_validation
+from bitnet.data import IGNORE_INDEX, is_validation, samples_of
 from bitnet.files import write_atomic
 from bitnet.tokenizer import ChatTemplate
 
@@ -350,14 +350,7 @@ class ChatSampler:
         return {"conversations": steps * self.batch_size / len(self.rows)}
 
     def _rows_of(self, step: int, rank: int, world: int) -> list[int]:
-        if step < 0 or world < 1 or not 0 <= rank < world or self.batch_size % world:
-            raise ValueError(
-                f"rank {rank} of {world} cannot have its part of step {step} with batch_size {self.batch_size}: use a "
-                "batch_size divisible by world, and a rank from 0 to world - 1"
-            )
-        count = self.batch_size // world
-        first = step * self.batch_size + rank * count
-        samples = (divmod(sample, len(self.rows)) for sample in range(first, first + count))
+        samples = (divmod(sample, len(self.rows)) for sample in samples_of(step, self.batch_size, rank, world))
         return [int(self._order(epoch)[place]) for epoch, place in samples]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -405,6 +405,21 @@ class TokenizedCorpus:
         return entry["bytes"] / entry["tokens"]
 
 
+def samples_of(step: int, batch_size: int, rank: int, world: int) -> range:
+    """The numbers, counted from the run's start, of the samples that one of `world` ranks (or, the same thing in time,
+    micro-batches) has of a step. ValueError for a step, rank or world that there cannot be."""
+    if step < 0:
+        raise ValueError(f"step is {step}: steps count from 0")
+    if world < 1 or not 0 <= rank < world or batch_size % world:
+        raise ValueError(
+            f"rank {rank} of {world} cannot have its part of batch_size {batch_size}: "
+            f"use a batch_size divisible by world, and a rank from 0 to world - 1"
+        )
+    count = batch_size // world
+    first = step * batch_size + rank * count
+    return range(first, first + count)
+
+
 def iter_eval_batches(
     tokens: TokenArray, context: int, batch_size: int, max_batches: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

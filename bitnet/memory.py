@@ -39,9 +39,12 @@ keys, F intermediate_size, V vocab_size, L layers, W processes.
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
@@ -194,6 +197,25 @@ def saved_bytes(work: Workload) -> int:
         mask = work.tokens * work.window if work.masked else 0  # one for all layers, of bools
         return L * layer_input(work) + mask + head_activations(work)
     return L * (layer_activations(work) + layer_weights(work)) + head_activations(work)
+
+
+@contextmanager
+def storages_saved(model: BitNetForCausalLM, *inputs: Tensor) -> Iterator[dict[int, int]]:
+    """Bytes, by address, of each storage that autograd keeps for the backward from the forward within the block; those
+    of the model, of its quantized weights and of the inputs are left out. What `saved_bytes` predicts."""
+    own = [*model.parameters(), *model.buffers(), *inputs]
+    own += [t for _, layer in bit_linears(model) for t in (layer.step_codes, layer.step_scale) if t is not None]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def layer_weights(work: Workload) -> int:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from bitnet.corpus import Corpus
-from bitnet.data import TokenArray, TokenizedCorpus, check_window, tokenize_corpus
+from bitnet.data import TokenArray, TokenizedCorpus, check_window, samples_of, tokenize_corpus
 from bitnet.model.transformer import document_ids
 from bitnet.tokenizer import BaseTokenizer
 
@@ -227,18 +227,10 @@ class BatchSampler:
         rank, world: rows rank B / world to (rank + 1) B / world only, [B / world, T]; for data parallel ranks or, the
         same thing in time, the micro-batches of gradient accumulation. B must be divisible by world.
         """
-        if step < 0:
-            raise ValueError(f"step is {step}: steps count from 0")
-        if world < 1 or not 0 <= rank < world or self.batch_size % world:
-            raise ValueError(
-                f"rank {rank} of {world} cannot have its part of batch_size {self.batch_size}: "
-                f"use a batch_size divisible by world, and a rank from 0 to world - 1"
-            )
-        rows = self.batch_size // world
-        first = step * self.batch_size + rank * rows
-        window = np.empty((rows, self.context + 1), dtype=np.int64)  # [B / world, T + 1]
-        for row in range(rows):
-            name, number = self.sample(first + row)
+        samples = samples_of(step, self.batch_size, rank, world)
+        window = np.empty((len(samples), self.context + 1), dtype=np.int64)  # [B / world, T + 1]
+        for row, sample in enumerate(samples):
+            name, number = self.sample(sample)
             window[row] = self.windows[name].read(number)
         both = torch.from_numpy(window)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()

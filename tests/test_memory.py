@@ -13,7 +13,7 @@ import torch
 import train as trainer
 from benchmarks import train_memory
 from bitnet import estimate, memory
-from bitnet.memory import Workload
+from bitnet.memory import Workload, storages_saved
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.model.transformer import document_ids
 from bitnet.optim import OptimConfig, Optimizer
@@ -44,21 +44,10 @@ def kept_by_autograd(work: Workload) -> int:
             layer.quantize_for_step()
     ids = torch.randint(work.model.vocab_size, (work.sequences, work.window + 1))
     input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    there = [*model.parameters(), *model.buffers(), input_ids, labels]
-    there += [t for layer in layers for t in (layer.step_codes, layer.step_scale) if t is not None]
-    known = {tensor.untyped_storage().data_ptr() for tensor in there}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     autocast = torch.autocast("cpu", dtype=work.dtype, enabled=work.dtype != torch.float32)
     if work.masked:
         model.document_ids = partial(document_ids, start=1, end=None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    with storages_saved(model, input_ids, labels) as kept, autocast:
         loss = model.loss(input_ids, labels)
     loss.backward()  # which the saved tensors have to last for
     return sum(kept.values())
