@@ -20,9 +20,10 @@ The integer products are the reference's; between them `dtype` counts (float32 o
 `bitnet/model/transformer.py`.
 """
 
+import functools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -226,10 +227,10 @@ class GpuEngine:
             x: Tensor, matrix: _Matrix, norm: Tensor | None, residual: Tensor | None = None, gate: str = "none",
             dtype: torch.dtype = dtype,
         ) -> Tensor:  # fmt: skip
-            codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate)
+            codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate, constant=True)
             return product(
                 codes, scale, total, matrix.packed, matrix.scale, None, residual, bits=matrix.bits,
-                in_features=matrix.in_features, dtype=dtype,
+                in_features=matrix.in_features, dtype=dtype, constant=True,
             )  # fmt: skip
 
         h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
@@ -267,6 +268,17 @@ class GpuEngine:
         cache = GpuCache(self.config, storage, max_length)
         weakref.finalize(cache, free.append, storage)
         return cache
+
+    def calls(self, batch_sizes: Iterable[int], prompts: Iterable[int]) -> Iterator[Callable[[], object]]:
+        """Calls that launch every kernel of decoding with these batch sizes and of prompts of these lengths, for
+        `warm.variants_of`."""
+        for batch_size, tokens in [*((size, 1) for size in batch_sizes), *((1, length) for length in prompts)]:
+            tokens = min(tokens, self.config.max_position_embeddings)
+            ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=self._device)
+            cache = self.new_cache(batch_size, tokens)
+            yield torch.inference_mode()(
+                functools.partial(self._forward, ids, cache.storage, None if tokens == 1 else 0, True)
+            )
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads."""

@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("gate", gpu_bench.GATES, ids=lambda gate: gate.__name__)
+@pytest.mark.parametrize("gate", gpu_gate.GATES.values(), ids=gpu_gate.GATES)
 def test_gate(gate) -> None:
     assert list(gate(torch.device("cuda", torch.cuda.current_device()), False)) == []
 

@@ -37,6 +37,7 @@ def multiply(M: int, N: int, K: int, bits: int, algorithm: str, **changes: int) 
             torch.empty(M, width, dtype=torch.int8), torch.empty(M), torch.empty(M, dtype=torch.int32),
             torch.empty(N, packed_width(K, bits), dtype=torch.uint8), torch.empty(N), torch.empty(N, dtype=BF16),
             torch.empty(M, N, dtype=BF16), bits=bits, in_features=K, dtype=BF16, plan=plan,
+            constant=True,
         )  # fmt: skip
 
     return call
@@ -92,15 +93,15 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
 }  # fmt: skip
 
 
-def launches(call: Callable[[], object], assembly: str) -> list[Launch]:
-    with record(assembly) as recorded:
+def launches(call: Callable[[], object], assembly: str, dependent: bool = False) -> list[Launch]:
+    with record(assembly, dependent=dependent) as recorded:
         call()
     return recorded
 
 
 @cache
 def compiled(target: str, case: str) -> list[Compiled]:
-    return [compile_launch(launch, target) for launch in launches(CASES[case][0], TARGETS[target][1])]
+    return [compile_launch(launch, target) for launch in launches(CASES[case][0], TARGETS[target][1], target == "sm_90")]
 
 
 def problems(code: Compiled, target: str, expected: str | None = None) -> list[str]:

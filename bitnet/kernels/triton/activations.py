@@ -14,7 +14,7 @@ registers; rows of more than 16384 values spill some.
 import torch
 from torch import Tensor
 
-from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton
+from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton, wait_for_inputs
 from bitnet.quant.affine import SCALE_EPS
 
 MAX_WIDTH = 65536
@@ -25,12 +25,18 @@ PADDING = 128
 @triton.jit
 def quantize_kernel(
     x, weight, codes, scale, total, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    GATE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr,
+    GATE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     inside = k < K
     stored: tl.constexpr = x.dtype.element_ty
+    if NORM and AHEAD:
+        norm = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
+    if NORM and not AHEAD:
+        norm = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     if GATE == "none":
         v = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -45,7 +51,7 @@ def quantize_kernel(
     if NORM:
         mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
         v = (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32)
-        v = v * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+        v = v * norm
         if weight.dtype.element_ty == stored:
             v = v.to(stored).to(tl.float32)
     absmax = tl.max(tl.abs(v), 0)
@@ -66,11 +72,12 @@ def padded(in_features: int) -> int:
 
 
 def quantize_activations(
-    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none"
+    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none", *, constant: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 `[M, padded(K)]`, scale float32 `[M]` and row sums int32 `[M]` of x, float `[M, K]`.
 
     With `gate` "silu" or "relu2" x is `[M, 2K]`, gate beside up. With `norm_weight` `[K]` an RMSNorm comes first.
+    `constant` promises that no kernel still running writes `norm_weight`.
     Raises ValueError for other types and shapes, non-contiguous tensors, mixed devices and K above 65536.
     """
     if gate not in ("none", "silu", "relu2"):
@@ -94,6 +101,6 @@ def quantize_activations(
         launch(
             quantize_kernel, (M,), x, x if norm_weight is None else norm_weight, codes, scale, total, K=K, WIDTH=width,
             BLOCK=block, NORM=norm_weight is not None, GATE=gate, EPS=eps, SMALLEST=SCALE_EPS,
-            warps=min(16, max(1, block // 512)),
+            AHEAD=constant, warps=min(16, max(1, block // 512)),
         )  # fmt: skip
     return codes, scale, total

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton
+from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton, wait_for_inputs
 
 TILE = 64
 """Cached positions that a program of `attend` takes at a time."""
@@ -27,7 +27,9 @@ MAX_SPLITS = 16
 
 
 @triton.jit
-def embed_kernel(ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+def embed_kernel(ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     token = tl.load(ids + row + tl.zeros([BLOCK], tl.int64))
@@ -40,9 +42,10 @@ def embed_kernel(ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V:
 @triton.jit(do_not_specialize=["T"])
 def rotate_kernel(
     qkv, cos, sin, start, q, keys, values, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of q, k or v of one token. BLOCK is at least D / 2."""
+    wait_for_inputs(PDL)
     m = tl.program_id(0)
     head = tl.program_id(1)
     half: tl.constexpr = D // 2
@@ -77,10 +80,11 @@ def rotate_kernel(
 def attend_kernel(
     q, keys, values, start, part, largest, total, R: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
     SCALE: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
     log2(e) / sqrt(D), so that powers are of 2."""
+    wait_for_inputs(PDL)
     group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(start) + 1
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
@@ -110,7 +114,9 @@ def attend_kernel(
 
 
 @triton.jit
-def join_kernel(part, largest, total, out, R: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(part, largest, total, out, R: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     head = tl.program_id(0).to(tl.int64)  # of B * H
     row = (head // R * SPLITS + tl.arange(0, SPLITS)) * R + head % R
     d = tl.arange(0, BLOCK)[None, :]

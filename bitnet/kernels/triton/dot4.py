@@ -9,7 +9,7 @@ the end. So 16 weights take one shift, four masks and four dot products. Weights
 
 # mypy: disable-error-code="no-untyped-def, valid-type"
 
-from bitnet.kernels.triton.language import store_product, tl, triton
+from bitnet.kernels.triton.language import store_product, tl, triton, wait_for_inputs
 
 
 @triton.jit
@@ -52,10 +52,11 @@ def add_products(w, x_words, inside, low, high, BITS: tl.constexpr, ASM: tl.cons
 def dot4_kernel(
     packed, x, total, x_scale, w_scale, bias, residual, y, N: tl.constexpr, WORDS: tl.constexpr, X_STRIDE: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """packed and x are read as int32, four bytes a word; WORDS to a row of packed, X_STRIDE to a row of x. One program:
-    ROWS rows of weights times all tokens, 1 to 4 of them."""
+    ROWS rows of weights times all tokens, 1 to 4 of them. The first AHEAD steps' weights are read before the wait."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     words = packed.to(tl.pointer_type(tl.int32)) + n[:, None].to(tl.int64) * WORDS
     x_words = x.to(tl.pointer_type(tl.int32))
@@ -64,10 +65,20 @@ def dot4_kernel(
     high0, high1, high2, high3 = zeros, zeros, zeros, zeros
     # Rows with few words share a warp: one load of x in the shape of w's tile then needs no exchange.
     shape: tl.constexpr = 1 if COLUMNS >= 128 else ROWS
-    for start in tl.static_range(0, WORDS, COLUMNS):
-        at = start + tl.arange(0, COLUMNS)[None, :]
+    steps: tl.constexpr = (WORDS + COLUMNS - 1) // COLUMNS
+    column = tl.arange(0, COLUMNS)[None, :]
+    ahead = ()
+    for step in tl.static_range(AHEAD):
+        at = step * COLUMNS + column
+        ahead = ahead + (tl.load(words + at, mask=(n[:, None] < N) & (at < WORDS), other=0),)
+    wait_for_inputs(PDL)
+    for step in tl.static_range(steps):
+        at = step * COLUMNS + column
         inside = at < WORDS
-        w = tl.load(words + at, mask=(n[:, None] < N) & inside, other=0)
+        if step < AHEAD:
+            w = ahead[step]
+        else:
+            w = tl.load(words + at, mask=(n[:, None] < N) & inside, other=0)
         lanes = x_words + tl.broadcast_to(at // 8 * (64 // BITS) + at % 8, [shape, COLUMNS])
         low0, high0 = add_products(w, lanes, inside, low0, high0, BITS, ASM)
         if TOKENS > 1:

@@ -7,6 +7,7 @@ compile, for a GPU that is not there, exactly what a call would have launched.
 
 # mypy: disable-error-code="no-untyped-def, valid-type, name-defined"
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,18 +43,20 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 _assembly: str | None = None
+_dependent: bool | None = None
 
 
 @contextmanager
-def record(assembly: str) -> Iterator[list[Launch]]:
-    """Collect the launches inside the `with` block, which then do nothing; `assembly` as `assembly()` returns it."""
-    global _recorded, _assembly
-    previous = _recorded, _assembly
-    _recorded, _assembly = [], assembly
+def record(assembly: str, *, dependent: bool | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches inside the `with` block, which then do nothing; `assembly` as `assembly()` returns it,
+    `dependent` as `dependent_launch()` does, by default what the tensors' device has."""
+    global _recorded, _assembly, _dependent
+    previous = _recorded, _assembly, _dependent
+    _recorded, _assembly, _dependent = [], assembly, dependent
     try:
         yield _recorded
     finally:
-        _recorded, _assembly = previous
+        _recorded, _assembly, _dependent = previous
 
 
 def recording() -> bool:
@@ -69,14 +72,43 @@ def assembly() -> str:
     return "ptx" if torch.version.hip is None else "gcn"
 
 
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels start while the one before still runs, and wait for it themselves ("programmatic dependent
+    launch"): NVIDIA GPUs of compute capability 9.0 and later."""
+    if _dependent is not None:
+        return _dependent
+    return device.type == "cuda" and assembly() == "ptx" and _capability(device) >= (9, 0)
+
+
+@contextmanager
+def dependent_launches(wanted: bool | None) -> Iterator[None]:
+    """Inside the `with` block `dependent_launch` answers this, with None what the device can do."""
+    global _dependent
+    previous, _dependent = _dependent, wanted
+    try:
+        yield
+    finally:
+        _dependent = previous
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *tensors: Any, warps: int = 4, stages: int = 2, **constants: Any
 ) -> None:
     """Run `kernel` on the device of its first tensor. `constants` are its constexpr parameters.
 
-    Multiplications and additions are not fused: the epilogues round as torch does.
+    Multiplications and additions are not fused: the epilogues round as torch does. A kernel with a parameter PDL is
+    told there whether it was launched ahead of the end of the kernel before, so that it must wait.
     """
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = dependent_launch(tensors[0].device)
+        if constants["PDL"]:
+            options["launch_pdl"] = True
     if _recorded is not None:
         names = [name for name in kernel.arg_names if name not in constants]
         arguments = dict(zip(names, tensors, strict=True))
@@ -114,6 +146,16 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, and wait until the one before has written everything. Each kernel with a parameter
+    PDL calls it once, before it reads what another kernel wrote and before its first store; only constants of the
+    model may be read ahead of it."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -27,7 +27,9 @@ from bitnet.kernels.triton import weights
 from bitnet.kernels.triton.activations import padded
 from bitnet.kernels.triton.add_subtract import four_lanes_kernel, select_kernel
 from bitnet.kernels.triton.dot4 import dot4_kernel
-from bitnet.kernels.triton.language import INTERPRETED, assembly, cdiv, check, launch, power_of_2, recording, triton
+from bitnet.kernels.triton.language import (
+    INTERPRETED, assembly, cdiv, check, dependent_launch, launch, power_of_2, recording, triton,
+)  # fmt: skip
 from bitnet.kernels.triton.tensor_core import dense_kernel, packed_kernel, sum_parts_kernel
 from bitnet.quant.packing import OFFSET, packed_width
 
@@ -90,13 +92,14 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
 def product(
     codes: Tensor, x_scale: Tensor, total: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None = None,
     residual: Tensor | None = None, *, bits: int, in_features: int, dtype: torch.dtype = torch.float32,
-    plan: Plan | None = None,
+    plan: Plan | None = None, constant: bool = False,
 ) -> Tensor:  # fmt: skip
     """`(sum of codes * weights) * x_scale * w_scale + bias`, then `+ residual`, `[M, N]` in `dtype`.
 
     codes int8 `[M, padded(K)]`, x_scale float32 `[M]` and total int32 `[M]` are what `quantize_activations` returns;
     packed uint8 `[N, packed_width(K, bits)]` (`bitnet/quant/packing.py`); w_scale float32 of 1 or N values; bias float
-    `[N]`; residual float `[M, N]`. dtype int32 returns the sums themselves. Raises ValueError for tensors that do not
+    `[N]`; residual float `[M, N]`. dtype int32 returns the sums themselves. `constant` promises that no kernel still
+    running writes `packed`, which may then be read before those have ended. Raises ValueError for tensors that do not
     fit together, before anything is launched.
     """
     M, N, width = codes.shape[0], packed.shape[0], padded(in_features)
@@ -123,13 +126,13 @@ def product(
     shared = {"N": N, "PER_ROW": w_scale.numel() > 1, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     # A kernel that has no bias or residual gets some pointer, which it does not read.
     epilogue = (x_scale, w_scale, w_scale if bias is None else bias, w_scale if residual is None else residual)
-    _launch(plan, codes, total, packed, epilogue, y, bits, in_features, shared)
+    _launch(plan, codes, total, packed, epilogue, y, bits, in_features, shared, constant)
     return y
 
 
 def _launch(
     plan: Plan, codes: Tensor, total: Tensor, packed: Tensor, epilogue: tuple[Tensor, ...], y: Tensor, bits: int,
-    in_features: int, shared: dict[str, int],
+    in_features: int, shared: dict[str, int], constant: bool,
 ) -> None:  # fmt: skip
     M, N = y.shape
     words, stride = packed.shape[1] // 4, codes.shape[1] // 4
@@ -138,9 +141,11 @@ def _launch(
     # In 8 bits the kernels turn codes into signed ones, with one xor for four of them.
     code = {"BITS": bits, "OFFSET": 0 if bits == 8 else OFFSET[bits]}
     if plan.algorithm == "dot4":
+        registers = plan.rows * plan.columns // (32 * plan.warps)  # of a thread, for one step's weights
+        ahead = min(cdiv(words, plan.columns), 64 // registers) if constant and dependent_launch(y.device) else 0
         launch(
             dot4_kernel, (cdiv(N, plan.rows),), packed, codes, total, *epilogue, y, WORDS=words, X_STRIDE=stride,
-            TOKENS=M, ASM=assembly(), **code, **tile, **shared, **options,
+            TOKENS=M, ASM=assembly(), AHEAD=ahead, **code, **tile, **shared, **options,
         )  # fmt: skip
     elif plan.algorithm == "four_lanes":
         asm = "none" if assembly() == "gcn" else assembly()

@@ -12,7 +12,7 @@ tokens: every program writes its int32 part and a second launch adds them, so no
 
 # mypy: disable-error-code="no-untyped-def, valid-type"
 
-from bitnet.kernels.triton.language import store_product, tl, triton
+from bitnet.kernels.triton.language import store_product, tl, triton, wait_for_inputs
 
 
 @triton.jit
@@ -48,9 +48,10 @@ def packed_kernel(
     packed, x, total, x_scale, w_scale, bias, residual, y, M, N: tl.constexpr, BYTES: tl.constexpr,
     X_STRIDE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of tokens, tiles of rows, SPLIT). With SPLIT > 1 y is int32 `[SPLIT, M, N]`, else `[M, N]`."""
+    wait_for_inputs(PDL)
     m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(2)
@@ -78,8 +79,9 @@ def packed_kernel(
 @triton.jit(do_not_specialize=["M"])
 def sum_parts_kernel(
     parts, x_scale, w_scale, bias, residual, y, M, N: tl.constexpr, PER_ROW: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
+    RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     m = tl.program_id(0)
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
     acc = tl.zeros([TILE], dtype=tl.int32)
