@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "visit"
-GATES = ("activations", "weights", "products", "training", "engine", "compile")
+GATES = ("activations", "weights", "products", "projections", "training", "engine", "compile")
 Step = tuple[str, float, list[str]]
 """Name, limit in seconds, arguments of `bitnet.gpu_bench`."""
 
@@ -46,6 +46,7 @@ STAGES: dict[str, list[list[Step]]] = {
         [section("prefill", 60, "--presets", "2b-4t", "700m")],
         [section("kernels", 100)],
         [section("training", 130)],
+        [section("tiles", 100)],
     ],
     "rest": [
         [section("curve", 80)],
@@ -56,7 +57,7 @@ STAGES: dict[str, list[list[Step]]] = {
 }
 NEEDS = {
     "decode": "engine", "launching": "engine", "profile": "engine", "prefill": "engine", "long": "engine",
-    "loss": "engine", "kernels": "products", "training": "training", "curve": "training",
+    "loss": "engine", "kernels": "products", "tiles": "products", "training": "training", "curve": "training",
 }  # fmt: skip
 """The gate that a step stands on."""
 

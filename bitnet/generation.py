@@ -37,6 +37,7 @@ from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 FILLER = -1
 """What `generate` yields for a row that has already ended."""
 
+_NOT_FINITE = -2  # in place of the id of a row whose logits are not
 _GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
 
 
@@ -95,7 +96,10 @@ def sample(
         weights, ids = (part[:, : sampling.top_k] for part in _descending(weights, kth))
     if sampling.top_p < 1:
         total = weights.sum(-1, keepdim=True, dtype=torch.float64)
-        if ids is None:
+        if ids is None and weights.device.type != "cpu":
+            # Where waiting for a count costs more than sorting: all of them.
+            weights, ids = weights.sort(dim=-1, descending=True, stable=True)
+        elif ids is None:
             # All tokens below this floor together weigh less than (1 - p) of the total, so none is in the set.
             weights, ids = _descending(weights, total * (1 - sampling.top_p) / weights.shape[-1])
         mass_before = weights.cumsum(-1, dtype=torch.float64) - weights
@@ -268,20 +272,27 @@ def _generate(
         seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=model.device)
         seen.scatter_(1, tokens.clamp(max=vocab_size - 1), True)
     finished = torch.zeros(B, dtype=torch.bool)
+    arrival = _Arrival(B, model.device)
+    started = time.perf_counter()
+    logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
     for step in range(max_new_tokens):
-        started = time.perf_counter()
-        logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
-        if not bool(logits.isfinite().all()):
+        chosen = sample(logits, sampling, generator, seen)
+        if seen is not None:
+            seen.scatter_(1, chosen[:, None], True)
+        filled = cache.nbytes
+        tokens = chosen[:, None]
+        arrival.send(torch.where(logits.isfinite().all(-1), chosen, _NOT_FINITE))
+        if arrival.asynchronous and step + 1 < max_new_tokens:
+            # The device goes on with the next step while the host waits for this one's ids and uses them.
+            logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
+        ids = arrival.wait()
+        if bool((ids == _NOT_FINITE).any()):
             raise ValueError(
                 f"the model's logits are not finite after {T + step} tokens: its training diverged or its dtype "
                 "overflows; use another checkpoint or float32"
             )
-        chosen = sample(logits, sampling, generator, seen)
-        if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
-        tokens = chosen[:, None]
-        ids = chosen.cpu()  # waits for the device, so the time is the step's
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds, started = now - started, now  # of the device, which does not stop while the consumer works
 
         running = int((~finished).sum())
         stats.new_tokens += running
@@ -292,13 +303,37 @@ def _generate(
             stats.decode_tokens += running
             stats.decode_steps += 1
             stats.decode_seconds += seconds
-            stats.bytes_read += bytes_of_weights + cache.nbytes
+            stats.bytes_read += bytes_of_weights + filled
         ids = ids.masked_fill(finished, FILLER)
         for end in ends:
             finished |= ids == end
         yield ids
         if bool(finished.all()):
             return
+        if not arrival.asynchronous and step + 1 < max_new_tokens:
+            started = time.perf_counter()
+            logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
+
+
+class _Arrival:
+    """Ids of one step on their way to the CPU: from a GPU in page-locked memory, so that work launched after them need
+    not end before they are there."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.asynchronous = device.type == "cuda"
+        self._ids = torch.empty(batch_size, dtype=torch.int64, pin_memory=self.asynchronous)
+        self._event = torch.cuda.Event() if self.asynchronous else None
+
+    def send(self, ids: Tensor) -> None:
+        self._ids.copy_(ids, non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(ids.device))
+
+    def wait(self) -> Tensor:
+        """The ids int64 `[B]`, a copy."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._ids.clone()
 
 
 class TextStream:

@@ -14,6 +14,7 @@ only show that the script runs.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -145,10 +146,12 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def copy_rate(device: torch.device, size: int) -> float:
-    """GB/s of a copy of `size` bytes of random data inside the device, read and written bytes counted."""
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    """GB/s of a copy of `size` bytes of random data inside the device, read and written bytes counted: the faster of
+    the driver's copy and of a kernel's."""
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size / in_turn({"copy": [lambda: target.copy_(source)]}, device)["copy"][1] / 1e9
+    ways = {"driver": [lambda: target.copy_(source)], "kernel": [lambda: torch.neg(source, out=target)]}
+    return 2 * size / min(t[1] for t in in_turn(ways, device).values()) / 1e9
 
 
 def log(message: str) -> None:
@@ -429,6 +432,90 @@ def measure_kernels(options: Options) -> Iterator[Row]:
         yield row
 
 
+def tile_candidates(options: Options) -> Iterator[tuple[int, int, int, int, str, Any]]:
+    """Tokens, rows, columns, bits, a name, and a plan of a product or the (rows, warps) of a one-token projection."""
+    from bitnet.kernels.triton import product
+    from bitnet.kernels.triton.product import Plan
+
+    if options.quick:
+        yield 1, 64, 256, 2, "project 16 rows, 4 warps", (16, 4)
+        return
+    for N, K in ((3840, 2560), (13824, 2560), (2560, 6912), (2560, 2560)):
+        for rows, warps in itertools.product((8, 16, 32, 64), (2, 4, 8, 16)):
+            if 512 <= rows * power_of_two(packed_width(K, 2) // 4) // warps <= 2048:
+                yield 1, N, K, 2, f"project {rows} rows, {warps} warps", (rows, warps)
+    for (N, K), M in itertools.product(((13824, 2560), (2560, 6912)), (1, 2, 4)):
+        base = product.choose(M, N, K, 2, options.device, "dot4")
+        for rows in (2, 4, 8, 16):
+            yield M, N, K, 2, f"dot4 {rows} rows", dataclasses.replace(base, rows=rows)
+        yield M, N, K, 2, "tensor_core", product.choose(M, N, K, 2, options.device, "tensor_core")
+    for (N, K), M in itertools.product(((13824, 2560), (2560, 6912)), (16, 64, 512)):
+        base = product.choose(M, N, K, 2, options.device, "tensor_core")
+        for rows, columns, stages, warps in itertools.product((64, 128), (32, 64, 128), (2, 3), (4, 8)):
+            for split in sorted({1, base.split, 2 * base.split}):
+                plan = dataclasses.replace(
+                    base, rows=rows, columns=columns, stages=stages, warps=warps, split=split
+                )
+                yield M, N, K, 2, f"tensor_core {rows}x{columns}, split {split}, {stages} stages, {warps} warps", plan
+    for (N, K), M in itertools.product(((13824, 2560), (2560, 6912)), (512, 2048)):
+        for (rows, tokens), depth, stages, warps in itertools.product(
+            ((128, 128), (128, 256), (256, 128), (64, 128), (128, 64)), (64, 128), (3, 4), (4, 8)
+        ):
+            if (rows + tokens) * depth * stages <= 227_000:
+                plan = Plan("dense", rows, tokens, depth, warps=warps, stages=stages)
+                yield M, N, K, 2, f"dense {rows}x{tokens}x{depth}, {stages} stages, {warps} warps", plan
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def tile_call(M: int, N: int, K: int, bits: int, plan: Any, options: Options) -> Callable[[Tensor], object]:
+    """What takes packed weights to the result of a candidate, on random activations."""
+    from bitnet.kernels.triton import product
+    from bitnet.kernels.triton.activations import quantize_activations
+    from bitnet.kernels.triton.project import project
+
+    device, dtype = options.device, options.dtype
+    x, norm, scale = torch.randn(M, K, dtype=dtype, device=device), torch.ones(K, device=device), torch.ones(N, device=device)
+    if isinstance(plan, tuple):
+        return lambda p: project(
+            x, norm, p, scale, bits=bits, in_features=K, eps=1e-5, dtype=dtype, rows_and_warps=plan
+        )
+    codes = quantize_activations(x)
+    return lambda p: product.product(
+        *codes, p, scale, bits=bits, in_features=K, dtype=dtype, plan=plan, constant=True
+    )
+
+
+def measure_tiles(options: Options) -> Iterator[Row]:
+    """Candidates for the tiles of `product.choose` and `project.tile`, fastest first."""
+    device = options.device
+    groups = itertools.groupby(tile_candidates(options), key=lambda c: (*c[:4], c[4].split()[0]))
+    for (M, N, K, bits, _), candidates in groups:
+        packed = [
+            torch.randint(0, 256, (N, packed_width(K, bits)), dtype=torch.uint8, device=device)
+            for _ in range(1 if options.quick else max(1, min(24, int(1.5e8 // (N * packed_width(K, bits))))))
+        ]
+        contenders: dict[str, Sequence[Call]] = {}
+        refused = []
+        for *_, name, plan in candidates:
+            call = tile_call(M, N, K, bits, plan, options)
+            try:
+                call(packed[0])
+            except Exception as error:  # what the device cannot hold
+                refused.append(f"{name}: {type(error).__name__}")
+                continue
+            contenders[name] = [functools.partial(call, p) for p in packed]
+        times = in_turn(contenders, device, budget=0.004)
+        ranked = sorted((t[1] * 1e6, name) for name, t in times.items())
+        best = "; ".join(f"{us:.1f} {name}" for us, name in ranked[:6])
+        yield {
+            "tokens": M, "rows": N, "columns": K, "bits": bits, "ranked": ranked, "refused": refused,
+            "line": f"{M} tokens, {N} x {K}: {best}; slowest {ranked[-1][0]:.1f}",
+        }  # fmt: skip
+
+
 def training_step(
     config: ModelConfig, backend: str, compiled: str, options: Options, optimizer: str = "adamw"
 ) -> Row:
@@ -604,7 +691,7 @@ def measure_long(options: Options) -> Iterator[Row]:
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "machine": measure_machine, "decode": measure_decode, "launching": measure_launching, "profile": measure_profile,
-    "prefill": measure_prefill, "kernels": measure_kernels, "training": measure_training, "muon": measure_muon,
+    "prefill": measure_prefill, "kernels": measure_kernels, "tiles": measure_tiles, "training": measure_training, "muon": measure_muon,
     "curve_cpu": measure_curve_cpu, "curve": measure_curve, "loss": measure_loss, "long": measure_long,
 }  # fmt: skip
 
@@ -645,6 +732,8 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
                 )  # fmt: skip
 
             yield call
+    for M, N, K, bits, _, plan in tile_candidates(options):
+        yield functools.partial(_one_tile, M, N, K, bits, plan, options)
     trainings = [] if options.quick else [(PRESETS["125m"], 8192, torch.bfloat16), (CURVE, 2048, torch.float32),
                                           (CURVE, 2048, torch.bfloat16)]  # fmt: skip
     for config, tokens, dtype in trainings:
@@ -663,6 +752,11 @@ def config_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     from bitnet.random_models import projections
 
     return list(projections(config).values())
+
+
+def _one_tile(M: int, N: int, K: int, bits: int, plan: Any, options: Options) -> None:
+    packed = torch.empty(N, packed_width(K, bits), dtype=torch.uint8, device=options.device)
+    tile_call(M, N, K, bits, plan, options)(packed)
 
 
 def _exhaust(rows: Iterator[object]) -> None:

@@ -7,11 +7,11 @@
 
 It is called like `BitNetForCausalLM`, the specification. Per layer:
 
-    n = norm+quantize(h)                   1 launch     q, k, v = qkv(n)                      1 product
-    rotate, append to the cache            1 launch     a = attention                         2 launches for one token
-    n = norm+quantize(a)                   1 launch     h = h + o_proj(n)                     1 product, sum in it
-    n = norm+quantize(h)                   1 launch     g = gate_up(n)                        1 product
-    n = act+multiply+norm+quantize(g)      1 launch     h = h + down_proj(n)                  1 product, sum in it
+    q, k, v = qkv(norm+quantize(h))        a = attention, rotation and cache in it
+    h = h + o_proj(norm+quantize(a))       g = gate_up(norm+quantize(h))       h = h + down_proj(act+norm+quantize(g))
+
+One token takes a launch for each of the five (`bitnet/kernels/triton/project.py`); several take two for a projection,
+quantization and product, and one to rotate and append to the cache.
 
 A step of one new token is captured in a CUDA graph once per batch size and cache capacity; the number of filled
 positions lies on the device. Longer inputs run eagerly, their attention is torch's.
@@ -45,12 +45,17 @@ class _Storage:
     """Buffers of one cache and the graph that was captured over them; outlives the cache and serves the next one."""
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        from bitnet.kernels.triton import attention
+
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.start = torch.zeros(1, dtype=torch.int32, device=device)  # positions that are filled
         self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.logits = torch.empty(0, device=device)
+        self.parts = attention.AttentionParts(
+            batch_size, config.num_attention_heads, config.num_key_value_heads, config.head_width, capacity, device
+        )
         self.graph: Any = None
 
 
@@ -219,14 +224,20 @@ class GpuEngine:
         from bitnet.kernels.triton import attention
         from bitnet.kernels.triton.activations import quantize_activations
         from bitnet.kernels.triton.product import product
+        from bitnet.kernels.triton.project import fits, project
 
         config = self.config
         (B, T), H, dtype = ids.shape, config.num_attention_heads, self.dtype
 
-        def project(
+        def projected(
             x: Tensor, matrix: _Matrix, norm: Tensor | None, residual: Tensor | None = None, gate: str = "none",
             dtype: torch.dtype = dtype,
         ) -> Tensor:  # fmt: skip
+            if len(x) == 1 and matrix.bits < 8 and fits(matrix.in_features, matrix.bits):
+                return project(
+                    x, norm, matrix.packed, matrix.scale, residual, bits=matrix.bits, in_features=matrix.in_features,
+                    eps=config.rms_norm_eps, gate=gate, dtype=dtype,
+                )  # fmt: skip
             codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate, constant=True)
             return product(
                 codes, scale, total, matrix.packed, matrix.scale, None, residual, bits=matrix.bits,
@@ -236,18 +247,19 @@ class GpuEngine:
         h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
         layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=True)
         for matrix, norm, keys, values in layers:
-            qkv = project(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
-            q = attention.rotate(qkv, self._cos, self._sin, storage.start, keys, values, H)
-            mixed = (
-                attention.attend(q, keys, values, storage.start) if length is None else _attend(q, keys, values, length)
-            )
-            h = project(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
-            gate_up = project(h, matrix["gate_up"], norm["gate_up"])
-            h = project(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
+            qkv = projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
+            positions = (self._cos, self._sin, storage.start, keys, values, H)
+            if length is None:
+                mixed = attention.attend(qkv, *positions, storage.parts)
+            else:
+                mixed = _attend(attention.rotate(qkv, *positions), keys, values, length)
+            h = projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
+            gate_up = projected(h, matrix["gate_up"], norm["gate_up"])
+            h = projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
         h = h.view(B, T, -1)
         last = h[:, -1:] if last_only else h
         last = last.reshape(-1, config.hidden_size).contiguous()
-        logits = project(last, self._head, self._norm, dtype=torch.float32)
+        logits = projected(last, self._head, self._norm, dtype=torch.float32)
         return logits.view(B, -1, config.vocab_size)
 
     @property

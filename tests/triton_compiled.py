@@ -13,6 +13,7 @@ import torch
 from triton_aot import SHARED_MEMORY, TARGETS, Compiled, compile_launch
 
 from bitnet.kernels.triton import activations, attention, language, product, weights
+from bitnet.kernels.triton import project as one_token
 from bitnet.kernels.triton.language import Launch, record
 from bitnet.quant import packed_width
 
@@ -51,9 +52,25 @@ def quantize(M: int, K: int, norm: bool, gate: str = "none") -> Callable[[], obj
     return call
 
 
-def attend() -> object:
-    q, cache = torch.empty(1, 1, 20, 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=BF16)
-    return attention.attend(q, cache, cache, torch.empty(1, dtype=torch.int32))
+def attend(H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16) -> Callable[[], object]:
+    def call() -> object:
+        qkv, cache = torch.empty(1, 1, (H + 2 * G) * D, dtype=dtype), torch.empty(1, G, 4096, D, dtype=dtype)
+        table, start = torch.empty(4096, D), torch.empty(1, dtype=torch.int32)
+        parts = attention.AttentionParts(1, H, G, D, 4096, CPU)
+        return attention.attend(qkv, table, table, start, cache, cache, H, parts)
+
+    return call
+
+
+def project(N: int, K: int, gate: str = "none", norm: bool = True, bits: int = 2) -> Callable[[], object]:
+    def call() -> object:
+        return one_token.project(
+            torch.empty(1, K if gate == "none" else 2 * K, dtype=BF16), torch.empty(K) if norm else None,
+            torch.empty(N, packed_width(K, bits), dtype=torch.uint8), torch.empty(N), torch.empty(1, N, dtype=BF16),
+            bits=bits, in_features=K, eps=1e-5, gate=gate, dtype=BF16,
+        )  # fmt: skip
+
+    return call
 
 
 def rotate() -> object:
@@ -87,7 +104,16 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "tensor core, 512 tokens": (multiply(512, 13824, 2560, 2, "tensor_core"), MATRIX),
     "tensor core, head": (multiply(8, 128256, 2560, 8, "tensor_core"), MATRIX),
     "dense, training": (multiply(2048, 2560, 2560, 2, "dense"), None),
-    "attend": (attend, FLOAT_MATRIX),
+    "attend": (attend(), FLOAT_MATRIX),
+    "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),
+    "attend, heads of 96": (attend(16, 16, 96), FLOAT_MATRIX),
+    "attend, heads of 256": (attend(8, 2, 256), FLOAT_MATRIX),
+    "attend, heads of 256, float32": (attend(8, 2, 256, torch.float32), None),
+    "one token, qkv": (project(3840, 2560), DOT4),
+    "one token, gate and up": (project(13824, 2560), DOT4),
+    "one token, down": (project(2560, 6912, "relu2"), DOT4),
+    "one token, down, silu": (project(1536, 4096, "silu"), DOT4),
+    "one token, 4 bits": (project(2560, 2560, "none", False, 4), DOT4),
     "rotate": (rotate, None),
     "embed": (embed, None),
 }  # fmt: skip

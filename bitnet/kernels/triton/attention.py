@@ -1,12 +1,12 @@
 """What a decoding step does between its products: embedding rows, rotary positions and cache, attention of one token.
 
     embed             h = (code - 128) * scale of the token's row                       INT8 table
-    rotate            q, k rotated by the angles of their positions; k and v to the cache
-    attend            softmax(q k^T / sqrt(D)) v over the cached positions of one new token
+    rotate            q, k rotated by the angles of their positions; k and v to the cache      several tokens
+    attend            the same for one new token, and softmax(q k^T / sqrt(D)) v over all positions
 
-`attend` cuts the positions between SPLITS programs, which keep a running maximum and sum (arXiv 2205.14135), and a
-second launch joins their parts in a fixed order. The number of filled positions is read from the device, so that one
-CUDA graph serves every step.
+`attend` cuts the positions between SPLITS programs, which keep a running maximum and sum (arXiv 2205.14135); the one
+that comes last joins the parts in a fixed order. The number of filled positions is read from the device, so that one
+CUDA graph serves every step and no program walks further than they reach.
 
 Letters: B batch, T new tokens, M = B * T, H query heads, G key/value heads, R = H / G, D head_dim, S capacity of the
 cache, C hidden_size, V vocab_size.
@@ -23,7 +23,7 @@ from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, 
 
 TILE = 64
 """Cached positions that a program of `attend` takes at a time."""
-MAX_SPLITS = 16
+MAX_SPLITS = 32
 
 
 @triton.jit
@@ -39,9 +39,9 @@ def embed_kernel(ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V:
     tl.store(h + row * C + c, value.to(h.dtype.element_ty), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "S"])
 def rotate_kernel(
-    qkv, cos, sin, start, q, keys, values, T, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    qkv, cos, sin, start, q, keys, values, T, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     POSITIONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of q, k or v of one token. BLOCK is at least D / 2."""
@@ -77,27 +77,53 @@ def rotate_kernel(
 
 
 @triton.jit
+def turned(pointer, d, inside, c, s, D: tl.constexpr):
+    """Heads of q or k, rotated: `first * c - second * s` in the first half, `second * c + first * s` in the other."""
+    own = tl.load(pointer + d, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(pointer + tl.where(d < D // 2, d + D // 2, d - D // 2), mask=inside, other=0.0).to(tl.float32)
+    return own * c + tl.where(d < D // 2, -(other * s), other * s)
+
+
+@triton.jit(do_not_specialize=["S"])
 def attend_kernel(
-    q, keys, values, start, part, largest, total, R: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
-    SCALE: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    qkv, cos, sin, start, keys, values, part, largest, total, arrived, out, S, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
-    log2(e) / sqrt(D), so that powers are of 2."""
-    wait_for_inputs(PDL)
-    group, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(start) + 1
+    log2(e) / sqrt(D), so that powers are of 2. The program of a group that comes last joins the parts of all."""
+    R: tl.constexpr = H // G
+    stored: tl.constexpr = qkv.dtype.element_ty
+    group, split = tl.program_id(0), tl.program_id(1)
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
-    query = tl.load(q + (group * R + r) * D + d, mask=(r < R) & (d < D), other=0.0)
+    wide, heads = d < D, r < R
+    wait_for_inputs(PDL)
+    position = tl.load(start)
+    exists = (position < S) & (position < POSITIONS)
+    c = tl.load(cos + position * D + d, mask=wide & exists, other=0.0)
+    s = tl.load(sin + position * D + d, mask=wide & exists, other=0.0)
+    row = qkv + (group // G).to(tl.int64) * (H + 2 * G) * D
+    query = turned(row + (group % G * R + r) * D, d, wide & heads, c, s, D).to(stored)
+    new_key = turned(row + (H + group % G) * D, d, wide, c, s, D).to(stored)
+    new_value = tl.load(row + (H + G + group % G) * D + d, mask=wide, other=0.0)
+    cached = group.to(tl.int64) * S * D
+    if position // TILE % SPLITS == split:
+        tl.store(keys + cached + position * D + d, new_key, mask=wide & exists)
+        tl.store(values + cached + position * D + d, new_value, mask=wide & exists)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for step in range(STEPS):
-        s = (step * SPLITS + split) * TILE + tl.arange(0, TILE)
-        seen = (s < length) & (s < S)
-        at = (group * S + s[:, None]) * D + d
-        k = tl.load(keys + at, mask=seen[:, None] & (d < D), other=0.0)
-        v = tl.load(values + at, mask=seen[:, None] & (d < D), other=0.0)
+    tile = split
+    while tile <= position // TILE:
+        t = tile * TILE + tl.arange(0, TILE)
+        seen = (t <= position) & (t < S)
+        old = ((t < position) & (t < S))[:, None] & wide
+        at = cached + t[:, None] * D + d
+        k = tl.load(keys + at, mask=old, other=0.0)
+        v = tl.load(values + at, mask=old, other=0.0)
+        newest = (t == position)[:, None]  # on its way to memory: taken from here
+        k = tl.where(newest, new_key, k)
+        v = tl.where(newest, new_value, v)
         score = tl.dot(query, tl.trans(k), input_precision="ieee") * SCALE
         score = tl.where(seen[None, :], score, float("-inf"))
         top = tl.maximum(highest, tl.max(score, 1))
@@ -107,26 +133,26 @@ def attend_kernel(
         weight = weight * shrink + tl.sum(share, 1)
         acc = acc * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         highest = top
-    row = (group * SPLITS + split) * R + tl.arange(0, ROWS)
-    tl.store(largest + row, highest, mask=tl.arange(0, ROWS) < R)
-    tl.store(total + row, weight, mask=tl.arange(0, ROWS) < R)
-    tl.store(part + row[:, None] * D + d, acc, mask=(r < R) & (d < D))
-
-
-@triton.jit
-def join_kernel(part, largest, total, out, R: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr):
-    wait_for_inputs(PDL)
-    head = tl.program_id(0).to(tl.int64)  # of B * H
-    row = (head // R * SPLITS + tl.arange(0, SPLITS)) * R + head % R
-    d = tl.arange(0, BLOCK)[None, :]
-    highest = tl.load(largest + row)
-    factor = tl.exp2(highest - tl.max(highest, 0))
-    weight = tl.sum(factor * tl.load(total + row), 0)
-    acc = tl.load(part + row[:, None] * D + d, mask=d < D, other=0.0)
-    value = tl.sum(acc * factor[:, None], 0) / weight
-    column = tl.arange(0, BLOCK)
-    tl.store(out + head * D + column, value.to(out.dtype.element_ty), mask=column < D)
+        tile += SPLITS
+    own = (group.to(tl.int64) * SPLITS + split) * ROWS
+    tl.store(largest + own + tl.arange(0, ROWS), highest)
+    tl.store(total + own + tl.arange(0, ROWS), weight)
+    tl.store(part + (own + r) * BLOCK + d, acc, mask=wide & heads)
+    tl.debug_barrier()  # all threads' stores come before the count
+    if tl.atomic_add(arrived + group, 1, sem="acq_rel") == SPLITS - 1:
+        tl.store(arrived + group, 0)  # for the next launch
+        first = group.to(tl.int64) * SPLITS * ROWS
+        rows = first + tl.arange(0, SPLITS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        top = tl.max(tl.load(largest + rows), 0)
+        acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        weight = tl.zeros([ROWS], dtype=tl.float32)
+        for other in tl.static_range(SPLITS):
+            place = first + other * ROWS
+            factor = tl.exp2(tl.load(largest + place + tl.arange(0, ROWS)) - top)
+            weight += factor * tl.load(total + place + tl.arange(0, ROWS))
+            acc += factor[:, None] * tl.load(part + (place + r) * BLOCK + d, mask=wide & heads, other=0.0)
+        target = out + (group.to(tl.int64) * R + r) * D + d
+        tl.store(target, (acc / weight[:, None]).to(stored), mask=wide & heads)
 
 
 def embed(ids: Tensor, packed: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -160,35 +186,58 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, v
     T = qkv.shape[1]
     q = torch.empty(B, T, heads, D, dtype=qkv.dtype, device=qkv.device)
     launch(
-        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, keys, values, T, H=heads, G=G, D=D, S=S,
+        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, keys, values, T, S, H=heads, G=G, D=D,
         POSITIONS=cos.shape[0], BLOCK=power_of_2(D // 2), warps=1,
     )  # fmt: skip
     return q
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
-    """Attention `[B, 1, H * D]` of one new token, queries `[B, 1, H, D]`, over the first start + 1 positions of the
-    cache `[B, G, S, D]`, of q's type."""
+class AttentionParts:
+    """What the programs of `attend` leave for the one that comes last; one for each cache, whose launches follow each
+    other."""
+
+    def __init__(self, batch_size: int, heads: int, groups: int, width: int, capacity: int, device: torch.device):
+        rows, block = _tile(heads, groups, width)
+        programs = batch_size * groups
+        # Enough programs for a large GPU, none without a tile of its own.
+        self.splits = max(1, min(MAX_SPLITS, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(256, programs))))
+        shape = (programs, self.splits, rows)
+        self.part = torch.empty(*shape, block, dtype=torch.float32, device=device)
+        self.largest, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+        self.arrived = torch.zeros(programs, dtype=torch.int32, device=device)
+
+
+def _tile(heads: int, groups: int, width: int) -> tuple[int, int]:
+    """Rows and columns that a program of `attend` computes with; matrix instructions want 16 at least."""
+    if heads % groups:
+        raise ValueError(f"{heads} query heads cannot share {groups} key/value heads; give a multiple")
+    return max(16, power_of_2(heads // groups)), max(16, power_of_2(width))
+
+
+def attend(
+    qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, values: Tensor, heads: int,
+    parts: AttentionParts,
+) -> Tensor:  # fmt: skip
+    """Attention `[B, 1, H * D]` of one new token over the first start + 1 positions of the cache `[B, G, S, D]`.
+
+    qkv `[B, 1, (H + 2 G) * D]` of the cache's type: q and k are rotated by the angles of position `start` (int32
+    `[1]`), and k and v go to the cache; cos, sin: float32 `[positions, D]`, both halves alike. Where `start` lies
+    behind the cache's or the tables' end nothing is written.
+    """
     B, G, S, D = keys.shape
-    H = q.shape[2]
-    check("q", q, None, keys.device, B, 1, H, D)
-    check("keys", keys, q.dtype, q.device, B, G, S, D)
-    check("values", values, q.dtype, q.device, B, G, S, D)
-    check("start", start, torch.int32, q.device, 1)
-    if H % G:
-        raise ValueError(f"{H} query heads cannot share {G} key/value heads; H must be a multiple of G")
-    R, splits = H // G, min(MAX_SPLITS, power_of_2(cdiv(S, TILE)))
-    part = torch.empty(B * G, splits, R, D, dtype=torch.float32, device=q.device)
-    largest, total = (
-        torch.empty(B * G, splits, R, dtype=torch.float32, device=q.device),
-        torch.empty(B * G, splits, R, dtype=torch.float32, device=q.device),
-    )
-    out = torch.empty(B, 1, H * D, dtype=q.dtype, device=q.device)
-    block = max(16, power_of_2(D))
+    rows, block = _tile(heads, G, D)
+    check("qkv", qkv, None, keys.device, B, 1, (heads + 2 * G) * D)
+    check("keys", keys, qkv.dtype, qkv.device, B, G, S, D)
+    check("values", values, qkv.dtype, qkv.device, B, G, S, D)
+    check("start", start, torch.int32, qkv.device, 1)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check(name, table, torch.float32, keys.device, None, D)
+    check("parts", parts.part, torch.float32, qkv.device, B * G, parts.splits, rows, block)
+    out = torch.empty(B, 1, heads * D, dtype=qkv.dtype, device=qkv.device)
     launch(
-        attend_kernel, (B * G, splits), q, keys, values, start, part, largest, total, R=R, D=D, S=S,
-        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=splits, STEPS=cdiv(S, splits * TILE),
-        ROWS=max(16, power_of_2(R)), BLOCK=block, TILE=TILE,
+        attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, parts.part, parts.largest,
+        parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
+        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
+        TILE=min(TILE, max(16, TILE * 256 // (block * qkv.element_size()))), warps=4,
     )  # fmt: skip
-    launch(join_kernel, (B * H,), part, largest, total, out, R=R, D=D, SPLITS=splits, BLOCK=block)
     return out

@@ -82,8 +82,13 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4, stages=stages)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
-    # One warp a program: a thread reads 16 bytes of a row and the same of x; nothing passes through shared memory.
     words = width // 4
+    if algorithm == "dot4" and bits < 8 and words >= 64:
+        # A thread reads its part of x once for all rows of the program, and everything at once: no load waits for
+        # another one's arithmetic.
+        columns = min(1024, power_of_2(words))
+        return Plan(algorithm, 8 if M == 1 else 4, M, columns, warps=columns // 128 or 1)
+    # One warp a program: a thread reads 16 bytes of a row and the same of x; nothing passes through shared memory.
     columns = next((c for c in (128, 64) if cdiv(words, c) * c <= 1.05 * words), 32)
     rows = 128 // columns if columns < 128 else 4
     return Plan(algorithm, rows, M if algorithm == "dot4" else 1, columns, warps=1)
