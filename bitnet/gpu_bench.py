@@ -62,6 +62,8 @@ class Options:
     presets: tuple[str, ...] = ("2b-4t", "700m")
     quick: bool = False
     """Tiny shapes, to see that everything works: the numbers are no measurements."""
+    tiles: bool = False
+    """Warm the candidates of the tiles section too."""
 
     @property
     def configs(self) -> dict[str, ModelConfig]:
@@ -440,6 +442,8 @@ def tile_candidates(options: Options) -> Iterator[tuple[int, int, int, int, str,
     if options.quick:
         yield 1, 64, 256, 2, "project 16 rows, 4 warps", (16, 4)
         return
+    for K, gate, warps in itertools.product((2560, 6912), ("none", "relu2"), (4, 8, 16, 32)):
+        yield 1, 1, K, 2, f"quantize {gate}, {warps} warps", (gate, warps)
     for N, K in ((3840, 2560), (13824, 2560), (2560, 6912), (2560, 2560)):
         for rows, warps in itertools.product((8, 16, 32, 64), (2, 4, 8, 16)):
             if 512 <= rows * power_of_two(packed_width(K, 2) // 4) // warps <= 2048:
@@ -478,6 +482,10 @@ def tile_call(M: int, N: int, K: int, bits: int, plan: Any, options: Options) ->
 
     device, dtype = options.device, options.dtype
     x, norm, scale = torch.randn(M, K, dtype=dtype, device=device), torch.ones(K, device=device), torch.ones(N, device=device)
+    if isinstance(plan, tuple) and isinstance(plan[0], str):
+        gate, warps = plan
+        x = torch.randn(1, K if gate == "none" else 2 * K, dtype=dtype, device=device)
+        return lambda p: quantize_activations(x, norm, 1e-5, gate, constant=True, warps=warps)
     if isinstance(plan, tuple):
         return lambda p: project(
             x, norm, p, scale, bits=bits, in_features=K, eps=1e-5, dtype=dtype, rows_and_warps=plan
@@ -706,7 +714,7 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
     from bitnet.kernels.triton.training import ternary_linear
 
     device = options.device
-    for name in ("activations", "weights", "products", "training"):
+    for name in ("activations", "weights", "products", "projections", "training"):
         yield functools.partial(_exhaust, GATES[name](device, options.quick))
     engines: list[tuple[ModelConfig, str]] = []
     for config in [QUICK_CONFIG] if options.quick else [*CONFIGS.values(), CURVE]:
@@ -732,7 +740,7 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
                 )  # fmt: skip
 
             yield call
-    for M, N, K, bits, _, plan in tile_candidates(options):
+    for M, N, K, bits, _, plan in tile_candidates(options) if options.tiles else ():
         yield functools.partial(_one_tile, M, N, K, bits, plan, options)
     trainings = [] if options.quick else [(PRESETS["125m"], 8192, torch.bfloat16), (CURVE, 2048, torch.float32),
                                           (CURVE, 2048, torch.bfloat16)]  # fmt: skip
@@ -831,6 +839,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: see that it runs")
+    parser.add_argument("--tiles", action="store_true", help="with --warm: the candidates of the tiles section too")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -838,7 +847,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = pick_device(given.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        options = Options(device, tuple(given.presets), given.quick)
+        options = Options(device, tuple(given.presets), given.quick, given.tiles)
         if given.section != "curve_cpu":
             kernels.triton.require(device)
     except ValueError as error:

@@ -10,8 +10,8 @@ It is called like `BitNetForCausalLM`, the specification. Per layer:
     q, k, v = qkv(norm+quantize(h))        a = attention, rotation and cache in it
     h = h + o_proj(norm+quantize(a))       g = gate_up(norm+quantize(h))       h = h + down_proj(act+norm+quantize(g))
 
-One token takes a launch for each of the five (`bitnet/kernels/triton/project.py`); several take two for a projection,
-quantization and product, and one to rotate and append to the cache.
+Attention of one token is one launch, of several a launch for rotation and cache and torch's attention. A projection is
+two, quantization and product, or one where that is faster (`bitnet/kernels/triton/project.py`).
 
 A step of one new token is captured in a CUDA graph once per batch size and cache capacity; the number of filled
 positions lies on the device. Longer inputs run eagerly, their attention is torch's.
@@ -21,8 +21,8 @@ The integer products are the reference's; between them `dtype` counts (float32 o
 """
 
 import functools
+import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -39,6 +39,10 @@ from bitnet.quant import packed_width
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CAPACITY_STEP = 256
+_KEPT_STORAGES = 4
+"""Caches that nobody holds any more but that are kept, with their graphs, for the next text."""
+_MASK_VALUES = 2**25
+"""Of one mask of attention behind a cache."""
 
 
 class _Storage:
@@ -112,7 +116,9 @@ class GpuEngine:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self.config, self.dtype = config, DTYPES[dtype]
         self.graphs = graphs and self._device.type == "cuda"
-        self._free: dict[tuple[int, int], list[_Storage]] = defaultdict(list)
+        self._free: list[_Storage] = []  # the newest last
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self._device) if self.graphs else None
         build_exactly(self._build, lambda name: tensor(name).detach().to(self._device), names)
 
     @classmethod
@@ -208,14 +214,17 @@ class GpuEngine:
 
     def _capture(self, storage: _Storage) -> None:
         # Once outside the graph, so that every kernel is compiled and loaded: it writes what the replay will write.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            self._forward(storage.ids, storage, None, True)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        # The stream is this engine's: torch's own for captures belongs to the device that captured first.
+        side = self._stream
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph):
-            storage.logits = self._forward(storage.ids, storage, None, True)
+        with self._lock, torch.cuda.device(self._device):
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                self._forward(storage.ids, storage, None, True)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                storage.logits = self._forward(storage.ids, storage, None, True)
         storage.graph = graph
 
     def _forward(self, ids: Tensor, storage: _Storage, length: int | None, last_only: bool) -> Tensor:
@@ -224,7 +233,7 @@ class GpuEngine:
         from bitnet.kernels.triton import attention
         from bitnet.kernels.triton.activations import quantize_activations
         from bitnet.kernels.triton.product import product
-        from bitnet.kernels.triton.project import fits, project
+        from bitnet.kernels.triton.project import pays, project
 
         config = self.config
         (B, T), H, dtype = ids.shape, config.num_attention_heads, self.dtype
@@ -233,7 +242,7 @@ class GpuEngine:
             x: Tensor, matrix: _Matrix, norm: Tensor | None, residual: Tensor | None = None, gate: str = "none",
             dtype: torch.dtype = dtype,
         ) -> Tensor:  # fmt: skip
-            if len(x) == 1 and matrix.bits < 8 and fits(matrix.in_features, matrix.bits):
+            if len(x) == 1 and pays(len(matrix.packed), matrix.in_features, matrix.bits):
                 return project(
                     x, norm, matrix.packed, matrix.scale, residual, bits=matrix.bits, in_features=matrix.in_features,
                     eps=config.rms_norm_eps, gate=gate, dtype=dtype,
@@ -250,7 +259,7 @@ class GpuEngine:
             qkv = projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
             positions = (self._cos, self._sin, storage.start, keys, values, H)
             if length is None:
-                mixed = attention.attend(qkv, *positions, storage.parts)
+                mixed = attention.attend(qkv, *positions, storage.parts, constant=self.graphs)
             else:
                 mixed = _attend(attention.rotate(qkv, *positions), keys, values, length)
             h = projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
@@ -275,11 +284,21 @@ class GpuEngine:
                 "shorten the prompt or generate fewer tokens"
             )
         capacity = min(-(-max_length // _CAPACITY_STEP) * _CAPACITY_STEP, positions)
-        free = self._free[batch_size, capacity]
-        storage = free.pop() if free else _Storage(self.config, batch_size, capacity, self.dtype, self._device)
+        wanted = (batch_size, capacity)
+        with self._lock:
+            storage = next((s for s in reversed(self._free) if (s.keys.shape[1], s.keys.shape[3]) == wanted), None)
+            if storage is not None:
+                self._free.remove(storage)
+        if storage is None:
+            storage = _Storage(self.config, batch_size, capacity, self.dtype, self._device)
         cache = GpuCache(self.config, storage, max_length)
-        weakref.finalize(cache, free.append, storage)
+        weakref.finalize(cache, self._keep, storage)
         return cache
+
+    def _keep(self, storage: _Storage) -> None:
+        # Runs in whichever thread drops the cache, which may hold the lock: nothing here waits for it.
+        self._free.append(storage)
+        del self._free[:-_KEPT_STORAGES]
 
     def calls(self, batch_sizes: Iterable[int], prompts: Iterable[int]) -> Iterator[Callable[[], object]]:
         """Calls that launch every kernel of decoding with these batch sizes and of prompts of these lengths, for
@@ -300,12 +319,20 @@ class GpuEngine:
 def _attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
     """Causal attention `[B, T, H * D]` of queries `[B, T, H, D]` behind `length` cached positions."""
     B, T, H, D = q.shape
-    total = length + T
-    mask = None
-    if length:
-        mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(length)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys[:, :, :total], values[:, :, :total], attn_mask=mask, is_causal=not length,
-        enable_gqa=keys.shape[1] != H,
-    )  # fmt: skip
+    total, q = length + T, q.transpose(1, 2)
+    keys, values = keys[:, :, :total], values[:, :, :total]
+    if not length:
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=keys.shape[1] != H)
+    else:
+        # Of torch's fused kernels none takes a mask together with shared heads, and the unfused one stores all scores.
+        # So the heads of a layer are repeated for the time of the call, and the mask is made for some rows at a time.
+        keys, values = (part.repeat_interleave(H // part.shape[1], 1) for part in (keys, values))
+        positions, rows = torch.arange(total, device=q.device), max(1, _MASK_VALUES // total)
+        parts = []
+        for first, part in enumerate(q.split(rows, 2)):
+            own = length + first * rows + torch.arange(part.shape[2], device=q.device)
+            parts.append(
+                F.scaled_dot_product_attention(part, keys, values, attn_mask=positions[None] <= own[:, None])
+            )
+        out = torch.cat(parts, 2)
     return out.transpose(1, 2).reshape(B, T, H * D)

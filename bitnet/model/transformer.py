@@ -102,6 +102,11 @@ class Attention(nn.Module):
         if 1 < T < total:  # new tokens behind cached ones: row t sees the S cached positions and the first t + 1 new
             mask = torch.ones(T, total, dtype=torch.bool, device=q.device).tril(total - T)
         grouped = q.shape[1] != k.shape[1]
+        if grouped and mask is not None and q.device.type == "cuda":
+            # Of torch's fused kernels none takes a mask together with shared heads, and the unfused one stores all
+            # scores, in training until the backward pass.
+            k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+            grouped = False
         causal = mask is None and T == total > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o_proj(self.attn_sub_norm(rearrange(out, "b heads t d -> b t (heads d)")))

@@ -72,7 +72,8 @@ def padded(in_features: int) -> int:
 
 
 def quantize_activations(
-    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none", *, constant: bool = False
+    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none", *, constant: bool = False,
+    warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 `[M, padded(K)]`, scale float32 `[M]` and row sums int32 `[M]` of x, float `[M, K]`.
 
@@ -101,6 +102,6 @@ def quantize_activations(
         launch(
             quantize_kernel, (M,), x, x if norm_weight is None else norm_weight, codes, scale, total, K=K, WIDTH=width,
             BLOCK=block, NORM=norm_weight is not None, GATE=gate, EPS=eps, SMALLEST=SCALE_EPS,
-            AHEAD=constant, warps=min(16, max(1, block // 256)),
+            AHEAD=constant, warps=warps or min(16, max(1, block // 256)),
         )  # fmt: skip
     return codes, scale, total

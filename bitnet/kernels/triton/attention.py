@@ -88,7 +88,7 @@ def turned(pointer, d, inside, c, s, D: tl.constexpr):
 def attend_kernel(
     qkv, cos, sin, start, keys, values, part, largest, total, arrived, out, S, H: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
     log2(e) / sqrt(D), so that powers are of 2. The program of a group that comes last joins the parts of all."""
@@ -97,30 +97,32 @@ def attend_kernel(
     group, split = tl.program_id(0), tl.program_id(1)
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     wide, heads = d < D, r < R
-    wait_for_inputs(PDL)
+    if not AHEAD:
+        wait_for_inputs(PDL)
     position = tl.load(start)
     exists = (position < S) & (position < POSITIONS)
     c = tl.load(cos + position * D + d, mask=wide & exists, other=0.0)
     s = tl.load(sin + position * D + d, mask=wide & exists, other=0.0)
+    cached = group.to(tl.int64) * S * D
+    tile = split
+    t = tile * TILE + tl.arange(0, TILE)
+    old = ((t < position) & (t < S))[:, None] & wide
+    k = tl.load(keys + cached + t[:, None] * D + d, mask=old, other=0.0)
+    v = tl.load(values + cached + t[:, None] * D + d, mask=old, other=0.0)
+    if AHEAD:
+        wait_for_inputs(PDL)
     row = qkv + (group // G).to(tl.int64) * (H + 2 * G) * D
     query = turned(row + (group % G * R + r) * D, d, wide & heads, c, s, D).to(stored)
     new_key = turned(row + (H + group % G) * D, d, wide, c, s, D).to(stored)
     new_value = tl.load(row + (H + G + group % G) * D + d, mask=wide, other=0.0)
-    cached = group.to(tl.int64) * S * D
     if position // TILE % SPLITS == split:
         tl.store(keys + cached + position * D + d, new_key, mask=wide & exists)
         tl.store(values + cached + position * D + d, new_value, mask=wide & exists)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    tile = split
     while tile <= position // TILE:
-        t = tile * TILE + tl.arange(0, TILE)
         seen = (t <= position) & (t < S)
-        old = ((t < position) & (t < S))[:, None] & wide
-        at = cached + t[:, None] * D + d
-        k = tl.load(keys + at, mask=old, other=0.0)
-        v = tl.load(values + at, mask=old, other=0.0)
         newest = (t == position)[:, None]  # on its way to memory: taken from here
         k = tl.where(newest, new_key, k)
         v = tl.where(newest, new_value, v)
@@ -134,6 +136,10 @@ def attend_kernel(
         acc = acc * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         highest = top
         tile += SPLITS
+        t = tile * TILE + tl.arange(0, TILE)
+        old = ((t < position) & (t < S))[:, None] & wide
+        k = tl.load(keys + cached + t[:, None] * D + d, mask=old, other=0.0)
+        v = tl.load(values + cached + t[:, None] * D + d, mask=old, other=0.0)
     own = (group.to(tl.int64) * SPLITS + split) * ROWS
     tl.store(largest + own + tl.arange(0, ROWS), highest)
     tl.store(total + own + tl.arange(0, ROWS), weight)
@@ -216,13 +222,14 @@ def _tile(heads: int, groups: int, width: int) -> tuple[int, int]:
 
 def attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, values: Tensor, heads: int,
-    parts: AttentionParts,
+    parts: AttentionParts, *, constant: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention `[B, 1, H * D]` of one new token over the first start + 1 positions of the cache `[B, G, S, D]`.
 
     qkv `[B, 1, (H + 2 G) * D]` of the cache's type: q and k are rotated by the angles of position `start` (int32
     `[1]`), and k and v go to the cache; cos, sin: float32 `[positions, D]`, both halves alike. Where `start` lies
-    behind the cache's or the tables' end nothing is written.
+    behind the cache's or the tables' end nothing is written. `constant` promises that no kernel still running writes
+    `start` or earlier positions of the cache, as inside a CUDA graph of one step.
     """
     B, G, S, D = keys.shape
     rows, block = _tile(heads, G, D)
@@ -238,6 +245,6 @@ def attend(
         attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, parts.part, parts.largest,
         parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
         SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
-        TILE=min(TILE, max(16, TILE * 256 // (block * qkv.element_size()))), warps=4,
+        AHEAD=constant, TILE=min(TILE, max(16, TILE * 256 // (block * qkv.element_size()))), warps=8,
     )  # fmt: skip
     return out

@@ -1,13 +1,12 @@
 """The product of INT8 activations and packed weights: the one place that chooses a kernel, and launches it.
 
     tokens      algorithm          kernel
-    1 to 4      dot4               integer dot instructions, weights read once          dot4.py
+    1, 2        dot4               integer dot instructions, weights read once          dot4.py
     to 1023     tensor_core        matrix instructions, unpacked in registers, split K   tensor_core.py
     1024 on     dense              matrix instructions, unpacked once beforehand         tensor_core.py
     by name     four_lanes, select additions and subtractions only (2 bits)              add_subtract.py
 
-All give the same int32 sums. The bounds come from instruction counts, not from a GPU's clock: `tune()` measures the
-candidates for a shape on the device at hand, and with BITNET_TRITON_TUNE=1 a shape is tuned when it first occurs;
+All give the same int32 sums. Bounds and tiles were measured on an H200; elsewhere `tune()` measures the candidates for a shape on the device at hand, and with BITNET_TRITON_TUNE=1 a shape is tuned when it first occurs;
 the winners are kept in a file in Triton's cache folder.
 """
 
@@ -35,6 +34,9 @@ from bitnet.quant.packing import OFFSET, packed_width
 
 ALGORITHMS = ("dot4", "tensor_core", "dense", "four_lanes", "select")
 DOT4_MAX_TOKENS = 4
+"""What the kernel takes."""
+DOT4_TOKENS = 2
+"""What it is chosen for: from 3 tokens on matrix instructions were faster (H200, 13824 x 2560: 10.0 against 13.7 us)."""
 DENSE_FROM = 1024
 
 
@@ -59,7 +61,7 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         tuned = _tuned_plans(_device_name(device)).get(_key(M, N, K, bits))
         if tuned is not None:
             return tuned
-        algorithm = "dot4" if M <= DOT4_MAX_TOKENS else "tensor_core" if M < DENSE_FROM else "dense"
+        algorithm = "dot4" if M <= DOT4_TOKENS else "tensor_core" if M < DENSE_FROM else "dense"
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm {algorithm!r} is unknown; choose one of {', '.join(ALGORITHMS)}")
     if algorithm in ("four_lanes", "select") and bits != 2:
@@ -68,18 +70,20 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         raise ValueError(f"dot4 takes at most {DOT4_MAX_TOKENS} tokens and there are {M}; choose tensor_core")
     width = packed_width(K, bits)
     if algorithm == "dense":
-        plan = Plan(algorithm, 128, 128, 128, warps=8) if M > 64 else Plan(algorithm, 128, 64, 128)
+        plan = Plan(algorithm, 128, 64, 128)
         return dataclasses.replace(plan, stages=_stages((plan.rows + plan.tokens) * plan.columns, device))
     if algorithm == "tensor_core":
         tokens = min(128, max(16, power_of_2(M)))
-        rows = 128 if tokens == 128 else 64
+        rows = 64 if tokens < 64 and N < 8192 else 128
         plan = Plan(algorithm, rows, tokens, min(64, width) if tokens == 128 else min(128, power_of_2(width)))
+        # Programs for all processors: twice for few tokens, which wait for memory; fewer where the parts of a split
+        # cost more to add than they bring.
         tiles, split = cdiv(N, rows) * cdiv(M, tokens), 1
-        wanted = _processors(device) * (2 if M <= 64 else 1 if M <= 256 else 0)
+        wanted = _processors(device) * (2 if tokens < 64 else 0.6 if tokens == 64 else 1)
         while split < 8 and tiles * split < wanted and width >= 4 * plan.columns * split:
             split *= 2
         stages = _stages((rows + tokens * 8 // bits) * plan.columns, device)
-        return dataclasses.replace(plan, split=split, warps=8 if tokens == 128 else 4, stages=stages)
+        return dataclasses.replace(plan, split=split, warps=8 if tokens == 64 else 4, stages=stages)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
     words = width // 4

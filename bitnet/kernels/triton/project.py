@@ -4,9 +4,9 @@
     y = (sum(c * q) - offset * sum(q)) * s * w_scale + residual          c = w + offset, as it is packed
 
 What `activations.py` and `dot4.py` do in two launches, with the same roundings. Every program quantizes the whole token
-again, from the second-level cache, for its own ROWS rows of weights: for one token that costs less than to wait for
-one program that does it for all (4 us of a step's 14 a layer, measured on an H200). Weights and norm are constants of
-the model and are read before the wait for the kernel before.
+again, from the second-level cache, for its own ROWS rows of weights. On an H200 that takes 4.6 us for 2560 x 2560 where
+two launches take 6.2, but 13.1 us for 13824 x 2560 and 7.9 us for 2560 x 6912 where they take 9.7 and 8.6: it pays for
+few and short rows. Weights and norm are constants of the model and are read before the wait for the kernel before.
 
 A word of packed codes holds 16 weights (2 bits), four to a lane; lane l of word `at` multiplies the four activations
 from `at // 8 * 128 + 32 * l + at % 8 * 4` on (`bitnet/quant/packing.py`). So the token is read as one tile
@@ -130,18 +130,16 @@ def project_kernel(
     tl.store(y + n, value.to(y.dtype.element_ty), mask=n < N)
 
 
-def fits(in_features: int, bits: int) -> bool:
-    """Whether `project` takes rows of this length."""
-    return packed_width(in_features, bits) // 4 <= MAX_WORDS
+def pays(rows: int, in_features: int, bits: int) -> bool:
+    """Whether one launch is faster than two for a matrix of this shape."""
+    return rows <= 4096 and bits < 8 and packed_width(in_features, bits) // 4 <= 256
 
 
-def tile(N: int, in_features: int, bits: int) -> tuple[int, int]:
-    """Rows and warps of a program."""
+def tile(in_features: int, bits: int) -> tuple[int, int]:
+    """Rows and warps of a program: 16 words a thread."""
     columns = power_of_2(packed_width(in_features, bits) // 4)
-    rows = 32 if N >= 8192 else 16
-    while rows > 4 and rows * columns > 8192:
-        rows //= 2
-    return rows, max(1, min(16, rows * columns // 1024))
+    rows = max(4, min(32, 8192 // columns))
+    return rows, max(1, min(16, rows * columns // 512))
 
 
 def project(
@@ -158,7 +156,7 @@ def project(
     N, K = packed.shape[0], in_features
     if gate not in ("none", "silu", "relu2"):
         raise ValueError(f"gate is {gate!r}; choose none, silu or relu2")
-    if not fits(K, bits):
+    if packed_width(K, bits) // 4 > MAX_WORDS:
         raise ValueError(f"rows of {K} codes of {bits} bits do not fit one program; quantize and multiply one by one")
     check("packed", packed, torch.uint8, packed.device, None, packed_width(K, bits))
     check("x", x, None, packed.device, 1, K if gate == "none" else 2 * K)
@@ -169,7 +167,7 @@ def project(
         check("residual", residual, x.dtype, packed.device, 1, N)
     y = torch.empty(1, N, dtype=dtype, device=packed.device)
     words = packed.shape[1] // 4
-    rows, warps = rows_and_warps or tile(N, K, bits)
+    rows, warps = rows_and_warps or tile(K, bits)
     # A kernel without norm or residual gets some pointer, which it does not read.
     launch(
         project_kernel, (cdiv(N, rows),), x, w_scale if norm_weight is None else norm_weight, packed, w_scale,
