@@ -36,8 +36,7 @@ import tyro
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import ggml  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from bitnet.files import write_atomic  # noqa: E402
 from bitnet.kernels import blocks, use_backend  # noqa: E402
@@ -49,6 +48,7 @@ from bitnet.quant.gptq import HessianSum, gptq_quantize, layer_error  # noqa: E4
 from bitnet.quant.gptq_layout import Grid, round_to_nearest  # noqa: E402
 from bitnet.quant.nf4 import nf4_codebook  # noqa: E402
 from bitnet.runtime import cpu_capabilities  # noqa: E402
+from tests.oracles import ggml  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "quantizers.json"
 LEAST_ROWS = 16

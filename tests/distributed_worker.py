@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
 from bitnet import distributed, recipes
 from bitnet.model import BitNetForCausalLM
 from bitnet.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def muon_steps(config: recipes.TrainConfig, world: distributed.World) -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ import torch
 
 import train as trainer
 from bitnet import checkpoint, recipes
-from tests.test_train import configuration, corpus, fill_disk_at, stop_after, tensors  # noqa: F401 - the fixture
-from tests.test_train_faults import poison
+from tests.builders import configuration, tensors
+from tests.faults import fill_disk_at, poison, stop_after
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def slow_disk(monkeypatch) -> list[str]:
     return events
 
 
-def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):  # noqa: F811
+def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):
     optim = recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2)
     base = configuration(tmp_path, corpus, optim=optim, eval_every=2, keep_last=10)
     runs = [
@@ -47,7 +47,7 @@ def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):  # noqa: F8
     assert trainer.Run(runs[1].config, resume=True).step == 8
 
 
-def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):  # noqa: F811
+def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):
     gone_on, train_step, save_tensors = threading.Event(), trainer.Run.train_step, checkpoint.save_tensors
     waited = []
 
@@ -66,7 +66,7 @@ def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):  # noqa: F811
     assert waited == [True] * 4
 
 
-def test_a_full_disk_warns_in_mid_run_and_is_an_error_at_the_end(tmp_path, corpus, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_warns_in_mid_run_and_is_an_error_at_the_end(tmp_path, corpus, monkeypatch, capsys):
     base = configuration(tmp_path, corpus, async_save="on")
     with monkeypatch.context() as patch:
         fill_disk_at(patch, 4)
@@ -81,7 +81,7 @@ def test_a_full_disk_warns_in_mid_run_and_is_an_error_at_the_end(tmp_path, corpu
 
 def test_a_rewind_waits_for_the_checkpoint_that_it_goes_back_to(
     tmp_path,
-    corpus,  # noqa: F811
+    corpus,
     slow_disk,
     monkeypatch,
 ):
@@ -90,7 +90,7 @@ def test_a_rewind_waits_for_the_checkpoint_that_it_goes_back_to(
     assert (run.step, run.data_shift) == (8, 1)
 
 
-def test_what_stops_a_run_waits_for_its_last_checkpoint(tmp_path, corpus, slow_disk, monkeypatch):  # noqa: F811
+def test_what_stops_a_run_waits_for_its_last_checkpoint(tmp_path, corpus, slow_disk, monkeypatch):
     stop_after(monkeypatch, 5)
     run = trainer.train(configuration(tmp_path, corpus, async_save="on"))
     assert run.step == 5

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bitnet import bench, kernels
-from bitnet.checkpoint import TOKENIZER, load_model, resolve, save_checkpoint, save_packed
+from bitnet.checkpoint import TOKENIZER, load_model, resolve, save_packed
 from bitnet.engine import Engine
 from bitnet.kernels import cpu
 from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitNetForCausalLM, bit_linears
 from bitnet.quant import unpack_codes
+from tests.builders import save_run
 
 TINY = PRESETS["tiny"]
 needs_native = pytest.mark.skipif(not native.instruction_sets(), reason="the native kernels were not built")
@@ -24,16 +25,6 @@ SPEEDS = ("tok/s", "GOPS", "GB/s")
 
 def quick(*arguments: str | Path) -> int:
     return bench.main(["--quick", "--threads", "1", "--repeat", "1", *map(str, arguments)])
-
-
-def save_run(folder: Path, quantizer: str = "ternary") -> Path:
-    config = {"model": {**vars(TINY), "quantizer": quantizer}}
-    model = BitNetForCausalLM(TINY.replace(quantizer=quantizer))
-    tokenizer = bench.train_tokenizer([bench.TEXT], 512, max_bytes=100_000, threads=1).model_proto
-    save_checkpoint(
-        folder, model=model, optimizer_state={}, state={"step": 1}, config=config, tokenizer=tokenizer, best=True
-    )
-    return folder
 
 
 def script(path: Path, body: str) -> Path:
@@ -95,8 +86,8 @@ def test_a_quick_run_prints_its_tables_and_writes_the_same_numbers(tmp_path, cap
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_model_of_ones_own(tmp_path, capsys, packed):
-    folder = save_run(tmp_path / "run")
+def test_a_model_of_ones_own(tmp_path, capsys, tokenizer, packed):
+    folder = save_run(tmp_path / "run", BitNetForCausalLM(TINY), tokenizer)
     if packed:
         checkpoint = resolve(folder)
         folder = tmp_path / "packed"
@@ -268,8 +259,8 @@ def test_wrong_arguments_are_named_before_anything_runs(monkeypatch, capsys, arg
     assert captured.out == ""
 
 
-def test_a_float_model_runs_in_torch(tmp_path, capsys):
-    run = save_run(tmp_path / "run", "none")
+def test_a_float_model_runs_in_torch(tmp_path, capsys, tokenizer):
+    run = save_run(tmp_path / "run", BitNetForCausalLM(TINY.replace(quantizer="none")), tokenizer)
     assert quick(run) == 0
     out = capsys.readouterr().out
     assert "note: a float model: torch ran it, without gate and limits" in out

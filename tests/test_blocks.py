@@ -1,20 +1,13 @@
 """The GGUF block formats: ggml's bytes, the better search, torch against native code, mixtures against llama.cpp."""
 
 import functools
-import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ggml
-import llama
-import oracles
 
 from bitnet.interop.gguf_file import GGUFFile, TensorToWrite, write_file
 from bitnet.interop.gguf_write import FILE_TYPES
@@ -32,23 +25,20 @@ from bitnet.quant.blocks import (
     simple,
     ternary,
 )
+from tests import oracles
+from tests.oracles import ggml, llama
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
 FAMILY = {kind: family for family in (simple, kquants, ternary) for kind in family.BITS}
 TERNARY = ("TQ1_0", "TQ2_0")
 BUILT = native_blocks.available()
+
+
 # One instruction set for each build of blocks.cpp.
 ISAS = [name for name in ("avx512_vnni", "avx2", "neon", "scalar") if name in native.instruction_sets() and BUILT]
 needs_native = pytest.mark.skipif(not BUILT, reason="the native kernels were not built; install with a C++ compiler")
 K, ROWS = 512, 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers here, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 # What is quantized

@@ -5,7 +5,6 @@ import io
 import json
 import sys
 
-import oracles
 import pytest
 import torch
 
@@ -16,59 +15,10 @@ from bitnet.loading import open_model
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.tokenizer import ChatTemplate, HuggingFaceTokenizer, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.chat import require
+from tests import oracles
+from tests.conversations import CHATML, DEFAULT_SYSTEM, EVERYTHING, LLAMA2, LLAMA3, ZEPHYR
+from tests.vocabularies import byte_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-DEFAULT_SYSTEM = (  # as SmolLM2 has it
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful assistant<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
-    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
-    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if loop.index0 == 0 and system_message != false %}"
-    "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}"
-    "{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
-    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
-    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-ZEPHYR = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-EVERYTHING = """{%- set ns = namespace(turns=0, text='') -%}
-{%- if tools is not none and tools is defined %}{{ raise_exception('no tools here') }}{% endif -%}
-{{ bos_token }}{% for m in messages %}
-    {%- if m.role == 'stop' %}{% break %}{% endif %}
-    {%- if m.content == 'skip' %}{% continue %}{% endif %}
-    {%- set ns.turns = ns.turns + 1 %}
-    {% generation %}
-    [{{ m | tojson }}|{{ m.content | tojson(indent=2) }}|{{ loop.index }}]
-    {% endgeneration %}
-{% endfor %}
-{{ ns.turns }} {{ strftime_now('%Y') }} {{ pad_token is defined }} {{ nothing }}
-{%- if add_generation_prompt %} >{% endif %}"""
 TEMPLATES = {
     "chatml": CHATML, "smollm2": DEFAULT_SYSTEM, "llama-2": LLAMA2, "llama-3": LLAMA3, "zephyr": ZEPHYR,
     "everything": EVERYTHING,
@@ -78,24 +28,10 @@ CONVERSATIONS = [
     [("system", "Brief."), ("user", "Is 2 < 3 & \"so\"?"), ("assistant", " Yes.\n"), ("user", "T\u00e9 \U0001f600")],
     [("user", "a"), ("assistant", "b"), ("user", "c\n\n"), ("assistant", ""), ("user", "skip")],
 ]  # fmt: skip
-SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|assistant|>"]
 
 
 def conversation(pairs) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in pairs]
-
-
-def byte_tokenizer(specials=SPECIALS, **settings) -> HuggingFaceTokenizer:
-    """Every byte a token, and the special tokens behind them."""
-    import tokenizers
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    backend.add_special_tokens(list(specials))
-    ids = {"unk_id": "<unk>", "bos_id": "<s>", "eos_id": "</s>"}
-    return HuggingFaceTokenizer(backend, **({k: backend.token_to_id(v) for k, v in ids.items()} | settings))
 
 
 @pytest.fixture(scope="module")

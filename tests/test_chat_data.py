@@ -3,17 +3,12 @@
 import dataclasses
 import gzip
 import io
-import itertools
 import json
 from pathlib import Path
 
-import llama
-import oracles
 import pytest
 import sentencepiece
 import torch
-from test_chat import CHATML, DEFAULT_SYSTEM, LLAMA2, LLAMA3, SPECIALS, ZEPHYR
-from test_train import stop_after, tensors
 
 import generate
 import train as trainer
@@ -24,22 +19,15 @@ from bitnet.data import IGNORE_INDEX
 from bitnet.distributed import World
 from bitnet.loading import open_model
 from bitnet.model import PRESETS
-from bitnet.tokenizer import BaseTokenizer, ChatTemplate, HuggingFaceTokenizer, Tokenizer, train_tokenizer
+from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.tracking import read_metrics
-
-TEXT = (
-    "user assistant system\n\nHello, how are you today? I am fine.\n- one\n- two\n1. first\n"
-    "[INST] <<SYS>> <</SYS>> [/INST] is the answer to a question about cats and dogs\n"
-)
-
-
-def chat(*texts: str, system: str | None = None) -> list[dict[str, str]]:
-    """Users and assistants in turn."""
-    roles = itertools.cycle(("user", "assistant"))
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-    return [{"role": "system", "content": system}, *messages] if system is not None else messages
-
+from tests import oracles
+from tests.builders import configuration, tensors
+from tests.conversations import CHATML, DEFAULT_SYSTEM, LLAMA2, LLAMA3, ZEPHYR, chat, write_chats
+from tests.faults import stop_after
+from tests.oracles import llama
+from tests.vocabularies import CHAT_TEXT, byte_pair_tokenizer
 
 CHATS = [
     chat("Hello", "I am fine."),
@@ -49,34 +37,20 @@ CHATS = [
 ]
 
 
-def byte_pair_tokenizer() -> HuggingFaceTokenizer:
-    """A byte-level tokenizer.json with merges of its own, some of which reach over a newline."""
-    import tokenizers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([TEXT, "assistant\n\n- ", "<|assistant|>\nis"] * 4, trainer)
-    return HuggingFaceTokenizer(backend, bos_id=1, eos_id=2, unk_id=0)
-
-
 def prefixed_tokenizer() -> Tokenizer:
     """A sentencepiece model that puts a space in front of every text, as LLaMA's does."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20), model_writer=model, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=3,
+        sentence_iterator=iter([CHAT_TEXT] * 20), model_writer=model, model_type="bpe", vocab_size=320,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        minloglevel=3,
     )  # fmt: skip
     return Tokenizer(model.getvalue())
 
 
 @pytest.fixture(scope="module")
 def own() -> Tokenizer:
-    return train_tokenizer([TEXT * 20], 330)
+    return train_tokenizer([CHAT_TEXT * 20], 330)
 
 
 @pytest.fixture(scope="module", params=["own", "prefixed", "byte pair"])
@@ -171,15 +145,8 @@ def test_conversations_without_an_answer_have_no_pieces(own):
     assert ChatTemplate(PLAIN_TEMPLATE, own).encode_answers([]) == []
 
 
-# Files
-
-
-def write(path, chats) -> None:
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8")
-
-
 def test_both_forms_and_every_place_of_files_are_read(tmp_path):
-    write(tmp_path / "a.jsonl", CHATS[:1])
+    write_chats(tmp_path / "a.jsonl", CHATS[:1])
     names = {"user": "human", "assistant": "gpt"}
     lines = [
         {"conversations": [{"from": names.get(m["role"], m["role"]), "value": m["content"]} for m in messages]}
@@ -212,7 +179,7 @@ def test_both_forms_and_every_place_of_files_are_read(tmp_path):
     ],
 )
 def test_bad_lines_are_named(tmp_path, own, line, message):
-    write(tmp_path / "a.jsonl", CHATS[:1])
+    write_chats(tmp_path / "a.jsonl", CHATS[:1])
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -226,12 +193,12 @@ def test_bad_data_says_so(tmp_path, own):
         tokenize_chats(tmp_path / "nothing", template, tmp_path)
     with pytest.raises(ValueError, match=r"no \.jsonl"):
         tokenize_chats(tmp_path, template, tmp_path)
-    write(tmp_path / "one.jsonl", [CHATS[0], chat("a")])
+    write_chats(tmp_path / "one.jsonl", [CHATS[0], chat("a")])
     with pytest.raises(ValueError, match="1 conversations with an answer; two are needed"):
         tokenize_chats(tmp_path / "one.jsonl", template, tmp_path)
     with pytest.raises(ValueError, match="val_fraction is 0"):
         tokenize_chats(tmp_path / "one.jsonl", template, tmp_path, val_fraction=0)
-    write(tmp_path / "two.jsonl", [chat("user" * 50, "x")] * 3)
+    write_chats(tmp_path / "two.jsonl", [chat("user" * 50, "x")] * 3)
     chats = tokenize_chats(tmp_path / "two.jsonl", template, tmp_path)
     with pytest.raises(ValueError, match="no conversation of the train split fits into 20 tokens"):
         ChatRows(chats, "train", 20)
@@ -259,7 +226,7 @@ def many(tmp_path_factory) -> list[list[dict[str, str]]]:
 @pytest.fixture(scope="module")
 def chats(own, many, tmp_path_factory) -> TokenizedChats:
     folder = tmp_path_factory.mktemp("chats")
-    write(folder / "many.jsonl", many)
+    write_chats(folder / "many.jsonl", many)
     return tokenize_chats(folder / "many.jsonl", ChatTemplate(PLAIN_TEMPLATE, own), folder, val_fraction=0.1)
 
 
@@ -413,18 +380,17 @@ def opposites(tmp_path_factory):
         chosen = torch.randperm(len(words), generator=generator)[: 1 + int(torch.randint(3, (1,), generator=generator))]
         chats.append(chat(*(text for i in chosen for text in (question(words[i]), answer(words[i])))))
     path = tmp_path_factory.mktemp("opposites") / "opposites.jsonl"
-    write(path, chats)
+    write_chats(path, chats)
     return path
 
 
-def configuration(tmp_path, chats, **changes) -> recipes.TrainConfig:
+def chat_configuration(tmp_path, chats, **changes) -> recipes.TrainConfig:
     defaults = {
         "model": PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, num_hidden_layers=1),
         "data": recipes.DataConfig(chat=str(chats), cache=str(tmp_path / "data")),
-        "out": str(tmp_path / "run"), "steps": 6, "batch_size": 4, "eval_every": 3, "sample_every": 0, "log_every": 1,
-        "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
+        "steps": 6, "eval_every": 3, "eval_tokens": recipes.TrainConfig.eval_tokens,
     }  # fmt: skip
-    return recipes.TrainConfig(**{**defaults, **changes})
+    return configuration(tmp_path, chats, **{**defaults, **changes})
 
 
 def gradient(run: trainer.Run) -> torch.Tensor:
@@ -435,7 +401,7 @@ def gradient(run: trainer.Run) -> torch.Tensor:
 def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_batches, processes):
     model = PRESETS["tiny"].replace(vocab_size=310, max_position_embeddings=96, num_hidden_layers=1, quantizer="none")
     path = chats.folder.parent / "many.jsonl"
-    config = configuration(tmp_path, path, model=model, micro_batches=micro_batches)
+    config = chat_configuration(tmp_path, path, model=model, micro_batches=micro_batches)
     losses, gradients = [], []
     for rank in range(processes):
         run = trainer.Run(config, False)
@@ -456,7 +422,7 @@ def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_
 @pytest.mark.parametrize("quantizer", ["none", "ternary"])
 def test_in_a_row_a_conversation_is_as_if_alone(tmp_path, opposites, quantizer):
     model = PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, quantizer=quantizer)
-    run = trainer.Run(configuration(tmp_path, opposites, model=model), False)
+    run = trainer.Run(chat_configuration(tmp_path, opposites, model=model), False)
     packed = run.data.rows("train", 96)
     input_ids, labels, documents = packed.read([len(packed) // 2])
     assert int(documents.max()) >= 2
@@ -469,7 +435,7 @@ def test_in_a_row_a_conversation_is_as_if_alone(tmp_path, opposites, quantizer):
 
 
 def test_an_interrupted_run_of_conversations_resumes_bit_for_bit(tmp_path, opposites, monkeypatch, capsys):
-    config = configuration(tmp_path, opposites, micro_batches=2, sample_every=5)
+    config = chat_configuration(tmp_path, opposites, micro_batches=2, sample_every=5)
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
     assert "What is the opposite of" in capsys.readouterr().out  # samples answer a held-out question
     stop_after(monkeypatch, 2)

@@ -10,11 +10,11 @@ import types
 from pathlib import Path
 
 import numpy as np
-import oracles
 import pytest
 
 from bitnet import corpus as corpora
 from bitnet.corpus import open_corpus
+from tests import oracles
 
 
 def test_txt_is_one_document_unchanged(tmp_path):

@@ -1,7 +1,6 @@
 """Several processes on gloo: the loss curve of one process, checkpoints that change their number, ranks that hang."""
 
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -17,52 +16,31 @@ import torch
 import train as trainer
 from bitnet import checkpoint, distributed, recipes, runtime, sharded
 from bitnet.distributed import World, placed_like, start
-from bitnet.model import PRESETS
 from bitnet.tracking import read_metrics
+from tests import ROOT
+from tests.builders import SMALL, configuration, losses, tensors, torchrun
 from tests.distributed_worker import muon_steps
-from tests.test_train import SMALL, tensors
 
-ROOT = Path(__file__).parent.parent
 LONG = bool(os.environ.get("BITNET_LONG"))  # also what takes minutes
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def words(tmp_path_factory) -> Path:
+    """A corpus of twenty words in any order."""
     generator = torch.Generator().manual_seed(0)
-    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne") for b in ("ra", "su", "to", "vi", "we")]
+    vocabulary = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne") for b in ("ra", "su", "to", "vi", "we")]
     folder = tmp_path_factory.mktemp("corpus") / "words"
     folder.mkdir()
     for part in range(40):
-        picks = torch.randint(len(words), (300,), generator=generator).tolist()
-        (folder / f"{part:02}.txt").write_text(" ".join(words[i] for i in picks) + "\n")
+        picks = torch.randint(len(vocabulary), (300,), generator=generator).tolist()
+        (folder / f"{part:02}.txt").write_text(" ".join(vocabulary[i] for i in picks) + "\n")
     return folder
 
 
-def configuration(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
-    defaults = {
-        "model": PRESETS["tiny"].replace(vocab_size=300, max_position_embeddings=32, num_hidden_layers=1),
-        "data": recipes.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
-        "optim": recipes.OptimConfig(lr=5e-4, warmup_steps=2),
-        "steps": 50, "batch_size": 8, "eval_every": 50, "eval_tokens": 512, "sample_every": 0, "log_every": 1,
-        "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
-    }  # fmt: skip
-    return recipes.TrainConfig(**{**defaults, **changes})
-
-
-def torchrun(processes: int, tmp_path: Path, jobs: list[dict]) -> subprocess.CompletedProcess:
-    path = tmp_path / f"jobs-{processes}.json"
-    path.write_text(json.dumps([{"resume": False, "hang": None} | job for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, str(ROOT / "tests" / "distributed_worker.py"), str(path)], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-
-
-def losses(config: recipes.TrainConfig) -> torch.Tensor:
-    rows = [row for row in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
-    return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+def curve(tmp_path: Path, words: Path, **changes) -> recipes.TrainConfig:
+    """A run long enough that curves could part."""
+    defaults = {"optim": recipes.OptimConfig(lr=5e-4, warmup_steps=2), "steps": 50, "batch_size": 8, "eval_every": 50}
+    return configuration(tmp_path, words, **{**defaults, **changes})
 
 
 def nudged(config: recipes.TrainConfig, towards: float) -> recipes.TrainConfig:
@@ -79,8 +57,8 @@ def difference(found: recipes.TrainConfig, expected: recipes.TrainConfig) -> tor
     return (losses(found) / losses(expected) - 1).abs()
 
 
-def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
-    base = configuration(tmp_path, corpus)
+def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, words):
+    base = curve(tmp_path, words)
     twin = dataclasses.replace(base, model=base.model.replace(quantizer="none"))
     muon = recipes.OptimConfig(optimizer="muon", lr=5e-4, warmup_steps=2)
     fading = dataclasses.replace(base, float_start=0.2, ramp=0.2, steps=20, optim=muon)
@@ -148,8 +126,8 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, corpus, processes):
-    base = configuration(tmp_path, corpus, optim=recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2))
+def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, words, processes):
+    base = curve(tmp_path, words, optim=recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2))
     config = dataclasses.replace(base, model=base.model.replace(intermediate_size=91))  # which they do not divide
     path = tmp_path / "weights.pt"
     result = torchrun(processes, tmp_path, [{"config": dataclasses.asdict(config), "muon": str(path)}])
@@ -163,10 +141,10 @@ def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, corpus, process
 
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
-def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, corpus):
+def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
     if reason := runtime._compile_failure(torch.device("cpu")):
         pytest.skip(reason)
-    base = configuration(tmp_path, corpus, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
+    base = curve(tmp_path, words, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
     eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))
     result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config)} for config in (eager, compiled)])
     assert result.returncode == 0, result.stderr
@@ -177,11 +155,11 @@ def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if LONG else ["fsdp"])
-def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, corpus, strategy):
+def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, words, strategy):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
         "--monitor-interval", "0.1", str(ROOT / "train.py"), *SMALL, "--parallel", strategy, "--steps", "80",
-        "--data.corpus", str(corpus), "--eval-every", "10", "--eval-tokens", "64", "--batch-size", "2",
+        "--data.corpus", str(words), "--eval-every", "10", "--eval-tokens", "64", "--batch-size", "2",
         "--log-every", "1", "--dtype", "float32", "--resume", "auto", "--out",
     ]  # fmt: skip
     options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
@@ -236,8 +214,8 @@ def test_each_start_has_a_part_of_the_store_of_its_own():
         distributed._own_part(store, 2, 3, 0.1)
 
 
-def test_a_hung_process_ends_the_run(tmp_path, corpus):
-    config = configuration(tmp_path, corpus, out=str(tmp_path / "run"), steps=5, parallel="ddp", timeout_minutes=4 / 60)
+def test_a_hung_process_ends_the_run(tmp_path, words):
+    config = curve(tmp_path, words, out=str(tmp_path / "run"), steps=5, parallel="ddp", timeout_minutes=4 / 60)
     trainer.prepare_data(config, None)
     result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config), "hang": 1}])
     assert result.returncode != 0
@@ -256,8 +234,8 @@ def test_one_process_needs_no_group():
         start("fsdp", torch.device("cpu"), 1)
 
 
-def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, corpus):
-    config = configuration(tmp_path, corpus, batch_size=8, micro_batches=2)
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, words):
+    config = curve(tmp_path, words, batch_size=8, micro_batches=2)
     with pytest.raises(ValueError, match=r"batch_size 8 cannot be shared by 3 processes.*multiple of 6"):
         trainer.Run(config, False, World(0, 3, "ddp"))
 

@@ -15,8 +15,7 @@ from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.model.transformer import document_ids, document_mask
 from bitnet.sampling import document_borders
 from bitnet.tracking import read_metrics
-from tests.test_distributed import losses, torchrun
-from tests.test_train import configuration, corpus  # noqa: F401 - the fixture
+from tests.builders import configuration, losses, torchrun
 
 BOS, EOS = 1, 2
 LENGTHS = (5, 2, 9, 3, 5)  # of the documents in a window; the first is the end of one that began before
@@ -129,7 +128,7 @@ def test_a_tokenizer_without_borders_is_refused():
     assert document_borders(Bare())(ids).tolist() == [[0, 0, 1, 1]]  # type: ignore[arg-type]
 
 
-def masked(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:  # noqa: F811
+def masked(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
     """A run on documents much shorter than its windows."""
     lines = [line for file in sorted(corpus.iterdir()) for line in file.read_text().splitlines()]
     text = tmp_path / "short.jsonl"
@@ -139,7 +138,7 @@ def masked(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:  # n
     return configuration(tmp_path, corpus, data=data, optim=optim, batch_size=8, steps=10, **changes)
 
 
-def test_training_and_evaluation_are_masked(tmp_path, corpus):  # noqa: F811
+def test_training_and_evaluation_are_masked(tmp_path, corpus):
     config = masked(tmp_path, corpus)
     run = trainer.train(config)
     ids, _ = run.sampler.batch(0)
@@ -156,7 +155,7 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):  # noqa: F811
     assert float((losses(plain) / losses(config) - 1).abs().max()) > 1e-4
 
 
-def test_a_compiled_step_is_masked_too(tmp_path, corpus):  # noqa: F811
+def test_a_compiled_step_is_masked_too(tmp_path, corpus):
     if reason := runtime._compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     found = []
@@ -169,7 +168,7 @@ def test_a_compiled_step_is_masked_too(tmp_path, corpus):  # noqa: F811
     assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 1e-2
 
 
-def test_two_processes_are_masked_as_one(tmp_path, corpus):  # noqa: F811
+def test_two_processes_are_masked_as_one(tmp_path, corpus):
     base = masked(tmp_path, corpus, out=str(tmp_path / "one"))
     trainer.train(base)
     two = [

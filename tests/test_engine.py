@@ -39,10 +39,13 @@ from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
 from bitnet.sampling import Mixture
 from bitnet.tokenizer import Tokenizer
+from tests.builders import packed_model, random_ids, torch_logits
 
 ISAS = native.instruction_sets()
-pytestmark = pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler")
-
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
+]
 BASE = ModelConfig(
     vocab_size=50, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
@@ -64,17 +67,11 @@ CHANGES: dict[str, dict] = {
     "int8, untied": {"quantizer": "int8", "tie_word_embeddings": False, "hidden_act": "relu2"},
 }
 CONFIGS = {name: BASE.replace(**changes) for name, changes in CHANGES.items()}
+
+
 # Wider than q, k and v together, than the heads and than the feed-forward layer.
 NARROW = BASE.replace(hidden_size=320, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=10)
 GREEDY = SamplingConfig(temperature=0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers here, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -84,31 +81,8 @@ def automatic_choices() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def set_threads() -> Iterator[None]:
-    """The test may change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def packed_model(config: ModelConfig, seed: int = 0) -> BitNetForCausalLM:
-    """A random packed model, norms included."""
-    torch.manual_seed(seed)
-    model = BitNetForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    return model.pack()
-
-
 def engine_of(config: ModelConfig, seed: int = 0, **options: str) -> Engine:
     return Engine.from_model(packed_model(config, seed), **options)
-
-
-def random_ids(config: ModelConfig, *shape: int) -> Tensor:
-    return torch.randint(config.vocab_size, shape)
 
 
 def in_pieces(engine: Engine, ids: Tensor, sizes: list[int]) -> Tensor:
@@ -116,12 +90,6 @@ def in_pieces(engine: Engine, ids: Tensor, sizes: list[int]) -> Tensor:
     assert sum(sizes) == ids.shape[1]
     cache = engine.new_cache(*ids.shape)
     return torch.cat([engine(piece, cache) for piece in ids.split(sizes, dim=1)], dim=1)
-
-
-@torch.no_grad()
-def torch_logits(model: BitNetForCausalLM, ids: Tensor) -> Tensor:
-    with kernels.use_backend("reference"):
-        return model(ids)
 
 
 # Against the specification

@@ -2,7 +2,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,12 +21,14 @@ from bitnet.quant.formats import (
     main,
     memory_bytes,
 )
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DTYPES = {
     FP32: (torch.float32, torch.int32), FP16: (torch.float16, torch.int16), BF16: (torch.bfloat16, torch.int16),
     E5M2: (torch.float8_e5m2, torch.uint8), E4M3FN: (torch.float8_e4m3fn, torch.uint8),
 }  # fmt: skip
+
+
 # torch's E4M3FN saturates since 2.12 and gave NaN before.
 SATURATE = dict.fromkeys(FORMATS) | {E4M3FN: not torch.tensor(1000.0).to(torch.float8_e4m3fn).float().isnan().item()}
 SMALL = [format for format in FORMATS if format.bits < 32]

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import oracles
 import pytest
 
 from bitnet import ptq
@@ -23,6 +22,7 @@ from bitnet.interop import gguf, hf, hf_write, quantized
 from bitnet.interop.gguf_file import GGUFFile
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer, train_tokenizer
+from tests import oracles
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

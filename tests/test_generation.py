@@ -1,6 +1,5 @@
 """Sampling against brute force, the decode loop against full forward passes, stop strings, and generate.py whole."""
 
-import dataclasses
 import inspect
 import io
 import itertools
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 import generate as cli
-from bitnet.checkpoint import save_checkpoint
 from bitnet.generation import (
     FILLER,
     GenerationStats,
@@ -27,17 +25,12 @@ from bitnet.generation import (
     limit_new_tokens,
     sample,
 )
-from bitnet.model import PRESETS, BitNetForCausalLM, pack
+from bitnet.model import pack
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from tests import ROOT
+from tests.builders import save_run, tiny_model
 
-ROOT = Path(__file__).parent.parent
 GREEDY = SamplingConfig(temperature=0)
-
-
-def tiny(quantizer: str = "ternary", seed: int = 0, **changes) -> BitNetForCausalLM:
-    torch.manual_seed(seed)
-    model = BitNetForCausalLM(PRESETS["tiny"].replace(quantizer=quantizer, initializer_range=0.2, **changes))
-    return model.eval()
 
 
 def run(model, prompt, n, sampling=GREEDY, seed=0, **kwargs) -> torch.Tensor:
@@ -50,20 +43,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([inspect.getsource(textwrap)], 512, threads=1)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory) -> Path:
     """A run folder whose model has random weights."""
-    run_folder = tmp_path_factory.mktemp("runs") / "tiny"
-    model = tiny()
-    save_checkpoint(
-        run_folder, model=model, optimizer_state={}, state={"step": 1},
-        config={"model": dataclasses.asdict(model.config)}, tokenizer=tokenizer.model_proto, best=True,
-    )  # fmt: skip
-    return run_folder
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", tiny_model(), tokenizer)
 
 
 # Sampling
@@ -185,7 +167,7 @@ def test_settings_out_of_range_are_named(field, value):
 
 @pytest.mark.parametrize("quantizer", ["none", "ternary"])
 def test_greedy_is_the_argmax_of_full_forward_passes(quantizer):
-    model = tiny(quantizer)
+    model = tiny_model(quantizer)
     if quantizer == "ternary":
         pack(model)
     prompt = torch.randint(0, 512, (2, 7))
@@ -205,7 +187,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(quantizer):
 
 
 def test_float64_greedy_equals_the_loop_without_cache():
-    model = tiny("none").double()
+    model = tiny_model("none").double()
     prompt = torch.randint(0, 512, (1, 5))
     ids = prompt
     with torch.inference_mode():
@@ -215,7 +197,7 @@ def test_float64_greedy_equals_the_loop_without_cache():
 
 
 def test_the_seed_decides():
-    model = pack(tiny())
+    model = pack(tiny_model())
     prompt = torch.randint(0, 512, (3, 4))
     config = SamplingConfig(temperature=1.5, top_p=0.95)
     first = run(model, prompt, 12, config, seed=1)
@@ -226,12 +208,12 @@ def test_the_seed_decides():
 
 def test_samples_of_one_prompt_differ():
     prompt = torch.tensor([[1, 2, 3]]).expand(4, -1)
-    rows = run(tiny(), prompt, 8, SamplingConfig(1.0), seed=0).tolist()
+    rows = run(tiny_model(), prompt, 8, SamplingConfig(1.0), seed=0).tolist()
     assert len({tuple(row) for row in rows}) == 4
 
 
 def test_greedy_rows_do_not_depend_on_their_neighbours():
-    model = tiny("none").double()
+    model = tiny_model("none").double()
     prompt = torch.randint(0, 512, (3, 6))
     together = run(model, prompt, 10)
     assert torch.equal(together, torch.cat([run(model, row[None], 10) for row in prompt]))
@@ -239,7 +221,7 @@ def test_greedy_rows_do_not_depend_on_their_neighbours():
 
 def test_repetition_penalty_counts_prompt_and_generated_tokens():
     # Under a huge penalty every token of a float model's text is new, as long as one is left.
-    model = tiny("none", vocab_size=40)
+    model = tiny_model("none", vocab_size=40)
     prompt = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
     ids = torch.cat([prompt, run(model, prompt, 20, SamplingConfig(0, repetition_penalty=1e6))], 1)
     with torch.inference_mode():
@@ -251,7 +233,7 @@ def test_repetition_penalty_counts_prompt_and_generated_tokens():
 
 
 def test_rows_end_at_eos_and_then_yield_filler():
-    model = tiny("none").double()
+    model = tiny_model("none").double()
     prompt = torch.randint(0, 512, (2, 5))
     free = run(model, prompt, 30)
     # A token of row 0's text that row 1 meets later or never.
@@ -275,12 +257,12 @@ def test_rows_end_at_eos_and_then_yield_filler():
 
 def test_padded_rows_of_the_head_are_never_drawn():
     config = SamplingConfig(temperature=50.0, repetition_penalty=1.1)
-    new = run(tiny(), torch.tensor([[5]] * 8), 20, config, vocab_size=10)
+    new = run(tiny_model(), torch.tensor([[5]] * 8), 20, config, vocab_size=10)
     assert int(new.max()) < 10
 
 
 def test_generation_fills_the_positions_and_no_more():
-    model = tiny(max_position_embeddings=32)
+    model = tiny_model(max_position_embeddings=32)
     assert run(model, torch.ones(1, 20, dtype=torch.int64), 100).shape == (1, 12)
     assert run(model, torch.ones(1, 31, dtype=torch.int64), 100).shape == (1, 1)
     assert limit_new_tokens(model.config, 20, 100) == 12
@@ -307,11 +289,11 @@ def test_generation_fills_the_positions_and_no_more():
 def test_bad_input_is_refused_before_the_first_step(ids, changes, message):
     arguments = {"max_new_tokens": 5, "sampling": GREEDY, "seed": 0, **changes}
     with pytest.raises(ValueError, match=message):
-        generate(tiny(), ids, **arguments)
+        generate(tiny_model(), ids, **arguments)
 
 
 def test_a_diverged_model_is_named():
-    model = tiny()
+    model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     with pytest.raises(ValueError, match="logits are not finite after 2 tokens"):
@@ -319,12 +301,12 @@ def test_a_diverged_model_is_named():
 
 
 def test_consumers_do_not_run_in_inference_mode():
-    for _ in generate(tiny(), torch.tensor([[1, 2]]), max_new_tokens=3, sampling=GREEDY, seed=0):
+    for _ in generate(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=3, sampling=GREEDY, seed=0):
         assert not torch.is_inference_mode_enabled()
 
 
 def test_stats_count_tokens_and_bytes():
-    model = tiny()
+    model = tiny_model()
     config = model.config
     stats = GenerationStats()
     run(pack(model), torch.ones(3, 5, dtype=torch.int64), 7, stats=stats)
@@ -345,7 +327,7 @@ def test_stats_count_tokens_and_bytes():
 
 
 def test_weight_bytes_leave_out_an_untied_embedding_table():
-    tied, untied = (tiny(tie_word_embeddings=tie) for tie in (True, False))
+    tied, untied = (tiny_model(tie_word_embeddings=tie) for tie in (True, False))
     assert tied.weight_bytes() == untied.weight_bytes() == sum(4 * p.numel() for p in tied.parameters())
 
 
@@ -462,7 +444,9 @@ def test_the_same_seed_gives_the_same_text(call):
 def test_generate_prints_what_the_model_says(call, checkpoint, tokenizer):
     _, out, _ = call("--prompt", "text", "--max-new-tokens", "10", "--seed", "3", "--no-echo")
     ids = torch.tensor([tokenizer.encode("text", bos=True)])
-    new = run(tiny().pack(), ids, 10, SamplingConfig(0.8, top_p=0.95), seed=3, eos_id=tokenizer.eos_id)[0].tolist()
+    new = run(tiny_model().pack(), ids, 10, SamplingConfig(0.8, top_p=0.95), seed=3, eos_id=tokenizer.eos_id)[
+        0
+    ].tolist()
     assert out.removesuffix("\n") == tokenizer.decode(new).removesuffix("\n")
 
 

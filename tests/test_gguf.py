@@ -2,18 +2,12 @@
 
 import ctypes
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ggml as ggml_oracle
-import oracles
-from llama import LlamaModel, quantize
 
 from bitnet import kernels
 from bitnet.corpus import open_corpus
@@ -27,6 +21,9 @@ from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear, bit_linea
 from bitnet.quant import quantize_ternary, unpack_codes
 from bitnet.quant.i2s import pack_i2_s, unpack_i2_s
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from tests import oracles
+from tests.oracles import ggml as ggml_oracle
+from tests.oracles.llama import LlamaModel, quantize
 
 SHAPE = ModelConfig(
     vocab_size=400, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,

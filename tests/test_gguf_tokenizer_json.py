@@ -4,23 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import oracles
 import pytest
 import tokenizers
-from test_tokenizer import foreign_model, stdlib_text
-from test_tokenizer_gguf import (
-    REGEX_OF_LLAMA_3,
-    REGEX_OF_TEKKEN,
-    SPECIALS,
-    TEXTS,
-    Vocabulary,
-    byte_level_metadata,
-    differences,
-    has_case_or_marks,
-    split,
-    vocabulary,
-)
-from test_tokenizer_huggingface import BACKENDS
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -33,6 +18,20 @@ from bitnet.loading import open_tokenizer
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, from_gguf_metadata, train_tokenizer
 from bitnet.tokenizer.gguf import _RULE_OF, PRE_TOKENIZERS
+from tests import oracles
+from tests.oracles.llama import Vocabulary, differences, vocabulary
+from tests.vocabularies import (
+    BACKENDS,
+    GGUF_SPECIALS,
+    GGUF_TEXTS,
+    REGEX_OF_LLAMA_3,
+    REGEX_OF_TEKKEN,
+    byte_level_metadata,
+    foreign_model,
+    has_case_or_marks,
+    split,
+    stdlib_text,
+)
 
 KEYS = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token")
 NFC = normalizers.NFC()
@@ -58,7 +57,7 @@ def test_smollm2_there_and_back(tmp_path):
     written = metadata_of(ours)
     for key in (*KEYS, "unknown_token_id", "padding_token_id", "add_space_prefix"):
         assert written[f"tokenizer.ggml.{key}"] == original[f"tokenizer.ggml.{key}"], key
-    texts = [*TEXTS, "<|im_start|>user\nHello, it's 2024!<|im_end|>\n"]
+    texts = [*GGUF_TEXTS, "<|im_start|>user\nHello, it's 2024!<|im_end|>\n"]
     with Vocabulary(source) as before, vocabulary(tmp_path / "x.gguf", written) as after:
         for text in texts:
             assert after.tokenize(text) == before.tokenize(text) == ours.encode(text)
@@ -73,11 +72,14 @@ def test_a_folder_with_a_tokenizer_json_is_exported(tmp_path, capsys):
     hf_write.write(BitNetForCausalLM(config), tmp_path / "hf", "master", tokenizer_files=ours.files())
     assert export.main([str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "F16"]) == 0
     metadata = GGUFFile(tmp_path / "x.gguf").metadata
-    assert metadata["tokenizer.ggml.tokens"][-4:] == [SPECIALS[-1], *(f"[PAD{ours.vocab_size + i}]" for i in range(3))]
+    assert metadata["tokenizer.ggml.tokens"][-4:] == [
+        GGUF_SPECIALS[-1],
+        *(f"[PAD{ours.vocab_size + i}]" for i in range(3)),
+    ]
     with Vocabulary(tmp_path / "x.gguf") as theirs:
-        assert differences(ours, theirs, TEXTS) == []
+        assert differences(ours, theirs, GGUF_TEXTS) == []
     back, _ = open_tokenizer(tmp_path / "x.gguf", "gguf")
-    assert [back.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert [back.encode(text) for text in GGUF_TEXTS] == [ours.encode(text) for text in GGUF_TEXTS]
 
 
 def byte_level(steps: list, *, last: ByteLevel | None = None, **options) -> HuggingFaceTokenizer:
@@ -95,9 +97,9 @@ def byte_level(steps: list, *, last: ByteLevel | None = None, **options) -> Hugg
     backend.decoder = tokenizers.decoders.ByteLevel()
     if "normalizer" in options:
         backend.normalizer = options["normalizer"]
-    backend.add_special_tokens(SPECIALS[:3])
-    backend.add_tokens([AddedToken(SPECIALS[3], normalized=False)])
-    first = len(pieces) - len(SPECIALS)
+    backend.add_special_tokens(GGUF_SPECIALS[:3])
+    backend.add_tokens([AddedToken(GGUF_SPECIALS[3], normalized=False)])
+    first = len(pieces) - len(GGUF_SPECIALS)
     return HuggingFaceTokenizer(backend, bos_id=first, eos_id=first + 2)
 
 
@@ -121,7 +123,7 @@ def test_the_rule_of_a_byte_level_tokenizer_is_found(tmp_path, rule):
     ours = PUBLISHED[rule]()
     metadata = metadata_of(ours)
     assert metadata["tokenizer.ggml.pre"] == rule
-    texts = [text for text in TEXTS if "\u017f" not in text and not (rule == "tekken" and has_case_or_marks(text))]
+    texts = [text for text in GGUF_TEXTS if "\u017f" not in text and not (rule == "tekken" and has_case_or_marks(text))]
     assert ids_differ(metadata, tmp_path / "x.gguf", ours, texts) == []
 
 
@@ -134,7 +136,7 @@ def test_every_rule_comes_back_under_a_name_of_its_own(name):
     for key in KEYS[2:7]:
         assert written[f"tokenizer.ggml.{key}"] == original[f"tokenizer.ggml.{key}"], key
     again = from_gguf_metadata(written)
-    assert again.encode_batch(TEXTS) == ours.encode_batch(TEXTS)
+    assert again.encode_batch(GGUF_TEXTS) == ours.encode_batch(GGUF_TEXTS)
     assert (again.adds_bos, again.eos_ids) == (ours.adds_bos, ours.eos_ids)
 
 
@@ -171,7 +173,7 @@ def test_a_tokenizer_like_sentencepiece_s(tmp_path, prefix, spaces):
             "split": False,
         }
     ours = loaded(state)
-    texts = [text for text in TEXTS if "\u2581" not in text]
+    texts = [text for text in GGUF_TEXTS if "\u2581" not in text]
     if prefix and spaces == "pre-tokenizer":
         texts = [text for text in texts if not text.startswith(" ")]
         with pytest.warns(RuntimeWarning, match="begin with one get other ids"):

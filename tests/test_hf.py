@@ -9,12 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import oracles
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from test_transformer import SHAPES, TINY, oracle, random_ids, random_model
 from torch import Tensor, nn
 
 from bitnet import kernels
@@ -23,10 +21,13 @@ from bitnet.engine import Engine
 from bitnet.interop import hf
 from bitnet.interop.hf import locate, pack_rows, parse_config, read, unpack_rows
 from bitnet.interop.hf_write import files_of, sentencepiece_files, write
-from bitnet.kernels.reference import quantize_activations
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from tests import oracles
+from tests.builders import random_ids, random_model
+from tests.oracles.transformers import SHAPES, TINY, assert_same_logits, assert_same_text, greedy, load, oracle
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
 BASE = TINY.replace(max_position_embeddings=80)
 FORMS = ["packed", "packed-inverse", "master"]
 TEXT = (
@@ -36,88 +37,13 @@ TEXT = (
 )
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    with kernels.use_backend("reference"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return oracles.require("transformers")
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer([TEXT * 30], 400)
 
 
-def load(transformers: Any, folder: Path) -> nn.Module:
-    oracles.require("accelerate")  # transformers wants it for quantized models
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    # They leave embedding and norms of a packed bfloat16 file as they are, and then fail to multiply two dtypes.
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
-    return model
-
-
 def inference_form(model: BitNetForCausalLM, form: str) -> BitNetForCausalLM:
     return model if form == "master" else model.pack(embeddings=False)
-
-
-def assert_same_logits(ours: BitNetForCausalLM, theirs: nn.Module, ids: Tensor, flips: float = 0.25) -> None:
-    """Logits within 1e-5 in every row of ids in which both quantized the activations to the same codes.
-
-    They multiply by 127 / absmax where we divide by absmax / 127, and their float sums round differently, so now and
-    then a value on a border gets the next code. Such a row differs by what that code is worth; at most a share of
-    `flips` of the rows may, and only a little.
-    """
-    codes: dict[str, list[Tensor]] = {}
-
-    def record(name: str, quantize: Callable[[Tensor], Tensor]) -> Callable[..., None]:
-        return lambda module, inputs: codes.setdefault(name, []).append(quantize(inputs[0]))
-
-    def theirs_quantize(x: Tensor) -> Tensor:
-        return (x * (127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5))).round().to(torch.int8)
-
-    quantized = ours.config.quantizer != "none"
-    hooks = []
-    for name, module in ours.named_modules():
-        if quantized and name.endswith("_proj"):
-            hooks.append(module.register_forward_pre_hook(record(name, lambda x: quantize_activations(x)[0])))
-            other = theirs.get_submodule(name)
-            assert "BitLinear" in type(other).__name__
-            hooks.append(other.register_forward_pre_hook(record(name, theirs_quantize)))
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits, expected = ours(ids), theirs(ids).logits
-    for hook in hooks:
-        hook.remove()
-    assert len(codes) == (7 * ours.config.num_hidden_layers if quantized else 0)
-    assert logits.std() > 0.3
-    same = torch.ones(len(ids), dtype=torch.bool)
-    for first, second in codes.values():
-        same &= (first == second).flatten(1).all(1)
-    assert same.float().mean() >= (1 - flips if quantized else 1)
-    torch.testing.assert_close(logits[same], expected[same], rtol=0, atol=1e-5)
-    assert (logits - expected).norm() < 0.02 * expected.norm()
-
-
-def greedy(model: BitNetForCausalLM, ids: Tensor, count: int) -> Tensor:
-    cache = model.new_cache(len(ids), ids.shape[1] + count)
-    new = [ids]
-    with torch.no_grad():
-        for _ in range(count):
-            new.append(model(new[-1], cache, last_only=True)[:, -1:].argmax(-1))
-    return torch.cat(new, 1)
-
-
-def assert_same_text(ours: BitNetForCausalLM, theirs: nn.Module, ids: Tensor) -> None:
-    """64 greedy tokens are the same."""
-    with torch.compiler.set_stance("force_eager"):
-        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
-    assert expected.shape[1] == ids.shape[1] + 64
-    assert torch.equal(greedy(ours, ids, 64), expected)
 
 
 # Out

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 SOURCES = [*sorted((ROOT / "bitnet").rglob("*.py")), ROOT / "train.py", ROOT / "generate.py"]
 
 # A layer may import itself and the layers above it in this list, nothing below.

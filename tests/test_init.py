@@ -5,10 +5,6 @@ import json
 
 import pytest
 import torch
-from test_chat import CHATML
-from test_chat_data import byte_pair_tokenizer, chat, write
-from test_loading import make, save_run
-from test_train import configuration, stop_after, tensors
 
 import train as trainer
 from bitnet import quantize, recipes
@@ -19,6 +15,10 @@ from bitnet.model import PRESETS, BitLinear, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
 from bitnet.tokenizer import BaseTokenizer, Tokenizer, train_tokenizer
+from tests.builders import configuration, save_run, tensors, tiny_model
+from tests.conversations import CHATML, chat, write_chats
+from tests.faults import stop_after
+from tests.vocabularies import byte_pair_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
 
@@ -42,10 +42,10 @@ def begin(tmp_path, corpus, source, **changes) -> recipes.TrainConfig:
 
 @pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
 def test_packed_codes_become_latents_of_the_same_codes(tmp_path, tokenizer, quantizer):
-    model = make(quantizer, vocab_size=300, tie_word_embeddings=False)
+    model = tiny_model(quantizer, vocab_size=300, tie_word_embeddings=False)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.zero_()
-    packed = make(quantizer, vocab_size=300, tie_word_embeddings=False)
+    packed = tiny_model(quantizer, vocab_size=300, tie_word_embeddings=False)
     packed.load_state_dict(model.state_dict())
     packed.pack()
     save_packed(tmp_path / "packed", packed, tokenizer.model_proto)
@@ -72,7 +72,7 @@ def test_packed_codes_become_latents_of_the_same_codes(tmp_path, tokenizer, quan
 def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monkeypatch):
     """Rows of the embedding without a token, as such models have them, stay; so does the tokenizer.json."""
     theirs = byte_pair_tokenizer()
-    model = make("none", vocab_size=448, sub_norm=False, max_position_embeddings=64)
+    model = tiny_model("none", vocab_size=448, sub_norm=False, max_position_embeddings=64)
     files = theirs.files() | {"chat_template.jinja": CHATML.encode()}
     hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=files)
     config = begin(tmp_path, corpus, tmp_path / "hf", ramp=0.5)
@@ -106,8 +106,8 @@ def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monk
 
 @pytest.mark.parametrize("kind", ["F16", "TQ2_0"])
 def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
-    model = make("none" if kind == "F16" else "ternary", vocab_size=300, hidden_size=256, intermediate_size=256)
-    write(tmp_path / "chats.jsonl", [chat("one", "two"), chat("two", "three"), chat("three", "one")])
+    model = tiny_model("none" if kind == "F16" else "ternary", vocab_size=300, hidden_size=256, intermediate_size=256)
+    write_chats(tmp_path / "chats.jsonl", [chat("one", "two"), chat("two", "three"), chat("three", "one")])
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}" + (
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
@@ -132,17 +132,17 @@ def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
 def test_settings_of_a_sentencepiece_tokenizer_survive(tmp_path, tokenizer, corpus):
     """The .model does not say whether <s> goes in front; what says it is stored with the run."""
     quiet = Tokenizer(tokenizer.model_proto, adds_bos=False, ends=(5,))
-    hf_write.write(make("none", vocab_size=300), tmp_path / "hf", "master", tokenizer_files=quiet.files())
+    hf_write.write(tiny_model("none", vocab_size=300), tmp_path / "hf", "master", tokenizer_files=quiet.files())
     trainer.train(begin(tmp_path, corpus, tmp_path / "hf", steps=1))
     opened = open_model(tmp_path / "run")
     assert (opened.tokenizer.adds_bos, opened.tokenizer.eos_ids) == (False, (2, 5))
 
 
 def test_what_cannot_be_trained_is_named(tmp_path, tokenizer, corpus):
-    save_run(tmp_path / "small", make("none", vocab_size=290), tokenizer)
+    save_run(tmp_path / "small", tiny_model("none", vocab_size=290), tokenizer)
     with pytest.raises(CheckpointError, match="300 tokens and the model only 290"):
         trainer.Run(begin(tmp_path, corpus, tmp_path / "small"), False)
-    folder = save_run(tmp_path / "quantized", make("none", vocab_size=300), tokenizer) / "checkpoints"
+    folder = save_run(tmp_path / "quantized", tiny_model("none", vocab_size=300), tokenizer) / "checkpoints"
     source = next(folder.glob("step-*"))
     assert quantize.main([str(source), str(tmp_path / "q"), "--method", "rtn-int4", "--group-size", "-1"]) == 0
     with pytest.raises(ValueError, match="quantized after training"):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitnet.checkpoint import save_checkpoint, save_packed
+from bitnet.checkpoint import save_packed
 from bitnet.inspect import main
 from bitnet.interop import gguf, hf_write
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import quantize_ternary
+from tests.builders import save_run
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -37,13 +38,6 @@ def expected(model: BitNetForCausalLM, name: str) -> tuple[float, float]:
     """Scale and share of zeros of a projection."""
     codes, scale = quantize_ternary(model.get_submodule(name).weight.detach())
     return float(scale), float((codes == 0).float().mean())
-
-
-def save_run(folder: Path, model: BitNetForCausalLM) -> None:
-    from dataclasses import asdict
-
-    config = {"model": asdict(CONFIG)}
-    save_checkpoint(folder, model=model, optimizer_state={}, state={"step": 1}, config=config, tokenizer=b"", best=True)
 
 
 GGUF = "GGUF version 3"

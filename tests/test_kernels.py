@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,16 +7,10 @@ from bitnet import kernels
 from bitnet.kernels import reference
 from bitnet.quant import pack_codes
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
 QUANTIZERS = ["ternary", "binary", "int4", "int8"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LEADING = [(), (5,), (2, 3), (2, 0), (0,)]
-
-
-@pytest.fixture(autouse=True)
-def reference_backend() -> Iterator[None]:
-    """The specification is what is tested here; other backends are compared with it in their own tests."""
-    with kernels.use_backend("reference"):
-        yield
 
 
 def activations_by_hand(x: Tensor) -> tuple[Tensor, Tensor]:

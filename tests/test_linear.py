@@ -1,9 +1,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +12,8 @@ from bitnet.kernels.reference import fake_quantize_activations, fake_quantize_we
 from bitnet.model.linear import BitLinear, PackedLinear, bit_linears, pack, replace_linear
 from bitnet.quant import quantize_ternary
 
+pytestmark = pytest.mark.usefixtures("reference_backend")
 QUANTIZERS = ["ternary", "binary", "int4", "int8"]
-
-
-@pytest.fixture(autouse=True)
-def reference_backend() -> Iterator[None]:
-    with kernels.use_backend("reference"):
-        yield
 
 
 def mlp() -> nn.Sequential:
@@ -582,14 +575,6 @@ def test_encoder_without_swapped_layers_keeps_its_fused_path() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 2))
     replace_linear(model, lambda name, linear: name == "1")
     assert model[0].activation_relu_or_gelu == 1
-
-
-# Models of the transformers library
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return oracles.require("transformers")
 
 
 def test_vit_trains_and_packs(transformers) -> None:

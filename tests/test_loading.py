@@ -1,45 +1,24 @@
 """open_model: every kind of model is recognized by its contents and gives the numbers that it held."""
 
-import dataclasses
 import json
 import re
-from pathlib import Path
 
-import oracles
 import pytest
 import torch
-from test_tokenizer import stdlib_text
 
 import generate as cli
-from bitnet.checkpoint import load_model, save_checkpoint, save_packed
+from bitnet.checkpoint import load_model, save_packed
 from bitnet.engine import Engine
 from bitnet.interop import gguf, hf_write
 from bitnet.interop.gguf_file import write_file
 from bitnet.kernels import use_backend
 from bitnet.loading import find, kind_of, open_model, tokenizer_files
-from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, find_chat_template, load_tokenizer, train_tokenizer
+from tests import oracles
+from tests.builders import save_run, tiny_model
+from tests.vocabularies import byte_tokenizer, stdlib_text
 
 TEXT = "def wrap(text):\n    return text"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([stdlib_text()[:60_000]], 512, threads=1)
-
-
-def make(quantizer: str = "ternary", **changes) -> BitNetForCausalLM:
-    torch.manual_seed(0)
-    config = PRESETS["tiny"].replace(quantizer=quantizer, initializer_range=0.2, **changes)
-    return BitNetForCausalLM(config).eval()
-
-
-def save_run(path: Path, model: BitNetForCausalLM, tokenizer: Tokenizer) -> Path:
-    save_checkpoint(
-        path, model=model, optimizer_state={}, state={"step": 1}, config={"model": dataclasses.asdict(model.config)},
-        tokenizer=tokenizer.model_proto, best=True,
-    )  # fmt: skip
-    return path
 
 
 @torch.inference_mode()
@@ -50,7 +29,7 @@ def logits(model, tokenizer) -> torch.Tensor:
 @pytest.mark.parametrize("quantizer", ["ternary", "none"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_runs_checkpoints_and_packed_folders(tmp_path, tokenizer, quantizer, pack):
-    model = make(quantizer)
+    model = tiny_model(quantizer)
     run = save_run(tmp_path / "run", model, tokenizer)
     (run / "config.json").write_text("{}")  # train.py's own, which is no model's
     checkpoint = next((run / "checkpoints").glob("step-*"))
@@ -74,7 +53,7 @@ def test_runs_checkpoints_and_packed_folders(tmp_path, tokenizer, quantizer, pac
 
 @pytest.mark.parametrize("form", ["packed", "packed-inverse", "master"])
 def test_hugging_face_folders(tmp_path, tokenizer, form):
-    model = make()
+    model = tiny_model()
     hf_write.write(model, tmp_path / "hf", form, tokenizer_files=hf_write.sentencepiece_files(tokenizer.model_proto))
     with use_backend("reference"):
         opened = open_model(tmp_path / "hf")
@@ -84,7 +63,7 @@ def test_hugging_face_folders(tmp_path, tokenizer, form):
             assert opened.tokenizer.decode(opened.tokenizer.encode(text)) == text
         assert opened.tokenizer.eos_ids == tokenizer.eos_ids
         assert opened.tokenizer.bos_id == tokenizer.bos_id
-        assert torch.equal(logits(opened.model, tokenizer), logits(make().pack(), tokenizer))
+        assert torch.equal(logits(opened.model, tokenizer), logits(tiny_model().pack(), tokenizer))
         if form == "master":
             assert torch.equal(
                 logits(open_model(tmp_path / "hf", pack=False).model, tokenizer), logits(model, tokenizer)
@@ -95,7 +74,7 @@ def test_hugging_face_folders(tmp_path, tokenizer, form):
 
 
 def test_float_models_of_hugging_face_run_in_their_dtype(tmp_path, tokenizer):
-    model = make("none", sub_norm=False)
+    model = tiny_model("none", sub_norm=False)
     files = hf_write.sentencepiece_files(tokenizer.model_proto)
     hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=files)
     opened = open_model(tmp_path / "hf")
@@ -111,8 +90,8 @@ def test_the_native_engine_runs_what_is_ternary(tmp_path, tokenizer):
     if not native_available():
         pytest.skip("the native kernels were not built")
     files = hf_write.sentencepiece_files(tokenizer.model_proto)
-    hf_write.write(make(), tmp_path / "hf", "packed", tokenizer_files=files)
-    run = save_run(tmp_path / "run", make(), tokenizer)
+    hf_write.write(tiny_model(), tmp_path / "hf", "packed", tokenizer_files=files)
+    run = save_run(tmp_path / "run", tiny_model(), tokenizer)
     with use_backend("native"):
         ours, theirs = (open_model(path, cache_dtype="int8").model for path in (run, tmp_path / "hf"))
     assert isinstance(theirs, Engine)
@@ -121,8 +100,6 @@ def test_the_native_engine_runs_what_is_ternary(tmp_path, tokenizer):
 
 
 def test_the_files_of_a_tokenizer_make_it_again(tmp_path, tokenizer):
-    from test_chat import byte_tokenizer
-
     for number, original in enumerate((
         tokenizer, Tokenizer(tokenizer.model_proto, adds_bos=False, ends=(7, 9)), byte_tokenizer(),
         byte_tokenizer(adds_bos=True, pad_id=3), byte_tokenizer(bos_id=None, eos_id=None, unk_id=None, ends=(4, 5)),
@@ -141,7 +118,7 @@ def test_the_files_of_a_tokenizer_make_it_again(tmp_path, tokenizer):
 
 
 def test_tokenizer_files_of_a_folder(tmp_path, tokenizer):
-    run = save_run(tmp_path / "run", make(), tokenizer)
+    run = save_run(tmp_path / "run", tiny_model(), tokenizer)
     opened = open_model(run)
     assert tokenizer_files(opened) == {"tokenizer.model": tokenizer.model_proto}
     (opened.folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -151,7 +128,7 @@ def test_tokenizer_files_of_a_folder(tmp_path, tokenizer):
 
 
 def test_a_foreign_tokenizer_beside_our_weights(tmp_path, tokenizer):
-    run = save_run(tmp_path / "run", make(), tokenizer)
+    run = save_run(tmp_path / "run", tiny_model(), tokenizer)
     checkpoint = next((run / "checkpoints").glob("step-*"))
     (checkpoint / "tokenizer.model").unlink()
     for name, content in hf_write.sentencepiece_files(tokenizer.model_proto).items():
@@ -181,7 +158,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"no tokenizer\.json and no tokenizer\.model"):
         open_model(other)
     small = train_tokenizer([stdlib_text()[:60_000]], 600, threads=1)
-    run = save_run(tmp_path / "run", make(), small)
+    run = save_run(tmp_path / "run", tiny_model(), small)
     with pytest.raises(ValueError, match="the tokenizer has 600 tokens and the model only 512"):
         open_model(run)
 
@@ -189,7 +166,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, tokenizer, monkeypatch):
 @pytest.mark.parametrize(("quantizer", "kind"), [("ternary", "TQ2_0"), ("none", "F32")])
 def test_gguf_files(tmp_path, tokenizer, quantizer, kind):
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = make(quantizer, **shape)
+    model = tiny_model(quantizer, **shape)
     template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
     path = tmp_path / "a file without an ending"
     gguf.write(model, path, kind, tokenizer=tokenizer, chat_template=template, embedding_type="F32")
@@ -199,7 +176,7 @@ def test_gguf_files(tmp_path, tokenizer, quantizer, kind):
         assert opened.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
         ids = opened.chat_template.encode([{"role": "user", "content": "hi"}])
         assert ids == [tokenizer.bos_id, *tokenizer.encode("hi"), tokenizer.eos_id]
-        expected = logits(make(quantizer, **shape).pack() if quantizer == "ternary" else model, tokenizer)
+        expected = logits(tiny_model(quantizer, **shape).pack() if quantizer == "ternary" else model, tokenizer)
         assert torch.allclose(logits(opened.model, tokenizer), expected, atol=1e-5)
         for name, content in tokenizer_files(opened).items():
             (tmp_path / name).write_bytes(content)

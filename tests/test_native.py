@@ -23,14 +23,18 @@ from bitnet.kernels import cpu, reference
 from bitnet.kernels.cpu import native
 from bitnet.model.linear import PackedLinear
 from bitnet.quant import pack_codes
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 COMPILERS = ["c++", "g++", "clang++"]
 NOT_BUILT = "the native kernels were not built; install with a C++ compiler"
 ISAS = native.instruction_sets() or [pytest.param("none", marks=pytest.mark.skip(reason=NOT_BUILT))]
 BITS = {"base3": 2, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
 LIMITS = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
 needs_library = pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUILT)
+
+
 # Known bugs; take the mark away with the bug.
 
 
@@ -38,22 +42,6 @@ needs_library = pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUI
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with native.use_instruction_set(request.param):
         yield request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers here, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[None]:
-    """The test may change the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -117,6 +105,8 @@ SHAPES = [
     (70, 31), (64, 32), (65, 33), (47, 39), (7, 63), (40, 64), (33, 65), (17, 79), (16, 80), (31, 81), (1, 127),
     (33, 128), (50, 129), (100, 200), (17, 255), (32, 256), (9, 257), (31, 319), (33, 321),
 ]  # fmt: skip
+
+
 # Where tiles end: 12 and 6 tokens for vectors, 16 and 32 for AMX.
 TOKENS = [1, 2, 3, 5, 11, 12, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100]
 

@@ -2,12 +2,12 @@
 
 import json
 
-import ggml
 import pytest
 import torch
 
 from benchmarks import quantizers
 from bitnet.quant.gptq_layout import round_to_nearest
+from tests.oracles import ggml
 
 
 def run(tmp_path, kinds=("Q4_K", "IQ4_NL")) -> int:

@@ -25,7 +25,8 @@ from bitnet.evaluate import main as evaluate_runs
 from bitnet.sampling import MAX_BLOCK, Ahead, BatchSampler, counts_of, interleave, tokenize_mixture
 from bitnet.tokenizer import train_tokenizer
 from bitnet.tracking import read_metrics
-from tests.test_train import configuration, corpus, stop_after  # noqa: F401 - the fixture
+from tests.builders import configuration
+from tests.faults import stop_after
 
 
 def tokens_of(count: int, parts: int = 3, first: int = 0) -> TokenArray:
@@ -250,7 +251,7 @@ def mixture_run(tmp_path: Path, corpora: tuple[Path, Path], weights: tuple[float
     return configuration(tmp_path, corpora[0], data=data, **changes)
 
 
-def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):  # noqa: F811
+def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):
     config = mixture_run(tmp_path, (corpus, second), (0.75, 0.25))
     run = trainer.train(config)
     assert "data      0.75 animals + 0.25 numbers: " in capsys.readouterr().out
@@ -379,7 +380,7 @@ def test_an_interrupt_while_waiting_is_raised_at_once():
     assert time.perf_counter() - start < 10
 
 
-def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, second, monkeypatch):  # noqa: F811
+def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, second, monkeypatch):
     read = []
     original = BatchSampler.batch
 

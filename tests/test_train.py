@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 
@@ -19,53 +18,9 @@ from bitnet import checkpoint, recipes, runtime
 from bitnet.evaluate import Evaluation, evaluate
 from bitnet.model import PRESETS, bit_linears
 from bitnet.tracking import Tracker, read_metrics
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """A few hundred short documents of a made-up but regular language."""
-    generator = torch.Generator().manual_seed(0)
-    nouns, verbs = ["cat", "dog", "bird", "fish", "horse"], ["sees", "likes", "hears", "follows"]
-    lines = []
-    for _ in range(1500):
-        a, b = (nouns[int(torch.randint(5, (1,), generator=generator))] for _ in range(2))
-        lines.append(f"The {a} {verbs[int(torch.randint(4, (1,), generator=generator))]} the {b}.")
-    folder = tmp_path_factory.mktemp("corpus") / "animals"
-    folder.mkdir()
-    for start in range(0, 1500, 50):
-        (folder / f"{start:04}.txt").write_text("\n".join(lines[start : start + 50]) + "\n")
-    return folder
-
-
-def configuration(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
-    defaults = {
-        "model": PRESETS["tiny"].replace(vocab_size=300, max_position_embeddings=32, num_hidden_layers=1),
-        "data": recipes.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data")),
-        "out": str(tmp_path / "run"), "steps": 8, "batch_size": 4, "eval_every": 4, "eval_tokens": 512,
-        "sample_every": 0, "log_every": 1, "dtype": "float32", "compile": "off", "wandb": "off", "device": "cpu",
-    }  # fmt: skip
-    return recipes.TrainConfig(**{**defaults, **changes})
-
-
-def tensors(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
-    folder = checkpoint.resolve(run, which)
-    found = checkpoint.load_tensors(folder / checkpoint.MODEL)
-    optimizer = checkpoint.load_tensors(folder / checkpoint.OPTIMIZER)
-    return {**found, **{f"optimizer.{k}": v for k, v in optimizer.items()}}
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    """Deliver a SIGINT to this very process while the given step runs."""
-    original = trainer.Run.train_step
-
-    def train_step(self):
-        if self.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self)
-
-    monkeypatch.setattr(trainer.Run, "train_step", train_step)
+from tests import ROOT, oracles
+from tests.builders import SMALL, configuration, tensors
+from tests.faults import fill_disk_at, stop_after
 
 
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
@@ -210,18 +165,6 @@ def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, m
     assert all(bool(v.isfinite().all()) for v in checkpoint.load_tensors(saved / checkpoint.MODEL).values())
 
 
-def fill_disk_at(monkeypatch, step: int) -> None:
-    """Let every checkpoint of this step fail as on a full disk."""
-    original = checkpoint.save_file
-
-    def save_file(tensors, path, **options):
-        if f"step-{step:08d}" in str(path):
-            raise OSError(28, "No space left on device")
-        original(tensors, path, **options)
-
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-
-
 def test_a_full_disk_in_mid_run_warns_and_goes_on(tmp_path, corpus, monkeypatch, capsys):
     fill_disk_at(monkeypatch, 4)
     run = trainer.train(configuration(tmp_path, corpus))
@@ -310,22 +253,6 @@ def test_minutes_become_steps(tmp_path, corpus):
 def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
-SMALL = (
-    "--preset",
-    "tiny",
-    "--model.vocab-size",
-    "300",
-    "--wandb",
-    "off",
-    "--compile",
-    "off",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-)
 
 
 @pytest.mark.parametrize(

@@ -16,26 +16,12 @@ import torch
 import train as trainer
 from bitnet import checkpoint
 from bitnet.tracking import read_metrics
-from tests.test_train import ROOT, SMALL, configuration, corpus, tensors  # noqa: F401 - the fixture
-
-
-def poison(monkeypatch, at: int, factor: float, times: int = 1) -> None:
-    """Multiply the gradient of a step's batch, the first `times` times that it comes up."""
-    original, left = trainer.Run.forward_backward, [times]
-
-    def poisoned(self, batch):
-        loss = original(self, batch)
-        if batch == at and left[0]:
-            left[0] -= 1
-            for parameter in self.model.parameters():
-                parameter.grad *= factor
-        return loss
-
-    monkeypatch.setattr(trainer.Run, "forward_backward", poisoned)
+from tests.builders import ROOT, SMALL, configuration, tensors
+from tests.faults import poison
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, capsys, factor):  # noqa: F811
+def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, capsys, factor):
     poison(monkeypatch, 5, factor)
     run = trainer.train(configuration(tmp_path, corpus, on_nan="skip"))
     assert run.step == 8
@@ -44,7 +30,7 @@ def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, ca
     assert [row["step"] for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row] == [*range(1, 9)]
 
 
-def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, capsys):  # noqa: F811
+def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, capsys):
     poison(monkeypatch, 18, 1e4, times=100)
     batches = []
     original = trainer.Run.forward_backward
@@ -66,7 +52,7 @@ def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, 
     assert again.data_shift == 3
 
 
-def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):  # noqa: F811
+def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(
         trainer.Run, "forward_backward", lambda self, batch: [p.grad for p in self.model.parameters()] and math.nan
     )
@@ -75,7 +61,7 @@ def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):  # noqa
 
 
 @pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])
-def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, corpus, capsys, file):  # noqa: F811
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, corpus, capsys, file):
     run = trainer.train(configuration(tmp_path, corpus, steps=8))
     end = tensors(run.folder)
     path = run.folder / "checkpoints" / "step-00000008" / file
@@ -96,7 +82,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
         trainer.Run(run.config, resume=True)
 
 
-def test_it_saves_before_the_time_runs_out(tmp_path, corpus, capsys):  # noqa: F811
+def test_it_saves_before_the_time_runs_out(tmp_path, corpus, capsys):
     run = trainer.train(configuration(tmp_path, corpus, steps=10**6, eval_every=10**6, max_minutes=2 / 60))
     assert 0 < run.step < 10**6
     assert checkpoint.load_json(checkpoint.resolve(run.folder) / checkpoint.STATE)["step"] == run.step
@@ -112,7 +98,7 @@ def test_a_step_that_hangs_ends_the_program_with_its_stack(tmp_path):
     assert 'File "<string>", line 3' in result.stderr
 
 
-def test_weight_statistics_are_logged(tmp_path, corpus):  # noqa: F811
+def test_weight_statistics_are_logged(tmp_path, corpus):
     run = trainer.train(configuration(tmp_path, corpus))
     rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if "zero_fraction" in row]
     assert [row["step"] for row in rows] == [4, 8]
@@ -132,7 +118,7 @@ def test_resume_auto_needs_a_folder_and_begins_what_is_not_there(tmp_path):
 KILLS = int(os.environ.get("BITNET_KILLS", "2"))  # of one run; 20 take minutes
 
 
-def test_kills_at_random_moments_change_nothing(tmp_path, corpus):  # noqa: F811
+def test_kills_at_random_moments_change_nothing(tmp_path, corpus):
     arguments = [
         *SMALL, "--data.corpus", str(corpus), "--steps", str(20 * KILLS), "--eval-every", "3", "--eval-tokens", "64",
         "--batch-size", "2", "--log-every", "1", "--dtype", "float32",
@@ -166,7 +152,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path, corpus):  # noqa: F811
     assert rows[0] == rows[1]
 
 
-def test_recomputation_chunks_and_int8_products_give_the_same_gradients(tmp_path, corpus):  # noqa: F811
+def test_recomputation_chunks_and_int8_products_give_the_same_gradients(tmp_path, corpus):
     base = configuration(tmp_path, corpus, product="float")
     found = []
     for number, changes in enumerate([{}, {"recompute": True}, {"loss_chunk": 24}, {"product": "int8"}]):

@@ -2,96 +2,18 @@ import dataclasses
 import math
 import re
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitnet import kernels
 from bitnet.model import PRESETS, BitNetForCausalLM, KVCache, ModelConfig, PackedLinear, pack
 from bitnet.model.transformer import MLP, RMSNorm, apply_rope, rope_tables
+from tests import oracles
+from tests.builders import random_ids, random_model
+from tests.oracles.transformers import SHAPES, TINY, load_into, oracle
 
-TINY = ModelConfig(
-    vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=32,
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def reference_backend():
-    with kernels.use_backend("reference"):
-        yield
-
-
-def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> BitNetForCausalLM:
-    """A model in which nothing is near 1 or 0 by initialization: norm weights too, and logits of size 1."""
-    model = BitNetForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.15)
-    return model.to(dtype).eval()
-
-
-def random_ids(config: ModelConfig, *shape: int) -> Tensor:
-    return torch.randint(config.vocab_size, shape)
-
-
-# Against the transformers library
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    return oracles.require("transformers")
-
-
-def oracle(transformers, config: ModelConfig) -> nn.Module:
-    """Their model of the same shape: BitNet, or Llama where there are no sub-norms. Dense, in evaluation mode."""
-    kind = "BitNet" if config.sub_norm else "Llama"
-    theirs = getattr(transformers, f"{kind}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_width,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        hidden_act=config.hidden_act,
-        tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        bos_token_id=None,
-        eos_token_id=None,
-        attention_bias=False,
-    )
-    return getattr(transformers, f"{kind}ForCausalLM")(theirs).eval()
-
-
-def load_into(theirs: nn.Module, ours: BitNetForCausalLM) -> None:
-    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert not unexpected
-    assert missing == (["lm_head.weight"] if ours.config.tie_word_embeddings else [])
-    theirs.tie_weights()
-
-
-SHAPES = {
-    "gqa": {},
-    "mha": {"num_key_value_heads": 4},
-    "mqa": {"num_key_value_heads": 1},
-    "relu2": {"hidden_act": "relu2"},
-    "untied": {"tie_word_embeddings": False},
-    "theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-3},
-    "head_dim 16": {"num_attention_heads": 2, "num_key_value_heads": 1},
-    "head_dim 2": {"num_attention_heads": 16, "num_key_value_heads": 8},
-    "head_dim given": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-    "llama": {"sub_norm": False},
-    "llama, wide heads": {"sub_norm": False, "head_dim": 24},
-    "llama, narrow heads": {"sub_norm": False, "head_dim": 6, "tie_word_embeddings": False},
-}
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

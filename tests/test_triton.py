@@ -11,12 +11,12 @@ import sys
 import warnings
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 
 from bitnet import kernels
 from bitnet.kernels import reference, triton
+from tests import ROOT, oracles
 
 HERE = Path(__file__).parent
 
@@ -26,8 +26,8 @@ def run_apart(file: str, *options: str, interpret: bool) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BITNET_"))}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
     command = [sys.executable, "-m", "pytest", str(HERE / file), "-o", "addopts=", "-q", "--strict-markers", "-rs"]
-    command += ["-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -91,4 +91,4 @@ def test_without_triton_a_request_raises_and_the_automatic_choice_warns_once(mon
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:
     code = "import sys, bitnet.kernels.triton; assert 'bitnet.kernels.triton.language' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,6 +1,6 @@
 """Compile recorded launches for GPUs that are not there, and count what the machine code holds.
 
-    from triton_aot import TARGETS, record_launches, compile_launch
+    from tests.triton_aot import TARGETS, record_launches, compile_launch
 
 ptxas, cuobjdump and the AMD assembler come with Triton's wheel. Nothing here may run with TRITON_INTERPRET=1.
 """

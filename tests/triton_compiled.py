@@ -10,15 +10,16 @@ from functools import cache
 
 import pytest
 import torch
-from triton_aot import SHARED_MEMORY, TARGETS, Compiled, compile_launch
 
 from bitnet.kernels.triton import activations, attention, language, product, weights
 from bitnet.kernels.triton.language import Launch, record
 from bitnet.quant import packed_width
+from tests.triton_aot import SHARED_MEMORY, TARGETS, Compiled, compile_launch
 
 assert not language.INTERPRETED, "run by test_triton.py, without the interpreter"
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
+
 
 # What the code must hold: integer dot products of four, and int8 matrix instructions.
 DOT4 = {"sm_80": r"^IDP\.4A", "sm_90": r"^IDP\.4A", "gfx942": r"^v_dot4_i32_i8"}

@@ -1,7 +1,5 @@
 """Quantization of activations and weights in Triton's interpreter, against the reference. Run by `test_triton.py`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,15 +10,8 @@ from bitnet.kernels import reference
 from bitnet.kernels.triton import activations, language, product, weights
 from bitnet.quant import pack_codes, quantize_ternary, unpack_codes
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_is_quantized(x: Tensor, codes: Tensor, scale: Tensor, total: Tensor) -> None:

@@ -1,11 +1,8 @@
 """Embedding, rotation, attention and the whole engine in Triton's interpreter. Run by `test_triton.py`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from bitnet import kernels
 from bitnet.generation import SamplingConfig, generate
@@ -15,9 +12,10 @@ from bitnet.kernels.triton.product import Plan
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedEmbedding
 from bitnet.model.transformer import apply_rope, rope_tables
+from tests.builders import packed_model, torch_logits
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
-
 BASE = ModelConfig(
     vocab_size=50, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
@@ -35,14 +33,6 @@ CONFIGS = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs cost the interpreter more than work does: all rows and few tokens in one program of the products."""
 
@@ -50,22 +40,6 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plan("tensor_core", 256, 16, 32)
 
     monkeypatch.setattr(product, "choose", choose)
-
-
-def packed_model(config: ModelConfig, seed: int = 0) -> BitNetForCausalLM:
-    torch.manual_seed(seed)
-    model = BitNetForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    return model.pack()
-
-
-@torch.no_grad()
-def torch_logits(model: BitNetForCausalLM, ids: Tensor) -> Tensor:
-    with kernels.use_backend("reference"):
-        return model(ids)
 
 
 # The pieces

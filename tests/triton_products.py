@@ -18,17 +18,10 @@ from bitnet.kernels.triton.product import Plan, choose
 from bitnet.model import BitLinear, PackedLinear
 from bitnet.quant import pack_codes, packed_width
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
 CPU = torch.device("cpu")
 LIMITS = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers, so that what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def plan_for(algorithm: str, M: int, N: int, K: int, bits: int) -> Plan:

@@ -8,11 +8,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import oracles
 import torch
 from torch import Tensor
 
 from bitnet.quant.blocks import TYPES, row_bytes
+from tests import oracles
 
 
 @functools.cache

@@ -12,7 +12,10 @@ from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32
 from pathlib import Path
 
 import numpy as np
-import oracles
+
+from bitnet.interop.gguf_file import write_file
+from bitnet.tokenizer import BaseTokenizer
+from tests import oracles
 
 FOLDER = Path(sys.prefix) / "oracles" / "package" / "bins" / "linux-x64"
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
@@ -67,7 +70,6 @@ _SIGNATURES = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [_LOG, c_void_p]),
 }  # fmt: skip
-
 log: list[str] = []
 """What the library said, for the message of a failed load."""
 
@@ -165,3 +167,43 @@ class LlamaModel:
         assert code == 0, code
         pointer = self.lib.llama_get_logits(self.context)
         return np.ctypeslib.as_array(pointer, (len(ids), self.vocab_size)).copy()
+
+
+VOCAB_ONLY = 72  # offset of the field in llama_model_params
+
+
+class Vocabulary(LlamaModel):
+    """llama.cpp's tokenizer of a file, whose tensors are not asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.lib = library()
+        params = self.lib.llama_model_default_params()
+        params.bytes[VOCAB_ONLY] = 1
+        log.clear()
+        self.model = self.lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise ValueError("".join(log[-6:]))
+        self.vocab = self.lib.llama_model_get_vocab(self.model)
+
+    def __exit__(self, *error: object) -> None:
+        self.lib.llama_model_free(self.model)
+
+    def eog_ids(self) -> set[int]:
+        is_eog = self.lib.llama_vocab_is_eog
+        is_eog.restype, is_eog.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]
+        return {i for i in range(self.lib.llama_vocab_n_tokens(self.vocab)) if is_eog(self.vocab, i)}
+
+
+def vocabulary(path: Path, metadata: dict) -> Vocabulary:
+    sizes = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+    shape = {f"llama.{name}": 64 for name in sizes} | {"llama.attention.layer_norm_rms_epsilon": 1e-5}
+    write_file(path, {"general.architecture": "llama"} | shape | metadata, [])
+    return Vocabulary(path)
+
+
+def differences(ours: BaseTokenizer, theirs: Vocabulary, texts: list[str]) -> list[str]:
+    """Texts whose ids differ, plain or with special tokens in them."""
+    first, *_ = ours.specials
+    mixed = [text.replace(" ", first, 2) + "<tool>x" for text in texts]
+    different = [text for text in texts if ours.encode(text) != theirs.tokenize(text)]
+    return different + [t for t in mixed if ours.encode(t, special=True) != theirs.tokenize(t, parse_special=True)]
