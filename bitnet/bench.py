@@ -49,7 +49,6 @@ from bitnet.kernels import cpu, native_wanted, reference, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.loading import find, kind_of, open_model, open_tokenizer
 from bitnet.model import PRESETS, BitNetForCausalLM, KVCache, ModelConfig
-from bitnet.model.transformer import rope_tables
 from bitnet.quant import pack_codes, packed_width
 from bitnet.runtime import DTYPES, cpu_capabilities
 from bitnet.tokenizer import BaseTokenizer, train_tokenizer
@@ -305,16 +304,6 @@ def measure_limits(plan: Plan) -> tuple[Limits, list[Row]]:
     return limits, rows
 
 
-def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Rows and columns of a layer's ternary matrices."""
-    C, F, D = config.hidden_size, config.intermediate_size, config.head_width
-    queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
-    return {
-        "q_proj": (queries, C), "k_proj": (keys, C), "v_proj": (keys, C), "o_proj": (C, queries), "gate_proj": (F, C),
-        "up_proj": (F, C), "down_proj": (C, F),
-    }  # fmt: skip
-
-
 def seconds_per_product(copies: Sequence[native.Lines], tokens: int, threads: int, budget: float) -> float:
     """Seconds of one product of `tokens` activations, going round the copies of the weights for `budget` seconds."""
     rows, columns = copies[0].rows, copies[0].columns
@@ -340,7 +329,7 @@ def measure_kernels(plan: Plan, limits: Limits) -> list[Row]:
     The weights lie in as many copies as fill half a gigabyte, so that they come from memory as in a whole model.
     """
     quick, rows = plan.options.quick, list[Row]()
-    shapes = set(projections(plan.config).values())
+    shapes = set(plan.config.projections().values())
     arena = native.huge_pages(max(2**20 if quick else 2**29, *(native.Lines.size(*s, "two_bit") for s in shapes)))
     arena.random_()
     for isa, threads, codec in itertools.product(plan.isas, plan.threads, ("base3", "two_bit")):
@@ -366,7 +355,7 @@ def measure_kernels(plan: Plan, limits: Limits) -> list[Row]:
 
 def random_tensors(config: ModelConfig) -> Callable[[str], Tensor]:
     """Tensors of a packed ternary model by name, for `Engine`: random codes, in every layer the same ones."""
-    C, shapes = config.hidden_size, projections(config)
+    C, shapes, norms = config.hidden_size, config.projections(), config.norms()
     generator = torch.Generator().manual_seed(0)
     # A byte is four fields of 0, 1 or 2.
     bytes_of_codes = (torch.cartesian_prod(*[torch.arange(3)] * 4) @ torch.tensor([1, 4, 16, 64])).to(torch.uint8)
@@ -374,7 +363,8 @@ def random_tensors(config: ModelConfig) -> Callable[[str], Tensor]:
     codes = bytes_of_codes[torch.randint(81, (size,), generator=generator)]
 
     def tensor(name: str) -> Tensor:
-        *_, module, kind = name.split(".")
+        path, _, kind = name.rpartition(".")
+        module = path.split(".", 3)[-1]  # inside a layer
         if module in shapes:
             N, K = shapes[module]
             return torch.full((1, 1), 0.02) if kind == "weight_scale" else codes[: N * packed_width(K, 2)].view(N, -1)
@@ -382,8 +372,7 @@ def random_tensors(config: ModelConfig) -> Callable[[str], Tensor]:
             return torch.full((config.vocab_size, 1), LOGIT_STD / math.sqrt(C) / 74)
         if kind == "packed_weight":
             return torch.randint(256, (config.vocab_size, packed_width(C, 8)), dtype=torch.uint8, generator=generator)
-        sub_norms = {"attn_sub_norm": shapes["o_proj"][1], "ffn_sub_norm": shapes["down_proj"][1]}
-        return torch.ones(sub_norms.get(module, C))
+        return torch.ones(norms.get(module, C))
 
     return tensor
 
@@ -402,21 +391,18 @@ def load(plan: Plan) -> LanguageModel:
 
 def float_twin(config: ModelConfig, dtype: torch.dtype) -> BitNetForCausalLM:
     """A float model of this shape, filled from one tile of random numbers: drawing all of them would take minutes."""
-    with torch.device("meta"):
-        model = BitNetForCausalLM(config.replace(quantizer="none")).to(dtype)
-    model.to_empty(device="cpu").eval()
-    model.model.cos, model.model.sin = rope_tables(config)
     tile = torch.empty(2**20 + 7).normal_(generator=torch.Generator().manual_seed(0))  # a prime: no two rows are alike
-    for name, parameter in model.named_parameters():
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in config.tensor_shapes().items()}
+    for name, tensor in tensors.items():
         is_table = "embed_tokens" in name or "lm_head" in name
         scaled = (tile * (LOGIT_STD / math.sqrt(config.hidden_size) if is_table else 0.02)).to(dtype)
-        for part in parameter.data.view(-1).split(len(tile)):
-            part.copy_(scaled[: len(part)] if parameter.dim() > 1 else torch.ones(1))
-    return model
+        for part in tensor.view(-1).split(len(tile)):
+            part.copy_(scaled[: len(part)] if tensor.dim() > 1 else torch.ones(1))
+    return BitNetForCausalLM.from_tensors(config.replace(quantizer="none"), tensors)
 
 
 def ternary_weights(config: ModelConfig) -> int:
-    return config.num_hidden_layers * sum(N * K for N, K in projections(config).values())
+    return config.num_hidden_layers * sum(N * K for N, K in config.projections().values())
 
 
 def fitting_twins(config: ModelConfig) -> tuple[str, ...]:

@@ -39,7 +39,6 @@ from bitnet.files import fsync_folder, write_atomic
 from bitnet.gpu_engine import GpuEngine
 from bitnet.kernels import native_wanted, quantize_weight, triton_wanted
 from bitnet.model import BitNetForCausalLM, ModelConfig
-from bitnet.model.transformer import rope_tables
 from bitnet.quant import pack_codes
 
 INDEX, CHECKSUMS, SHARDS = "index.json", "checksums.json", "shards"
@@ -322,13 +321,9 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: 
     with open_tensors(path, device) as file:
         names = list(file.keys())
         check_layers(path, config, names)
-        with torch.device("meta"):
-            model = BitNetForCausalLM(config)
-        _check_fit(path, model, file)
+        _check_fit(path, config, file)
         tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
-    model.load_state_dict(tensors, assign=True)
-    model.model.cos, model.model.sin = (table.to(device) for table in rope_tables(config))
-    return model.eval()
+    return BitNetForCausalLM.from_tensors(config, tensors)
 
 
 def check_layers(path: Path, config: ModelConfig, names: Iterable[str]) -> None:
@@ -426,9 +421,12 @@ def load_packed(folder: Path, device: torch.device | str = "cpu") -> BitNetForCa
     file or tensors that do not fit the configuration."""
     config, _ = load_config(folder)
     try:
-        return BitNetForCausalLM.packed_from(config, load_tensors(folder / MODEL, device))
-    except (RuntimeError, ValueError) as error:
+        model = BitNetForCausalLM.from_tensors(config, load_tensors(folder / MODEL, device))
+    except ValueError as error:
         raise CheckpointError(f"{folder / MODEL} does not hold the packed model of its {CONFIG}: {error}") from error
+    if not model.is_packed:
+        raise CheckpointError(f"{folder / MODEL} holds floats, and its {CONFIG} says that they are packed")
+    return model
 
 
 def engine_of(
@@ -468,16 +466,16 @@ def _with_packed_embeddings(
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:
     """Copy the tensors of a file into a model, every one of them and no other. Raises CheckpointError otherwise."""
     with open_tensors(path, device) as file:
-        _check_fit(path, model, file)
+        _check_fit(path, model.config, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     whole = model.state_dict()
     model.load_state_dict({name: placed_like(whole[name], value) for name, value in tensors.items()})
 
 
-def _check_fit(path: Path, model: BitNetForCausalLM, file: Any) -> None:
+def _check_fit(path: Path, config: ModelConfig, file: Any) -> None:
     """Raise CheckpointError unless a safetensors file has floats of the shapes of the model's tensors, every one of
     them and no other."""
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: list(shape) for name, shape in config.tensor_shapes().items()}
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     found = {name: list(value.get_shape()) for name, value in slices.items()}
     if expected != found:

@@ -114,16 +114,16 @@ class Engine:
 
     def _build(self, tensor: Callable[..., Tensor]) -> None:
         config = self.config
-        C, F, V, D = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_width
-        queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
+        C, V, D, matrices = config.hidden_size, config.vocab_size, config.head_width, config.projections()
+        queries, keys, F = (matrices[name][0] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
         layers = (native.Layer * config.num_hidden_layers)()
         # Row offsets of what is multiplied together: q, k and v one behind the other, gate and up by blocks in turn.
         starts = [0, _round_up(queries, 16), _round_up(queries, 16) + _round_up(keys, 16)]
         shapes = {
             "qkv": (starts[2] + _round_up(keys, 16), C),
-            "o": (C, queries),
+            "o": matrices["self_attn.o_proj"],
             "gate_up": (2 * _round_up(F, 16), C),
-            "down": (C, F),
+            "down": matrices["mlp.down_proj"],
         }
         codecs = {name: native.codec_of(self._bits, columns) for name, (_, columns) in shapes.items()}
         if self._codec and self._bits == 2:

@@ -181,15 +181,15 @@ def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) ->
 
 def _quantized(contents: Contents, tensors: Any, model: Any, config: dict[str, Any]) -> Contents:
     """Add the tensors of `bitnet/interop/quantized.py`: all that belong to a projection are shown as one."""
-    from bitnet.interop.gguf_names import projection_names, projection_shape
-
     method = str(config["quantization"].get("method", "quantized"))
     contents.about["method"] = method
-    parts = {stem: [n for n in tensors.names if n.startswith(f"{stem}.")] for stem, _ in projection_names(model)}
+    shapes = {name.removesuffix(".weight"): shape for name, shape in model.tensor_shapes().items()}
+    stems = [name for name in shapes if name.endswith("_proj")]
+    parts = {stem: [n for n in tensors.names if n.startswith(f"{stem}.")] for stem in stems}
     claimed = {name for names in parts.values() for name in names}
     for name in sorted(tensors.names - claimed | {stem for stem, names in parts.items() if names}, key=_natural):
         names = parts.get(name, [name])
-        shape = projection_shape(model, name) if name in parts else tuple(tensors.shape(name))
+        shape = shapes[name] if name in parts else tuple(tensors.shape(name))
         largest = max(names, key=lambda n: _nbytes(tensors, n))
         kind, nbytes = method if name in parts else tensors.kind(name), sum(_nbytes(tensors, n) for n in names)
         contents.entries.append(Entry(name, kind, shape, nbytes, _floats(tensors, largest)))
@@ -228,8 +228,7 @@ def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...],
     from bitnet.quant import packed_width, unpack_codes
 
     rows, width = tensors.shape(f"{stem}.packed_weight")
-    heads = config.num_attention_heads * config.head_width
-    columns = {"o_proj": heads, "down_proj": config.intermediate_size}.get(stem.rpartition(".")[2], config.hidden_size)
+    columns = config.projections().get(stem.split(".", 3)[-1], (0, config.hidden_size))[1]
     likely = PACKED_BITS.get(config.quantizer, 8) if ".layers." in stem else 8
     bits = next((bits for bits in (likely, 8, 4, 2) if packed_width(columns, bits) == width), None)
     if bits is None:

@@ -225,8 +225,7 @@ def layer_weights(work: Workload) -> int:
 
 def projection_parameters(c: ModelConfig) -> int:
     """Parameters of the seven projections of a layer."""
-    Q, K = c.num_attention_heads * c.head_width, c.num_key_value_heads * c.head_width
-    return c.hidden_size * (2 * Q + 2 * K + 3 * c.intermediate_size)
+    return sum(N * K for N, K in c.projections().values())
 
 
 def estimate(work: Workload) -> Estimate:

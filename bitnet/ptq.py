@@ -8,18 +8,18 @@ earlier ones, and within a block in the order of the computation (q k v, o, gate
 of the one before ("true sequential"). The others are calibrated on the float model.
 
 A quantized model is saved as its state_dict and `describe_quantized`, plain JSON, from which `build_quantized` makes
-the modules to load it into.
+the model again.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitnet.interop.gguf_names import projection_names, projection_shape, table_names
+from bitnet.interop.gguf_names import projection_names, table_names
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear
 from bitnet.model.quantized import (
@@ -35,7 +35,7 @@ from bitnet.model.quantized import (
     describe,
     nominal_bits,
 )
-from bitnet.model.transformer import DecoderLayer, rope_tables
+from bitnet.model.transformer import DecoderLayer
 from bitnet.model.walk import STAGES, Maxima, MeanSquares, Moments, fold, progress_bar, projection, walk
 from bitnet.quant import PerTensor
 from bitnet.quant.awq import awq_scale, clip_quantize
@@ -153,19 +153,14 @@ def describe_quantized(model: BitNetForCausalLM, method: str) -> dict[str, Any]:
     return {"method": method, "modules": {name: about for name, about in named if about is not None}}
 
 
-def build_quantized(config: ModelConfig, description: dict[str, Any]) -> BitNetForCausalLM:
-    """The model that `describe_quantized` described, without weights: load them with `load_state_dict(tensors,
-    assign=True)`. Raises ValueError for modules that the model does not have."""
+def build_quantized(
+    config: ModelConfig, description: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> BitNetForCausalLM:
+    """The model that `describe_quantized` described, of the state_dict that it had, which it shares. Raises ValueError
+    for tensors and modules that do not fit."""
     with torch.device("meta"):
-        model = BitNetForCausalLM(config)
-        for name, about in description["modules"].items():
-            try:
-                model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"the description names {name}, which the model does not have") from None
-            _replace(model, name, build(about))
-    model.model.cos, model.model.sin = rope_tables(config)
-    return model.eval()
+        modules = {name: build(about) for name, about in description["modules"].items()}
+    return BitNetForCausalLM.from_tensors(config, tensors, modules)
 
 
 def model_bits(model: nn.Module) -> tuple[float, float]:
@@ -223,10 +218,9 @@ def _gguf_types(model: BitNetForCausalLM, method: str) -> dict[str, str]:
     config = model.config
     if kind not in MIXTURES:
         return {ours: kind for ours, _ in projection_names(config)}
-    shapes = {theirs: projection_shape(config, ours) for ours, theirs in projection_names(config)}
-    shapes |= {theirs: (config.vocab_size, config.hidden_size) for _, theirs in table_names(config)}
-    types = mixtures.tensor_types(kind, {f"{name}.weight": shape for name, shape in shapes.items()})
-    return {ours: types[f"{theirs}.weight"] for ours, theirs in (*projection_names(config), *table_names(config))}
+    shapes, names = config.tensor_shapes(), [*projection_names(config), *table_names(config)]
+    types = mixtures.tensor_types(kind, {f"{theirs}.weight": shapes[f"{ours}.weight"] for ours, theirs in names})
+    return {ours: types[f"{theirs}.weight"] for ours, theirs in names}
 
 
 def _gptq(model: BitNetForCausalLM, method: str, ids: Tensor, options: Options) -> None:

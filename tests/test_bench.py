@@ -289,10 +289,9 @@ def test_random_tensors_are_those_of_a_packed_model(tied):
     assert bench.ternary_weights(config) == sum(layer.weight.numel() for _, layer in bit_linears(model))
     tensor = bench.random_tensors(config)
     tensors = {name: tensor(name) for name in model.pack().state_dict()}
-    packed = BitNetForCausalLM.packed_from(config, tensors)  # raises for another shape
-    for name, (_, columns) in bench.projections(config).items():
-        part = "mlp" if name.startswith(("gate", "up", "down")) else "self_attn"
-        codes = unpack_codes(tensors[f"model.layers.0.{part}.{name}.packed_weight"], 2, columns)
+    packed = BitNetForCausalLM.from_tensors(config, tensors)  # raises for another shape
+    for name, (_, columns) in config.projections().items():
+        codes = unpack_codes(tensors[f"model.layers.0.{name}.packed_weight"], 2, columns)
         assert codes.unique().tolist() == [-1, 0, 1]
     with torch.inference_mode():
         assert packed(torch.arange(9)[None]).std() == pytest.approx(bench.LOGIT_STD, rel=0.3)

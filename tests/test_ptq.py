@@ -149,8 +149,7 @@ def test_saved_models_come_back_to_the_last_bit(method, shape, tmp_path) -> None
 
     description = json.loads((tmp_path / "quantization.json").read_text())
     assert description["method"] == method
-    again = build_quantized(model.config, description)
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    again = build_quantized(model.config, description, load_file(tmp_path / "model.safetensors"))
     assert torch.equal(logits(again), logits(model))
     assert model_bits(again) == model_bits(model)
     assert again.weight_bytes() == model.weight_bytes()
@@ -275,8 +274,8 @@ def test_embeddings_shrink_on_request(dtype, tied) -> None:
     model = quantize_model(copy.deepcopy(original), "rtn-int8", embeddings=dtype, **QUICK)
     assert isinstance(model.model.embed_tokens, PackedEmbedding if dtype == "int8" else FloatEmbedding)
     assert relative_error(model, original) < 0.03
-    again = build_quantized(model.config, json.loads(json.dumps(describe_quantized(model, "rtn-int8"))))
-    again.load_state_dict(model.state_dict(), assign=True)
+    description = json.loads(json.dumps(describe_quantized(model, "rtn-int8")))
+    again = build_quantized(model.config, description, model.state_dict())
     assert torch.equal(logits(again), logits(model))
     labels = ids(2, 16)
     assert model.loss(labels[:, :-1], labels[:, 1:]).isfinite()
@@ -315,8 +314,8 @@ def test_gguf_methods_store_the_bytes_of_the_quantizer(method, tmp_path) -> None
         assert module.bits_per_weight()[1] == 8 * module.data.shape[1] / module.in_features
     assert relative_error(model, original) < (1.2 if METHODS[method].bits < 4 else 0.4)
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
-    again = build_quantized(config, json.loads(json.dumps(describe_quantized(model, method))))
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    description = json.loads(json.dumps(describe_quantized(model, method)))
+    again = build_quantized(config, description, load_file(tmp_path / "model.safetensors"))
     assert torch.equal(logits(again), logits(model))
     assert METHODS[method].bits <= model_bits(model)[1]
 
@@ -408,8 +407,9 @@ def test_models_that_cannot_be_quantized_are_named() -> None:
     assert {type(m) for _, m in projections(broken)} == {type(m) for _, m in projections(before)}
     with pytest.raises(ValueError, match="3 bits wants multiples of 32"):
         quantize_model(float_model(intermediate_size=80), "rtn-int3", progress=False, group_size=16)
-    with pytest.raises(ValueError, match=r"names model\.layers\.7"):
-        build_quantized(float_model().config, {"modules": {"model.layers.7.mlp.up_proj": {"kind": "FloatLinear"}}})
+    model, layer = float_model(), {"kind": "FloatLinear", "in_features": 64, "out_features": 96}
+    with pytest.raises(ValueError, match=r"no place for a module model\.layers\.7\.mlp\.up_proj"):
+        build_quantized(model.config, {"modules": {"model.layers.7.mlp.up_proj": layer}}, model.state_dict())
 
 
 def test_too_little_text_for_gptq_warns() -> None:

@@ -421,3 +421,49 @@ def test_num_parameters_counts_tied_ones_once(tied: bool) -> None:
     model = BitNetForCausalLM(TINY.replace(tie_word_embeddings=tied))
     assert model.num_parameters() == expected_parameters(model.config)
     assert model.num_parameters(embeddings=False) == expected_parameters(TINY) - 67 * 32
+
+
+@pytest.mark.parametrize("sub_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_tensor_shapes_are_those_of_the_model(tied: bool, sub_norm: bool) -> None:
+    config = TINY.replace(tie_word_embeddings=tied, sub_norm=sub_norm, head_dim=6, num_key_value_heads=2)
+    state = {name: tuple(tensor.shape) for name, tensor in BitNetForCausalLM(config).state_dict().items()}
+    assert config.tensor_shapes() == state
+    layer = {f"model.layers.1.{name}.weight": shape for name, shape in config.projections().items()}
+    assert layer == {name: shape for name, shape in state.items() if ".1." in name and name.endswith("_proj.weight")}
+    assert len(layer) == 7
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["latent", "packed", "packed, float embeddings", "packed head of a float twin"])
+def test_a_model_of_its_tensors_is_the_model(tied: bool, form: str) -> None:
+    config = TINY.replace(tie_word_embeddings=tied, quantizer="none" if "float twin" in form else "ternary")
+    model = BitNetForCausalLM(config).eval()
+    if form != "latent":
+        model.pack(embeddings="float emb" not in form)
+    tensors = model.state_dict()
+    again = BitNetForCausalLM.from_tensors(config, tensors)
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        assert torch.equal(again(ids), model(ids))
+    assert {name: type(module) for name, module in again.named_modules()} == {
+        name: type(module) for name, module in model.named_modules()
+    }
+    assert not again.training
+    for name, tensor in again.state_dict().items():
+        assert tensor.data_ptr() == tensors[name].data_ptr(), name
+
+
+def test_tensors_that_are_not_of_the_configuration() -> None:
+    tensors = BitNetForCausalLM(TINY).state_dict()
+    norm = "model.norm.weight"
+    for wrong, message in (
+        ({name: value for name, value in tensors.items() if name != norm}, norm),
+        (tensors | {"model.extra": torch.ones(1)}, r"model\.extra"),
+        (tensors | {norm: torch.ones(3)}, norm),
+        ({norm: torch.ones(3)}, "layers and only 1 tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BitNetForCausalLM.from_tensors(TINY, wrong)
+    with pytest.raises(ValueError, match=r"no place for a module model\.layers\.9"):
+        BitNetForCausalLM.from_tensors(TINY, tensors, {"model.layers.9": torch.nn.Identity()})

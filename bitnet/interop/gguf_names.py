@@ -58,17 +58,6 @@ def table_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
         yield "lm_head", "output"
 
 
-def projection_shape(config: ModelConfig, name: str) -> tuple[int, int]:
-    """`(N, K)` of a projection, by either of its names."""
-    kind = name.rpartition(".")[2]
-    queries, keys = (h * config.head_width for h in (config.num_attention_heads, config.num_key_value_heads))
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return {
-        "q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries),
-        "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner),
-    }[kind]  # fmt: skip
-
-
 def rotary_rows(config: ModelConfig, architecture: str, name: str, rows: Tensor, *, inverse: bool = False) -> Tensor:
     """The rows `[N, ..]` of our projection `name` in the order of the architecture, or back with `inverse`."""
     if architecture != "llama" or not name.endswith(("q_proj", "k_proj")):

@@ -23,13 +23,11 @@ from bitnet.interop.gguf_names import (
     PROJECTIONS,
     norm_names,
     projection_names,
-    projection_shape,
     rotary_rows,
     table_names,
 )
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig
-from bitnet.model.transformer import rope_tables
 from bitnet.quant import pack_codes
 from bitnet.quant.blocks import ternary
 from bitnet.quant.i2s import unpack_i2_s
@@ -64,12 +62,8 @@ def read(path: str | os.PathLike[str], *, i2_s: str = "x86") -> BitNetForCausalL
         tensors = _float_tensors(file, config)
         packed = _packed_tensors(file, config, i2_s)
         if packed is not None:
-            return BitNetForCausalLM.packed_from(config.replace(quantizer="ternary"), tensors | packed)
-        with torch.device("meta"):
-            model = BitNetForCausalLM(config)
-        model.load_state_dict(tensors | _dense_tensors(file, config), assign=True)
-        model.model.cos, model.model.sin = rope_tables(config)
-        return model.eval()
+            return BitNetForCausalLM.from_tensors(config.replace(quantizer="ternary"), tensors | packed)
+        return BitNetForCausalLM.from_tensors(config, tensors | _dense_tensors(file, config))
     except ValueError as error:
         raise GGUFError(f"{file.path}: {error}") from None
 
@@ -126,17 +120,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
 
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, theirs in projection_names(config):
-        shapes[f"{theirs}.weight"] = projection_shape(config, name)
-        if f"{theirs}.scale" in file.tensors:
-            shapes[f"{theirs}.scale"] = (1,)
-    for _, theirs in table_names(config):
-        shapes[f"{theirs}.weight"] = (config.vocab_size, config.hidden_size)
-    for name, theirs in norm_names(config):
-        inner = {"attn_sub_norm": config.num_attention_heads * config.head_width,
-                 "ffn_sub_norm": config.intermediate_size}  # fmt: skip
-        shapes[f"{theirs}.weight"] = (inner.get(name.rpartition(".")[2], config.hidden_size),)
+    ours = config.tensor_shapes()
+    names = [*projection_names(config), *table_names(config), *norm_names(config)]
+    shapes = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names}
+    scales = (f"{theirs}.scale" for _, theirs in projection_names(config))
+    shapes |= {name: (1,) for name in scales if name in file.tensors}
     for name, shape in shapes.items():
         info = file.tensors.get(name)
         if info is None:

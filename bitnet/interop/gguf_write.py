@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bitnet.interop.gguf_file import NUMBERS, TYPES, TensorToWrite, write_file
-from bitnet.interop.gguf_names import norm_names, projection_names, projection_shape, rotary_rows, table_names
+from bitnet.interop.gguf_names import norm_names, projection_names, rotary_rows, table_names
 from bitnet.interop.gguf_vocabulary import vocabulary
 from bitnet.kernels import PACKED_BITS, blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
@@ -119,7 +119,8 @@ def architecture(config: ModelConfig, type: str) -> str:
 def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = None) -> dict[str, str]:
     """The type of every matrix, by its name in the file without ".weight". Raises ValueError for rows that do not
     fit."""
-    projections = {theirs: projection_shape(config, name) for name, theirs in projection_names(config)}
+    ours = config.tensor_shapes()
+    projections = {theirs: ours[f"{name}.weight"] for name, theirs in projection_names(config)}
     tables = [theirs for _, theirs in table_names(config)]
     if type not in NUMBERS:
         shapes = projections | dict.fromkeys(tables, (config.vocab_size, config.hidden_size))
@@ -171,7 +172,7 @@ def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> dict[str,
 
 
 def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iterator[TensorToWrite]:
-    config = model.config
+    config, shapes = model.config, model.config.tensor_shapes()
     scales: dict[str, Tensor] = {}  # from the one quantization that a weight gets when its turn comes, just before
 
     def entry(
@@ -192,14 +193,14 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         return scales.pop(name).view(1).cpu()
 
     for ours, theirs in table_names(config):
-        shape, type = (config.vocab_size, config.hidden_size), types[theirs]
-        yield entry(f"{theirs}.weight", shape, type, partial(_table, type), ours)
+        type = types[theirs]
+        yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(_table, type), ours)
     for ours, theirs in norm_names(config):
-        norm: Any = model.get_submodule(ours)
-        yield entry(f"{theirs}.weight", tuple(norm.weight.shape), "F32", lambda module: _floats(module.weight), ours)
+        shape = shapes[f"{ours}.weight"]
+        yield entry(f"{theirs}.weight", shape, "F32", lambda module: _floats(module.weight), ours)
     for ours, theirs in projection_names(config):
         type = types[theirs]
-        yield entry(f"{theirs}.weight", projection_shape(config, ours), type, partial(weight, type, ours), ours)
+        yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(weight, type, ours), ours)
         if config.quantizer != "none" and type != "I2_S":
             yield entry(f"{theirs}.scale", (1,), "F32", partial(scale, ours), ours)
 

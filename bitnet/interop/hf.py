@@ -35,8 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet.checkpoint import CONFIG, MODEL, load_json
-from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
-from bitnet.model.transformer import rope_tables
+from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import pack_codes
 
 Form = Literal["dense", "master", "packed", "packed-inverse"]
@@ -315,10 +314,9 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors, dtype: torch.dtype
             f"{len(tensors.names)} tensors"
         )
     config, renamed, ignored = _tied(config, tensors)
-    with torch.device("meta"):
-        model = BitNetForCausalLM(config)
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    packed = {f"{name}.weight": name for name, _ in bit_linears(model)} if form.startswith("packed") else {}
+    shapes = {name: list(shape) for name, shape in config.tensor_shapes().items()}
+    projections = [name for name in shapes if name.endswith("_proj.weight")]
+    packed = {name: name.removesuffix(".weight") for name in projections} if form.startswith("packed") else {}
     expected = {*shapes, *(f"{module}.weight_scale" for module in packed.values())}
     found = {renamed.get(name, name) for name in tensors.names - ignored}
     if missing := sorted(expected - found):
@@ -343,11 +341,7 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors, dtype: torch.dtype
             state[f"{module}.packed_weight"], state[f"{module}.weight_scale"] = _ternary(tensors, module, form)
         else:
             state[name] = tensors.read(source[name]).to(dtype, copy=True)
-    if packed:
-        return BitNetForCausalLM.packed_from(config, state)
-    model.load_state_dict(state, assign=True)
-    model.model.cos, model.model.sin = rope_tables(config)
-    return model.eval()
+    return BitNetForCausalLM.from_tensors(config, state)
 
 
 def _tied(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, dict[str, str], set[str]]:

@@ -61,8 +61,7 @@ def read(folder: Path, device: torch.device | str = "cpu") -> BitNetForCausalLM:
     try:
         tensors = load_tensors(folder / MODEL)  # mapped, not read
         check_layers(folder / MODEL, config, tensors)
-        model = ptq.build_quantized(config, description)  # type: ignore[arg-type]
-        model.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        model = ptq.build_quantized(config, description, tensors)  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
     return model.to(device).eval()

@@ -91,6 +91,37 @@ class ModelConfig:
         """Width D of a head: `head_dim`, or hidden_size / num_attention_heads where that is None."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The seven matrices of a layer: names inside it, `(out_features, in_features)` each, in the order of use."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = (heads * self.head_width for heads in (self.num_attention_heads, self.num_key_value_heads))
+        return {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def norms(self) -> dict[str, int]:
+        """The norms of a layer: names inside it, and widths."""
+        inner = {name: columns for name, (_, columns) in self.projections().items()}
+        sub_norms = {"self_attn.attn_sub_norm": inner["self_attn.o_proj"], "mlp.ffn_sub_norm": inner["mlp.down_proj"]}
+        outer = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
+        return outer | (sub_norms if self.sub_norm else {})
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The state_dict of the float model: names and shapes, without the model."""
+        table = (self.vocab_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
+        layer = self.projections() | {name: (width,) for name, width in self.norms().items()}
+        for index in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        return shapes if self.tie_word_embeddings else shapes | {"lm_head.weight": table}
+
     def replace(self, **changes: object) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

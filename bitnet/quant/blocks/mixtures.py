@@ -22,7 +22,7 @@ LAYERS_OF_70B = 80  # eight query heads share a key there: values are few, and l
 
 
 def tensor_types(
-    mixture: str, shapes: Mapping[str, tuple[int, int]], *, has_importance: bool = False
+    mixture: str, shapes: Mapping[str, tuple[int, ...]], *, has_importance: bool = False
 ) -> dict[str, str]:
     """The type of every matrix of a model.
 
@@ -52,7 +52,7 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def _wanted(
-    mixture: str, name: str, layers: int, shared: int, has_importance: bool, shapes: Mapping[str, tuple[int, int]]
+    mixture: str, name: str, layers: int, shared: int, has_importance: bool, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     base, layer, columns = BASE[mixture], _layer(name), shapes[name][1]
     if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in shapes):
