@@ -55,7 +55,7 @@ def test_a_quick_run_prints_its_tables_and_writes_the_same_numbers(tmp_path, cap
     (limits,) = result["limits"]
     assert limits.keys() == {"threads", "memory", *native.instruction_sets()}
 
-    shapes = set(bench.projections(TINY).values())
+    shapes = set(TINY.projections().values())
     assert len(result["kernels"]) == len(sets) * 2 * len(shapes)
     for row in result["kernels"]:
         assert row["limit_share"] == pytest.approx(row["gbs"] / limits["memory"], rel=1e-3)
