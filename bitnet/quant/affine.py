@@ -15,10 +15,11 @@ torchao's (`quant_primitives.py`).
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitnet.quant.straight_through import straight_through
 
 SCALE_EPS = 1e-5
 
@@ -178,7 +179,11 @@ def fake_quantize_ste(
     """`fake_quantize` with a straight-through gradient for quantization-aware training: the identity for every x whose
     code lies in the range, and 0 outside it (1 there too with `clip_gradient=False`). The mask is the one of
     `torch.fake_quantize_per_tensor_affine`; no gradient goes to scale or zero_point."""
-    return _FakeQuantizeSTE.apply(x, scale, zero_point, quant_min, quant_max, clip_gradient)
+    inside = None
+    if clip_gradient:
+        codes = _unclipped_codes(x.detach(), scale, zero_point)
+        inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
+    return straight_through(x, lambda value: fake_quantize(value, scale, zero_point, quant_min, quant_max), inside)
 
 
 def quantize_symmetric(
@@ -214,28 +219,6 @@ def quantization_error(x: Tensor, quantized: Tensor) -> QuantizationError:
         sqnr_db=10 * math.log10(ratio) if ratio > 0 else -math.inf,
         max_abs=float(difference.abs().max()),
     )
-
-
-class _FakeQuantizeSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, clip_gradient: bool
-    ) -> Tensor:
-        return fake_quantize(x, scale, zero_point, quant_min, quant_max)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, quant_min, quant_max, clip_gradient = inputs
-        inside = None
-        if clip_gradient:
-            codes = _unclipped_codes(x, scale, zero_point)
-            inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
-        ctx.save_for_backward(inside)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] if inside is None else grads[0] * inside, None, None, None, None, None
 
 
 def _zero_point_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -21,12 +21,13 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer
 from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, import_tokenizers
 from bitnet.tokenizer.sentencepiece import Tokenizer
 
+T = TypeVar("T")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # Endings that several rules share: contractions, then symbols and whitespace.
@@ -107,7 +108,7 @@ def _spelled_out(regex: str) -> str:
     return re.sub(r"\\u([0-9a-fA-F]{4})|\\x\{([0-9a-fA-F]+)\}", lambda found: chr(int(found[1] or found[2], 16)), regex)
 
 
-def from_gguf_metadata(metadata: Mapping[str, Any], source: str = "GGUF file") -> BaseTokenizer:
+def from_gguf_metadata(metadata: Mapping[str, object], source: str = "GGUF file") -> BaseTokenizer:
     """The tokenizer that a GGUF file's metadata describes: keys to values, arrays as lists.
 
     Raises ValueError naming `source` where there is none, or one of a kind that is not supported.
@@ -125,7 +126,7 @@ def from_gguf_metadata(metadata: Mapping[str, Any], source: str = "GGUF file") -
     )
 
 
-def _pieces(metadata: Mapping[str, Any], source: str) -> tuple[list[str], list[int]]:
+def _pieces(metadata: Mapping[str, object], source: str) -> tuple[list[str], list[int]]:
     """Pieces and types, checked; an empty piece gets a name that no text has, as llama.cpp gives it one."""
     pieces, types = _array(metadata, "tokens", str, source), _array(metadata, "token_type", int, source)
     types = types or [NORMAL] * len(pieces)
@@ -142,7 +143,7 @@ def _pieces(metadata: Mapping[str, Any], source: str) -> tuple[list[str], list[i
     return pieces, types
 
 
-def _array(metadata: Mapping[str, Any], name: str, kind: type, source: str) -> list[Any]:
+def _array(metadata: Mapping[str, object], name: str, kind: type[T], source: str) -> list[T]:
     value = metadata.get(f"tokenizer.ggml.{name}", [])
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise ValueError(f"{source}: tokenizer.ggml.{name} is not an array; it is damaged")
@@ -151,7 +152,7 @@ def _array(metadata: Mapping[str, Any], name: str, kind: type, source: str) -> l
     return list(value)
 
 
-def _special_ids(metadata: Mapping[str, Any], size: int) -> dict[str, int | None]:
+def _special_ids(metadata: Mapping[str, object], size: int) -> dict[str, int | None]:
     """Ids of the special tokens by ggml's names; None for one that is absent or outside the vocabulary."""
     ids = {}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
@@ -164,7 +165,7 @@ def _ends(ids: Mapping[str, int | None]) -> tuple[int, ...]:
     return tuple(i for i in (ids["eot"], ids["eom"]) if i is not None)
 
 
-def _byte_level(metadata: Mapping[str, Any], source: str) -> HuggingFaceTokenizer:
+def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceTokenizer:
     library = import_tokenizers()
     pieces, types = _pieces(metadata, source)
     name = metadata.get("tokenizer.ggml.pre", "default")
@@ -206,7 +207,7 @@ def _byte_level(metadata: Mapping[str, Any], source: str) -> HuggingFaceTokenize
     )  # fmt: skip
 
 
-def _sentencepiece(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
     pieces, types = _pieces(metadata, source)
     scores = _array(metadata, "scores", float, source) or [0.0] * len(pieces)
     if len(scores) != len(pieces):

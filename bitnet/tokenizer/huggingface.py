@@ -103,7 +103,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, and two files that say what it does not; see the base class."""
         ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
-        config: dict[str, Any] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
+        config: dict[str, object] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
         generation = {"eos_token_id": list(self.eos_ids)} | (
             {} if self.bos_id is None else {"bos_token_id": self.bos_id}
@@ -235,7 +235,7 @@ def end_ids(folder: Path) -> list[int]:
     return [i for name in ("generation_config.json", "config.json") for i in _ids(read_json(folder / name).get(_EOS))]
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(value: object) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
