@@ -11,14 +11,14 @@ demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches,
 	@if test -f runs/demo/checkpoints/index.json; \
 	  then $(BIN)/python train.py --resume runs/demo; \
 	  else $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo; fi
-	@$(BIN)/python -m bitnet.evaluate runs/demo
+	@$(BIN)/python -m bitnet evaluate runs/demo
 	@$(BIN)/python generate.py runs/demo --prompt "The people of the United States" --max-new-tokens 150 --seed 1
 
 twin: demo  ## the float model of the same shape, tokens and seed at its own learning rate, and the gap
 	@if test -f runs/demo-float/checkpoints/index.json; \
 	  then $(BIN)/python train.py --resume runs/demo-float; \
 	  else $(BIN)/python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float; fi
-	@$(BIN)/python -m bitnet.evaluate runs/demo runs/demo-float --picture runs/demo-twin.png
+	@$(BIN)/python -m bitnet evaluate runs/demo runs/demo-float --picture runs/demo-twin.png
 
 # Where Triton and libllama could be installed, every oracle is there, and a test that misses one fails.
 test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from bitnet.generation import SamplingConfig
-    from bitnet.loading import OpenModel
+    from bitnet.inference.generation import SamplingConfig
+    from bitnet.storage.source import OpenModel
     from bitnet.tokenizer import ChatTemplate
 
 # torch takes seconds to import, so it and whatever imports it come after the arguments have been read.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder of train.py, one checkpoint of it, a folder of packed weights (python -m bitnet.export), a GGUF
+    """A run folder of train.py, one checkpoint of it, a folder of packed weights (python -m bitnet export), a GGUF
     file, a Hugging Face folder, or the name of a model on the hub."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of a run folder."""
@@ -100,9 +100,9 @@ def write(options: Options) -> None:
 
     import torch
 
-    from bitnet.generation import SamplingConfig
-    from bitnet.loading import open_model
-    from bitnet.runtime import DTYPES, pick_device
+    from bitnet.inference.generation import SamplingConfig
+    from bitnet.inference.loading import open_model
+    from bitnet.machine import DTYPES, pick_device
     from bitnet.tokenizer.chat import require
 
     sampling = SamplingConfig(
@@ -217,7 +217,7 @@ class Writer:
     def _write(self, ids: list[int], before: list[int], shown: str, seed: int) -> None:
         import torch
 
-        from bitnet.generation import GenerationStats, TextStream, generate, limit_new_tokens
+        from bitnet.inference.generation import GenerationStats, TextStream, generate, limit_new_tokens
 
         options, tokenizer, model = self.options, self.opened.tokenizer, self.opened.model
         count = limit_new_tokens(model.config, len(ids), options.max_new_tokens)

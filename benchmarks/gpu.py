@@ -1,4 +1,4 @@
-"""Everything that this project measures on a GPU, in one command: see `bitnet/gpu_bench.py`.
+"""Everything that this project measures on a GPU, in one command: see `bitnet/bench/gpu.py`.
 
     python benchmarks/gpu.py [--sections gate kernels models training curve] [--presets 700m 2b-4t]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bitnet.gpu_bench import Options, run
+from bitnet.bench.gpu import Options, run
 
 if __name__ == "__main__":
     try:

@@ -22,11 +22,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bitnet import recipes
-from bitnet.memory import storages_saved
+from bitnet.machine import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
-from bitnet.optim import Optimizer, clip_gradients
-from bitnet.runtime import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
+from bitnet.training import config as recipes
+from bitnet.training.memory import storages_saved
+from bitnet.training.optimizer import Optimizer, clip_gradients
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet import checkpoint, kernels, recipes
-from bitnet.checkpoint import save_checkpoint
+from bitnet import kernels
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig
+from bitnet.storage.folders import MODEL, OPTIMIZER, resolve
+from bitnet.storage.safetensors import load_tensors
 from bitnet.tokenizer import Tokenizer
-from bitnet.tracking import read_metrics
+from bitnet.training import config as recipes
+from bitnet.training.checkpoint import save_checkpoint
+from bitnet.training.reporter import read_metrics
 from tests import ROOT
 
 SMALL = (
@@ -96,9 +99,9 @@ def configuration(tmp_path: Path, corpus: Path, **changes: Any) -> recipes.Train
 
 def tensors(run: Path, which: str = "last") -> dict[str, Tensor]:
     """Weights and the optimizer's moments of a checkpoint of a run."""
-    folder = checkpoint.resolve(run, which)
-    found = checkpoint.load_tensors(folder / checkpoint.MODEL)
-    optimizer = checkpoint.load_tensors(folder / checkpoint.OPTIMIZER)
+    folder = resolve(run, which)
+    found = load_tensors(folder / MODEL)
+    optimizer = load_tensors(folder / OPTIMIZER)
     return {**found, **{f"optimizer.{k}": v for k, v in optimizer.items()}}
 
 
@@ -108,7 +111,8 @@ def torchrun(processes: int, tmp_path: Path, jobs: list[dict]) -> subprocess.Com
     path.write_text(json.dumps([{"resume": False, "hang": None} | job for job in jobs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*command, str(ROOT / "tests" / "distributed_worker.py"), str(path)], capture_output=True, text=True,
+        [*command, str(ROOT / "tests" / "training" / "distributed_worker.py"), str(path)],
+        capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
 

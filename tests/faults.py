@@ -6,7 +6,7 @@ import signal
 import pytest
 
 import train as trainer
-from bitnet import checkpoint
+from bitnet.storage import safetensors as safetensors_files
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -23,14 +23,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let every checkpoint of this step fail as on a full disk."""
-    original = checkpoint.save_file
+    original = safetensors_files.save_file
 
     def save_file(tensors, path, **options):
         if f"step-{step:08d}" in str(path):
             raise OSError(28, "No space left on device")
         original(tensors, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(safetensors_files, "save_file", save_file)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, factor: float, times: int = 1) -> None:

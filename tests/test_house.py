@@ -14,24 +14,24 @@ SOURCES = [*sorted((ROOT / "bitnet").rglob("*.py")), ROOT / "train.py", ROOT / "
 
 # A layer may import itself and the layers above it in this list, nothing below.
 LAYERS = [
-    {"quant", "files", "plots"},
+    {"quant", "files", "machine", "console", "plots"},
     {"kernels"},
-    {"model"},
-    {"engine", "gpu_engine", "runtime", "tokenizer", "corpus", "distributed"},
-    {"data", "sampling", "chat_data"},
-    {"checkpoint", "generation", "memory", "optim", "recipes", "sharded"},
-    {"interop", "ptq"},
-    {"loading"},
-    {
-        "bench", "compare", "estimate", "evaluate", "export", "gpu_bench", "inspect", "quantize", "tracking",
-        "weight_stats",
-    },
-    {"train", "generate"},
-]  # fmt: skip
+    {"model", "tokenizer"},
+    {"data", "storage"},
+    {"inference", "ptq"},
+    {"evaluation"},
+    {"training"},
+    {"bench"},
+    {"commands"},
+    {"__main__", "train", "generate"},
+]
 # These know nothing of the package: they could be libraries of their own.
-LEAVES = {"quant", "corpus", "files", "plots"}
+LEAVES = {"quant", "files", "machine", "console", "plots"}
 # Heavy or optional packages, and the one file that may import each, inside a function.
-LAZY = {"wandb": "tracking", "matplotlib": "plots", "datasets": "corpus", "pyarrow": "corpus", "triton": "kernels"}
+LAZY = {
+    "wandb": "bitnet/training/reporter.py", "matplotlib": "bitnet/plots.py", "datasets": "bitnet/data/corpus.py",
+    "pyarrow": "bitnet/data/corpus.py", "triton": "bitnet/kernels/",
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:
@@ -77,7 +77,7 @@ def test_optional_packages_are_imported_lazily_in_one_place(path):
     for module, at_top in imports(path):
         package = module.split(".")[0]
         if package in LAZY:
-            assert part_of(path) == LAZY[package], f"{path.name} imports {package}"
+            assert path.relative_to(ROOT).as_posix().startswith(LAZY[package]), f"{path.name} imports {package}"
             assert not at_top, f"{path.name} imports {package} at its top level"
 
 

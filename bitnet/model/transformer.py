@@ -55,17 +55,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def document_ids(input_ids: Tensor, start: int | None, end: int | None) -> Tensor:
-    """Which document of its window each token is in, counted from 0, int64 `[B, T]`.
-
-    A document begins at each token `start` (<s>) or, for a tokenizer that writes none, behind each `end` (</s>).
-    """
-    if start is not None:
-        return (input_ids == start).cumsum(1)
-    assert end is not None
-    return F.pad((input_ids == end)[:, :-1].cumsum(1), (1, 0))
-
-
 def document_mask(documents: Tensor) -> Tensor:
     """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`) that are not behind.
 
@@ -238,9 +227,10 @@ class BitNetForCausalLM(nn.Module):
         """The inference form, in place: 2-bit projections and, with `embeddings`, INT8 embedding and head (one table
         where they are tied).
 
-        With `embeddings` no float matrix is left but the norms, and the native engine (`bitnet/engine.py`) runs exactly
-        this model; without, the logits are the trained model's. What is packed already stays as it is, so a second call
-        packs the embeddings of a model that came without. In a float twin only embedding and head become INT8.
+        With `embeddings` no float matrix is left but the norms, and the native engine
+        (`bitnet/inference/cpu_engine.py`) runs exactly this model; without, the logits are the trained model's. What is
+        packed already stays as it is, so a second call packs the embeddings of a model that came without. In a float
+        twin only embedding and head become INT8.
         """
         if embeddings and not self.head_is_packed:
             if self.lm_head is not None:

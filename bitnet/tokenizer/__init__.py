@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
-from bitnet.tokenizer.gguf import from_gguf_metadata
+from bitnet.tokenizer.gguf_read import from_gguf_metadata
 from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_json
 from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitnet.interop.gguf_file import write_file
+from bitnet.storage.gguf.container import write_file
 from bitnet.tokenizer import BaseTokenizer
 from tests import oracles
 

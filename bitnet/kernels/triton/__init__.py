@@ -51,7 +51,7 @@ def require(device: torch.device) -> None:
 
 
 def _inference() -> ModuleType:
-    from bitnet.kernels.triton import inference
+    from bitnet.kernels.triton import ops as inference
 
     return inference
 

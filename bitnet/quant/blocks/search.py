@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks.ggml import divide, divide_by, largest, total
+from bitnet.quant.blocks.ggml_search import divide, divide_by, largest, total
 from bitnet.quant.blocks.layout import Fields
 
 SMALL = 1e-30  # a scale below counts as 0: its inverse is no use

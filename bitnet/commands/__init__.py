@@ -1,0 +1,1 @@
+"""The commands of `python -m bitnet`: options on top, the work imported where it is done."""
