@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet import kernels
+from bitnet.inference.generation import (
+    SamplingConfig,
+    generate,
+)
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig
 from bitnet.storage.folders import MODEL, OPTIMIZER, resolve
 from bitnet.storage.safetensors import load_tensors
@@ -122,3 +126,27 @@ def losses(config: recipes.TrainConfig) -> Tensor:
     rows = [row for row in read_metrics(Path(config.out) / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
     return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+GREEDY = SamplingConfig(temperature=0)
+
+
+def generate_ids(model, prompt, n, sampling=GREEDY, seed=0, **kwargs) -> torch.Tensor:
+    """Generated ids `[B, steps]`."""
+    return torch.stack(list(generate(model, prompt, max_new_tokens=n, sampling=sampling, seed=seed, **kwargs)), 1)
+
+
+# Text
+
+
+def expected_text(text: str, stop: list[str]) -> str:
+    """Character by character: the text before the stop string that is complete first."""
+    for end in range(1, len(text) + 1):
+        matches = [s for s in stop if text[:end].endswith(s)]
+        if matches:
+            return text[: end - max(map(len, matches))]
+    return text

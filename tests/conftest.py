@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from bitnet import kernels
-from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.data.chats import TokenizedChats, tokenize_chats
+from bitnet.tokenizer import ChatTemplate, Tokenizer, train_tokenizer
+from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from tests import oracles
-from tests.vocabularies import stdlib_text
+from tests.conversations import chat, write_chats
+from tests.vocabularies import CHAT_TEXT, stdlib_text
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -71,3 +74,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for start in range(0, 1500, 50):
         (folder / f"{start:04}.txt").write_text("\n".join(lines[start : start + 50]) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Tokenizer:
+    """330 pieces, trained on the text of some conversations."""
+    return train_tokenizer([CHAT_TEXT * 20], 330)
+
+
+@pytest.fixture(scope="session")
+def conversations() -> list[list[dict[str, str]]]:
+    """A hundred conversations of any length; some end with a question."""
+    generator = torch.Generator().manual_seed(1)
+
+    def number(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    return [
+        chat(*(f"{place} {i} " + "cat " * number(6) for i in range(1 + number(6))), system="S" if number(2) else None)
+        for place in range(100)
+    ]
+
+
+@pytest.fixture(scope="session")
+def chats(
+    chat_tokenizer: Tokenizer, conversations: list[list[dict[str, str]]], tmp_path_factory: pytest.TempPathFactory
+) -> TokenizedChats:
+    """These conversations, tokenized; many.jsonl, which holds them, lies beside their folder."""
+    folder = tmp_path_factory.mktemp("chats")
+    write_chats(folder / "many.jsonl", conversations)
+    return tokenize_chats(folder / "many.jsonl", ChatTemplate(PLAIN_TEMPLATE, chat_tokenizer), folder, val_fraction=0.1)

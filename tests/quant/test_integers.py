@@ -1,3 +1,5 @@
+"""Integer quantization, absmax and zero point: by hand, against the formula, against torch."""
+
 import math
 
 import pytest
@@ -9,24 +11,15 @@ from bitnet.quant import (
     PerGroup,
     PerTensor,
     PerToken,
-    absmean_scale,
     choose_qparams_asymmetric,
     choose_qparams_symmetric,
     dequantize,
     fake_quantize,
-    fake_quantize_binary,
-    fake_quantize_ternary,
     integer_range,
-    pack_codes,
-    packed_width,
     quantize,
-    quantize_binary,
     quantize_symmetric,
-    quantize_ternary,
-    unpack_codes,
 )
 from bitnet.quant.affine import scale_shape
-from bitnet.quant.packing import codes_per_block
 
 GRANULARITIES = [PerTensor(), PerChannel(0), PerChannel(1), PerChannel(-1), PerToken(), PerGroup(8), PerGroup(1)]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -45,106 +38,6 @@ def assert_equal_but_for_ties(ours: Tensor, theirs: Tensor, ratio: Tensor) -> No
     near_tie = ((ratio.double() - ratio.double().floor()) - 0.5).abs() < 1e-4
     assert (ours.int() - theirs.int()).abs().max() <= 1
     assert (near_tie | ~differ).all()
-
-
-# Ternary and binary weights
-
-
-def test_ternary_by_hand_with_ties() -> None:
-    # mean(|W|) = 1: the ratios are the values, so 0.5 and 1.5 are exact ties. Half to even: 0.5 -> 0, 1.5 -> 2 -> 1.
-    weight = torch.tensor([[0.5, -0.5, 1.5, -1.5], [0.51, -0.51, 0.49, -0.49], [2.0, -2.0, 0.0, 2.0]])
-    assert weight.abs().mean() == 1.0
-    codes, scale = quantize_ternary(weight)
-    assert scale == 1.0
-    assert scale.dtype == torch.float32
-    assert scale.shape == ()
-    assert codes.tolist() == [[0, 0, 1, -1], [1, -1, 0, 0], [1, -1, 0, 1]]
-    assert codes.dtype == torch.int8
-
-
-def test_ternary_scale_is_the_mean_of_the_whole_matrix() -> None:
-    codes, scale = quantize_ternary(torch.tensor([[4.0, 0.0], [-1.0, 1.0]]))
-    assert scale == 1.5
-    assert codes.tolist() == [[1, 0], [-1, 1]]
-
-
-@pytest.mark.parametrize("shape", [(4, 4), (1,), (2, 3, 4)])
-def test_ternary_of_zeros(shape: tuple[int, ...]) -> None:
-    codes, scale = quantize_ternary(torch.zeros(shape))
-    assert scale == torch.tensor(1e-5)
-    assert not codes.any()
-    assert not fake_quantize_ternary(torch.zeros(shape)).any()
-
-
-@pytest.mark.parametrize(("value", "code"), [(3.0, 1), (-3.0, -1), (1e-4, 1), (4e-6, 0), (-1e-40, 0), (1e30, 1)])
-def test_ternary_of_one_element(value: float, code: int) -> None:
-    codes, scale = quantize_ternary(torch.tensor([value]))
-    assert codes.tolist() == [code]
-    assert scale == torch.tensor(max(abs(value), 1e-5))
-
-
-@pytest.mark.parametrize("quantizer", [quantize_ternary, quantize_binary])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_master_dtype_is_quantized_in_float32(quantizer, dtype: torch.dtype) -> None:
-    weight = torch.randn(33, 65).to(dtype)
-    codes, scale = quantizer(weight)
-    expected_codes, expected_scale = quantizer(weight.float())
-    assert torch.equal(codes, expected_codes)
-    assert torch.equal(scale, expected_scale)
-    assert scale.dtype == torch.float32
-    assert codes.dtype == torch.int8
-
-
-def test_half_precision_sum_does_not_overflow() -> None:
-    weight = torch.full((512, 512), 100.0, dtype=torch.float16)  # the sum, 2.6e7, is inf in float16
-    codes, scale = quantize_ternary(weight)
-    assert scale == 100.0
-    assert (codes == 1).all()
-
-
-@pytest.mark.parametrize(("fake", "quantizer"), [(fake_quantize_ternary, quantize_ternary),
-                                             (fake_quantize_binary, quantize_binary)])  # fmt: skip
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 5)])
-def test_fake_quantize_is_codes_times_scale(fake, quantizer, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    weight = torch.randn(shape).to(dtype)
-    before = weight.clone()
-    codes, scale = quantizer(weight)
-    assert codes.shape == weight.shape
-    result = fake(weight)
-    assert result.dtype == dtype
-    assert torch.equal(result, (codes.float() * scale).to(dtype))
-    assert torch.equal(weight, before)
-
-
-def test_absmean_is_not_idempotent() -> None:
-    weight = torch.randn(512, 512)
-    once = fake_quantize_ternary(weight)
-    nonzero = (once != 0).float().mean()
-    # P(|w| > gamma / 2) for a Gaussian, gamma = sqrt(2 / pi).
-    assert nonzero.item() == pytest.approx(1 - math.erf(math.sqrt(2 / math.pi) / 2 / math.sqrt(2)), abs=5e-3)
-    assert nonzero.item() == pytest.approx(0.69, abs=5e-3)
-    torch.testing.assert_close(absmean_scale(once), absmean_scale(weight) * nonzero)
-    # The codes of the second pass are the same: it is the scale that shrinks.
-    assert torch.equal(quantize_ternary(once)[0], quantize_ternary(weight)[0])
-
-
-def test_binary_by_hand_around_the_mean() -> None:
-    weight = torch.tensor([[1.0, 3.0], [2.0, 2.0]])  # mean 2: two entries equal to it
-    codes, scale = quantize_binary(weight)
-    assert codes.tolist() == [[-1, 1], [1, 1]]
-    assert scale == 2.0
-    assert scale.dtype == torch.float32
-
-
-def test_binary_sign_of_zero_is_plus_one() -> None:
-    codes, scale = quantize_binary(torch.tensor([0.0, -0.0, 1.0, -1.0]))
-    assert codes.tolist() == [1, 1, 1, -1]
-    assert scale == 0.5
-    codes, scale = quantize_binary(torch.zeros(3, 3))
-    assert (codes == 1).all()
-    assert scale == 0.0
-    assert not fake_quantize_binary(torch.zeros(3, 3)).any()
 
 
 # Integer ranges and the shape of the scale
@@ -438,127 +331,3 @@ def test_non_contiguous_and_one_dimensional_input() -> None:
     codes, scale = quantize_symmetric(torch.tensor([2.0, -1.1, 4.0, 0.0]), 4, PerGroup(2))
     torch.testing.assert_close(scale, torch.tensor([2.0, 4.0]) / 7)
     assert codes.tolist() == [7, -4, 7, 0]  # -1.1 / (2 / 7) = -3.85
-
-
-# Packing
-
-LIMITS = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
-
-
-def random_codes(rows: int, columns: int, bits: int) -> Tensor:
-    low, high = LIMITS[bits]
-    return torch.randint(low, high + 1, (rows, columns), dtype=torch.int8)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("columns", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_packing_round_trip(bits: int, columns: int, rows: int) -> None:
-    codes = random_codes(rows, columns, bits)
-    codes[0, 0], codes[-1, -1] = LIMITS[bits]
-    before = codes.clone()
-    packed = pack_codes(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (rows, packed_width(columns, bits))
-    unpacked = unpack_codes(packed, bits, columns)
-    assert unpacked.dtype == torch.int8
-    assert torch.equal(unpacked, before)
-    assert torch.equal(codes, before)
-
-
-@pytest.mark.parametrize(("bits", "block"), [(2, 128), (4, 64), (8, 32)])
-def test_packed_width(bits: int, block: int) -> None:
-    assert codes_per_block(bits) == block
-    assert [packed_width(k, bits) for k in (1, block - 1, block, block + 1, 3 * block)] == [32, 32, 32, 64, 96]
-
-
-def test_bytes_of_one_2_bit_block_by_hand() -> None:
-    codes = torch.zeros(1, 128, dtype=torch.int8)  # all bytes 01 01 01 01
-    codes[0, 0], codes[0, 32], codes[0, 64], codes[0, 96] = -1, 0, 1, 1  # byte 0: 10 10 01 00
-    codes[0, 1], codes[0, 33], codes[0, 65], codes[0, 97] = 1, -1, -1, -1  # byte 1: 00 00 00 10
-    codes[0, 31], codes[0, 127] = -1, 1  # byte 31: 10 01 01 00
-    expected = [0b01010101] * 32
-    expected[0], expected[1], expected[31] = 0b10100100, 0b00000010, 0b10010100
-    assert pack_codes(codes, 2).tolist() == [expected]
-
-
-def test_bytes_of_one_4_bit_block_by_hand() -> None:
-    codes = torch.zeros(1, 64, dtype=torch.int8)
-    codes[0, 0], codes[0, 32] = -8, 7
-    codes[0, 31], codes[0, 63] = 7, -1
-    expected = [0x88] * 32
-    expected[0], expected[31] = 0xF0, 0x7F
-    assert pack_codes(codes, 4).tolist() == [expected]
-
-
-def test_bytes_of_one_8_bit_block_by_hand() -> None:
-    codes = torch.arange(-16, 16, dtype=torch.int8)[None]
-    codes[0, 0], codes[0, 31] = -128, 127
-    expected = [0, *range(113, 143), 255]
-    assert pack_codes(codes, 8).tolist() == [expected]
-
-
-def test_2_bit_layout_is_ggml_tq2_0() -> None:
-    codes = random_codes(2, 512, 2)
-    packed = pack_codes(codes, 2)
-    for row in range(2):
-        for block in range(2):  # 256 weights, 64 bytes
-            bytes_ = packed[row, block * 64 : (block + 1) * 64].tolist()
-            for g in range(2):
-                for lane in range(4):
-                    for m in range(32):
-                        code = int(codes[row, block * 256 + g * 128 + lane * 32 + m])
-                        assert bytes_[g * 32 + m] >> 2 * lane & 3 == code + 1
-
-
-@pytest.mark.parametrize(("bits", "zero"), [(2, 0b01010101), (4, 0x88), (8, 0x80)])
-def test_padding_is_the_code_of_zero(bits: int, zero: int) -> None:
-    block = codes_per_block(bits)
-    codes = random_codes(2, block + 1, bits)
-    packed = pack_codes(codes, bits)
-    padded = unpack_codes(packed, bits, 2 * block)
-    assert torch.equal(padded[:, : block + 1], codes)
-    assert not padded[:, block + 1 :].any()
-    assert (packed[:, 33:] == zero).all()
-    # A tail is read back to zeros only: other bytes in it do not reach the codes.
-    packed[:, 33:] = 0
-    assert torch.equal(unpack_codes(packed, bits, block + 1), codes)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_packing_non_contiguous_and_empty(bits: int) -> None:
-    codes = random_codes(70, 5, bits)
-    assert torch.equal(unpack_codes(pack_codes(codes.t(), bits), bits, 70), codes.t())
-    packed = pack_codes(torch.cat([codes, codes]).t(), bits)
-    assert torch.equal(unpack_codes(packed.t().contiguous().t(), bits, 140)[:, :70], codes.t())
-    assert unpack_codes(pack_codes(codes[:0], bits), bits, 5).shape == (0, 5)
-
-
-@pytest.mark.parametrize("bits", [0, 1, 3, 5, 16])
-def test_packing_names_the_bad_width(bits: int) -> None:
-    message = f"bits is {bits}; .*2, 4, 8"
-    with pytest.raises(ValueError, match=message):
-        pack_codes(torch.zeros(1, 4, dtype=torch.int8), bits)
-    with pytest.raises(ValueError, match=message):
-        unpack_codes(torch.zeros(1, 32, dtype=torch.uint8), bits, 4)
-    with pytest.raises(ValueError, match=message):
-        packed_width(4, bits)
-
-
-@pytest.mark.parametrize(("bits", "value"), [(2, 2), (2, -2), (4, 8), (4, -9)])
-def test_packing_names_the_code_out_of_range(bits: int, value: int) -> None:
-    codes = torch.zeros(2, 3, dtype=torch.int8)
-    codes[1, 2] = value
-    with pytest.raises(ValueError, match=f"{value}.*{bits} bits"):
-        pack_codes(codes, bits)
-
-
-def test_packing_names_the_wrong_dtype_and_shape() -> None:
-    with pytest.raises(ValueError, match=r"torch.int32 \[2, 3\]"):
-        pack_codes(torch.zeros(2, 3, dtype=torch.int32), 2)
-    with pytest.raises(ValueError, match=r"\[3\]"):
-        pack_codes(torch.zeros(3, dtype=torch.int8), 2)
-    with pytest.raises(ValueError, match=r"\[2, 32\]"):
-        unpack_codes(torch.zeros(2, 32, dtype=torch.uint8), 2, 129)
-    with pytest.raises(ValueError, match="int8"):
-        unpack_codes(torch.zeros(2, 32, dtype=torch.int8), 2, 128)
