@@ -1,3 +1,5 @@
+"""What is printed to a person: messages, progress, tables, and streams that refuse them."""
+
 import io
 import subprocess
 import sys

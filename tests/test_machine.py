@@ -1,3 +1,5 @@
+"""What is asked of the machine: device, type of the products, compiler, memory."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Held-out loss by its definition, and the command that compares runs."""
+
 import dataclasses
 import math
 

@@ -1,3 +1,5 @@
+"""The reference kernels against their formulas: products, gradients, dtypes, and the choice of a backend."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,3 +1,5 @@
+"""The model against transformers and its formulas: logits, cache, initialization, configuration, presets."""
+
 import dataclasses
 import math
 import re

@@ -1,4 +1,4 @@
-"""Clip ranges, fake quantization with a gradient, and error measures; the rest of `affine.py` is in test_quant.py."""
+"""Clip ranges, fake quantization with a gradient, error measures; the rest of `affine.py` is in test_integers.py."""
 
 import math
 from typing import Any

@@ -1,3 +1,5 @@
+"""Number formats: every code, tie and border against torch and numpy, and the command that prints them."""
+
 import math
 import re
 import subprocess

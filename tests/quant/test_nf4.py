@@ -1,3 +1,5 @@
+"""NF4 against its definition and the published codebook."""
+
 import math
 
 import pytest

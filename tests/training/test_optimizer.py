@@ -1,3 +1,5 @@
+"""The schedule by hand, the groups of parameters, and an optimizer's state there and back."""
+
 import math
 
 import pytest

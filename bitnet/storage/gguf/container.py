@@ -5,7 +5,7 @@
     tensor info  name string | dimensions u32 | sizes u64, the innermost first | type u32 | offset u64
     padding to general.alignment (32) | tensor data, each at its offset from here, padded likewise
 
-Source: ggml's docs/gguf.md. Everything is little-endian. The reader takes nothing on trust: every count is held against
+Source: ggml's gguf.md. Everything is little-endian. The reader takes nothing on trust: every count is held against
 the bytes that are left before anything is allocated, and a file with duplicate names, nested arrays, overlapping or
 misaligned tensors, or text that is not UTF-8 is refused. Tensor data is mapped, not read.
 
