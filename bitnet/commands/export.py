@@ -55,6 +55,7 @@ def run(options: Options) -> None:
     from bitnet.storage.gguf import write as gguf_write
     from bitnet.storage.hf import gptq
     from bitnet.storage.hf import write as hf_write
+    from bitnet.storage.hf.card import origin_of
     from bitnet.storage.source import open_stored, tokenizer_files
     from bitnet.tokenizer import Tokenizer
     from bitnet.tokenizer.json_write import sentencepiece_files
@@ -74,7 +75,7 @@ def run(options: Options) -> None:
             proto, positions = opened.tokenizer.model_proto, model.config.max_position_embeddings
             chat = opened.chat_template is not None
             files |= sentencepiece_files(proto, max_length=positions, chat=chat)
-        hf_write.write(model, options.out, form, tokenizer_files=files)
+        hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(opened.folder))
     elif options.to == "gguf":
         template = opened.chat_template.source if opened.chat_template else None
         kind = options.type or ("Q8_0" if is_float else "TQ2_0")
@@ -82,7 +83,7 @@ def run(options: Options) -> None:
             model, options.out, kind, tokenizer=_vocabulary(opened), chat_template=template, name=options.out.stem
         )
     else:
-        gptq.write(model, options.out, tokenizer_files(opened))
+        gptq.write(model, options.out, tokenizer_files(opened), origin=origin_of(opened.folder))
     written = [options.out] if options.out.is_file() else list(options.out.iterdir())
     print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
 

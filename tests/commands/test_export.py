@@ -103,6 +103,7 @@ def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path
     arguments = [str(folder / "plain"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
     assert quantize.main([*arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
     assert export.main([str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
+    assert "INT4 codes in groups of 64, quantized after training" in (tmp_path / "hf" / "README.md").read_text()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     about = config["quantization_config"]
     assert (config["model_type"], about["bits"], about["group_size"], about["sym"]) == ("llama", 4, 64, False)

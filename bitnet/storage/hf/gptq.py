@@ -15,12 +15,15 @@ from bitnet.files import new_folder, write_atomic
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.weight_only import GroupLinear
 from bitnet.storage.folders import CONFIG, MODEL
+from bitnet.storage.hf.card import CARD, Origin, model_card
 from bitnet.storage.hf.write import check_expressible, config_of
 from bitnet.storage.safetensors import save_tensors
 
 
-def write(model: BitNetForCausalLM, folder: Path, tokenizer_files: Mapping[str, bytes]) -> None:
-    """Write the folder, whole or not at all.
+def write(
+    model: BitNetForCausalLM, folder: Path, tokenizer_files: Mapping[str, bytes], *, origin: Origin | None = None
+) -> None:
+    """Write the folder, whole or not at all; `origin` is what the model card says of the training.
 
     Raises ValueError, with the reason and the alternative, for a model that is not quantized in groups or whose layers
     the layout cannot hold, and OSError, also for a folder that exists.
@@ -52,6 +55,8 @@ def write(model: BitNetForCausalLM, folder: Path, tokenizer_files: Mapping[str, 
     with new_folder(folder, "GPTQ folder") as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        weights = f"INT{bits} codes in groups of {group_size}, quantized after training (GPTQ's layout)"
+        write_atomic(temporary / CARD, model_card(model.config, weights, origin))
         for name, content in tokenizer_files.items():
             write_atomic(temporary / name, content)
 

@@ -25,6 +25,7 @@ from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLi
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER
+from bitnet.storage.hf.card import CARD, Origin, model_card
 from bitnet.storage.hf.read import PACKED_ROWS, pack_rows
 from bitnet.storage.safetensors import save_tensors
 from bitnet.tokenizer.json_write import GENERATION
@@ -42,13 +43,14 @@ def write(
     form: str = "packed",
     *,
     tokenizer_files: Mapping[str, bytes] | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Write a folder that transformers loads, whole or not at all.
 
     form: packed, packed-inverse or master. tokenizer_files: contents by name, from `sentencepiece_files` or
-    `files_of`, or none. An INT8 embedding is written as the floats that it stands for. Raises ValueError, with the
-    reason and the alternative, for what transformers' classes cannot express, and OSError for a folder that exists
-    or a disk that is full.
+    `files_of`, or none. origin: what the model card, README.md, says of the training. An INT8 embedding is written as
+    the floats that it stands for. Raises ValueError, with the reason and the alternative, for what transformers'
+    classes cannot express, and OSError for a folder that exists or a disk that is full.
     """
     files = dict(tokenizer_files or {})
     if unknown := sorted(set(files) - set(TOKENIZER_FILES)):
@@ -73,8 +75,20 @@ def write(
     with new_folder(Path(folder), "Hugging Face folder") as temporary:
         save_tensors(temporary / MODEL, tensors)
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        write_atomic(temporary / CARD, model_card(model.config, _described(model, form), origin))
         for file, content in files.items():
             write_atomic(temporary / file, content)
+
+
+def _described(model: BitNetForCausalLM, form: str) -> str:
+    """The weights of a form in a few words, for the model card."""
+    if model.config.quantizer == "none":
+        return "dense floats"
+    return {
+        "packed": "2-bit codes, four rows a byte, and their scale (form packed)",
+        "packed-inverse": "2-bit codes, four rows a byte, and the reciprocal of their scale (form packed-inverse)",
+        "master": "latent floats, quantized while the model runs (form master)",
+    }[form]
 
 
 def check_expressible(model: BitNetForCausalLM, form: str) -> None:
