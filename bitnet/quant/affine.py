@@ -181,6 +181,7 @@ def fake_quantize_ste(
     `torch.fake_quantize_per_tensor_affine`; no gradient goes to scale or zero_point."""
     inside = None
     if clip_gradient:
+        # Where a code is clipped the output does not follow x, so no gradient goes there.
         codes = _unclipped_codes(x.detach(), scale, zero_point)
         inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
     return straight_through(x, lambda value: fake_quantize(value, scale, zero_point, quant_min, quant_max), inside)
@@ -222,6 +223,7 @@ def quantization_error(x: Tensor, quantized: Tensor) -> QuantizationError:
 
 
 def _zero_point_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps: float) -> tuple[Tensor, Tensor]:
+    # 0.0 must be one of the values, whose code then is the zero point.
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp(min=eps) / (quant_max - quant_min)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
@@ -251,6 +253,7 @@ def _blocks(x: Tensor, scales: torch.Size | list[int]) -> Tensor:
 
 
 def _inner_dims(x: Tensor) -> list[int]:
+    """The dimensions inside a block, in the view of `_blocks`."""
     return list(range(1, 2 * x.ndim, 2))
 
 

@@ -115,6 +115,7 @@ def gptq_quantize(
     if not act_order:
         order = torch.arange(len(hessian), device=weight.device)
     damped, factor = _inverse_factor(hessian, order, 0.003 if damping is None else damping)
+    # How much a rounding error of a channel costs once the later ones have made up for it, 1 / U_jj^2.
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
     nearest = round_to_nearest(weight, grid, group_size)
@@ -126,6 +127,7 @@ def gptq_quantize(
         attempt.codes, targets = _sweep(weight, factor, order, attempt, block_size)
         state.replace_rows(attempt, attempt.loss() < state.loss())
         if remaining:
+            # The sweep moved the weights: grids that fit what was really rounded serve the next sweep better.
             scale, zero = _search_grid(targets.view(groups.shape), sensitivity, grid)
     state.descend(order, rounds, block_size, search)
 
@@ -212,6 +214,7 @@ class _Solution:
             centred = self.codes[:, columns] - self.zero[:, g : g + 1]
             curvature = ((centred @ inner) * centred).sum(1)
             slope = (gradient[:, columns] * centred).sum(1)
+            # The sum is a parabola in the scale of this group, with the codes as they are.
             wanted = self.scale[:, g] - slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
             rounded = round_scale(torch.where(wanted > 0, wanted, self.scale[:, g]).clamp(max=65504.0))
             delta = rounded - self.scale[:, g]
@@ -249,6 +252,7 @@ def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block
         for i, diagonal in enumerate(inner.diagonal().tolist()):
             code = (local[i] / scale[i]).round_().add_(zero[i]).clamp_(0, grid.grid.quant_max)
             codes[:, start + i] = code
+            # What rounding changed, made up for by the columns to come.
             errors[i] = (local[i] - (code - zero[i]) * scale[i]) / diagonal
             local[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         targets[:, block] = local.t()

@@ -28,6 +28,8 @@ def quantize_original(
     diagonal = torch.arange(columns, device=weight.device)
     hessian[diagonal, diagonal] += damping * hessian.diagonal().mean()
     try:
+        # Row i of this factor is what the paper takes from the inverse Hessian of the columns from i on, for all i at
+        # once.
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     except torch.linalg.LinAlgError:
         raise ValueError(f"the Hessian is singular with damping {damping}; raise it, or use 'refined'") from None
@@ -45,8 +47,10 @@ def quantize_original(
             w = local[:, i]
             code = torch.clamp(torch.round(w / scale) + zero, 0, grid.quant_max)
             codes[:, start + i] = code
+            # The error of this column is made up for by the later ones, within the block at once.
             errors[:, i] = (w - scale * (code - zero)) / inner[i, i]
             local[:, i:] -= errors[:, i : i + 1].matmul(inner[i : i + 1, i:])
+        # Columns behind the block get the whole block's updates in one product.
         weight[:, stop:] -= errors.matmul(factor[start:stop, stop:])
 
     inverse = order.argsort()

@@ -69,6 +69,7 @@ def to_half(x: Tensor) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """The entry with the largest magnitude in each column, the first of equals; 0 for a column of -0."""
+    # A NaN never wins ggml's comparison, so it counts as less than any magnitude.
     found = x.gather(0, x.abs().nan_to_num(nan=-1.0).argmax(dim=0, keepdim=True)).squeeze(0)
     return torch.where(found == 0, 0.0, found)
 
@@ -87,9 +88,12 @@ def symmetric(x: Tensor, weight: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     _, sum_xq, sum_qq = trial(best_inv)
     scale = torch.where(sum_qq != 0, sum_xq / sum_qq, 0.0)
     best = scale * sum_xq
+    # Step 0 was the first trial. The factor is computed in float32, as C does.
     for step in [*range(-9, 0), *range(1, 10)]:
         inv_scale = divide(-float(np.float32(levels) + np.float32(0.1) * np.float32(step)), extreme)
         _, sum_xq, sum_qq = trial(inv_scale)
+        # The error at the refitted scale is sum w x^2 - sum_xq^2 / sum_qq: the largest fraction wins, compared without
+        # a division.
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
         best_inv = torch.where(better, inv_scale, best_inv)
         scale = torch.where(better, sum_xq / sum_qq, scale)
@@ -118,6 +122,7 @@ def _descend(
     for _ in range(5):
         changed = False
         for i in range(len(x)):
+            # The sums without this code, and the code that is best at the scale they give.
             wx, w, code = weight[i] * x[i], weight[i], codes[i].clone()
             xq, qq = sum_xq - wx * code, sum_qq - w * code * code
             moved = nearest_int(x[i] * qq / xq).clamp(low, high)
@@ -142,6 +147,7 @@ def affine(
     `absolute` compares absolute instead of squared errors."""
     low, high = x.amin(dim=0).clamp(max=0), x.amax(dim=0)
     sum_w, sum_x = total(weight), total(weight * x)
+    # Equal weights, none above 0: scale 0, and the minimum alone stands for them.
     constant = high <= low
 
     def error_of(scale: Tensor, codes: Tensor, low: Tensor) -> Tensor:
@@ -156,6 +162,7 @@ def affine(
         number = np.float32(first) + np.float32(step) * np.float32(i) + np.float32(levels)
         codes = nearest_int(divide(float(number), high - low) * (x - low)).clamp(0, levels)
         sum_q, sum_qq, sum_xq = total(weight * codes), total(weight * codes * codes), total(weight * codes * x)
+        # Least squares for scale and low end at these codes; a low end above 0 is left out.
         determinant = sum_w * sum_qq - sum_q * sum_q
         new_scale = (sum_w * sum_xq - sum_x * sum_q) / determinant
         new_low = (sum_qq * sum_x - sum_q * sum_xq) / determinant

@@ -47,6 +47,7 @@ def pack(fields: Fields, kind: str) -> Tensor:
     s, m, dmin = fields.scales.to(torch.uint8), fields.minimums.to(torch.uint8), half_bytes(fields.minimum)
     if kind == "Q2_K":
         return torch.cat([s | m << 4, pack_bits(codes, 2, 32), d, dmin], dim=1)
+    # The last four groups' upper two bits of s and of m sit above the first four groups' six.
     header = [d, dmin, s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4]
     high = [pack_bits(codes >> 4, 1, 32)] if kind == "Q5_K" else []
     return torch.cat([*header, *high, pack_bits(codes & 15, 4, 32)], dim=1)
@@ -141,6 +142,7 @@ def _compatible_affine(x: Tensor, kind: str, importance: Tensor | None) -> Field
             s, m = _overflow(kind, s.int(), m.int())
     half_d, half_dmin = ggml_search.to_half(d), ggml_search.to_half(dmin)
     scale, minimum = (half_d.float() * s).view(-1), (half_dmin.float() * m).view(-1)
+    # Codes once more, for the scales as they are stored; where the scale became 0 those of the search stay.
     again = ggml_search.nearest_int((grouped + minimum) / scale).clamp(0, high)
     codes = torch.where(scale != 0, again, codes)
     return Fields(codes_of(codes, groups), half_d, half_dmin, _levels(s), _levels(m))
@@ -171,6 +173,7 @@ def _compatible_symmetric(x: Tensor, kind: str, importance: Tensor | None) -> Fi
             grouped, grouped * grouped if importance is None else by_group(importance, groups), 32
         )
         d, s = _largest_at(scales.view(groups, -1), -128.0, 127)
+        # A super-block of zeros is zeros in every field, as in ggml.
         dead = ggml_search.largest(scales.view(groups, -1)).abs() < ggml_search.TINY
         d, s = torch.where(dead, 0.0, d), torch.where(dead, 0.0, s)
         codes = torch.where(dead.repeat(groups), 0.0, codes)
@@ -182,6 +185,7 @@ def _compatible_symmetric(x: Tensor, kind: str, importance: Tensor | None) -> Fi
         weight = by_group(importance * ggml_search.root(sigma2 + x * x), groups)
         scales, codes = ggml_search.symmetric(grouped, weight, center)
         d, s = ggml_search.symmetric(scales.view(groups, -1), ggml_search.total(weight).view(groups, -1), 32)
+        # `symmetric` gives codes from 0 up; a scale is signed.
         s = s - 32
     half_d = ggml_search.to_half(d)
     scale = (half_d.float() * s).view(-1)

@@ -88,6 +88,7 @@ def _improve(x: Tensor, kind: str, weight: Tensor, fields: Fields) -> Fields:
     if kind == "IQ4_NL":
         starts = search.scale_starts(x, LEVELS[0], LEVELS[-1], 14.0)
         return search.improve_levels(x, weight, starts, level_values(x), nearest_level, fields)
+    # `spread`: by how many codes the trial ranges are wider or narrower at most.
     first, spread = (-127, 2.0) if kind == "Q8_0" else (-half, 1.0 if half == 8 else 2.0)
     starts = search.scale_starts(x, first, half - 1, spread)
     return search.improve_scale(x, weight, starts, first, half - 1, half, fields)
@@ -105,12 +106,14 @@ def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor 
         if kind in WITH_MINIMUM:
             low = x.amin(dim=0)
             scale = ggml_search.divide_by(x.amax(dim=0) - low, 2 * levels - 1)
+            # ggml rounds these by adding a half and cutting off.
             codes = ggml_search.truncate((x - low) * ggml_search.inverse(scale) + 0.5)
             return Fields(_bytes(codes.clamp(max=2 * levels - 1)), *map(ggml_search.to_half, (scale, low)))
         scale = ggml_search.largest(x) / -levels
         codes = ggml_search.truncate(x * ggml_search.inverse(scale) + (levels + 0.5)).clamp(max=2 * levels - 1)
         return Fields(_bytes(codes), ggml_search.to_half(scale))
     assert sigma2 is not None
+    # ggml's own weights: of two columns of one importance, the larger value counts more.
     weight = importance * ggml_search.root(sigma2 + x * x)
     if kind in WITH_MINIMUM:
         scale, low, codes = ggml_search.affine(x, weight, 2 * levels - 1, -0.9, 0.05, 36)
@@ -130,11 +133,13 @@ def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
         q = level_values(x)[nearest_level(inv_scale * x)]
         return ggml_search.total(weight * q * x), ggml_search.total(weight * q * q)
 
+    # The first trial puts the largest magnitude at 127, the others at the first level, -127, and around it.
     sum_xq, sum_qq = trial(ggml_search.divide(1, ggml_search.divide_by(-extreme, LEVELS[0])))
     scale = torch.where(sum_qq > 0, sum_xq / sum_qq, 0.0)
     best = scale * sum_xq
     for step in range(-7, 8):
         sum_xq, sum_qq = trial(ggml_search.divide(step + LEVELS[0], extreme))
+        # A refitted scale lowers the error by sum_xq^2 / sum_qq; compared without a division, as in ggml.
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
         scale = torch.where(better, sum_xq / sum_qq, scale)
         best = torch.where(better, scale * sum_xq, best)
@@ -146,6 +151,7 @@ def nearest_level(x: Tensor) -> Tensor:
     """Index (int64) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the first."""
     index = torch.zeros_like(x, dtype=torch.int64)
     for low, high in pairwise(LEVELS):
+        # Whether x lies above the middle of two levels, doubled so that nothing is rounded.
         index += x + x >= low + high
     return index
 

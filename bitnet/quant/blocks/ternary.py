@@ -34,6 +34,7 @@ def pack(fields: Fields, kind: str) -> Tensor:
     for first, end, count in CHUNKS:
         digits = fields.codes[:, first:end].view(len(fields.codes), count, -1).to(torch.int32)
         number = sum(digits[:, i] * 3 ** (4 - i) for i in range(count))
+        # Rounded up: rounded down, the digits that come back by multiplying with 3 would be too small.
         parts.append(((number * 256 + 242) // 243).to(torch.uint8))
     return torch.cat([*parts, half_bytes(fields.scale)], dim=1)
 
