@@ -30,6 +30,8 @@ import tyro
 from bitnet.evaluation.comparison import Comparison, Options
 from bitnet.evaluation.table import terminal
 
+TRAIN = (sys.executable, "-m", "bitnet", "train")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the folder; an interrupted call goes on when it is made again."""
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.threads:
             torch.set_num_threads(options.threads)
-        comparison = Comparison(options)
+        comparison = Comparison(options, train=TRAIN)
         comparison.run()
         comparison.draw()
         comparison.draw_distributions()

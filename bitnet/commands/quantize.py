@@ -49,15 +49,17 @@ class Options:
 
 
 def run(options: Options) -> None:
+    from bitnet import console
     from bitnet.model.quantized import model_bits
-    from bitnet.ptq.drivers import quantize_model
-    from bitnet.ptq.methods import METHODS
+    from bitnet.ptq import drivers
+    from bitnet.ptq.methods import METHODS, quantize_model
 
     if options.list:
-        width = max(map(len, METHODS))
-        for name, method in METHODS.items():
-            calibrated = ", calibrated" if method.needs_calibration else ""
-            print(f"{name:{width}}  {method.bits:5.2f} bits  {method.description}{calibrated}")
+        rows = [
+            [name, f"{method.bits:.2f} bits", method.description + ", calibrated" * method.needs_calibration]
+            for name, method in METHODS.items()
+        ]
+        print(console.table(rows, right=[1]))
         return
     if options.source is None or options.out is None or options.method is None:
         raise ValueError("give a model, a folder to write and --method; python -m bitnet quantize --list has the names")
@@ -81,10 +83,14 @@ def run(options: Options) -> None:
         mixture, context = open_text(opened, options.text, options.context)
         ids = calibration_sequences(mixture, context, options.calibration_tokens)
     start = time.perf_counter()
-    model = quantize_model(
-        model, options.method, ids, group_size=options.group_size, symmetric=options.symmetric,
-        algorithm=options.algorithm, calibration=options.calibration, compatible=options.compatible,
-    )  # fmt: skip
+    chosen = drivers.Options(
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        algorithm=options.algorithm,
+        calibration=options.calibration,
+        compatible=options.compatible,
+    )
+    model = quantize_model(model, options.method, ids, chosen)
     seconds = time.perf_counter() - start
     save_quantized(model, options.out, options.method, tokenizer_files(opened))
     nominal, stored = model_bits(model)

@@ -1,41 +1,36 @@
 """Every quantization method on one model: quality, size and speed in one table, and pictures."""
 
 import copy
-import csv
-import dataclasses
 import hashlib
-import io
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from bitnet import kernels, plots
+from bitnet.console import note, progress_bar, say
+from bitnet.evaluation import pictures, table
 from bitnet.evaluation.agreement import Reference
-from bitnet.evaluation.table import Row, markdown
+from bitnet.evaluation.table import Row
 from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
 from bitnet.evaluation.twins import find_twins, train_twin
-from bitnet.files import write_atomic
+from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
-from bitnet.kernels import blocks
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
-from bitnet.ptq.drivers import quantize_model
-from bitnet.ptq.methods import METHODS
-from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_quantize
-from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
+from bitnet.ptq import drivers
+from bitnet.ptq.methods import METHODS, quantize_model
 from bitnet.storage.folders import CONFIG, INDEX, MODEL, load_model, packed_quantizer, resolve, save_quantized
 from bitnet.storage.safetensors import load_json
 from bitnet.storage.source import tokenizer_files
@@ -86,16 +81,6 @@ def layer_outputs(model: BitNetForCausalLM, ids: Tensor) -> list[Tensor]:
     return outputs
 
 
-def family_of(name: str) -> str:
-    """The family under which the pictures show a method."""
-    method = METHODS[name]
-    if name.startswith("gguf"):
-        return "gguf"
-    if method.bits >= 16:
-        return "float"
-    return "weights and activations" if method.int8_activations else "weight-only"
-
-
 def kernel_of(model: BitNetForCausalLM) -> str:
     """What multiplies the projections: native (the whole model in the engine), int8 (integer products layer by layer),
     dequantizes, or float."""
@@ -116,27 +101,16 @@ def measure(path: str, threads: int | None) -> dict[str, float | None]:
     model = open_model(path).model
     if isinstance(model, nn.Module):
         cache_weights(model)  # dequantized once: the speed that a method can have without a kernel
-    vocab, positions = model.config.vocab_size, model.config.max_position_embeddings
+    positions = model.config.max_position_embeddings
     prompt, steps = min(256, positions // 2), min(32, positions // 4)
-    ids = torch.randint(vocab, (1, prompt), generator=torch.Generator().manual_seed(0))
-    prefill, decode = [], []
-    with torch.inference_mode():
-        for _ in range(4):
-            cache = model.new_cache(1, prompt + steps)
-            start = time.perf_counter()
-            token = model(ids, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-            middle = time.perf_counter()
-            for _ in range(steps):
-                token = model(token, cache, last_only=True)[:, -1].argmax(-1, keepdim=True)
-            end = time.perf_counter()
-            prefill.append(prompt / (middle - start))
-            decode.append(steps / (end - middle))
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    rounds = [time_generation(model, ids, steps) for _ in range(4)][1:]  # the first touches memory and starts threads
     peak = process_memory()
-    # The first round touches memory and starts threads.
     return {
-        "prefill": float(np.median(prefill[1:])), "decode": float(np.median(decode[1:])),
+        "prefill": statistics.median(stats.prefill_rate for stats in rounds),
+        "decode": statistics.median(stats.decode_rate for stats in rounds),
         "peak_mb": None if peak is None or before is None else peak - before,
-    }  # fmt: skip
+    }
 
 
 def measure_in_child(path: Path, threads: int | None) -> dict[str, float | None]:
@@ -153,10 +127,12 @@ def measure_in_child(path: Path, threads: int | None) -> dict[str, float | None]
 class Comparison:
     """What one call works on: the float model, the held-out windows with its predictions, and the rows so far."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, train: Sequence[str] = ()) -> None:
+        """`train` is the command that trains, for twins that are asked for and missing. Raises ValueError for models
+        that cannot be compared, or other settings than those of the rows in the folder."""
         self.options = options
         self.out = options.out
-        self.runs = self._runs()
+        self.runs = self._runs(train)
         source = self.runs.get("none", Path(options.models[0]))
         opened = open_model(str(source), pack=False)
         self.tokenizer, self.files = opened.tokenizer, tokenizer_files(opened)
@@ -172,14 +148,18 @@ class Comparison:
         windows = max(1, options.tokens // self.context)
         self.windows = held_out_windows(mixture, self.context, windows)
         self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
-        self.settings = hashlib.sha256(
-            repr(
-                (str(source), self.context, options.tokens, options.calibration_tokens, options.text, self.group_size)
-            ).encode()
-        ).hexdigest()[:16]
+        settings = (
+            str(source),
+            self.context,
+            options.tokens,
+            options.calibration_tokens,
+            options.text,
+            self.group_size,
+        )
+        self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         self.rows = self._finished_rows()
 
-    def _runs(self) -> dict[str, Path]:
+    def _runs(self, train: Sequence[str]) -> dict[str, Path]:
         """Quantizer to run folder of the trained models; empty for a model that is no run."""
         if not self.options.models:
             raise ValueError("no model was given; name a run of train.py or a float model")
@@ -193,7 +173,7 @@ class Comparison:
             runs[load_json(Path(other) / CONFIG)["model"]["quantizer"]] = Path(other)
         for quantizer in self.options.train:
             if quantizer not in runs:
-                train_twin(first, quantizer)
+                train_twin(first, quantizer, train)
                 runs = {**find_twins(first), **runs}
         return runs
 
@@ -221,29 +201,33 @@ class Comparison:
     def run(self) -> None:
         """Fill the table, writing it after every row."""
         self.out.mkdir(parents=True, exist_ok=True)
-        jobs = [("float32", None)] + [(NATIVE_NAMES[q], q) for q in self.runs if q != "none"]
-        pending = [job for job in [*jobs, *((m, m) for m in self.methods())] if job[0] not in self.rows]
+        jobs: list[tuple[str, str | None]] = [("float32", None)]
+        jobs += [(NATIVE_NAMES[quantizer], quantizer) for quantizer in self.runs if quantizer != "none"]
+        pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
         if not pending:
             return
         self.reference = Reference(self.model, self.windows, self.model.config.vocab_size)
         self.float_layers = layer_outputs(self.model, self.windows[0][0])
-        with tqdm(pending, unit="model", dynamic_ncols=True, disable=None) as bar:
+        with progress_bar(pending, unit="model") as bar:
             for name, what in bar:
                 bar.set_description(name)
-                if what is None:
-                    row = self.add(name, "float", 32.0, self.model, None)
-                elif what in self.runs:
-                    row = self.add_trained(name, what)
-                else:
-                    try:
-                        row = self.add_quantized(what)
-                    except ValueError as error:  # a shape that the method cannot take
-                        tqdm.write(f"note: no row {name}: {error}", file=sys.stderr)
-                        continue
+                try:
+                    row = self.measure_row(name, what)
+                except ValueError as error:
+                    if what not in METHODS:
+                        raise
+                    note(f"no row {name}: {error}")  # a shape that the method cannot take
+                    continue
                 self.rows[name] = row
                 self.write()
                 if bar.disable:
-                    print(f"{name:24} perplexity {row.perplexity:.2f}", flush=True)
+                    say(f"{name:24} perplexity {row.perplexity:.2f}")
+
+    def measure_row(self, name: str, what: str | None) -> Row:
+        """The row of the float model (None), of a run by its quantizer, or of a method by its name."""
+        if what is None:
+            return self.add(name, "float", 32.0, self.model, None)
+        return self.add_trained(name, what) if what in self.runs else self.add_quantized(what)
 
     def add_trained(self, name: str, quantizer: str) -> Row:
         model = load_model(resolve(self.runs[quantizer], "best"))
@@ -252,12 +236,11 @@ class Comparison:
     def add_quantized(self, name: str) -> Row:
         method = METHODS[name]
         start = time.perf_counter()
-        model = quantize_model(
-            copy.deepcopy(self.model), name, self.calibration, group_size=self.group_size, progress=False,
-            embeddings="int8" if method.int8_activations else "float16",
-        )  # fmt: skip
+        embeddings = "int8" if method.int8_activations else "float16"
+        options = drivers.Options(group_size=self.group_size, progress=False, embeddings=embeddings)
+        model = quantize_model(copy.deepcopy(self.model), name, self.calibration, options)
         seconds = time.perf_counter() - start
-        row = self.add(name, family_of(name), method.bits, model, seconds)
+        row = self.add(name, method.family, method.bits, model, seconds)
         changed = layer_outputs(model, self.windows[0][0])
         row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
         return row
@@ -275,11 +258,20 @@ class Comparison:
         score = self.reference.score(stored)
         perplexity = math.exp(min(score.loss, 700))
         row = Row(
-            name=name, family=family, bits=bits, effective_bits=model_bits(model)[1],
-            file_mb=(path / MODEL).stat().st_size / 1e6, perplexity=perplexity,
-            perplexity_error=perplexity * score.error, gap=score.gap, gap_error=score.gap_error, kl=score.kl,
-            top1=score.top1, kernel=kernel_of(model), seconds=seconds,
-        )  # fmt: skip
+            name=name,
+            family=family,
+            bits=bits,
+            effective_bits=model_bits(model)[1],
+            file_mb=(path / MODEL).stat().st_size / 1e6,
+            perplexity=perplexity,
+            perplexity_error=perplexity * score.error,
+            gap=score.gap,
+            gap_error=score.gap_error,
+            kl=score.kl,
+            top1=score.top1,
+            kernel=kernel_of(model),
+            seconds=seconds,
+        )
         del stored
         if self.options.speed:
             for key, value in measure_in_child(path, self.options.threads).items():
@@ -289,73 +281,14 @@ class Comparison:
         return row
 
     def write(self) -> None:
-        """table.json, table.csv and table.md, each replaced whole."""
-        rows = list(self.rows.values())
-        stored = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
-        write_atomic(
-            self.out / "table.json", json.dumps({**stored, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1)
-        )
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow([f.name for f in dataclasses.fields(Row)])
-        writer.writerows([getattr(row, f.name) for f in dataclasses.fields(Row)] for row in rows)
-        write_atomic(self.out / "table.csv", text.getvalue())
-        write_atomic(self.out / "table.md", markdown(rows))
+        """The table's files, each replaced whole."""
+        about = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
+        table.write(self.out, list(self.rows.values()), about)
 
     def draw(self) -> None:
-        """The pictures."""
-        rows = list(self.rows.values())
-        bars = "bars: standard error of the difference to the float model"
-        for name, column, label, title in (
-            ("size", "file_mb", "file, MB", "Perplexity against size on disk"),
-            ("speed", "decode", "decode, tokens/s", "Perplexity against decode speed"),
-        ):
-            points = [
-                plots.Point(
-                    r.name, r.family, getattr(r, column), r.perplexity, r.perplexity * r.gap_error,
-                    hollow=r.kernel == "dequantizes",
-                )
-                for r in rows
-                if getattr(r, column)
-            ]  # fmt: skip
-            if points:
-                plots.draw_scatter(
-                    points, self.out / f"{name}.png", xlabel=label, title=f"{title} ({bars}; hollow: dequantizes)",
-                    lower_is_better=name == "size",
-                )  # fmt: skip
-        errors = {r.name: r.layer_errors for r in rows if r.layer_errors}
-        if errors:
-            plots.draw_layers(
-                errors, self.out / "layers.png", title="Relative error of the residual stream behind each layer"
-            )
+        """The pictures of the table."""
+        pictures.draw_table(list(self.rows.values()), self.out)
 
     def draw_distributions(self) -> None:
-        """Histograms of one layer's weights and of its input, before and after quantizers of each kind."""
-        layers = self.model.model.layers
-        middle: Any = layers[len(layers) // 2].mlp
-        inputs: list[Tensor] = []
-        hook = middle.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
-        with torch.inference_mode():
-            self.model(self.windows[0][0])
-        hook.remove()
-        weight = middle.gate_proj.weight.detach().float()
-        codes = {q: kernels.quantize_weight(weight, q) for q in ("ternary", "binary", "int4", "int8")}
-        after = {name: plots.sample_values(values * scale) for name, (values, scale) in codes.items()}
-        after["nf4"] = plots.sample_values(dequantize_nf4(quantize_nf4(weight)))
-        after["Q2_K"] = plots.sample_values(blocks.dequantize(blocks.quantize(weight, "Q2_K"), "Q2_K"))
-        plots.draw_histograms(
-            plots.sample_values(weight), after, self.out / "weights.png",
-            title="gate_proj of the middle layer: float weights (grey) and what quantizers make of them (red)",
-        )  # fmt: skip
-        x = inputs[0].float()[0]
-        static = choose_qparams_symmetric(x, 8, PerTensor())
-        variants = {
-            "int8 per token": fake_quantize(x, choose_qparams_symmetric(x, 8, PerToken()), None, -128, 127),
-            "int8 per tensor": fake_quantize(x, static, None, -128, 127),
-            "int4 per token": fake_quantize(x, choose_qparams_symmetric(x, 4, PerToken()), None, -8, 7),
-        }
-        plots.draw_histograms(
-            plots.sample_values(x), {k: plots.sample_values(v) for k, v in variants.items()},
-            self.out / "activations.png",
-            title="input of down_proj in the middle layer: float (grey) and quantized (red), logarithmic", log=True,
-        )  # fmt: skip
+        """Histograms of weights and activations of the float model, before and after quantizers of each kind."""
+        pictures.draw_distributions(self.model, self.windows[0][0], self.out)

@@ -1,7 +1,15 @@
-"""The table of a comparison: its rows, in Markdown and for a terminal."""
+"""The table of a comparison: its rows, for a terminal and in files."""
 
-from collections.abc import Sequence
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitnet.console import table
+from bitnet.files import write_atomic
 
 
 @dataclass
@@ -33,36 +41,54 @@ class Row:
     """Relative error of the residual stream behind each layer, post-training methods only."""
 
 
-COLUMNS = (
-    "model", "bits", "stored", "file MB", "perplexity", "gap", "KL", "top-1", "prefill", "decode", "kernel", "MB",
-    "quantize",
-)  # fmt: skip
+def cells(row: Row) -> dict[str, str]:
+    """A row as text, by the headings of its columns."""
 
+    def number(value: float | None, form: str, unit: str = "") -> str:
+        return "" if value is None else format(value, form) + unit
 
-def cells(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    perplexity = f"{row.perplexity:.2f} \u00b1 {row.perplexity_error:.2f}" if row.perplexity < 1e4 else ">10000"
-    return [
-        row.name, f"{row.bits:.2f}", f"{row.effective_bits:.2f}", f"{row.file_mb:.2f}", perplexity,
-        f"{row.gap:+.4f} \u00b1 {row.gap_error:.4f}", f"{row.kl:.4f}",
-        f"{row.top1:.1%}", number(row.prefill, ".0f"), number(row.decode, ".1f"), row.kernel,
-        number(row.peak_mb, ".0f"), number(row.seconds, ".1f") + ("" if row.seconds is None else " s"),
-    ]  # fmt: skip
+    return {
+        "model": row.name,
+        "bits": f"{row.bits:.2f}",
+        "stored": f"{row.effective_bits:.2f}",
+        "file MB": f"{row.file_mb:.2f}",
+        "perplexity": f"{row.perplexity:.2f} \u00b1 {row.perplexity_error:.2f}" if row.perplexity < 1e4 else ">10000",
+        "gap": f"{row.gap:+.4f} \u00b1 {row.gap_error:.4f}",
+        "KL": f"{row.kl:.4f}",
+        "top-1": f"{row.top1:.1%}",
+        "prefill": number(row.prefill, ".0f"),
+        "decode": number(row.decode, ".1f"),
+        "kernel": row.kernel,
+        "MB": number(row.peak_mb, ".0f"),
+        "quantize": number(row.seconds, ".1f", " s"),
+    }
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown, in the order of the rows."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    heading, *lines = _grid(rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [heading, ["---"] * len(heading), *lines])
 
 
 def terminal(rows: Sequence[Row]) -> str:
     """The table in aligned columns."""
-    lines = [list(COLUMNS), *map(cells, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join(line.rstrip() for line in text)
+    grid = _grid(rows)
+    return table(grid, right=range(1, len(grid[0])))
+
+
+def _grid(rows: Sequence[Row]) -> list[list[str]]:
+    """The headings, and the rows below them; there is at least one."""
+    return [list(cells(rows[0])), *(list(cells(row).values()) for row in rows)]
+
+
+def write(folder: Path, rows: Sequence[Row], about: Mapping[str, object]) -> None:
+    """table.json (with what `about` says of all rows), table.csv and table.md in this folder, each replaced whole."""
+    stored = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
+    write_atomic(folder / "table.json", json.dumps(stored, indent=1))
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(Row)]
+    writer = csv.writer(text)
+    writer.writerow(names)
+    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    write_atomic(folder / "table.csv", text.getvalue())
+    write_atomic(folder / "table.md", markdown(rows))

@@ -2,9 +2,10 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from bitnet.console import say
 from bitnet.storage.folders import CONFIG, INDEX, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json
 
@@ -45,26 +46,18 @@ def _finished(run: Path) -> bool:
     return state["step"] >= load_json(run / CONFIG)["steps"]
 
 
-def train_twin(run: Path, quantizer: str) -> None:
-    """Train a twin with train.py beside the run. A float twin gets half of a quantized run's learning rate, since
-    quantized training wants the higher one. Raises ValueError where it fails."""
-    script = Path(__file__).parent.parent.parent / "train.py"
+def train_twin(run: Path, quantizer: str, train: Sequence[str]) -> None:
+    """Train a twin beside the run, or go on with it; `train` is the command that trains, up to its arguments. A float
+    twin gets half of a quantized run's learning rate, since quantized training wants the higher one. Raises ValueError
+    where it fails, or where `train` is empty."""
     out = run.resolve().with_name(f"{run.resolve().name}-{'float' if quantizer == 'none' else quantizer}")
-    config = load_json(run / CONFIG)
-    half = ["--optim.lr", f"{config['optim']['lr'] / 2:g}"] if quantizer == "none" else []
-    command = [
-        sys.executable,
-        str(script),
-        "--like",
-        str(run),
-        "--model.quantizer",
-        quantizer,
-        *half,
-        "--out",
-        str(out),
-    ]
     if (out / "checkpoints" / INDEX).exists():
-        command = [sys.executable, str(script), "--resume", str(out)]
-    print(f"training  the {quantizer} twin of {run} in {out}", flush=True)
-    if not script.exists() or subprocess.run(command).returncode:
-        raise ValueError(f"the twin was not trained; train it with: python train.py {' '.join(command[2:])}")
+        arguments = ["--resume", str(out)]
+    else:
+        arguments = ["--like", str(run), "--model.quantizer", quantizer]
+        if quantizer == "none":
+            arguments += ["--optim.lr", f"{load_json(run / CONFIG)['optim']['lr'] / 2:g}"]
+        arguments += ["--out", str(out)]
+    say(f"training  the {quantizer} twin of {run} in {out}")
+    if not train or subprocess.run([*train, *arguments]).returncode:
+        raise ValueError(f"the twin was not trained; train it with: bitnet train {' '.join(arguments)}")

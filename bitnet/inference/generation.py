@@ -24,7 +24,7 @@ Letters: B batch, T prompt length, V vocab_size, N candidates.
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -231,6 +231,34 @@ def generate(
     stats = GenerationStats() if stats is None else stats
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     return _generate(model, input_ids, max_new_tokens, sampling, generator, ends, vocab_size, stats)
+
+
+def time_generation(
+    model: LanguageModel,
+    input_ids: Tensor,
+    steps: int,
+    *,
+    sampling: SamplingConfig | None = None,
+    consume: Callable[[Tensor], object] | None = None,
+) -> GenerationStats:
+    """Times of a prefill of `input_ids` int64 `[B, T]` and of so many decoding steps behind it, which no token ends.
+
+    sampling: greedy unless given; consume: what is done with each step's ids `[B]`, within the step's time (the way to
+    text, for instance). Raises ValueError as `generate` does.
+    """
+    stats = GenerationStats()
+    sampling = sampling or SamplingConfig(temperature=0)
+    for ids in generate(model, input_ids, max_new_tokens=steps + 1, sampling=sampling, seed=0, stats=stats):
+        if consume is None:
+            continue
+        started = time.perf_counter()
+        consume(ids)
+        seconds = time.perf_counter() - started  # which generate() leaves out
+        if stats.decode_steps:
+            stats.decode_seconds += seconds
+        else:
+            stats.prefill_seconds += seconds
+    return stats
 
 
 @torch.inference_mode()

@@ -4,23 +4,34 @@
 collect and when to change the layer, so only one layer's statistics are in memory at a time.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from bitnet.console import progress_bar
 from bitnet.model.transformer import BitNetForCausalLM, DecoderLayer, RMSNorm
 from bitnet.quant.gptq import HessianSum
 
-# Projections that share an input, in the order of the computation.
-STAGES = (
+Stage = tuple[str, ...]
+"""Names, inside a layer, of projections that share an input."""
+STAGES: tuple[Stage, ...] = (  # in the order of the computation
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+
+
+class Statistic(Protocol):
+    """What is collected of a projection's input."""
+
+    def update(self, x: Tensor) -> object:
+        """Add inputs float `[.., K]`."""
+
+
+S = TypeVar("S", bound=Statistic)
 
 
 class Moments:
@@ -35,6 +46,7 @@ class Moments:
         self.sum += x.reshape(-1, x.shape[-1]).float().abs().sum(0)
 
     def magnitude(self) -> Tensor:
+        """float32 `[K]`."""
         return (self.sum / self.hessian.tokens).float()
 
 
@@ -61,49 +73,58 @@ class MeanSquares:
         self.tokens += len(rows)
 
     def mean(self) -> Tensor:
+        """float32 `[K]`."""
         return (self.sum / self.tokens).float()
+
+
+class CalibratedLayer:
+    """One layer, and the calibration inputs that reach it: hidden states float `[B, T, C]`, a batch each."""
+
+    def __init__(self, layer: DecoderLayer, inputs: list[Tensor], cos: Tensor, sin: Tensor) -> None:
+        self.layer, self.inputs = layer, inputs
+        self.outputs: list[Tensor] = []
+        self._cos, self._sin = cos, sin
+
+    def forward(self) -> list[Tensor]:
+        """What the layer, as it now is, makes of its inputs."""
+        return [self.layer(hidden, self._cos, self._sin, None) for hidden in self.inputs]
+
+    def observe(self, stages: Sequence[Stage], statistic: Callable[[int, torch.device], S]) -> dict[Stage, S]:
+        """Send the inputs through the layer; returns what `statistic(in_features, device)` saw before each stage."""
+        seen: dict[Stage, S] = {}
+        hooks = []
+        for names in stages:
+            first = projection(self.layer, names[0])
+            seen[names] = statistic(first.in_features, self.inputs[0].device)
+            update = seen[names].update
+            hooks.append(first.register_forward_pre_hook(lambda _, args, update=update: update(args[0])))
+        try:
+            self.outputs = self.forward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
 
 def walk(
     model: BitNetForCausalLM, ids: Tensor, title: str, batch_size: int, progress: bool, *, sequential: bool = True
-) -> Iterator[tuple[DecoderLayer, Callable[..., Any]]]:
-    """Each layer, and a function `run(stages, statistic)` that feeds the calibration inputs through it and returns what
-    `statistic(in_features, device)` saw before each stage.
+) -> Iterator[CalibratedLayer]:
+    """Each layer with its calibration inputs, from token ids int64 `[B, T]`.
 
-    The next layer gets the output of this one as it was left, or with `sequential=False` as it was found.
+    The next layer gets the output of this one as it was left, or with `sequential=False` as it was last observed.
     """
     decoder = model.model
     batches = ids.to(model.device).split(batch_size)
     hidden = [decoder.embed_tokens(batch) for batch in batches]
     cos, sin = decoder.cos[: ids.shape[1]], decoder.sin[: ids.shape[1]]
-    for layer in progress_bar(list(decoder.layers), title, progress):
-        outputs: list[Tensor] = []
-
-        def forward(layer: nn.Module = layer, inputs: list[Tensor] = hidden) -> list[Tensor]:
-            return [layer(h, cos, sin, None) for h in inputs]
-
-        def run(
-            stages: Any, statistic: Callable[[int, torch.device], Any], layer: nn.Module = layer,
-            forward: Callable[[], list[Tensor]] = forward, outputs: list[Tensor] = outputs,
-        ) -> dict[tuple[str, ...], Any]:  # fmt: skip
-            seen, hooks = {}, []
-            for names in stages:
-                first = projection(layer, names[0])
-                seen[names] = statistic(first.in_features, model.device)
-                update = seen[names].update
-                hooks.append(first.register_forward_pre_hook(lambda _, args, update=update: update(args[0])))
-            try:
-                outputs[:] = forward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            return seen
-
-        yield layer, run
-        hidden = forward() if sequential else outputs
+    for module in progress_bar(list(decoder.layers), title, enabled=progress, leave=False):
+        assert isinstance(module, DecoderLayer)
+        calibrated = CalibratedLayer(module, hidden, cos, sin)
+        yield calibrated
+        hidden = calibrated.forward() if sequential else calibrated.outputs
 
 
-def fold(layer: DecoderLayer, names: tuple[str, ...], scale: Tensor) -> bool:
+def fold(layer: DecoderLayer, names: Stage, scale: Tensor) -> bool:
     """Divide what produces the input of these projections by the scale; returns whether there is something that can."""
     attention, mlp = layer.self_attn, layer.mlp
     norm, before = {
@@ -123,11 +144,8 @@ def fold(layer: DecoderLayer, names: tuple[str, ...], scale: Tensor) -> bool:
     return True
 
 
-def progress_bar(items: list[Any], title: str, enabled: bool) -> Any:
-    """The items, with a bar of this title behind which nothing stays."""
-    return tqdm(items, desc=title, leave=False, disable=not enabled)
-
-
-def projection(layer: nn.Module, name: str) -> Any:
-    """A submodule, untyped."""
-    return layer.get_submodule(name)
+def projection(root: nn.Module, name: str) -> nn.Linear:
+    """The float layer of this name."""
+    module = root.get_submodule(name)
+    assert isinstance(module, nn.Linear), f"{name} is quantized already"
+    return module

@@ -4,6 +4,7 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from bitnet.model.quantized import (
 )
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
 from bitnet.ptq import drivers
-from bitnet.ptq.drivers import quantize_model
-from bitnet.ptq.methods import BLOCK_TYPES, METHODS
+from bitnet.ptq.drivers import Options
+from bitnet.ptq.methods import BLOCK_TYPES, METHODS, quantize_model
 from bitnet.ptq.walk import STAGES
 from bitnet.quant.gptq import HessianSum
 from bitnet.quant.grouped import Grid, round_to_nearest
@@ -38,7 +39,7 @@ KINDS = {
 }  # fmt: skip
 BLOCK_METHODS = [method for method in METHODS if method.startswith("gguf")]
 PLAIN_METHODS = [method for method in METHODS if method not in BLOCK_METHODS]
-QUICK = {"progress": False, "group_size": 32}
+QUICK = Options(progress=False, group_size=32)
 
 
 def float_model(**changes: object) -> BitNetForCausalLM:
@@ -79,7 +80,7 @@ def projections(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_every_method_quantizes_every_projection_and_little_else(method) -> None:
     original = float_model()
-    model = quantize_model(copy.deepcopy(original), method, ids(), **QUICK)
+    model = quantize_model(copy.deepcopy(original), method, ids(), QUICK)
     kind = KINDS.get(method, GroupLinear)
     assert {type(module) for _, module in projections(model)} == {kind}
     assert len(list(projections(model))) == 14
@@ -102,7 +103,7 @@ def test_every_method_quantizes_every_projection_and_little_else(method) -> None
     ],
 )
 def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(method, shape) -> None:
-    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), **QUICK)
+    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), QUICK)
     twin = float_model(**SHAPES[shape])
     with torch.no_grad():
         twin.load_state_dict({k: v for k, v in model.state_dict().items() if "norm" in k}, strict=False)
@@ -121,7 +122,7 @@ def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(metho
 def test_errors_come_in_the_order_of_the_formats() -> None:
     original = float_model()
     errors = {
-        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), **QUICK), original) for m in PLAIN_METHODS
+        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), QUICK), original) for m in PLAIN_METHODS
     }
     for finer, coarser in [
         ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "rtn-int8"), ("rtn-int8", "rtn-int4"), ("rtn-int4", "rtn-int3"),
@@ -138,7 +139,7 @@ def test_errors_come_in_the_order_of_the_formats() -> None:
     [*((method, "grouped queries") for method in PLAIN_METHODS), ("awq", "sub-norms"), ("fp16", "no sub-norms")],
 )
 def test_saved_models_come_back_to_the_last_bit(method, shape, tmp_path) -> None:
-    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), **QUICK)
+    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), QUICK)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "quantization.json").write_text(json.dumps(describe_quantized(model, method)))
 
@@ -159,7 +160,7 @@ def test_gptq_calibrates_each_layer_on_the_quantized_ones_before_it(shape, monke
         return round_to_nearest(weight, grid, group_size)
 
     monkeypatch.setattr(drivers, "gptq_quantize", spy)
-    model = quantize_model(float_model(**SHAPES[shape]), "gptq-3", ids(), **QUICK)
+    model = quantize_model(float_model(**SHAPES[shape]), "gptq-3", ids(), QUICK)
     # In the finished model, the inputs of every projection are those that it was calibrated on.
     sums = {}
     for name, module in projections(model):
@@ -203,7 +204,7 @@ def test_folding_scales_does_not_change_the_float_model(shape, method, monkeypat
         monkeypatch.setattr(
             drivers.StaticInt8Linear, "from_linear", lambda linear, *_: FloatLinear.from_linear(linear, "float32")
         )
-    quantize_model(model, method, ids(), **QUICK)
+    quantize_model(model, method, ids(), QUICK)
     assert len(factors) == 8
     assert torch.allclose(logits(model), logits(original), atol=1e-3)
     assert not torch.equal(
@@ -212,10 +213,10 @@ def test_folding_scales_does_not_change_the_float_model(shape, method, monkeypat
 
 
 def test_awq_keeps_the_factor_that_nothing_can_take() -> None:
-    model = quantize_model(float_model(**SHAPES["grouped queries"]), "awq", ids(), **QUICK)
+    model = quantize_model(float_model(**SHAPES["grouped queries"]), "awq", ids(), QUICK)
     kept = {name.rpartition(".")[2] for name, module in projections(model) if module.input_scale is not None}
     assert kept == {"o_proj"}
-    model = quantize_model(float_model(), "awq", ids(), **QUICK)
+    model = quantize_model(float_model(), "awq", ids(), QUICK)
     assert all(module.input_scale is None for _, module in projections(model))
 
 
@@ -230,7 +231,9 @@ def test_smoothing_helps_static_int8_where_a_channel_is_an_outlier() -> None:
             for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
                 projection.weight[:, 5] /= 50
     errors = {
-        name: relative_error(quantize_model(copy.deepcopy(original), method, ids(), **QUICK, **options), original)
+        name: relative_error(
+            quantize_model(copy.deepcopy(original), method, ids(), replace(QUICK, **options)), original
+        )
         for name, method, options in (
             ("static", "w8a8-static", {}),
             ("smooth", "smoothquant", {}),
@@ -245,7 +248,7 @@ def test_smoothing_helps_static_int8_where_a_channel_is_an_outlier() -> None:
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "mse", "entropy"])
 def test_static_scales_come_from_the_calibration(calibration) -> None:
     original = float_model()
-    model = quantize_model(copy.deepcopy(original), "w8a8-static", ids(40), calibration=calibration, **QUICK)
+    model = quantize_model(copy.deepcopy(original), "w8a8-static", ids(40), replace(QUICK, calibration=calibration))
     assert relative_error(model, original) < 0.15
     layer = model.model.layers[0].self_attn
     assert torch.equal(layer.q_proj.activation_scale, layer.v_proj.activation_scale)
@@ -266,7 +269,7 @@ def test_static_scales_come_from_the_calibration(calibration) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_shrink_on_request(dtype, tied) -> None:
     original = float_model(tie_word_embeddings=tied)
-    model = quantize_model(copy.deepcopy(original), "rtn-int8", embeddings=dtype, **QUICK)
+    model = quantize_model(copy.deepcopy(original), "rtn-int8", options=replace(QUICK, embeddings=dtype))
     assert isinstance(model.model.embed_tokens, PackedEmbedding if dtype == "int8" else FloatEmbedding)
     assert relative_error(model, original) < 0.03
     description = json.loads(json.dumps(describe_quantized(model, "rtn-int8")))
@@ -286,7 +289,7 @@ def block_model(**changes: object) -> BitNetForCausalLM:
 @pytest.mark.parametrize("method", BLOCK_METHODS)
 def test_gguf_methods_store_the_bytes_of_the_quantizer(method, tmp_path) -> None:
     original = block_model(tie_word_embeddings=False)
-    model = quantize_model(copy.deepcopy(original), method, **QUICK)
+    model = quantize_model(copy.deepcopy(original), method, options=QUICK)
     kind, config = method.removeprefix("gguf-").upper(), model.config
     if kind in BLOCK_TYPES:
         types = {name: kind for name, _ in projections(model)}
@@ -325,8 +328,8 @@ def test_gguf_importance_is_the_mean_square_of_the_float_inputs() -> None:
         original(ids())
     for hook in hooks:
         hook.remove()
-    model = quantize_model(copy.deepcopy(original), "gguf-q4_k", ids(), **QUICK)
-    plain = quantize_model(copy.deepcopy(original), "gguf-q4_k", **QUICK)
+    model = quantize_model(copy.deepcopy(original), "gguf-q4_k", ids(), QUICK)
+    plain = quantize_model(copy.deepcopy(original), "gguf-q4_k", options=QUICK)
     weighted, unweighted = 0.0, 0.0
     for name, module in projections(model):
         importance = torch.cat(seen[name]).flatten(0, 1).square().mean(0)
@@ -340,7 +343,8 @@ def test_gguf_importance_is_the_mean_square_of_the_float_inputs() -> None:
 def test_gguf_compatible_blocks_are_ggmls_and_no_better(method) -> None:
     original, kind = block_model(), method.removeprefix("gguf-").upper()
     ours, theirs = (
-        quantize_model(copy.deepcopy(original), method, compatible=compatible, **QUICK) for compatible in (False, True)
+        quantize_model(copy.deepcopy(original), method, options=replace(QUICK, compatible=compatible))
+        for compatible in (False, True)
     )
     for name, module in projections(theirs):
         weight = original.get_submodule(name).weight.detach()
@@ -351,9 +355,9 @@ def test_gguf_compatible_blocks_are_ggmls_and_no_better(method) -> None:
 
 def test_gguf_errors_are_named() -> None:
     with pytest.raises(ValueError, match=r"Q4_K has blocks of 256, which do not divide the input channels of model"):
-        quantize_model(float_model(), "gguf-q4_k", **QUICK)
+        quantize_model(float_model(), "gguf-q4_k", options=QUICK)
     with pytest.raises(ValueError, match=r"16 tokens; give at least 128"):
-        quantize_model(block_model(), "gguf-q4_k", ids(2, 8), **QUICK)
+        quantize_model(block_model(), "gguf-q4_k", ids(2, 8), QUICK)
     with pytest.raises(ValueError, match=r"'Q9_K' is unknown"):
         BlockLinear(256, 4, block_type="Q9_K")
 
@@ -373,7 +377,6 @@ def test_gguf_errors_are_named() -> None:
         ("gptq-4", {"ids": ids() + 100}, r"vocabulary ends at 159"),
         ("gptq-4", {"group_size": 128}, r"group_size 128 does not divide the 64 input channels of model.layers.0"),
         ("rtn-int4", {"group_size": 48}, r"group_size 48"),
-        ("rtn-int4", {"group_sizes": 32}, r"options group_sizes are unknown; there are.*group_size"),
         ("rtn-int4", {"embeddings": "int3"}, r"'int3' are unknown"),
         ("smoothquant", {"activations": "some"}, r"'some' are unknown"),
         ("smoothquant", {"alpha": 2.0}, r"alpha is 2"),
@@ -383,25 +386,30 @@ def test_gguf_errors_are_named() -> None:
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(method, changes, message) -> None:
-    arguments = {**QUICK, "ids": ids(), **changes}
+    options = replace(QUICK, **{name: value for name, value in changes.items() if name != "ids"})
     with pytest.raises(ValueError, match=message):
-        quantize_model(float_model(), method, arguments.pop("ids"), **arguments)
+        quantize_model(float_model(), method, changes.get("ids", ids()), options)
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(TypeError, match="group_sizes"):
+        Options(group_sizes=32)
 
 
 def test_models_that_cannot_be_quantized_are_named() -> None:
     with pytest.raises(ValueError, match="trained with ternary weights"):
-        quantize_model(float_model(quantizer="ternary"), "rtn-int4", **QUICK)
+        quantize_model(float_model(quantizer="ternary"), "rtn-int4", options=QUICK)
     with pytest.raises(ValueError, match="packed or quantized already"):
-        quantize_model(quantize_model(float_model(), "nf4", **QUICK), "rtn-int4", **QUICK)
+        quantize_model(quantize_model(float_model(), "nf4", options=QUICK), "rtn-int4", options=QUICK)
     broken = float_model()
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     before = copy.deepcopy(broken)
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj has NaN"):
-        quantize_model(broken, "rtn-int4", **QUICK)
+        quantize_model(broken, "rtn-int4", options=QUICK)
     assert {type(m) for _, m in projections(broken)} == {type(m) for _, m in projections(before)}
     with pytest.raises(ValueError, match="3 bits wants multiples of 32"):
-        quantize_model(float_model(intermediate_size=80), "rtn-int3", progress=False, group_size=16)
+        quantize_model(float_model(intermediate_size=80), "rtn-int3", options=replace(QUICK, group_size=16))
     model, layer = float_model(), {"kind": "FloatLinear", "in_features": 64, "out_features": 96}
     with pytest.raises(ValueError, match=r"no place for a module model\.layers\.7\.mlp\.up_proj"):
         build_quantized(model.config, {"modules": {"model.layers.7.mlp.up_proj": layer}}, model.state_dict())
@@ -410,7 +418,7 @@ def test_models_that_cannot_be_quantized_are_named() -> None:
 def test_too_little_text_for_gptq_warns() -> None:
     model = float_model(intermediate_size=256)
     with pytest.warns(RuntimeWarning, match="144 calibration tokens are fewer than the 256"):
-        quantize_model(model, "gptq-4", ids(3), **QUICK)
+        quantize_model(model, "gptq-4", ids(3), QUICK)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(float_model(), "gptq-4", ids(3), **QUICK)
+        quantize_model(float_model(), "gptq-4", ids(3), QUICK)

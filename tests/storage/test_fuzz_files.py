@@ -18,7 +18,8 @@ import pytest
 
 from bitnet.inference.loading import load_for_inference
 from bitnet.model import BitNetForCausalLM, ModelConfig
-from bitnet.ptq.drivers import quantize_model
+from bitnet.ptq.drivers import Options
+from bitnet.ptq.methods import quantize_model
 from bitnet.storage.folders import load_model, load_quantized, save_packed, save_quantized
 from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf import write as gguf_write
@@ -283,7 +284,9 @@ def test_checkpoints(tmp_path, model):
 
 @pytest.mark.parametrize("method", ["nf4", "rtn-int4", "w8a8-dynamic", "gguf-q4_0"])
 def test_quantized_folders(tmp_path, method):
-    model = quantize_model(BitNetForCausalLM(CONFIG.replace(quantizer="none")), method, group_size=32, progress=False)
+    model = quantize_model(
+        BitNetForCausalLM(CONFIG.replace(quantizer="none")), method, options=Options(group_size=32, progress=False)
+    )
     folder = tmp_path / "x"
     save_quantized(model, folder, method, {})
     load = load_for_inference if method == "w8a8-dynamic" else load_quantized
