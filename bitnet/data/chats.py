@@ -161,7 +161,7 @@ def tokenize_chats(
 
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """A folder that appears whole or not at all; if another program has been faster, its."""
+    """Write a folder whole or not at all; one that another program finished first stays."""
     work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     work.mkdir(parents=True)
     try:
@@ -288,6 +288,7 @@ class ChatRows:
             at = 0
             for number, index in enumerate(self._rows[row], start=1):
                 start, length = self._chats.starts[index], self._lengths[index]
+                # One token more than the row has inputs: the last one is a label only.
                 tokens = self._chats.tokens[start : start + length + 1].astype(np.int64)
                 counted = self._chats.counted[start + 1 : start + length + 1]
                 input_ids[place, at : at + length] = tokens[:-1]
@@ -311,6 +312,7 @@ class ChatRows:
 def _best_fit(lengths: dict[int, int], room: int) -> list[list[int]]:
     """Rows of the keys whose lengths, at most `room` each, add up to `room` at most."""
     rows: list[list[int]] = []
+    # Best fit, decreasing: the longest first, each into the fullest row that has room for it.
     spaces: list[int] = []  # that some row has left, ascending
     with_space: dict[int, list[int]] = {}
     for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
@@ -325,6 +327,7 @@ def _best_fit(lengths: dict[int, int], room: int) -> list[list[int]]:
                 del with_space[space], spaces[at]
         rows[row].append(key)
         left = space - lengths[key]
+        # `spaces` holds each size once, so a search in it stays short however many rows there are.
         if left not in with_space:
             with_space[left] = []
             insort(spaces, left)
@@ -336,7 +339,7 @@ class ChatSampler:
     """Shuffled rows of conversations, as a pure function of the step number.
 
     Sample g of the run is row g % R of shuffle g // R, and step s has samples s B to s B + B - 1, as in
-    `sampling.BatchSampler`. Attributes: `rows`, `batch_size`.
+    `batches.BatchSampler`. Attributes: `rows`, `batch_size`.
     """
 
     def __init__(self, rows: ChatRows, batch_size: int, seed: int):

@@ -101,7 +101,7 @@ def counts_of(weights: Sequence[float]) -> tuple[int, ...]:
     left = MAX_BLOCK - sum(counts)
     for i in by_remainder[: max(0, left)]:
         counts[i] += 1
-    counts[counts.index(max(counts))] += min(0, left)  # what the ones cost that were raised to 1
+    counts[counts.index(max(counts))] += min(0, left)  # pays for those that were raised to 1
     return tuple(counts)
 
 

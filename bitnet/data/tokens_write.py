@@ -9,7 +9,7 @@ Batches for training are made in bitnet/data/batches.py.
 A split is one long stream of tokens: <s>, the document's tokens, </s>, the next <s>, ... as LLaMA is trained, so that
 a model knows where a text begins and says when it ends. Windows are cut from the stream without regard to documents.
 Attention may look across </s><s>, or stay inside a document if the model is told where they begin
-(`sampling.document_borders`).
+(`mixture.document_borders`).
 
 Validation is held out by document: of every round(1 / val_fraction) documents in a row, one, chosen by a hash of
 their number. A corpus of fewer documents than that (one long .txt file, say) is first cut at paragraphs into pieces
@@ -57,8 +57,8 @@ def tokenize_corpus(
 
     Writes `train-00000.bin`, ..., `val-00000.bin`, ... (uint16 if the vocabulary fits, else uint32, native byte order),
     the tokenizer's file and `meta.json`. The folder appears whole or not at all. Memory holds the ids of about 1 MB of
-    text, or of one document if that is larger. A call that was killed is gone on with by the next one, from the last
-    64 MB of text that were flushed to disk; two calls at once wait for each other.
+    text, or of one document if that is larger. The next call continues a killed one, from the last 64 MB of text that
+    were flushed to disk; two calls at once wait for each other.
 
     workers: the tokenizer's threads, default one per core; the files do not depend on them.
 
@@ -101,8 +101,8 @@ def tokenize_corpus(
 
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path | None]:
-    """The folder that becomes `folder`, locked, with what a killed call has left in it; None if `folder` is there by
-    the time that the lock is free. An error removes it, a kill does not."""
+    """The folder that will be renamed to `folder`, locked, with what a killed call has left in it; None if `folder`
+    exists by the time the lock is free. An error removes it, a kill does not."""
     work = folder.with_name(f".{folder.name}.tmp")
     while True:
         work.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def _work_folder(folder: Path) -> Iterator[Path | None]:
             if folder.exists():
                 yield None
                 return
-            if not held:  # whoever held the lock has renamed or removed what was locked here
+            if not held:  # the lock's last holder renamed or removed this folder meanwhile
                 continue
             try:
                 yield work
@@ -122,8 +122,8 @@ def _work_folder(folder: Path) -> Iterator[Path | None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder; whether it is still the folder of that name. Without POSIX locks there are none, and
-    two calls at once must not happen."""
+    """Hold the lock of a folder; yields whether the name still belongs to that folder. Without POSIX locks nothing is
+    locked, and two calls at once must not happen."""
     try:
         import fcntl
     except ImportError:
@@ -187,6 +187,7 @@ def _write_splits(
                 bar.update(size)
                 index += 1
                 flushed += size
+            # Shards first, the journal after: it never names bytes that are not on disk.
             if flushed >= FLUSH_BYTES:
                 flushed = 0
                 state = {split: writer.flush() for split, writer in writers.items()}
@@ -195,17 +196,18 @@ def _write_splits(
 
 
 def _read_journal(folder: Path, writers: dict[str, _ShardWriter], settings: dict[str, Any]) -> int:
-    """Bring the writers to where a killed call last flushed them; how many documents that were."""
+    """Return the writers to the last flush of a killed call, and the number of documents written by then."""
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        # Shards of another tokenizer or size cannot be continued.
         if any(journal[name] != value for name, value in settings.items()):
             return 0
         for split, writer in writers.items():
-            writer.go_on(journal["splits"][split])
+            writer.resume(journal["splits"][split])
         return int(journal["documents"])
     except (OSError, ValueError, KeyError):
         for writer in writers.values():
-            writer.go_on({"documents": 0, "bytes": 0, "shards": []})
+            writer.resume({"documents": 0, "bytes": 0, "shards": []})
         return 0
 
 
@@ -289,14 +291,14 @@ class _ShardWriter:
                 self._close_file()
 
     def flush(self) -> dict[str, Any]:
-        """Bring everything to disk; what `go_on` needs to go on from here."""
+        """Write everything to disk, and return the state from which `resume` continues."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"documents": self._documents, "bytes": self._bytes, "shards": self._shards}
 
-    def go_on(self, state: dict[str, Any]) -> None:
-        """Be as when `flush` returned this, cutting off what was written later. OSError for files that are shorter."""
+    def resume(self, state: dict[str, Any]) -> None:
+        """Return to a state that `flush` gave, cutting off what was written after it. OSError for shorter files."""
         for shard in state["shards"]:
             path, size = self._folder / shard["file"], shard["tokens"] * self._dtype.itemsize
             if path.stat().st_size < size:

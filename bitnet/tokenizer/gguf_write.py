@@ -2,7 +2,7 @@
 
 llama.cpp's "llama" tokenizer joins the two neighbours whose piece has the highest score, as sentencepiece's byte-pair
 models do, and knows neither normalization nor other kinds of model: those are refused. One text it reads differently: a
-U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.json is `gguf_tokenizer_json.py`'s.
+U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.json is `gguf_write_json.py`'s.
 """
 
 from collections.abc import Iterator, Mapping

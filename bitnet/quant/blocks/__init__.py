@@ -6,8 +6,8 @@ weights, two levels) and `ternary.py`. This is the specification; `bitnet/kernel
 native code with the same bytes.
 
 Two quantizers: the default minimizes the squared error of what is stored, weighted with the importance if there is one
-(`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml.py`). The importance is a
-weight for each column `[K]`: the mean squared activation that llama.cpp calls an importance matrix.
+(`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml_search.py`). The importance
+is a weight for each column `[K]`: the mean squared activation that llama.cpp calls an importance matrix.
 """
 
 import math

@@ -5,7 +5,7 @@ detour through floats, where every projection of the model is ternary with one s
 float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary in the
 bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
 
-What the architectures of `gguf_names.py` do not have (biases, experts, scaled rotary positions, other tensors or
+What the architectures of `names.py` do not have (biases, experts, scaled rotary positions, other tensors or
 activations) is refused with its name. No size is taken from the metadata that the tensors do not have.
 """
 
