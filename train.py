@@ -32,13 +32,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bitnet.data.batches import Ahead, BatchSampler
+from bitnet.data.batches import BatchSampler, Prefetcher
 from bitnet.data.chats import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
 from bitnet.data.corpus import mixed, open_corpora
 from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
 from bitnet.evaluation.loss import Evaluation, evaluate_chats, evaluate_mixture
 from bitnet.files import write_atomic
 from bitnet.inference.generation import SamplingConfig, generate, limit_new_tokens
+from bitnet.kernels import training_product
 from bitnet.machine import compile_model, eager, int8_pays, pick_device, pick_dtype, return_freed_blocks
 from bitnet.model import BitNetForCausalLM, bit_linears
 from bitnet.storage.folders import CONFIG, INDEX, STATE, folder_of
@@ -51,9 +52,9 @@ from bitnet.training.config import TrainConfig, check_shares, estimate_wanted, p
 from bitnet.training.estimate import estimate_run, memory_warning
 from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
-from bitnet.training.processes import World, leave, local_device, replicate, start, stop
+from bitnet.training.processes import World, exit_process, local_device, replicate, start, stop
 from bitnet.training.reporter import Tracker
-from bitnet.training.sharding import placed_like, refresh_scales, shard
+from bitnet.training.sharding import prepare_gathers, shard, shard_like
 from bitnet.training.weight_stats import weight_codes, weight_statistics
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -153,7 +154,7 @@ class Run:
                 self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
             )
 
-        self.batches = Ahead(self._micro_batch, config.data.prefetch)
+        self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
 
         torch.manual_seed(config.seed)
         with torch.device(self.device):
@@ -161,7 +162,7 @@ class Run:
         self.model.model.recompute, self.model.loss_chunk = config.recompute, config.loss_chunk
         self.model.document_ids = document_borders(self.tokenizer) if config.data.document_mask else None
         if world.strategy == "fsdp":
-            shard(self.model, self.device, self.dtype)
+            shard(self.model, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
         self.data_shift = 0  # batches that rewinds have jumped over
@@ -172,7 +173,7 @@ class Run:
             self._load(saved)
         elif given:
             mine, weights = self.model.state_dict(), given[0].state_dict()
-            self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
+            self.model.load_state_dict({name: shard_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
         self.saver: Any = None
@@ -190,7 +191,7 @@ class Run:
                 found = newest_good(self.folder)
             except CheckpointError as error:
                 found = error
-        found = self.world.share(found)
+        found = self.world.broadcast(found)
         if isinstance(found, CheckpointError):
             raise found
         for line in found[1] if self.world.is_first else ():
@@ -257,12 +258,11 @@ class Run:
         # A tensor, so that compiled layers are not compiled again at every step of the ramp.
         fading = torch.tensor(strength, device=self.device) if 0 < strength < 1 else None
         for _, layer in bit_linears(self.model):
-            layer.quantizer_enabled = strength > 0
-            layer.quantizer_strength = fading
-            if self.int8:
-                layer.quantize_for_step(strength == 1 and layer.quantizer != "none")
+            layer.product = training_product(
+                layer.product, layer.weight, layer.quantizer, strength if fading is None else fading, int8=self.int8
+            )
         if self.world.strategy == "fsdp":
-            refresh_scales(self.model, self.world)
+            prepare_gathers(self.model, self.world, self.dtype)
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step. Returns loss, gradient norm and learning rate. A gradient that is not finite, or a spike,
@@ -346,7 +346,7 @@ class Run:
         self.optimizer = Optimizer(self.model, self.config.optim)
         self.optimizer.load_state(moments)
         # The rest goes to validation, checkpoints and samples.
-        return self.world.share(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
+        return self.world.broadcast(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
 
     def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents or answers; the whole split or its first `eval_tokens`."""
@@ -574,7 +574,7 @@ def loop(run: Run, tracker: Tracker | None, bar: tqdm) -> None:
         if config.max_minutes and run.stop_signal is None:
             # Twice the longest step and pause (which saves), since the next ones may be longer.
             left = config.max_minutes * 60 - (time.perf_counter() - run.started) - 2 * (longest + longest_pause)
-            run.stop_signal = run.world.share(signal.SIGTERM if left < 0 else None)
+            run.stop_signal = run.world.broadcast(signal.SIGTERM if left < 0 else None)
     if run.step < config.steps:
         save_or_warn(run, best=False, must=True)
         if tracker:
@@ -662,4 +662,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -2,8 +2,8 @@
 
     sampler = BatchSampler({"a": tokens_a, "b": tokens_b}, context=256, batch_size=32, seed=0, counts=(7, 3))
     input_ids, labels = sampler.batch(step)         # a pure function of the step
-    ahead = Ahead(sampler.batch)
-    input_ids, labels = ahead[step]                 # the same, with the next ones being read meanwhile
+    prefetcher = Prefetcher(sampler.batch)
+    input_ids, labels = prefetcher[step]                 # the same, with the next ones being read meanwhile
 
 Sample g of a run comes from a corpus that depends on g alone, and is there the n-th window of that corpus's shuffled
 epochs, n being how many samples before g came from it. So nothing but the step number is needed to resume, and nothing
@@ -143,8 +143,8 @@ class BatchSampler:
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
-class Ahead(Generic[Loaded]):
-    """`ahead[n]` is `load(n)`, while a thread is loading the next `depth` numbers.
+class Prefetcher(Generic[Loaded]):
+    """`prefetcher[n]` is `load(n)`, while a thread is loading the next `depth` numbers.
 
     Reading a memory-mapped shard waits for the disk and copies; meanwhile the step computes. Numbers may be asked for
     in any order, and what was loaded in vain is dropped. An exception of `load` reaches whoever asks for that number.
@@ -160,7 +160,7 @@ class Ahead(Generic[Loaded]):
         if not self._depth:
             return self._load(number)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetcher")
         wanted = range(number, number + self._depth + 1)
         for other in [n for n in self._loading if n not in wanted]:
             self._loading.pop(other).cancel()

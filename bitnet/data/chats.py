@@ -41,7 +41,8 @@ from bitnet.tokenizer import ChatTemplate
 
 FORMAT_VERSION = 1
 ROLES = ("system", "user", "assistant")
-_ARRAYS = ("tokens", "counted", "starts", "held_out")
+_ARRAYS = {"tokens": "tokens", "loss_mask": "counted", "starts": "starts", "held_out": "held_out"}
+"""Attributes of TokenizedChats, and the names of their files."""
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
@@ -132,7 +133,7 @@ def tokenize_chats(
     if folder.exists():
         return TokenizedChats(folder)
     ids: list[np.ndarray] = []
-    counted: list[np.ndarray] = []
+    loss_mask: list[np.ndarray] = []
     unanswered = 0
     for where, messages in read_chats(path):
         try:
@@ -143,7 +144,7 @@ def tokenize_chats(
             unanswered += 1
             continue
         ids.append(np.concatenate([np.asarray(piece, dtype=np.uint32) for piece in pieces]))
-        counted.append(np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces]))
+        loss_mask.append(np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces]))
     if len(ids) < 2:
         raise ValueError(
             f"{str(path)!r} holds {len(ids)} conversations with an answer; two are needed, one to hold out"
@@ -151,7 +152,7 @@ def tokenize_chats(
     every = min(round(1 / val_fraction), len(ids))
     small = tokenizer.vocab_size <= 1 << 16
     arrays = {
-        "tokens": np.concatenate(ids).astype(np.uint16 if small else np.uint32), "counted": np.concatenate(counted),
+        "tokens": np.concatenate(ids).astype(np.uint16 if small else np.uint32), "loss_mask": np.concatenate(loss_mask),
         "starts": np.cumsum([0, *(len(one) for one in ids)], dtype=np.int64),
         "held_out": np.array([is_validation(index, every) for index in range(len(ids))]),
     }  # fmt: skip
@@ -166,7 +167,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) ->
     work.mkdir(parents=True)
     try:
         for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array, allow_pickle=False)
+            np.save(work / f"{_ARRAYS[name]}.npy", array, allow_pickle=False)
         write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
         try:
             work.rename(folder)
@@ -180,13 +181,13 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) ->
 class TokenizedChats:
     """A folder written by `tokenize_chats`.
 
-    Attributes: `folder`; `meta` (meta.json); and memory-mapped `tokens` of all conversations joined, `counted` bool,
+    Attributes: `folder`; `meta` (meta.json); and memory-mapped `tokens` of all conversations joined, `loss_mask` bool,
     which of them are the model's to write, `starts` int64 of the conversations and the end, `held_out` bool of the
     conversations.
     """
 
     tokens: np.ndarray
-    counted: np.ndarray
+    loss_mask: np.ndarray
     starts: np.ndarray
     held_out: np.ndarray
 
@@ -196,9 +197,9 @@ class TokenizedChats:
         self._packed: dict[tuple[str, int], ChatRows] = {}
         try:
             self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            for name in _ARRAYS:
-                setattr(self, name, np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-            whole = len(self.tokens) == len(self.counted) == self.starts[-1] and len(self.held_out) + 1 == len(
+            for name, file in _ARRAYS.items():
+                setattr(self, name, np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
+            whole = len(self.tokens) == len(self.loss_mask) == self.starts[-1] and len(self.held_out) + 1 == len(
                 self.starts
             )
         except (OSError, ValueError, IndexError, EOFError) as error:
@@ -254,13 +255,13 @@ class ChatRows:
         lengths, counts = {}, {}
         for index in np.flatnonzero(chats.held_out == (split == "val")).tolist():
             start, end = int(chats.starts[index]), int(chats.starts[index + 1])
-            counted = chats.counted[start:end]
+            loss_mask = chats.loss_mask[start:end]
             length = end - start - 1  # the last token is a label only
             if length > context:
-                ends = np.flatnonzero(counted[: context + 1] & ~counted[1 : context + 2])  # of answers that fit
+                ends = np.flatnonzero(loss_mask[: context + 1] & ~loss_mask[1 : context + 2])  # of answers that fit
                 length = int(ends[-1]) if len(ends) else 0
                 self.cut += length > 0
-            count = int(counted[1 : length + 1].sum())
+            count = int(loss_mask[1 : length + 1].sum())
             if count:
                 lengths[index], counts[index] = length, count
             else:
@@ -290,9 +291,9 @@ class ChatRows:
                 start, length = self._chats.starts[index], self._lengths[index]
                 # One token more than the row has inputs: the last one is a label only.
                 tokens = self._chats.tokens[start : start + length + 1].astype(np.int64)
-                counted = self._chats.counted[start + 1 : start + length + 1]
+                loss_mask = self._chats.loss_mask[start + 1 : start + length + 1]
                 input_ids[place, at : at + length] = tokens[:-1]
-                labels[place, at : at + length][counted] = tokens[1:][counted]
+                labels[place, at : at + length][loss_mask] = tokens[1:][loss_mask]
                 at += length
                 documents[place, at:] = number
         return torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(documents)

@@ -43,7 +43,7 @@ from bitnet.storage.folders import (
 )
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors, open_tensors, save_tensors
 from bitnet.training.processes import World
-from bitnet.training.sharding import placed_like
+from bitnet.training.sharding import shard_like
 
 
 def save_checkpoint(
@@ -66,7 +66,7 @@ def save_checkpoint(
     with the earlier checkpoints untouched and nothing half-written left behind.
     """
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    pid = world.share(os.getpid()) if world else os.getpid()
+    pid = world.broadcast(os.getpid()) if world else os.getpid()
     temporary = folder.with_name(f".{folder.name}.tmp-{pid}")
     index = read_index(run)
     weights = model if isinstance(model, Mapping) else model.state_dict()
@@ -132,7 +132,7 @@ def _on_first(world: World | None, action: Callable[[], None]) -> None:
             action()
         except (OSError, SafetensorError) as problem:
             error = problem
-    failure = world.share(error and str(error)) if world else None
+    failure = world.broadcast(error and str(error)) if world else None
     if error or failure:
         raise error or OSError(failure)
 
@@ -149,7 +149,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def damage(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None: a sum that differs, a file that is missing. One written
     without sums counts as good where its model can be opened."""
     try:
@@ -175,7 +175,7 @@ def newest_good(run: Path) -> tuple[Path, list[str]]:
         resolve(run)  # says what is missing
     lost: list[str] = []
     for name in sorted(_named(index), reverse=True):
-        problem = damage(run / "checkpoints" / name)
+        problem = verify(run / "checkpoints" / name)
         if problem is None:
             return run / "checkpoints" / name, lost
         lost.append(f"checkpoint {name} is damaged ({problem}), and the steps since the one before it are lost")
@@ -238,4 +238,4 @@ def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | st
         check_fit(path, model.config, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     whole = model.state_dict()
-    model.load_state_dict({name: placed_like(whole[name], value) for name, value in tensors.items()})
+    model.load_state_dict({name: shard_like(whole[name], value) for name, value in tensors.items()})

@@ -36,13 +36,14 @@ Letters: B sequences of a micro-batch, T window, C hidden_size, H heads, Q = H D
 keys, F intermediate_size, V vocab_size, L layers, W processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bitnet.kernels import Int8Product
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
 PROCESS = {False: 410e6, True: 510e6}
@@ -200,7 +201,8 @@ def storages_saved(model: BitNetForCausalLM, *inputs: Tensor) -> Iterator[dict[i
     """Bytes, by address, of each storage that autograd keeps for the backward from the forward within the block; those
     of the model, of its quantized weights and of the inputs are left out. What `saved_bytes` predicts."""
     own = [*model.parameters(), *model.buffers(), *inputs]
-    own += [t for _, layer in bit_linears(model) for t in (layer.step_codes, layer.step_scale) if t is not None]
+    products = [layer.product for _, layer in bit_linears(model)]
+    own += [t for product in products if isinstance(product, Int8Product) for t in (product.codes, product.scale)]
     known = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, int] = {}
 
@@ -236,10 +238,10 @@ def estimate(work: Workload) -> Estimate:
     found = []
     for phase in phases:
         constant = constant_parts(phase, model.num_parameters(), sum(matrices))
-        moments = parts_of_moments(phase, model.num_parameters(), max(matrices))
+        step = StepSizes(phase, model.num_parameters(), max(matrices))
         found += [
-            Estimate(constant | parts | {PROCESS_PART: PROCESS[work.compiled]}, moment, phase)
-            for moment, parts in moments.items()
+            Estimate(constant | parts(step) | {PROCESS_PART: PROCESS[work.compiled]}, moment, phase)
+            for moment, parts in MOMENTS.items()
         ]
     return max(found, key=lambda each: each.total)
 
@@ -260,51 +262,153 @@ def constant_parts(work: Workload, P: int, projections: int) -> dict[str, float]
     }
 
 
-def parts_of_moments(work: Workload, P: int, largest: int) -> dict[str, dict[str, float]]:
-    """What else is there when most of it is: bytes by name, for the moments that may be the peak. `largest` is the
-    size of the largest projection."""
-    c, M, L = work.model, work.tokens, work.model.num_hidden_layers
-    sharded, tied = work.strategy == "fsdp", c.tie_word_embeddings
-    embedding = 4 * c.vocab_size * c.hidden_size
-    per_layer = (4 * P - embedding * (1 if tied else 2)) / L  # gradients; the final norm's with them
-    gradients = 4 * P / work.owners
-    # A tied embedding's gradient waits for its second half; what is added to an earlier one lies beside it.
-    throughout = work.strategy == "ddp" or work.micro_batches > 1
-    arriving = 2 * per_layer if sharded else per_layer if throughout else 0  # FSDP sends a copy
-    waiting = embedding if tied and throughout else 0
+@dataclass(frozen=True)
+class StepSizes:
+    """Bytes that the moments of a step share."""
 
-    one_layer = layer_activations(work) + layer_weights(work) if work.recompute else 0
-    layers = L * (layer_input(work) if work.recompute else layer_activations(work))
-    weights = 0 if work.recompute else L * layer_weights(work)
-    inside_layer = (1 if work.compiled else 4) * 4 * M * c.intermediate_size
+    work: Workload
+    parameters: int
+    """P."""
+    largest: int
+    """Values of the largest projection."""
 
-    logits = (work.value if work.compiled else 4) * min(M, work.loss_chunk or M) * c.vocab_size
-    # The gradient of the logits takes their place, in a compiled loss from the start. Then comes the head's, of a chunk
-    # beside that of the chunks before.
-    in_loss = embedding * (2 if is_chunked(work) else 1)
+    @property
+    def embedding(self) -> int:
+        """4 V C."""
+        return 4 * self.work.model.vocab_size * self.work.model.hidden_size
+
+    @property
+    def gradients(self) -> float:
+        """4 P / W: all that a process owns."""
+        return 4 * self.parameters / self.work.owners
+
+    @property
+    def layer_gradients(self) -> float:
+        """4 P without embedding and head, over L."""
+        tables = self.embedding * (1 if self.work.model.tie_word_embeddings else 2)
+        return (4 * self.parameters - tables) / self.work.model.num_hidden_layers
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there from the start of a backward: DDP's buckets, or an earlier micro-batch's."""
+        return self.work.strategy == "ddp" or self.work.micro_batches > 1
+
+    @property
+    def arriving(self) -> float:
+        """A layer's gradients beside those that they are added to; FSDP sends a copy, in any case."""
+        if self.work.strategy == "fsdp":
+            return 2 * self.layer_gradients
+        return self.layer_gradients if self.keeps_gradients else 0
+
+    @property
+    def waiting(self) -> int:
+        """4 V C of a tied embedding, whose gradient from the head waits for its second half."""
+        return self.embedding if self.work.model.tie_word_embeddings and self.keeps_gradients else 0
+
+    @property
+    def kept(self) -> int:
+        """Activations that the layers keep for the backward: all of them, or with `recompute` their inputs."""
+        each = layer_input(self.work) if self.work.recompute else layer_activations(self.work)
+        return self.work.model.num_hidden_layers * each
+
+    @property
+    def kept_weights(self) -> int:
+        """W~ that the layers keep for the backward."""
+        return 0 if self.work.recompute else self.work.model.num_hidden_layers * layer_weights(self.work)
+
+    @property
+    def recomputed(self) -> int:
+        """With `recompute` everything of the one layer that is run again."""
+        return layer_activations(self.work) + layer_weights(self.work) if self.work.recompute else 0
+
+    @property
+    def inside_layer(self) -> int:
+        """Gradients of activations while a layer goes backward: four of 4 M F, or one in a compiled layer."""
+        return (1 if self.work.compiled else 4) * 4 * self.work.tokens * self.work.model.intermediate_size
+
+
+def at_the_loss(step: StepSizes) -> dict[str, float]:
+    """In the backward of the loss all activations are there, and no gradient of this micro-batch.
+
+    The gradient of the logits (of a M V bytes compiled, else 4 M V) takes their place, in a compiled loss from the
+    start, otherwise beside them: 2 * 4 M V. Then comes the head's, 4 V C; of a chunk, beside that of the chunks before
+    (2 * 4 V C) and its logits, which are made again.
+    """
+    work = step.work
+    tokens = min(work.tokens, work.loss_chunk or work.tokens)
+    logits = (work.value if work.compiled else 4) * tokens * work.model.vocab_size
+    workspace = step.embedding * (2 if is_chunked(work) else 1)
     if not work.compiled:
-        in_loss = max(in_loss, 2 * logits)
+        workspace = max(workspace, 2 * logits)
     if is_chunked(work):
-        in_loss += logits  # made again
-    muon = 12 * largest if not sharded else 8 * largest + 6 * L * projection_parameters(c) / work.owners
+        workspace += logits
     return {
-        "the loss": {
-            "gradients": gradients if throughout else 0, "quantized weights kept by layers": weights,
-            "activations kept by layers": layers, "final norm and loss": head_activations(work),
-            "workspace": in_loss,
-        },
-        "the last layer": {
-            "gradients": gradients if throughout else (embedding + per_layer) / work.owners,
-            "quantized weights kept by layers": weights, "activations kept by layers": layers + one_layer,
-            "workspace": inside_layer + arriving + waiting,
-        },
-        "the first layer": {
-            "gradients": gradients, "quantized weights kept by layers": weights / L,
-            "activations kept by layers": layers / L + one_layer, "workspace": inside_layer + arriving + waiting,
-        },
-        "the embedding": {
-            "gradients": gradients,
-            "workspace": (embedding if tied else 0) + waiting + 4 * M * c.hidden_size + (embedding if sharded else 0),
-        },
-        "the optimizer": {"gradients": gradients, "workspace": muon if work.optimizer == "muon" else 0},
-    }  # fmt: skip
+        "gradients": step.gradients if step.keeps_gradients else 0,
+        "quantized weights kept by layers": step.kept_weights,
+        "activations kept by layers": step.kept,
+        "final norm and loss": head_activations(work),
+        "workspace": workspace,
+    }
+
+
+def at_the_last_layer(step: StepSizes) -> dict[str, float]:
+    """In the backward of the layer next to the loss: L layers of activations, gradients of the head and of one layer.
+
+    kept + recomputed + inside_layer + (4 V C + layer_gradients) / W, or all gradients where they are kept
+    """
+    one = (step.embedding + step.layer_gradients) / step.work.owners
+    return {
+        "gradients": step.gradients if step.keeps_gradients else one,
+        "quantized weights kept by layers": step.kept_weights,
+        "activations kept by layers": step.kept + step.recomputed,
+        "workspace": step.inside_layer + step.arriving + step.waiting,
+    }
+
+
+def at_the_first_layer(step: StepSizes) -> dict[str, float]:
+    """In the backward of the layer next to the embedding: its own activations, and all gradients.
+
+    kept / L + recomputed + inside_layer + gradients
+    """
+    L = step.work.model.num_hidden_layers
+    return {
+        "gradients": step.gradients,
+        "quantized weights kept by layers": step.kept_weights / L,
+        "activations kept by layers": step.kept / L + step.recomputed,
+        "workspace": step.inside_layer + step.arriving + step.waiting,
+    }
+
+
+def at_the_embedding(step: StepSizes) -> dict[str, float]:
+    """In the backward of the embedding: its gradient beside the head's where they are tied, and the upstream one.
+
+    gradients + 4 V C (tied) + 4 V C (waiting) + 4 M C + 4 V C (what FSDP sends)
+    """
+    work = step.work
+    tied = step.embedding if work.model.tie_word_embeddings else 0
+    sent = step.embedding if work.strategy == "fsdp" else 0
+    return {
+        "gradients": step.gradients,
+        "workspace": tied + step.waiting + 4 * work.tokens * work.model.hidden_size + sent,
+    }
+
+
+def at_the_optimizer(step: StepSizes) -> dict[str, float]:
+    """In the update: gradients, and of Muon its iteration on the largest matrix, of N K values.
+
+    12 N K, or with FSDP 8 N K and all updates in bfloat16, sent, received and answered: 6 P' / W
+    """
+    work, muon = step.work, 12.0 * step.largest
+    if work.strategy == "fsdp":
+        muon = 8 * step.largest + 6 * work.model.num_hidden_layers * projection_parameters(work.model) / work.owners
+    return {"gradients": step.gradients, "workspace": muon if work.optimizer == "muon" else 0}
+
+
+MOMENTS: dict[str, Callable[[StepSizes], dict[str, float]]] = {
+    "the loss": at_the_loss,
+    "the last layer": at_the_last_layer,
+    "the first layer": at_the_first_layer,
+    "the embedding": at_the_embedding,
+    "the optimizer": at_the_optimizer,
+}
+"""What is there beside `constant_parts`, bytes by name, at the moments that may be the peak of a step."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitnet.model import bit_linears
-from bitnet.training.sharding import gathered, local_part, placed_like
+from bitnet.training.sharding import full_tensor, local_part, shard_like
 
 OPTIMIZERS = ("adamw", "muon")
 DECAYS = ("linear", "cosine", "constant")
@@ -157,7 +157,7 @@ class Optimizer:
                     "that the run was started with"
                 )
             # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
-            optimizer.state[parameter][slot] = placed_like(parameter, value).clone()
+            optimizer.state[parameter][slot] = shard_like(parameter, value).clone()
 
 
 class ShardedMuon(torch.optim.Muon):
@@ -250,6 +250,6 @@ def orthogonalize(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
     """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before; of sharded
     parameters, the norm of the whole."""
-    norm = gathered(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else math.inf, norm)
     return float(norm)

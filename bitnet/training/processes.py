@@ -32,7 +32,7 @@ class World:
     strategy: str = "none"
     """none, ddp or fsdp."""
     group: Any = None
-    """The processes as `share` sees them, where it is called beside the training: a `host_group` of its own."""
+    """The processes as `broadcast` sees them, where it is called beside the training: a `host_group` of its own."""
 
     @property
     def is_first(self) -> bool:
@@ -54,7 +54,7 @@ class World:
             except RuntimeError as error:
                 raise RuntimeError(f"process {self.rank} waited in vain for others at {what}: {error}") from error
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's value, on every process."""
         if self.size == 1:
             return value
@@ -144,7 +144,7 @@ def stop() -> None:
     _host = None
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End the program; of several processes without the interpreter's last steps.
 
     A thread of gloo may still be letting go of the tensors of the last collective (torch 2.13), and where that waits

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from bitnet import kernels
 from bitnet.kernels import PACKED_BITS, quantize_weight
 from bitnet.model import BitLinear, BitNetForCausalLM, bit_linears
 from bitnet.quant import pack_codes, unpack_codes
@@ -30,11 +31,11 @@ from bitnet.quant.affine import SCALE_EPS
 from bitnet.training.processes import World
 
 
-def shard(model: BitNetForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
+def shard(model: BitNetForCausalLM, device: torch.device) -> None:
     """Cut a model's parameters into shards of rows, in place; every process must hold the same weights before.
 
-    `dtype` is the type of the products, in which weights travel while the quantizer is off. The rest of the model
-    (embedding, norms) travels in float32, as one process computes with it: autocast casts at the product.
+    Embedding and norms travel in float32, as one process computes with them: autocast casts at the product. How the
+    projections travel is what `prepare_gathers` decides for each step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -42,11 +43,34 @@ def shard(model: BitNetForCausalLM, device: torch.device, dtype: torch.dtype) ->
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for _, layer in bit_linears(model):
         layer.weight = nn.Parameter(LatentWeight(layer.weight.detach()))
-        layer.gather_dtype = dtype
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
+
+
+class GatheredCodes:
+    """The product of a sharded layer whose weight travels as integer codes: what arrives is W~ already.
+
+    Attributes: `scale` float32 `[1, 1]` and `mean` float32 `[]` of the whole latent weight where every process needs
+    them to make its 2-bit codes, else None.
+    """
+
+    def __init__(self, scale: Tensor | None = None, mean: Tensor | None = None) -> None:
+        self.scale, self.mean = scale, mean
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        return kernels.reference.quantized_weight_linear(x, weight, bias)
+
+
+class GatheredFloat:
+    """The product of a sharded layer that is not quantized, of a weight that travels in the product's type `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        return kernels.float_linear(x, weight, bias, quantizer)
 
 
 class LatentWeight(Tensor):
@@ -91,19 +115,18 @@ class LatentWeight(Tensor):
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """What this process sends, and what every process needs to know to put it together."""
         with torch.no_grad():
-            local = self.plain
-            if not module.weight_is_quantized:
+            local, product = self.plain, module.product
+            if not isinstance(product, GatheredCodes):
                 missing = -(-outer_size[0] // mesh.size()) - len(local)
                 if missing:
                     local = nn.functional.pad(local, (0, 0, 0, missing))
-                elif not module.quantizer_enabled or module.quantizer == "none":
-                    local = local.to(module.gather_dtype)
+                elif isinstance(product, GatheredFloat):
+                    local = local.to(product.dtype)
                 return (local.contiguous(),), ("float", 0, outer_size[1], None)
             bits = PACKED_BITS[module.quantizer]
             if bits == 2:
-                assert module.step_scale is not None
-                codes = _two_bit_codes(local, module)
-                return (pack_codes(codes, 2),), (module.quantizer, 2, outer_size[1], module.step_scale)
+                codes = _two_bit_codes(local, module.quantizer, product)
+                return (pack_codes(codes, 2),), (module.quantizer, 2, outer_size[1], product.scale)
             codes, scale = quantize_weight(local, module.quantizer)
             return (pack_codes(codes, bits), scale), (module.quantizer, bits, outer_size[1], None)
 
@@ -143,38 +166,44 @@ def local_part(parameter: Any) -> Tensor:
     return without_wrapper(parameter.to_local())
 
 
-def _two_bit_codes(local: Tensor, module: BitLinear) -> Tensor:
-    assert module.step_scale is not None
-    assert module.step_mean is not None
-    if module.quantizer == "ternary":
-        return (local.float() / module.step_scale).round().clamp(-1, 1).to(torch.int8)
-    return torch.where(local.float() >= module.step_mean, 1, -1).to(torch.int8)
+def _two_bit_codes(local: Tensor, quantizer: str, product: GatheredCodes) -> Tensor:
+    assert product.scale is not None
+    assert product.mean is not None
+    if quantizer == "ternary":
+        return (local.float() / product.scale).round().clamp(-1, 1).to(torch.int8)
+    return torch.where(local.float() >= product.mean, 1, -1).to(torch.int8)
 
 
 @torch.no_grad()
-def refresh_scales(model: BitNetForCausalLM, world: World) -> None:
-    """Bring what the layers need for their next gathers up to date: call it after every change of weights or mode."""
+def prepare_gathers(model: BitNetForCausalLM, world: World, dtype: torch.dtype) -> None:
+    """Choose how the weights travel to the products that the layers have, of type `dtype`, and bring up to date what
+    that needs. To be called after every change of weights or products."""
     layers = [layer for _, layer in bit_linears(model)]
     for layer in layers:
-        layer.weight_is_quantized = (
-            layer.quantizer != "none"
-            and layer.quantizer_enabled
-            and layer.quantizer_strength is None
-            and layer.out_features % world.size == 0
-        )
-    _forget_gathers(model, [layer.weight_is_quantized for layer in layers] + [layers[0].quantizer_enabled])
-    whole = [layer for layer in layers if layer.weight_is_quantized and PACKED_BITS[layer.quantizer] == 2]
-    if not whole:
+        if layer.out_features % world.size:
+            continue  # latent floats travel, and are quantized by the layer's product
+        if layer.quantizer == "none" or layer.product is kernels.float_linear:
+            layer.product = GatheredFloat(dtype)
+        elif layer.product is kernels.fake_quant_linear:
+            layer.product = GatheredCodes()
+    _forget_gathers(model, [type(layer.product) for layer in layers])
+    two_bit = [
+        (layer, layer.product)
+        for layer in layers
+        if isinstance(layer.product, GatheredCodes) and PACKED_BITS[layer.quantizer] == 2
+    ]
+    if not two_bit:
         return
-    shards = [local_part(layer.weight).double() for layer in whole]
+    shards = [local_part(layer.weight).double() for layer, _ in two_bit]
     sums = torch.stack([torch.stack([local.abs().sum(), local.sum()]) for local in shards])
-    for layer, (absolute, plain) in zip(whole, world.sum(sums), strict=True):
-        scale, mean = ((total / (layer.out_features * layer.in_features)).float() for total in (absolute, plain))
-        layer.step_scale = (scale.clamp(min=SCALE_EPS) if layer.quantizer == "ternary" else scale).view(1, 1)
-        layer.step_mean = mean
+    for (layer, product), (absolute, plain) in zip(two_bit, world.sum(sums), strict=True):
+        scale, product.mean = (
+            (total / (layer.out_features * layer.in_features)).float() for total in (absolute, plain)
+        )
+        product.scale = (scale.clamp(min=SCALE_EPS) if layer.quantizer == "ternary" else scale).view(1, 1)
 
 
-def _forget_gathers(model: BitNetForCausalLM, form: list[bool]) -> None:
+def _forget_gathers(model: BitNetForCausalLM, form: list[type]) -> None:
     # FSDP2 keeps the buffers of its first gather for all later ones, and other codes have another size.
     if getattr(model, "_gather_form", form) != form:
         for module in model.modules():
@@ -188,12 +217,12 @@ def _forget_gathers(model: BitNetForCausalLM, form: list[bool]) -> None:
     model._gather_form = form  # type: ignore[assignment]
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every process must ask for it."""
     return without_wrapper(tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
-def placed_like(parameter: Tensor, full: Tensor) -> Tensor:
+def shard_like(parameter: Tensor, full: Tensor) -> Tensor:
     """A whole tensor, which every process holds, cut as `parameter` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 

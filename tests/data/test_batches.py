@@ -18,7 +18,7 @@ import torch
 
 import train as trainer
 from bitnet.commands.evaluate import main as evaluate_runs
-from bitnet.data.batches import Ahead, BatchSampler, interleave
+from bitnet.data.batches import BatchSampler, Prefetcher, interleave
 from bitnet.data.corpus import Corpus, mixed, open_corpora
 from bitnet.data.mixture import MAX_BLOCK, counts_of, tokenize_mixture
 from bitnet.data.tokens import TokenArray
@@ -317,13 +317,13 @@ def test_mixtures_on_the_command_line(tmp_path):
 
 
 def threads_ahead() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("ahead")}
+    return {thread for thread in threading.enumerate() if thread.name.startswith("prefetcher")}
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_reading_ahead_gives_what_is_asked_for(depth):
     before, loaded = threads_ahead(), []
-    ahead = Ahead(lambda n: loaded.append(n) or n * n, depth)
+    ahead = Prefetcher(lambda n: loaded.append(n) or n * n, depth)
     order = [*range(5), 3, 4, 100, 101, 2, 2, *range(50, 60)]  # on, back, far ahead, the same again
     for n in order:
         assert ahead[n] == n * n
@@ -344,7 +344,7 @@ def test_reading_ahead_gives_what_is_asked_for(depth):
 
 def test_a_thread_is_ahead_while_the_caller_works():
     second = threading.Event()
-    ahead = Ahead(lambda n: second.set() if n == 1 else None)
+    ahead = Prefetcher(lambda n: second.set() if n == 1 else None)
     ahead[0]
     assert second.wait(10)
     ahead.close()
@@ -356,7 +356,7 @@ def test_an_exception_reaches_whoever_asks_for_the_number():
             raise OSError("the shard is gone")
         return n
 
-    ahead = Ahead(load)
+    ahead = Prefetcher(load)
     assert [ahead[0], ahead[1]] == [0, 1]
     with pytest.raises(OSError, match="the shard is gone"):
         ahead[2]
@@ -373,7 +373,7 @@ def test_an_interrupt_while_waiting_is_raised_at_once():
             release.wait(30)
         return n
 
-    ahead = Ahead(load, 1)
+    ahead = Prefetcher(load, 1)
     with pytest.raises(KeyboardInterrupt):
         ahead[1]
     start = time.perf_counter()

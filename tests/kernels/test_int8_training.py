@@ -5,10 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet.kernels import quantize_weight, reference
+from bitnet.kernels import Int8Product, Product, quantize_weight, reference, training_product
 from bitnet.kernels.int8_training import int8_linear
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS, BitLinear, BitNetForCausalLM, bit_linears
+
+
+def next_product(layer: BitLinear, *, int8: bool) -> Product:
+    """What a trainer gives a layer for its next step."""
+    return training_product(layer.product, layer.weight, layer.quantizer, 1.0, int8=int8)
 
 
 @pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
@@ -38,7 +43,7 @@ def test_the_integers_are_exact():
 
 def test_the_backward_keeps_int8():
     layer = BitLinear(64, 32, bias=False)
-    layer.quantize_for_step()
+    layer.product = Int8Product(layer.weight, layer.quantizer)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(10, 64, requires_grad=True))
@@ -47,15 +52,15 @@ def test_the_backward_keeps_int8():
 
 def test_a_layer_quantizes_again_in_place_and_can_go_back():
     layer, x = BitLinear(16, 8), torch.randn(4, 16)
-    layer.quantize_for_step()
-    codes, first = layer.step_codes, layer(x)
+    layer.product = next_product(layer, int8=True)
+    codes, first = layer.product.codes, layer(x)
     with torch.no_grad():
         layer.weight.neg_()
     assert torch.equal(layer(x), first)  # the codes of before
-    layer.quantize_for_step()
-    assert layer.step_codes is codes
+    layer.product = next_product(layer, int8=True)
+    assert layer.product.codes is codes
     torch.testing.assert_close(layer(x) - layer.bias, layer.bias - first, rtol=1e-5, atol=1e-5)
-    layer.quantize_for_step(False)
+    layer.product = next_product(layer, int8=False)
     assert torch.equal(layer(x), reference.fake_quant_linear(x, layer.weight, layer.bias, "ternary"))
 
 
@@ -109,7 +114,7 @@ def test_a_model_differs_from_the_reference_by_flipped_activation_codes_alone():
     layers, eps = dict(bit_linears(model)), torch.finfo(torch.float32).eps
     _, reference_gradient = loss_and_gradients(model, ids, of_reference := {})
     for layer in layers.values():
-        layer.quantize_for_step()
+        layer.product = next_product(layer, int8=True)
     loss, gradient = loss_and_gradients(model, ids, of_int8 := {})
 
     # Each layer by itself, on the input and the upstream gradient that it had: a product and its gradients are sums in
@@ -129,7 +134,7 @@ def test_a_model_differs_from_the_reference_by_flipped_activation_codes_alone():
 
     # The reference on the codes of the int8 model, everything else its own: nothing but rounding is left.
     for name, layer in layers.items():
-        layer.quantize_for_step(False)
+        layer.product = next_product(layer, int8=False)
         x_codes, x_scale = reference.quantize_activations(of_int8[name][0])
 
         def forward(x, layer=layer, forced=x_codes * x_scale):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitnet import kernels
+from bitnet.kernels import FadingProduct, fake_quant_linear, float_linear
 from bitnet.kernels.reference import fake_quantize_activations, fake_quantize_weight
 from bitnet.model.linear import BitLinear, PackedLinear, pack, replace_linear
 from bitnet.quant import quantize_ternary
@@ -105,14 +106,14 @@ def test_autocast_returns_bfloat16_and_float32_gradients() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
-def test_quantizer_strength_fades_both_operands_in_and_keeps_the_gradient_straight(quantizer: str) -> None:
+def test_a_fading_product_fades_both_operands_in_and_keeps_the_gradient_straight(quantizer: str) -> None:
     layer, x = BitLinear(24, 12, quantizer=quantizer), torch.randn(5, 24, requires_grad=True)
     full = layer(x).detach()
-    layer.quantizer_strength = torch.tensor(0.0)
+    layer.product = FadingProduct(torch.tensor(0.0))
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
-    layer.quantizer_strength = torch.tensor(1.0)
+    layer.product = FadingProduct(torch.tensor(1.0))
     torch.testing.assert_close(layer(x).detach(), full, rtol=1e-5, atol=1e-6)
-    layer.quantizer_strength = torch.tensor(0.25)
+    layer.product = FadingProduct(torch.tensor(0.25))
     weight = layer.weight.detach() * 0.75 + fake_quantize_weight(layer.weight, quantizer).detach() * 0.25
     operand = x.detach() * 0.75 + fake_quantize_activations(x).detach() * 0.25
     y = layer(x)
@@ -124,12 +125,12 @@ def test_quantizer_strength_fades_both_operands_in_and_keeps_the_gradient_straig
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_quantizer_enabled_switches_to_a_plain_linear_and_back(quantizer: str) -> None:
+def test_the_float_product_is_a_plain_linear_and_back(quantizer: str) -> None:
     layer, x = BitLinear(20, 10, quantizer=quantizer), torch.randn(3, 20)
     quantized = layer(x)
-    layer.quantizer_enabled = False
+    layer.product = float_linear
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    layer.quantizer_enabled = True
+    layer.product = fake_quant_linear
     assert torch.equal(layer(x), quantized)
     assert not torch.equal(quantized, F.linear(x, layer.weight, layer.bias))
 

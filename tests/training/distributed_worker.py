@@ -20,7 +20,7 @@ from bitnet.training import config as recipes
 from bitnet.training import processes, sharding
 from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World
-from bitnet.training.sharding import gathered, placed_like
+from bitnet.training.sharding import full_tensor, shard_like
 
 
 def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Tensor]:
@@ -28,16 +28,16 @@ def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Ten
     torch.manual_seed(0)
     model = BitNetForCausalLM(config.model)
     if world.strategy == "fsdp":
-        sharding.shard(model, torch.device("cpu"), torch.float32)
+        sharding.shard(model, torch.device("cpu"))
     optimizer, generator = Optimizer(model, config.optim), torch.Generator().manual_seed(1)
     for step in range(3):
         optimizer.set_schedule(step, 10)
         for parameter in model.parameters():
             gradient = torch.randn(parameter.shape, generator=generator)
-            parameter.grad = placed_like(parameter, gradient)
+            parameter.grad = shard_like(parameter, gradient)
         optimizer.step()
     found = dict(model.state_dict()) | optimizer.state()
-    return {name: gathered(value.detach()).clone() for name, value in found.items()}
+    return {name: full_tensor(value.detach()).clone() for name, value in found.items()}
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         trainer.train(config, job["resume"])
         trainer.Run.train_step = original
     processes.stop()
-    processes.leave(0)
+    processes.exit_process(0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import train as trainer
 from bitnet.storage.folders import resolve
 from bitnet.training import checkpoint
 from bitnet.training import config as recipes
-from bitnet.training.checkpoint import damage
+from bitnet.training.checkpoint import verify
 from tests.builders import configuration, tensors
 from tests.faults import fill_disk_at, poison, stop_after
 
@@ -43,7 +43,7 @@ def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):
         assert waited.keys() == beside.keys()
         for key, value in waited.items():
             assert torch.equal(value, beside[key]), (step, key)
-        assert damage(runs[1].folder / "checkpoints" / name) is None
+        assert verify(runs[1].folder / "checkpoints" / name) is None
     assert resolve(runs[1].folder).name == "step-00000008"
     begins, ends = slow_disk[16::2], slow_disk[17::2]
     assert [event.split()[1:] for event in begins] == [event.split()[1:] for event in ends]  # never two at a time

@@ -19,7 +19,7 @@ from bitnet.storage.folders import load_model, resolve
 from bitnet.training import config as recipes
 from bitnet.training.processes import World, _own_part, start
 from bitnet.training.reporter import read_metrics
-from bitnet.training.sharding import placed_like
+from bitnet.training.sharding import shard_like
 from bitnet.training.shards import read_shards, read_whole, write_shards
 from tests import ROOT
 from tests.builders import SMALL, configuration, losses, tensors, torchrun
@@ -231,9 +231,9 @@ def test_one_process_needs_no_group():
     assert world == World()
     values = torch.arange(3.0)
     assert torch.equal(world.sum(values.clone()), values)
-    assert world.share("x") == "x"
+    assert world.broadcast("x") == "x"
     world.barrier("nothing")
-    assert torch.equal(placed_like(torch.zeros(3), values), values)
+    assert torch.equal(shard_like(torch.zeros(3), values), values)
     with pytest.raises(ValueError, match="torchrun"):
         start("fsdp", torch.device("cpu"), 1)
 

@@ -14,6 +14,7 @@ import train as trainer
 from benchmarks import train_memory
 from bitnet import machine
 from bitnet.data.mixture import document_ids
+from bitnet.kernels import Int8Product
 from bitnet.machine import return_freed_blocks
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import estimate as estimate_module
@@ -44,7 +45,7 @@ def kept_by_autograd(work: Workload) -> int:
     layers = [layer for _, layer in bit_linears(model)]
     if work.int8:
         for layer in layers:
-            layer.quantize_for_step()
+            layer.product = Int8Product(layer.weight, layer.quantizer)
     ids = torch.randint(work.model.vocab_size, (work.sequences, work.window + 1))
     input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     autocast = torch.autocast("cpu", dtype=work.dtype, enabled=work.dtype != torch.float32)

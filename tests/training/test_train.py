@@ -16,6 +16,7 @@ import torch
 import train as trainer
 from bitnet import machine
 from bitnet.evaluation.loss import Evaluation, evaluate
+from bitnet.kernels import FadingProduct, float_linear
 from bitnet.model import PRESETS, bit_linears
 from bitnet.storage.folders import MODEL, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
@@ -93,10 +94,10 @@ def test_it_learns_and_writes_everything(tmp_path, corpus):
 def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
     run = trainer.Run(configuration(tmp_path, corpus, float_start=0.5), False)
     run.train_step()
-    assert not any(layer.quantizer_enabled for _, layer in bit_linears(run.model))
+    assert all(layer.product is float_linear for _, layer in bit_linears(run.model))
     run.step = 4
     run.train_step()
-    assert all(layer.quantizer_enabled for _, layer in bit_linears(run.model))
+    assert not any(layer.product is float_linear for _, layer in bit_linears(run.model))
 
 
 def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
@@ -106,7 +107,10 @@ def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
         run._switch_quantizers()
         _, layer = next(bit_linears(run.model))
         strengths.append(
-            (layer.quantizer_enabled, None if layer.quantizer_strength is None else float(layer.quantizer_strength))
+            (
+                layer.product is not float_linear,
+                float(layer.product.strength) if isinstance(layer.product, FadingProduct) else None,
+            )
         )
     fading = [(True, pytest.approx(s)) for s in (0.2, 0.4, 0.6, 0.8)]
     assert strengths == [(False, None), (False, None), *fading, (True, None), (True, None)]
