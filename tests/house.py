@@ -33,8 +33,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "commands": ("bench",),
     "bitnet": ("inference",),  # bitnet/__init__.py: the public names
     "__main__": ("commands", "bitnet"),
-    "train": ("commands", "bitnet"),
-    "generate": ("commands", "bitnet"),
+    "train": ("__main__",),
+    "generate": ("__main__",),
 }
 MAX_LINES = 500
 MAX_PAIRS = 100
@@ -300,8 +300,12 @@ def _exists(root: Path, known: dict[str, Path], name: str) -> bool:
 def _names(path: Path) -> set[str]:
     """Names at the top level of a file."""
     found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    while body:
+        node = body.pop()
+        if isinstance(node, ast.If):  # TYPE_CHECKING, of what is imported when it is used
+            body += node.body
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}

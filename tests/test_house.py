@@ -21,7 +21,6 @@ STILL_BROKEN: dict[str, list[str]] = {
     "too_long": ["bitnet/bench/gpu.py has more than 500 lines", "train.py has more than 500 lines"],
     "mentioned": [
         "bitnet/kernels/cpu/blocks.h names bitnet/quant/blocks/ggml.py",
-        "docs/coming-from.md names bitnet.load",
         "docs/layout.md names bitnet/training/faults.py",
         "docs/layout.md names bitnet/training/step.py",
     ],

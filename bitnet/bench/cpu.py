@@ -1,9 +1,9 @@
 """Speeds of generation on this CPU, beside the machine's own limits, float twins and other engines.
 
-    python -m bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
-    python -m bitnet bench runs/demo --batch 1 4 16              a trained one
-    python -m bitnet bench --preset 700m --kernels --twins
-    python -m bitnet bench --peer ik=ik/build/bin/llama-bench:2b.iq2_bn.gguf
+    bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
+    bitnet bench runs/demo --batch 1 4 16              a trained one
+    bitnet bench --preset 700m --kernels --twins
+    bitnet bench --peer ik=ik/build/bin/llama-bench:2b.iq2_bn.gguf
 
 First the kernels of every instruction set must give the reference's integers, and the engine its logits: while one of
 them does not, no speed is printed and the exit code is 1. Then, median (min..max) of the rounds:

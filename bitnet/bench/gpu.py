@@ -1,7 +1,7 @@
 """Correctness and speed of the Triton kernels, the GPU engine and training on a GPU, beside bfloat16 twins.
 
     python benchmarks/gpu.py                  everything, to benchmarks/results/gpu_<device>.json
-    python -m bitnet bench --device cuda      the same, to the file that --json names
+    bitnet bench --device cuda      the same, to the file that --json names
     python benchmarks/gpu.py --sections gate kernels --presets 700m
 
     gate       every kernel and the engine against the reference on the CPU, integers bit for bit; nothing is timed

@@ -1,34 +1,27 @@
-"""Speeds of generation on this machine.
+"""Speeds of generation on this machine, beside its own limits, float twins and other engines.
 
-python -m bitnet bench --threads 1 2 --json result.json
+bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
+bitnet bench runs/demo --batch 1 4 16              a trained one
+bitnet bench --preset 700m --kernels --twins
+bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
 """
 
-import sys
-from collections.abc import Sequence
-
 import torch
-import tyro
 
-from bitnet.bench.cpu import run
 from bitnet.bench.plan import Options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m bitnet bench", args=argv)
+def run(options: Options) -> int:
+    """Returns 1 where a gate is red or a peer failed."""
     threads = torch.get_num_threads()
     try:
         if options.device != "cpu":
-            from bitnet.bench import gpu as gpu_bench
+            from bitnet.bench import gpu
 
             presets = {"presets": (options.preset,)} if options.preset else {}
-            return gpu_bench.run(
-                gpu_bench.Options(device=options.device, json=options.json, quick=options.quick, **presets)
-            )
-        return run(options)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            return gpu.run(gpu.Options(device=options.device, json=options.json, quick=options.quick, **presets))
+        from bitnet.bench import cpu
+
+        return cpu.run(options)
     finally:
         torch.set_num_threads(threads)

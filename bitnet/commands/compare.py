@@ -1,8 +1,8 @@
 """Every quantization method on one model: quality, size and speed in one table and a few pictures.
 
-    python -m bitnet compare runs/demo                      the run, its twins, every method on the float one
-    python -m bitnet compare runs/demo --train none binary  trains these twins first, where they are missing
-    python -m bitnet compare model.gguf --text sotu         any float model that generate.py takes
+    bitnet compare runs/demo                      the run, its twins, every method on the float one
+    bitnet compare runs/demo --train none binary  trains these twins first, where they are missing
+    bitnet compare model.gguf --text sotu         any float model that generate.py takes
 
 The float model is the reference: post-training methods start from its weights, and KL divergence and top-1 agreement
 are taken against its predictions, token by token on the same held-out text. A twin (a run that differs from another
@@ -22,10 +22,8 @@ mixture says in GGUF mixtures.
 """
 
 import sys
-from collections.abc import Sequence
 
 import torch
-import tyro
 
 from bitnet.evaluation.comparison import Comparison, Options
 from bitnet.evaluation.table import terminal
@@ -33,25 +31,20 @@ from bitnet.evaluation.table import terminal
 TRAIN = (sys.executable, "-m", "bitnet", "train")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(options: Options) -> None:
     """Print the table and write the folder; an interrupted call goes on when it is made again."""
-    options = tyro.cli(Options, prog="python -m bitnet compare", args=argv, description=__doc__)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    comparison = Comparison(options, train=TRAIN)
     try:
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        comparison = Comparison(options, train=TRAIN)
         comparison.run()
         comparison.draw()
         comparison.draw_distributions()
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on, {options.out} has the rows so far", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise
     print(terminal(list(comparison.rows.values())))
     print(
         "bits: of a code; stored: with scales. gap: loss above the float model's, nats; KL and top-1 against it too. "
         f"prefill, decode: tokens/s. MB: memory of the running model. In {options.out}: the table and pictures."
     )
-    return 0

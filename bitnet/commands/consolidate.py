@@ -1,32 +1,30 @@
-"""Write the safetensors form of sharded checkpoints beside their shards.
+"""Make the sharded checkpoints of a run (train.py --parallel fsdp) plain ones, which everything else reads.
 
-python -m bitnet consolidate runs/big           model.safetensors and optimizer.safetensors beside the shards
+bitnet consolidate runs/big           model.safetensors and optimizer.safetensors beside the shards
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from bitnet.training.shards import SHARDS
+import tyro
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: convert every sharded checkpoint of the runs named."""
-    from bitnet.storage.safetensors import CheckpointError
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders of train.py."""
+
+
+def run(options: Options) -> None:
+    """Convert every sharded checkpoint of the runs named."""
     from bitnet.training.checkpoint import consolidate
+    from bitnet.training.shards import SHARDS
 
-    runs = sys.argv[1:] if argv is None else argv
-    if not runs:
-        print("usage: python -m bitnet consolidate RUN ...", file=sys.stderr)
-        return 2
-    for run in runs:
-        folders = sorted((Path(run) / "checkpoints").glob("step-*/" + SHARDS))
-        if not folders:
-            print(f"error: {run} has no sharded checkpoint", file=sys.stderr)
-            return 1
-        for shards in folders:
-            try:
-                print(consolidate(shards.parent))
-            except (CheckpointError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-    return 0
+    if not options.runs:
+        raise ValueError("no run was given; name a folder made by train.py --parallel fsdp")
+    for folder in options.runs:
+        checkpoints = sorted((folder / "checkpoints").glob(f"step-*/{SHARDS}"))
+        if not checkpoints:
+            raise ValueError(f"{folder} has no sharded checkpoint; give a run of train.py --parallel fsdp")
+        for shards in checkpoints:
+            print(consolidate(shards.parent))

@@ -1,9 +1,9 @@
 """Write a model in another form: for this project's engine, for transformers, for llama.cpp.
 
-    python -m bitnet export runs/demo demo-packed                      2-bit codes, INT8 embedding
-    python -m bitnet export runs/demo demo-hf --to hf                  a folder for AutoModelForCausalLM
-    python -m bitnet export runs/demo demo.gguf --to gguf --type TQ1_0 a file for llama.cpp
-    python -m bitnet export demo-gptq4 demo-gptq-hf --to gptq          GPTQ's layout in a Hugging Face folder
+    bitnet export runs/demo demo-packed                      2-bit codes, INT8 embedding
+    bitnet export runs/demo demo-hf --to hf                  a folder for AutoModelForCausalLM
+    bitnet export runs/demo demo.gguf --to gguf --type TQ1_0 a file for llama.cpp
+    bitnet export demo-gptq4 demo-gptq-hf --to gptq          GPTQ's layout in a Hugging Face folder
 
 IN is anything that generate.py takes. Nothing ternary is quantized twice: codes and scales come from one quantization
 of the latent weights, or from the file as they are. What a target cannot express is refused with the reason.
@@ -11,8 +11,7 @@ of the latent weights, or from the file as they are. What a target cannot expres
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Write a model in another form."""
-
     source: tyro.conf.Positional[str]
     """A run folder of train.py or one checkpoint of it, a packed or quantized folder, a Hugging Face folder, a GGUF
     file."""
@@ -64,9 +61,7 @@ def run(options: Options) -> None:
     is_float = model.config.quantizer == "none"
     if options.to == "packed":
         if is_float:
-            raise ValueError(
-                f"{options.source} is a float model, which has no packed form; see python -m bitnet quantize"
-            )
+            raise ValueError(f"{options.source} is a float model, which has no packed form; see bitnet quantize")
         save_packed(options.out, model.pack(), tokenizer_files(opened))
     elif options.to == "hf":
         form = options.form or ("master" if is_float else "packed")
@@ -101,13 +96,3 @@ def _vocabulary(opened: OpenModel) -> BaseTokenizer | Mapping[str, Any]:
         if own.vocab_size == opened.tokenizer.vocab_size:
             return own
     return opened.tokenizer
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m bitnet export", args=argv, description=__doc__)
-    try:
-        run(options)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -1,8 +1,8 @@
 """What is in a model file: architecture, tensors, types, bits a weight, scales, sparsity.
 
-    python -m bitnet inspect model.gguf                         or a .safetensors file, or the folder of a run, a packed
-    python -m bitnet inspect runs/demo --json                   model or a Hugging Face model
-    python -m bitnet inspect model.gguf --histogram blk.0.attn_q.weight
+    bitnet inspect model.gguf                         or a .safetensors file, or the folder of a run, a packed
+    bitnet inspect runs/demo --json                   model or a Hugging Face model
+    bitnet inspect model.gguf --histogram blk.0.attn_q.weight
 
 Codes and scale that are stored in tensors of their own are shown as one tensor. `zeros` is the share of the weight 0 in
 ternary tensors; of a run's latent weights it is what their quantization gives. Bits a weight count everything that a
@@ -10,23 +10,19 @@ tensor occupies, scales included.
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from bitnet.storage.contents import histogram, open_contents, report
+from bitnet.console import table
 
 BAR = 40
 
 
 @dataclass(frozen=True)
 class Options:
-    """Show what is in a model file."""
-
     file: tyro.conf.Positional[Path]
     """A .gguf or .safetensors file, or the folder of a run, a packed model or a Hugging Face model."""
     json: bool = False
@@ -37,64 +33,57 @@ class Options:
     """Which checkpoint of a run folder: best or last."""
 
 
+def run(options: Options) -> None:
+    from bitnet.storage.contents import histogram, open_contents, report
+
+    with open_contents(options.file, options.checkpoint) as contents:
+        result = report(contents)
+        if options.histogram is not None:
+            entry = next((entry for entry in contents.entries if entry.name == options.histogram), None)
+            if entry is None:
+                raise ValueError(
+                    f"{options.file} has no tensor {options.histogram!r}; run without --histogram for the names"
+                )
+            result["histogram"] = histogram(entry)
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    print_report(result)
+    if options.histogram is not None:
+        print_histogram(options.histogram, result["histogram"])
+
+
 def print_report(result: dict[str, Any]) -> None:
-    print(f"{result['kind']}: {result['parameters']:,} parameters, {result['bytes']:,} bytes of tensors, "
-          f"{result['bits_per_weight']:.2f} bits a weight")  # fmt: skip
+    print(
+        f"{result['kind']}: {result['parameters']:,} parameters, {result['bytes']:,} bytes of tensors, "
+        f"{result['bits_per_weight']:.2f} bits a weight"
+    )
     if result["zeros"] is not None:
         print(f"{result['ternary_parameters']:,} parameters are ternary, {result['zeros']:.1%} of them 0")
-    print()
-    _columns([(key, _short(value)) for key, value in result["about"].items()])
-    print()
+    print(f"\n{table([(key, _short(value)) for key, value in result['about'].items()])}\n")
     kinds = [("type", "tensors", "parameters", "bytes", "bits")]
     for kind, total in result["types"].items():
         bits = 8 * total["bytes"] / max(1, total["parameters"])
         kinds.append((kind, *(f"{total[key]:,}" for key in kinds[0][1:4]), f"{bits:.2f}"))
-    _columns(kinds)
-    print()
+    print(f"{table(kinds)}\n")
     lines = [("tensor", "type", "shape", "bits", "scale", "zeros")]
     for row in result["tensors"]:
         scale, zeros = row.get("scale"), row.get("zeros")
-        lines.append((row["name"], row["type"], " x ".join(map(str, row["shape"])), f"{row['bits_per_weight']:.2f}",
-                      "" if scale is None else f"{scale:.6g}", "" if zeros is None else f"{zeros:.1%}"))  # fmt: skip
-    _columns(lines)
+        shown = ("" if scale is None else f"{scale:.6g}", "" if zeros is None else f"{zeros:.1%}")
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append((row["name"], row["type"], shape, f"{row['bits_per_weight']:.2f}", *shown))
+    print(table(lines))
 
 
 def print_histogram(name: str, bins: list[dict[str, float]]) -> None:
     total, most = sum(b["count"] for b in bins), max((b["count"] for b in bins), default=1)
-    print(f"\n{name}")
-    _columns([(f"{b['low']:.5g}" if b["low"] == b["high"] else f"{b['low']:.5g} to {b['high']:.5g}", f"{b['count']:,}",
-               f"{b['count'] / total:.1%}", "#" * round(BAR * b["count"] / most)) for b in bins])  # fmt: skip
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = []
+    for b in bins:
+        values = f"{b['low']:.5g}" if b["low"] == b["high"] else f"{b['low']:.5g} to {b['high']:.5g}"
+        rows.append((values, f"{b['count']:,}", f"{b['count'] / total:.1%}", "#" * round(BAR * b["count"] / most)))
+    print(f"\n{name}\n{table(rows)}")
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value.replace("\n", "\\n")
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m bitnet inspect", args=argv)
-    try:
-        with open_contents(options.file, options.checkpoint) as contents:
-            result = report(contents)
-            if options.histogram is not None:
-                entry = next((entry for entry in contents.entries if entry.name == options.histogram), None)
-                if entry is None:
-                    raise ValueError(f"{options.file} has no tensor {options.histogram!r}; run without --histogram for "
-                                     "the names")  # fmt: skip
-                result["histogram"] = histogram(entry)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(result, indent=1))
-        return 0
-    print_report(result)
-    if options.histogram is not None:
-        print_histogram(options.histogram, result["histogram"])
-    return 0

@@ -1,17 +1,15 @@
 """Quantize a float model after training, by any method of `bitnet/ptq/methods.py`.
 
-    python -m bitnet quantize runs/demo-float demo-gptq --method gptq-4
-    python -m bitnet quantize model.gguf model-awq --method awq --text my_texts/ --group-size 64
-    python -m bitnet quantize --list
+    bitnet quantize runs/demo-float demo-gptq --method gptq-4
+    bitnet quantize model.gguf model-awq --method awq --text my_texts/ --group-size 64
+    bitnet quantize --list
 
-IN is anything that generate.py takes and that holds float weights. OUT is a folder that generate.py, `python -m
-bitnet compare` and `python -m bitnet export` take. Methods that look at activations are calibrated on the training part
-of a corpus: a run's own, or the one of --text.
+IN is anything that generate.py takes and that holds float weights. OUT is a folder that generate.py, `bitnet compare`
+and `bitnet export` take. Methods that look at activations are calibrated on the training part of a corpus: a run's own,
+or the one of --text.
 """
 
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +19,6 @@ import tyro
 
 @dataclass(frozen=True)
 class Options:
-    """Quantize a float model after training."""
-
     source: tyro.conf.Positional[str | None] = None
     """A run, a folder or a file of a float model."""
     out: tyro.conf.Positional[Path | None] = None
@@ -62,7 +58,7 @@ def run(options: Options) -> None:
         print(console.table(rows, right=[1]))
         return
     if options.source is None or options.out is None or options.method is None:
-        raise ValueError("give a model, a folder to write and --method; python -m bitnet quantize --list has the names")
+        raise ValueError("give a model, a folder to write and --method; bitnet quantize --list has the names")
     if options.method not in METHODS:
         raise ValueError(f"method {options.method!r} is unknown; choose one of {', '.join(METHODS)}")
     if options.out.exists():  # before the work, not behind it
@@ -96,15 +92,3 @@ def run(options: Options) -> None:
     nominal, stored = model_bits(model)
     size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
     print(f"{options.out}: {size:.2f} MB, {stored:.2f} bits a weight ({nominal:g} without scales), {seconds:.1f} s")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="python -m bitnet quantize", args=argv, description=__doc__)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0

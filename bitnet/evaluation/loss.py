@@ -6,7 +6,7 @@
 Over a part of a split, the bytes are its tokens times the whole split's average. Bits per byte does not depend on the
 tokenizer; loss and perplexity compare only models that share one.
 
-    python -m bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+    bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
 """
 
 import math

@@ -22,7 +22,6 @@ devices, batch sizes and thread counts where rounding in the model moves a logit
 Letters: B batch, T prompt length, V vocab_size, N candidates.
 """
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,45 +30,12 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.engine import LanguageModel
+from bitnet.inference.options import SamplingConfig
 from bitnet.model import ModelConfig
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
 FILLER = -1
 """What `generate` yields for a row that has already ended."""
-
-_GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How a token is chosen from logits. Raises ValueError for a value out of range."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy decoding."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the smallest set of tokens with this share of the probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Keep tokens at least this likely relative to the most likely one; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Makes tokens that occurred less likely, the CTRL paper's form (arXiv 1909.05858); 1 changes nothing."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number, e.g. 0.8")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; give a number of tokens, e.g. 40, or 0 to keep all")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a probability above 0, e.g. 0.95, or 1 to keep all")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p}; give a share between 0 (keep all) and 1, e.g. 0.05")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give 1 (off) or a bit more, e.g. 1.1")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature < _GREEDY_BELOW
 
 
 def sample(

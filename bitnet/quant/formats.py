@@ -14,7 +14,7 @@ no exponent: it needs a scale, x ~ code * scale.
 
     memory in bytes = bits / 8 * parameters
 
-    python -m bitnet formats 3.1416 --params 7e9     the value in every format, and its error
+    bitnet formats 3.1416 --params 7e9     the value in every format, and its error
 """
 
 import math

@@ -58,7 +58,7 @@ def folder_of(run: Path, which: str) -> Path:
 
 def _not_converted(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"{folder} is sharded; write its safetensors form with: python -m bitnet consolidate {folder.parent.parent}"
+        f"{folder} is sharded; write its safetensors form with: bitnet consolidate {folder.parent.parent}"
     )
 
 

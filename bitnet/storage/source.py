@@ -1,8 +1,8 @@
 """Any model that this project can run, from whatever holds it: `open_model(path)`.
 
     a run folder of train.py, or one of its checkpoints        a GGUF file, or a folder with one
-    a folder of packed weights (python -m bitnet export)       a Hugging Face folder, or the name of a model on the hub
-    a folder of quantized weights (python -m bitnet quantize)
+    a folder of packed weights (bitnet export)       a Hugging Face folder, or the name of a model on the hub
+    a folder of quantized weights (bitnet quantize)
 
 What a path holds is found out from its contents: the magic bytes of a file, the keys of a config.json. Ternary weights
 stay the codes that they are, and run on the native engine where it was built; floats run as floats in torch.

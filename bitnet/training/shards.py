@@ -5,7 +5,7 @@ processes can read it, each its own part. Names are those of the safetensors for
 `optimizer.` before the optimizer's. `BackgroundSaver` writes checkpoints, of shards or of whole tensors, beside the
 training that goes on.
 
-    python -m bitnet consolidate runs/big           model.safetensors and optimizer.safetensors beside the shards
+    bitnet consolidate runs/big           model.safetensors and optimizer.safetensors beside the shards
 """
 
 import dataclasses

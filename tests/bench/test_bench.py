@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from bitnet import kernels
+from bitnet.__main__ import main
 from bitnet.bench import cpu as cpu_module
 from bitnet.bench import plan as plan_module
 from bitnet.bench import report as report_module
 from bitnet.bench.cpu_gate import check_engine
 from bitnet.bench.plan import fitting_twins, make_plan
 from bitnet.bench.random_models import LOGIT_STD, float_twin, random_tensors, ternary_weights
-from bitnet.commands import bench as bench_command
 from bitnet.inference.cpu_engine import Engine
 from bitnet.kernels import cpu
 from bitnet.kernels.cpu import native
@@ -31,7 +31,7 @@ SPEEDS = ("tok/s", "GOPS", "GB/s")
 
 
 def quick(*arguments: str | Path) -> int:
-    return bench_command.main(["--quick", "--threads", "1", "--repeat", "1", *map(str, arguments)])
+    return main(["bench", "--quick", "--threads", "1", "--repeat", "1", *map(str, arguments)])
 
 
 def script(path: Path, body: str) -> Path:
@@ -46,7 +46,7 @@ def test_a_quick_run_prints_its_tables_and_writes_the_same_numbers(tmp_path, cap
     sets = native.instruction_sets()[-2:]
     path = tmp_path / "result.json"
     arguments = ["--kernels", "--twins", "--batch", "1", "2", "--isa", *sets, "--repeat", "3", "--json", str(path)]
-    assert bench_command.main(["--quick", "--threads", "1", *arguments]) == 0
+    assert main(["bench", "--quick", "--threads", "1", *arguments]) == 0
     captured = capsys.readouterr()
     titles = ("gate green", "Limits", "Products", "tiny, float32 cache", "Generation", "Float twins", "note: random")
     places = [captured.out.index(title) for title in titles]
@@ -323,7 +323,7 @@ def test_interrupting_is_quiet_and_settings_come_back(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cpu_module, "passes_gate", interrupt)
-    assert bench_command.main(["--quick", "--threads", "1", "2"]) == 130
+    assert main(["bench", "--quick", "--threads", "1", "2"]) == 130
     assert torch.get_num_threads() == 1
     assert "Traceback" not in capsys.readouterr().err
 

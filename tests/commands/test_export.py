@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitnet.commands import export, quantize
+from bitnet.__main__ import main
 from bitnet.inference.loading import open_model
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
@@ -72,7 +72,7 @@ def test_codes_and_scales_survive_a_round_trip_through_every_form(folder: Path, 
     ]  # fmt: skip
     source = folder / "ternary"
     for name, options in steps:
-        assert export.main([str(source), str(tmp_path / name), *options]) == 0
+        assert main(["export", str(source), str(tmp_path / name), *options]) == 0
         equal(folder / "ternary", tmp_path / name)
         source = tmp_path / name
     ids = open_model(folder / "ternary").tokenizer.encode(TEXT[:200])
@@ -81,16 +81,16 @@ def test_codes_and_scales_survive_a_round_trip_through_every_form(folder: Path, 
 
 
 def test_latent_weights_and_embeddings_survive_as_floats(folder: Path, tmp_path: Path) -> None:
-    assert export.main([str(folder / "ternary"), str(tmp_path / "m"), "--to", "hf", "--form", "master"]) == 0
+    assert main(["export", str(folder / "ternary"), str(tmp_path / "m"), "--to", "hf", "--form", "master"]) == 0
     before, after = (open_stored(p)[0].state_dict() for p in (folder / "ternary", tmp_path / "m"))
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert export.main([str(folder / "ternary"), str(tmp_path / "p"), "--to", "hf"]) == 0
+    assert main(["export", str(folder / "ternary"), str(tmp_path / "p"), "--to", "hf"]) == 0
     assert torch.equal(embedding(tmp_path / "p"), embedding(folder / "ternary"))
 
 
 def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path: Path) -> None:
-    assert export.main([str(folder / "plain"), str(tmp_path / "q.gguf"), "--to", "gguf", "--type", "Q5_K"]) == 0
+    assert main(["export", str(folder / "plain"), str(tmp_path / "q.gguf"), "--to", "gguf", "--type", "Q5_K"]) == 0
     before, after = (open_stored(path)[0].model.layers[1].mlp for path in (folder / "plain", tmp_path / "q.gguf"))
     for name in ("gate_proj", "down_proj"):
         weight = getattr(before, name).weight.detach()
@@ -101,8 +101,8 @@ def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path
 
 def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path: Path) -> None:
     arguments = [str(folder / "plain"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
-    assert quantize.main([*arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
-    assert export.main([str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
+    assert main(["quantize", *arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
+    assert main(["export", str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
     assert "INT4 codes in groups of 64, quantized after training" in (tmp_path / "hf" / "README.md").read_text()
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     about = config["quantization_config"]
@@ -134,7 +134,7 @@ def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path
 def test_what_cannot_be_exported_is_refused_with_the_reason(
     folder: Path, tmp_path: Path, source: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export.main([str(folder / source), str(tmp_path / "out"), *options]) == 2
+    assert main(["export", str(folder / source), str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -151,13 +151,13 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
 def test_what_cannot_be_quantized_is_refused_with_the_reason(
     folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert quantize.main([str(folder / "plain"), str(tmp_path / "out"), *options]) == 2
+    assert main(["quantize", str(folder / "plain"), str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_the_list_of_methods_and_a_packed_source(folder: Path, tmp_path: Path, capsys) -> None:
-    assert quantize.main(["--list"]) == 0
+    assert main(["quantize", "--list"]) == 0
     assert "gptq-4" in capsys.readouterr().out
-    assert quantize.main([str(folder / "ternary"), str(tmp_path / "out"), "--method", "rtn-int4"]) == 2
+    assert main(["quantize", str(folder / "ternary"), str(tmp_path / "out"), "--method", "rtn-int4"]) == 2
     assert "trained with ternary weights" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""python -m bitnet inspect: every kind of file, as text and as JSON."""
+"""bitnet inspect: every kind of file, as text and as JSON."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bitnet.commands.inspect import main
+from bitnet.__main__ import main
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import quantize_ternary
 from bitnet.storage.folders import save_packed
@@ -27,7 +27,7 @@ def model() -> BitNetForCausalLM:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:
-    assert main([*map(str, arguments), "--json"]) == 0
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -103,7 +103,7 @@ def test_a_quantized_model_is_counted_by_its_projections(tmp_path, capsys, model
 
 def test_text(tmp_path, capsys, model):
     gguf_write.write(model, tmp_path / "x.gguf", "TQ2_0", embedding_type="F16")
-    assert main([str(tmp_path / "x.gguf")]) == 0
+    assert main(["inspect", str(tmp_path / "x.gguf")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("GGUF version 3: 1,")
     assert "parameters are ternary" in lines[1]
@@ -134,9 +134,9 @@ def test_floats_are_counted_in_bins(tmp_path, capsys):
     assert shown(capsys, tmp_path / "x.safetensors", "--histogram", "n")["histogram"] == [
         {"low": 1.0, "high": 1.0, "count": 5}
     ]
-    assert main([str(tmp_path / "x.safetensors"), "--histogram", "empty"]) == 0
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "empty"]) == 0
     capsys.readouterr()
-    assert main([str(tmp_path / "x.safetensors"), "--histogram", "w"]) == 0
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "w"]) == 0
     assert capsys.readouterr().out.count("#") > 40
 
 
@@ -153,11 +153,11 @@ def test_errors(tmp_path, capsys, content, arguments, message):
     path = tmp_path / "x"
     if content is not None:
         path.write_bytes(content)
-    assert main([str(path), *arguments]) == 2
+    assert main(["inspect", str(path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_damaged_safetensors_file(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
-    assert main([str(tmp_path / "x.safetensors")]) == 2
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
     assert "is not a complete safetensors file" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet.commands.evaluate import main as evaluate_runs
+from bitnet.__main__ import main
 from bitnet.data.batches import BatchSampler, Prefetcher, interleave
 from bitnet.data.corpus import Corpus, mixed, open_corpora
 from bitnet.data.mixture import MAX_BLOCK, counts_of, tokenize_mixture
@@ -291,7 +291,7 @@ def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):
     with pytest.raises(CheckpointError, match="corpus has changed"):
         trainer.Run(mixture_run(tmp_path, (corpus, second), (0.5, 0.5), steps=20), resume=True)
     capsys.readouterr()
-    assert evaluate_runs([str(run.folder), "--device", "cpu", "--dtype", "float32"]) == 0
+    assert main(["evaluate", str(run.folder), "--device", "cpu", "--dtype", "float32"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["animals", "numbers"]
     (second / "00.txt").write_text("nothing but this")
     with pytest.raises(CheckpointError, match="corpus has changed"):

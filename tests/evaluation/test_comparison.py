@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train as trainer
 from bitnet import plots
-from bitnet.commands import compare as compare_command
+from bitnet.__main__ import main
 from bitnet.evaluation import comparison
 from bitnet.evaluation.agreement import Reference
 from bitnet.evaluation.comparison import layer_outputs, measure_in_child
@@ -110,9 +110,9 @@ def test_a_whole_comparison_and_going_on_with_it(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(comparison, "quantize_model", interrupted)
-    assert compare_command.main(command) == 130
+    assert main(["compare", *command]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert compare_command.main(command) == 0
+    assert main(["compare", *command]) == 0
     assert calls == [*METHODS[:3], *METHODS[2:]]  # the two finished ones were not done again
 
     rows = {row["name"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
@@ -136,7 +136,7 @@ def test_a_whole_comparison_and_going_on_with_it(
         assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert not list((out / "models").iterdir())
 
-    assert compare_command.main([*command[:-1], "--tokens", "256"]) == 1
+    assert main(["compare", *command[:-1], "--tokens", "256"]) == 2
     assert "comparison with other settings" in capsys.readouterr().err
 
 
@@ -159,7 +159,7 @@ def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
 )
 def test_bad_input(runs: Path, tmp_path: Path, arguments: list[str], message: str, capsys) -> None:
     arguments = [a.replace("{runs}", str(runs)) for a in arguments]
-    assert compare_command.main([*arguments, "--out", str(tmp_path / "out"), "--no-speed", "--tokens", "64"]) == 1
+    assert main(["compare", *arguments, "--out", str(tmp_path / "out"), "--no-speed", "--tokens", "64"]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitnet.commands import evaluate as evaluate_command
+from bitnet.__main__ import main
 from bitnet.data.corpus import open_corpus
 from bitnet.data.tokens import TokenArray
 from bitnet.data.tokens_write import tokenize_corpus
@@ -88,7 +88,7 @@ def test_command_line_compares_runs(tmp_path, capsys):
         )  # fmt: skip
     picture = tmp_path / "loss.png"
     (tmp_path / "twin" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n{"step": 2, "lo')
-    assert evaluate_command.main([str(tmp_path / "ternary"), str(tmp_path / "twin"), "--picture", str(picture)]) == 0
+    assert main(["evaluate", str(tmp_path / "ternary"), str(tmp_path / "twin"), "--picture", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     header, ternary, twin = capsys.readouterr().out.splitlines()
     assert "gap" in header
@@ -100,14 +100,14 @@ def test_command_line_compares_runs(tmp_path, capsys):
 
 
 def test_command_line_errors(tmp_path, capsys):
-    assert evaluate_command.main([]) == 1
+    assert main(["evaluate"]) == 2
     assert "no run was given" in capsys.readouterr().err
-    assert evaluate_command.main([str(tmp_path / "nothing")]) == 1
+    assert main(["evaluate", str(tmp_path / "nothing")]) == 2
     assert "nothing does not exist" in capsys.readouterr().err
     torch.manual_seed(0)
     save_checkpoint(
         tmp_path / "foreign", model=BitNetForCausalLM(CONFIG), optimizer_state={}, state={"step": 1},
         config={"model": dataclasses.asdict(CONFIG)}, tokenizer=b"", best=True,
     )  # fmt: skip
-    assert evaluate_command.main([str(tmp_path / "foreign")]) == 1
+    assert main(["evaluate", str(tmp_path / "foreign")]) == 2
     assert "no 'data' section" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from bitnet.commands import export
+from bitnet.__main__ import main
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import write as hf_write
@@ -71,7 +71,7 @@ def test_a_folder_with_a_tokenizer_json_is_exported(tmp_path, capsys):
     ours = from_gguf_metadata(byte_level_metadata() | {"tokenizer.ggml.pre": "smollm"})
     config = PRESETS["tiny"].replace(vocab_size=ours.vocab_size + 3, quantizer="none", sub_norm=False)
     hf_write.write(BitNetForCausalLM(config), tmp_path / "hf", "master", tokenizer_files=ours.files())
-    assert export.main([str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "F16"]) == 0
+    assert main(["export", str(tmp_path / "hf"), str(tmp_path / "x.gguf"), "--to", "gguf", "--type", "F16"]) == 0
     metadata = GGUFFile(tmp_path / "x.gguf").metadata
     assert metadata["tokenizer.ggml.tokens"][-4:] == [
         GGUF_SPECIALS[-1],

@@ -8,8 +8,7 @@ import torch
 
 import generate
 import train as trainer
-from bitnet.commands import evaluate as evaluate_command
-from bitnet.commands import export
+from bitnet.__main__ import main
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.texts import open_text
 from bitnet.inference.loading import open_model
@@ -138,9 +137,9 @@ def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
     assert losses[-1] < 0.02, losses
     for word in ("hot", "day", "left"):
         assert asked(capsys, "chat", question(word)) == answer(word)
-    assert evaluate_command.main(["chat", "--device", "cpu"]) == 0
+    assert main(["evaluate", "chat", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.rstrip().endswith(" -")  # no bits per byte
-    assert evaluate_command.main(["chat", "--device", "cpu", "--text", "text.txt"]) == 0
+    assert main(["evaluate", "chat", "--device", "cpu", "--text", "text.txt"]) == 0
     with pytest.raises(ValueError, match="give a text with --text"):
         open_text(open_model("chat"))
 
@@ -148,7 +147,7 @@ def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
     template = open_model("chat").chat_template
     messages = chat(question("hot"), answer("hot"), question("wet"), system="Be brief.")
     for name, arguments in exports.items():
-        assert export.main(["chat", f"chat.{name}", *arguments]) == 0
+        assert main(["export", "chat", f"chat.{name}", *arguments]) == 0
         opened = open_model(f"chat.{name}").chat_template
         assert opened.source == template.source == PLAIN_TEMPLATE
         assert opened.encode(messages) == template.encode(messages)

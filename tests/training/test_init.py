@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet.commands import quantize
+from bitnet.__main__ import main
 from bitnet.inference.loading import open_model
 from bitnet.model import PRESETS, BitLinear, PackedLinear
 from bitnet.model.linear import codes_and_scale
@@ -148,7 +148,7 @@ def test_what_cannot_be_trained_is_named(tmp_path, tokenizer, corpus):
         trainer.Run(begin(tmp_path, corpus, tmp_path / "small"), False)
     folder = save_run(tmp_path / "quantized", tiny_model("none", vocab_size=300), tokenizer) / "checkpoints"
     source = next(folder.glob("step-*"))
-    assert quantize.main([str(source), str(tmp_path / "q"), "--method", "rtn-int4", "--group-size", "-1"]) == 0
+    assert main(["quantize", str(source), str(tmp_path / "q"), "--method", "rtn-int4", "--group-size", "-1"]) == 0
     with pytest.raises(ValueError, match="quantized after training"):
         trainer.Run(begin(tmp_path, corpus, tmp_path / "q"), False)
     with pytest.raises(ValueError, match="nowhere"):

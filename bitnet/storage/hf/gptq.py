@@ -33,7 +33,7 @@ def write(
     if other:
         raise ValueError(
             f"{other[0]} is no group-quantized layer; quantize with a gptq, awq or rtn method first: "
-            "python -m bitnet quantize IN OUT --method gptq-4"
+            "bitnet quantize IN OUT --method gptq-4"
         )
     groups = [module for module in layers.values() if isinstance(module, GroupLinear)]
     scaled = [name for name, module in zip(layers, groups, strict=True) if module.input_scale is not None]
