@@ -18,29 +18,35 @@ Everything goes through `bitnet.inference.generation.generate`, as in generate.p
 torch.
 """
 
+import dataclasses
+import datetime
 import itertools
 import json
+import os
+import platform
 import pydoc_data.topics
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from bitnet import console
 from bitnet.bench.cpu_gate import passes_gate
 from bitnet.bench.plan import Options, Peer, Plan, make_plan
 from bitnet.bench.random_models import float_twin, random_tensors, ternary_weights
-from bitnet.bench.report import Report, Row, share, spread
+from bitnet.bench.report import Report, Row, Value, headings, share, spread
 from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
-from bitnet.inference.generation import GenerationStats, SamplingConfig, TextStream, generate
+from bitnet.inference.generation import GenerationStats, SamplingConfig, TextStream, time_generation
 from bitnet.inference.loading import open_model
 from bitnet.kernels import cpu, use_backend
 from bitnet.kernels.cpu import native
-from bitnet.machine import DTYPES, process_memory, reset_peak_memory
+from bitnet.machine import DTYPES, cpu_capabilities, process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.source import kind_of, open_tokenizer
 from bitnet.tokenizer import BaseTokenizer, train_tokenizer
@@ -87,10 +93,8 @@ def seconds_per_product(copies: Sequence[native.Lines], tokens: int, threads: in
     rows, columns = copies[0].rows, copies[0].columns
     codes, scale, total = cpu._quantize(torch.randn(tokens, columns))  # padded as the kernels want it
     y = torch.empty(tokens, rows)
-    arguments = (
-        codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), tokens, None, y.data_ptr(), rows, rows,
-        0, threads,
-    )  # fmt: skip
+    inputs = codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), tokens
+    arguments = (*inputs, None, y.data_ptr(), rows, rows, 0, threads)
     matmul = native.kernels().matmul
     matmul(copies[-1].struct, *arguments)
     started = time.perf_counter()
@@ -147,72 +151,84 @@ def generate_once(
     model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], new: int, batch: int
 ) -> GenerationStats:
     """Generate the prompt's first token and `new` more in every row; times include the way to text."""
-    stats = GenerationStats()
     streams = [TextStream(tokenizer) for _ in range(batch)]
-    ids = torch.tensor([prompt] * batch)
-    for step in generate(model, ids, max_new_tokens=new + 1, sampling=SAMPLING, seed=0, stats=stats):
-        started = time.perf_counter()
-        for row, token in enumerate(step.tolist()):
+
+    def to_text(ids: Tensor) -> None:
+        for row, token in enumerate(ids.tolist()):
             if streams[row].finished:  # by an end-of-text token
                 streams[row] = TextStream(tokenizer)
             streams[row].push(token % tokenizer.vocab_size)
-        seconds = time.perf_counter() - started  # which generate() leaves out
-        if stats.decode_steps:
-            stats.decode_seconds += seconds
-        else:
-            stats.prefill_seconds += seconds
-    return stats
+
+    return time_generation(model, torch.tensor([prompt] * batch), new, sampling=SAMPLING, consume=to_text)
 
 
-def measure(model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], plan: Plan, label: str) -> list[Row]:
+@dataclass(frozen=True)
+class Speed:
+    """Prefill and decoding of one model with one number of threads and texts: `spread`s in tokens/s, and GB/s."""
+
+    threads: int
+    batch: int
+    prefill: dict[str, float]
+    decode: dict[str, float]
+    gbs: float
+    peak_mb: float | None
+    batch_ratio: float | None
+    """Decoding rate over that of one text with as many threads; None where that was not measured."""
+
+    def row(self, **more: Value) -> Row:
+        """As a row of a table."""
+        return {**dataclasses.asdict(self), **more}
+
+
+def measure(model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], plan: Plan, label: str) -> list[Speed]:
     """Rates of prefill and decoding for every number of threads and texts."""
-    rows, single = list[Row](), {}
+    speeds, single = list[Speed](), dict[int, float]()
     for threads, batch in itertools.product(plan.threads, plan.options.batch):
         torch.set_num_threads(threads)
         stage(f"{label}: {threads} threads, batch {batch}")
         generate_once(model, tokenizer, prompt, 1, batch)
         runs = [generate_once(model, tokenizer, prompt, plan.new, batch) for _ in range(plan.options.repeat)]
-        prefill, decode = (spread([getattr(r, f"{part}_rate") for r in runs]) for part in ("prefill", "decode"))
+        prefill, decode = spread([run.prefill_rate for run in runs]), spread([run.decode_rate for run in runs])
         if batch == 1:
             single[threads] = decode["median"]
-        rows.append({
-            "threads": threads, "batch": batch, "prefill": prefill, "decode": decode,
-            "batch_ratio": share(decode["median"], single.get(threads)),
-            "gbs": statistics.median(r.bandwidth for r in runs), "peak_mb": process_memory(),
-        })  # fmt: skip
-    return rows
+        gbs = statistics.median(run.bandwidth for run in runs)
+        ratio = share(decode["median"], single.get(threads))
+        speeds.append(Speed(threads, batch, prefill, decode, gbs, process_memory(), ratio))
+    return speeds
 
 
 def measure_ours(
-    plan: Plan, limits: Limits, tokenizer: BaseTokenizer, prompt: list[int]
-) -> tuple[list[Row], list[Row], list[Row]]:
-    """On every instruction set: how the model was loaded and how fast it generates; and on the first one the peers."""
-    loads, rows, peers = list[Row](), list[Row](), list[Row]()
-    weights = ternary_weights(plan.config)
+    plan: Plan, tokenizer: BaseTokenizer, prompt: list[int]
+) -> tuple[list[Row], dict[str, list[Speed]], list[Row]]:
+    """How the model was loaded on every instruction set, its speeds by instruction set, and on the first one the
+    peers."""
+    loads, speeds, peers = list[Row](), dict[str, list[Speed]](), list[Row]()
     for isa in plan.isas:
         with native.use_instruction_set(isa) if plan.native else use_backend("reference"):
             reset_peak_memory()
             stage(f"{plan.name}, {isa}: loading")
             started = time.perf_counter()
             model = load(plan)
-            loads.append({
-                "isa": isa, "ternary_m": None if plan.config.quantizer == "none" else weights / 1e6,
-                "weights_mb": model.weight_bytes() / 1e6, "peak_mb": process_memory(),
-                "seconds": time.perf_counter() - started,
-            })  # fmt: skip
-            for row in measure(model, tokenizer, prompt, plan, f"{plan.name}, {isa}"):
-                gops = row["prefill"]["median"] * 2 * weights / 1e9
-                row |= {"gops": gops, "peak_share": share(gops, limits.get((isa, row["threads"])))}
-                row["limit_share"] = share(row["gbs"], limits.get(("memory", row["threads"])))
-                rows.append({"isa": isa, **row})
+            load_row: Row = {"isa": isa, "weights_mb": model.weight_bytes() / 1e6, "peak_mb": process_memory()}
+            load_row["ternary_m"] = None if plan.config.quantizer == "none" else ternary_weights(plan.config) / 1e6
+            loads.append(load_row | {"seconds": time.perf_counter() - started})
+            speeds[isa] = measure(model, tokenizer, prompt, plan, f"{plan.name}, {isa}")
             if isa == plan.isas[0]:
                 pairs = itertools.product(plan.peers, plan.threads)
                 peers = [compare(peer, threads, model, tokenizer, prompt, plan) for peer, threads in pairs]
             del model
-    return loads, rows, peers
+    return loads, speeds, peers
 
 
-def measure_twins(plan: Plan, ours: Sequence[Row], tokenizer: BaseTokenizer, prompt: list[int]) -> list[Row]:
+def generation_row(isa: str, speed: Speed, plan: Plan, limits: Limits) -> Row:
+    """A speed beside the limits of its instruction set and of the memory."""
+    gops = speed.prefill["median"] * 2 * ternary_weights(plan.config) / 1e9
+    peak_share = share(gops, limits.get((isa, speed.threads)))
+    limit_share = share(speed.gbs, limits.get(("memory", speed.threads)))
+    return speed.row(isa=isa, gops=gops, peak_share=peak_share, limit_share=limit_share)
+
+
+def measure_twins(plan: Plan, ours: Sequence[Speed], tokenizer: BaseTokenizer, prompt: list[int]) -> list[Row]:
     """Float models of the same shape, and how many times faster ours is on its first instruction set."""
     rows: list[Row] = []
     for dtype in plan.twins:
@@ -220,9 +236,13 @@ def measure_twins(plan: Plan, ours: Sequence[Row], tokenizer: BaseTokenizer, pro
         stage(f"{dtype} twin: building")
         twin = float_twin(plan.config, DTYPES[dtype])
         # Both go through threads and batches in the same order.
-        for row, own in zip(measure(twin, tokenizer, prompt, plan, f"{dtype} twin"), ours, strict=False):
-            row |= {f"{part}_ratio": own[part]["median"] / row[part]["median"] for part in ("prefill", "decode")}
-            rows.append({"twin": dtype, "weights_mb": twin.weight_bytes() / 1e6, **row})
+        for speed, own in zip(measure(twin, tokenizer, prompt, plan, f"{dtype} twin"), ours, strict=True):
+            prefill_ratio = own.prefill["median"] / speed.prefill["median"]
+            decode_ratio = own.decode["median"] / speed.decode["median"]
+            weights_mb = twin.weight_bytes() / 1e6
+            rows.append(
+                speed.row(twin=dtype, weights_mb=weights_mb, prefill_ratio=prefill_ratio, decode_ratio=decode_ratio)
+            )
         del twin
     return rows
 
@@ -256,15 +276,15 @@ def compare(
         try:
             theirs.append(run_peer(peer, len(prompt), plan.new, threads))
         except (ValueError, OSError) as error:
-            print(f"error: peer {peer.name} failed: {error}", file=sys.stderr)
+            console.error(f"peer {peer.name} failed: {error}")
             return {"peer": peer.name, "threads": threads, "error": str(error), "prefill_peer": "failed"}
         generate_once(model, tokenizer, prompt[:1], 1, 1)
         prefill = generate_once(model, tokenizer, prompt, 0, 1).prefill_rate
         ours.append((prefill, generate_once(model, tokenizer, prompt[:1], plan.new, 1).decode_rate))
     row: Row = {"peer": peer.name, "threads": threads}
     for index, part in enumerate(("prefill", "decode")):
-        row[f"{part}_peer"], row[f"{part}_ours"] = (spread([rates[index] for rates in who]) for who in (theirs, ours))
-        row[f"{part}_ratio"] = row[f"{part}_ours"]["median"] / row[f"{part}_peer"]["median"]
+        own, other = (spread([rates[index] for rates in who]) for who in (ours, theirs))
+        row |= {f"{part}_peer": other, f"{part}_ours": own, f"{part}_ratio": own["median"] / other["median"]}
     return row
 
 
@@ -280,29 +300,49 @@ def pick_tokenizer(plan: Plan, report: Report) -> BaseTokenizer:
     return tokenizer
 
 
+def pick_prompt(plan: Plan, tokenizer: BaseTokenizer) -> list[int]:
+    """As many tokens of English as the plan says, from the beginning of a text."""
+    ids = tokenizer.encode(TEXT[: 8 * plan.prompt])
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [*bos, *(ids * (plan.prompt // len(ids) + 1))][: plan.prompt]
+
+
+def begin(plan: Plan) -> Report:
+    """The report of this machine and these options, with its first two lines printed."""
+    machine = {
+        "cpu": cpu_capabilities().get("cpu_name", platform.machine()),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "threads": plan.threads,
+        "instruction_sets": plan.isas,
+        "instruction_sets_here": native.instruction_sets(),
+    }
+    print(f"{machine['cpu']}, {machine['cores']} cores | {machine['date']} | torch {torch.__version__}")
+    print(f"{' '.join(plan.isas)} of {' '.join(native.instruction_sets()) or 'no native kernels'}")
+    return Report(plan.options.json, {"machine": machine, "options": dataclasses.asdict(plan.options)})
+
+
 def run(options: Options) -> int:
     """Gate, measurements and tables; returns 1 where the gate is red or a peer failed."""
     imported = process_memory("VmRSS")
     plan = make_plan(options)
     torch.set_num_threads(max(plan.threads))
-    report, limits = Report(plan), Limits()
+    report, limits = begin(plan), Limits()
     if not passes_gate(plan, report):
         return 1
     if plan.native:
         limits, rows = measure_limits(plan)
         columns = {name: f"{name} GOPS" for name in native.instruction_sets()}
-        report.section("limits", "Limits", rows, {"threads": "threads", "memory": "read GB/s", **columns})
+        report.section("limits", "Limits", rows, headings("threads, memory: read GB/s") | columns)
     if options.kernels and plan.native:
-        many = {k: v for M in (8, 64, 512) for k, v in ((f"gops_{M}", f"M={M} GOPS"), (f"peak_{M}_share", "of peak"))}
-        report.section("kernels", "Products of M tokens", measure_kernels(plan, limits), {
-            "isa": "isa", "codec": "codec", "threads": "threads", "rows": "rows", "columns": "columns",
-            "us": "M=1 us", "gbs": "GB/s", "limit_share": "of limit", **many,
-        })  # fmt: skip
+        many = "".join(f", gops_{M}: M={M} GOPS, peak_{M}_share: of peak" for M in (8, 64, 512))
+        columns = headings(f"isa, codec, threads, rows, columns, us: M=1 us, gbs: GB/s, limit_share: of limit{many}")
+        report.section("kernels", "Products of M tokens", measure_kernels(plan, limits), columns)
 
     tokenizer = pick_tokenizer(plan, report)
-    ids = tokenizer.encode(TEXT[: 8 * plan.prompt])
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt = [*bos, *(ids * (plan.prompt // len(ids) + 1))][: plan.prompt]
+    prompt = pick_prompt(plan, tokenizer)
     report.notes += [
         f"medians of {options.repeat}; {plan.prompt} prompt tokens a row, {plan.new} steps behind them; "
         f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",
@@ -310,26 +350,45 @@ def run(options: Options) -> int:
         *(["llama-bench's decoding draws no token and makes no text, ours does both"] if plan.peers else []),
         *(["--quick: too short to be a measurement"] if options.quick else []),
     ]
-    loads, rows, peers = measure_ours(plan, limits, tokenizer, prompt)
-    loads = [{**row, "imported_mb": imported} for row in loads]
-    report.section("model", f"{plan.name}, {options.cache} cache", loads, {
-        "isa": "isa", "ternary_m": "ternary weights M", "weights_mb": "read a step MB",
-        "imported_mb": "memory before MB", "peak_mb": "peak in loading MB", "seconds": "loading s",
-    })  # fmt: skip
-    shape = {"threads": "threads", "batch": "batch"}
-    report.section("generation", "Generation", rows, {
-        "isa": "isa", **shape, "prefill": "prefill tok/s", "gops": "GOPS", "peak_share": "of peak",
-        "decode": "decode tok/s", "batch_ratio": "x batch 1", "gbs": "GB/s", "limit_share": "of limit",
-        "peak_mb": "peak MB",
-    })  # fmt: skip
-    report.section("peers", "Peers in turn with ours, decoding from an empty cache", peers, {
-        "peer": "peer", "threads": "threads", "prefill_peer": f"prefill {plan.prompt} tok/s", "prefill_ours": "ours",
-        "prefill_ratio": "ours/peer", "decode_peer": f"decode {plan.new} tok/s", "decode_ours": "ours",
-        "decode_ratio": "ours/peer",
-    })  # fmt: skip
-    report.section("twins", "Float twins in torch", measure_twins(plan, rows, tokenizer, prompt), {
-        "twin": "twin", **shape, "prefill": "prefill tok/s", "prefill_ratio": "ours/twin", "decode": "decode tok/s",
-        "decode_ratio": "ours/twin", "gbs": "GB/s", "weights_mb": "weights MB", "peak_mb": "peak MB",
-    })  # fmt: skip
+    loads, speeds, peers = measure_ours(plan, tokenizer, prompt)
+    loads = [row | {"imported_mb": imported} for row in loads]
+    report.section(
+        "model",
+        f"{plan.name}, {options.cache} cache",
+        loads,
+        headings(
+            "isa, ternary_m: ternary weights M, weights_mb: read a step MB, imported_mb: memory before MB, "
+            "peak_mb: peak in loading MB, seconds: loading s"
+        ),
+    )
+    rows = [generation_row(isa, speed, plan, limits) for isa in speeds for speed in speeds[isa]]
+    report.section(
+        "generation",
+        "Generation",
+        rows,
+        headings(
+            "isa, threads, batch, prefill: prefill tok/s, gops: GOPS, peak_share: of peak, decode: decode tok/s, "
+            "batch_ratio: x batch 1, gbs: GB/s, limit_share: of limit, peak_mb: peak MB"
+        ),
+    )
+    report.section(
+        "peers",
+        "Peers in turn with ours, decoding from an empty cache",
+        peers,
+        headings(
+            f"peer, threads, prefill_peer: prefill {plan.prompt} tok/s, prefill_ours: ours, prefill_ratio: ours/peer, "
+            f"decode_peer: decode {plan.new} tok/s, decode_ours: ours, decode_ratio: ours/peer"
+        ),
+    )
+    twins = measure_twins(plan, speeds[plan.isas[0]], tokenizer, prompt)
+    report.section(
+        "twins",
+        "Float twins in torch",
+        twins,
+        headings(
+            "twin, threads, batch, prefill: prefill tok/s, prefill_ratio: ours/twin, decode: decode tok/s, "
+            "decode_ratio: ours/twin, gbs: GB/s, weights_mb: weights MB, peak_mb: peak MB"
+        ),
+    )
     print("\n" + "\n".join(f"note: {note}" for note in report.notes))
     return int(any("error" in row for row in peers))

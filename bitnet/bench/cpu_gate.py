@@ -2,16 +2,16 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from bitnet.bench.plan import Plan
+from bitnet.bench.random_models import GATE_CONFIG
 from bitnet.bench.report import Report
 from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.engine import LanguageModel
 from bitnet.kernels import cpu, reference, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.machine import DTYPES
@@ -43,8 +43,17 @@ def check_products(config: ModelConfig) -> Iterator[str]:
                     yield f"{isa}, {codec}, {M} x {N} x {K}: {wrong} of {M * N} integer sums differ from the reference"
 
 
+C = TypeVar("C", contravariant=True)
+
+
+class CachedModel(Protocol[C]):
+    """A model with a cache of its own kind."""
+
+    def __call__(self, input_ids: Tensor, cache: C, /) -> Tensor: ...
+
+
 @torch.inference_mode()
-def _gate_logits(model: LanguageModel, ids: Tensor, cache: Any) -> Tensor:
+def _gate_logits(model: CachedModel[C], ids: Tensor, cache: C) -> Tensor:
     return torch.cat([model(ids[:, :-1], cache), model(ids[:, -1:], cache)], 1)
 
 
@@ -54,10 +63,6 @@ def check_engine(dtype: str) -> Iterator[str]:
     Reference and engine may round a value on a border to neighbouring INT8 codes, which moves logits by 0.5 %: of
     four models one must be free of that. Instruction sets and codecs give equal bits always.
     """
-    config = ModelConfig(
-        vocab_size=300, hidden_size=160, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
-    )  # fmt: skip
     B, T = 2, 71
     first, *_ = sets = native.instruction_sets()
     # The reference has no INT8 cache, which costs 3 %.
@@ -65,10 +70,10 @@ def check_engine(dtype: str) -> Iterator[str]:
     for seed in range(4):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = BitNetForCausalLM(config).pack().eval()
-            ids = torch.randint(config.vocab_size, (B, T))
+            model = BitNetForCausalLM(GATE_CONFIG).pack().eval()
+            ids = torch.randint(GATE_CONFIG.vocab_size, (B, T))
         with use_backend("reference"):
-            expected = _gate_logits(model, ids, KVCache(config, B, T, dtype=reference_dtype))
+            expected = _gate_logits(model, ids, KVCache(GATE_CONFIG, B, T, dtype=reference_dtype))
         with native.use_instruction_set(first):
             engine = Engine.from_model(model, cache_dtype=dtype)
             logits = _gate_logits(engine, ids, engine.new_cache(B, T))

@@ -155,6 +155,14 @@ def make_plan(options: Options) -> Plan:
             f"--prompt {prompt} and --new {new} exceed {name}'s {config.max_position_embeddings} positions"
         )
     return Plan(
-        options, name, folder, config, options.threads or (torch.get_num_threads(),), isas, prompt, new,
-        tuple(map(parse_peer, options.peer)), fitting_twins(config) if options.twins else (),
-    )  # fmt: skip
+        options=options,
+        name=name,
+        folder=folder,
+        config=config,
+        threads=options.threads or (torch.get_num_threads(),),
+        isas=isas,
+        prompt=prompt,
+        new=new,
+        peers=tuple(map(parse_peer, options.peer)),
+        twins=fitting_twins(config) if options.twins else (),
+    )

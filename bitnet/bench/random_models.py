@@ -9,6 +9,17 @@ from torch import Tensor
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import packed_width
 
+GATE_CONFIG = ModelConfig(
+    vocab_size=300,
+    hidden_size=160,
+    intermediate_size=288,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+)
+"""Of the small model whose logits an engine must give before it is timed."""
 LOGIT_STD = 3.0
 """Of random models: top-p 0.95 then keeps some 2 % of the vocabulary; with flat logits it sorts nearly all of it."""
 
@@ -50,4 +61,5 @@ def float_twin(config: ModelConfig, dtype: torch.dtype) -> BitNetForCausalLM:
 
 
 def ternary_weights(config: ModelConfig) -> int:
+    """Weights of all projections."""
     return config.num_hidden_layers * sum(N * K for N, K in config.projections().values())

@@ -1,58 +1,56 @@
 """Tables of a benchmark on standard output, and the same numbers in a JSON file."""
 
-import dataclasses
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
-
-from bitnet.bench.plan import Plan
+from bitnet.console import table
 from bitnet.files import write_atomic
-from bitnet.kernels.cpu import native
-from bitnet.machine import cpu_capabilities
 
-Row = dict[str, Any]
+Value = str | float | None | list[str] | dict[str, float]
+"""A number, a text, a `spread`, or None where nothing was measured."""
+Row = dict[str, Value]
 
 
 class Report:
-    """Tables on standard output, and the same numbers in a JSON file that is written anew after every section."""
+    """Tables on standard output, and the same numbers in a JSON file that is written anew after every section.
 
-    def __init__(self, plan: Plan) -> None:
-        self.path, self.notes = plan.options.json, list[str]()
-        machine = {
-            "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
-            "system": platform.platform(), "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "torch": torch.__version__, "threads": plan.threads, "instruction_sets": plan.isas,
-            "instruction_sets_here": native.instruction_sets(),
-        }  # fmt: skip
-        self.results: dict[str, Any] = {"machine": machine, "options": dataclasses.asdict(plan.options)}
-        print(f"{machine['cpu']}, {machine['cores']} cores | {machine['date']} | torch {torch.__version__}")
-        print(f"{' '.join(plan.isas)} of {' '.join(native.instruction_sets()) or 'no native kernels'}")
+    path: the file, or None for none; about: what the file says of machine and options.
+    """
 
-    def section(self, key: str, title: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
+    def __init__(self, path: Path | None, about: Mapping[str, object]) -> None:
+        self.path, self.notes = path, list[str]()
+        self.results: dict[str, object] = dict(about)
+
+    def section(self, key: str, title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
         """Print rows, one line each, and keep them under `key`; `columns` is the heading of each field."""
         self.results[key] = rows
         if rows:
             lines = [list(columns.values()), *([_text(row.get(name), name) for name in columns] for row in rows)]
-            sides = ["<" if isinstance(rows[0].get(name), str) else ">" for name in columns]
-            widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-            formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
-            print(f"\n{title}")
-            for line in lines:
-                print("  " + "  ".join(map(format, line, formats)).rstrip())
+            numbers = [i for i, name in enumerate(columns) if not isinstance(rows[0].get(name), str)]
+            print(f"\n{title}\n{table(lines, right=numbers, indent='  ')}")
+        self.save()
+
+    def save(self) -> None:
+        """Write everything so far, floats in five digits."""
         if self.path:
             text = json.dumps(self.results | {"notes": self.notes}, default=str)
             rounded = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5g}"))
             write_atomic(self.path, json.dumps(rounded, indent=1) + "\n")
 
 
-def _text(value: Any, name: str) -> str:
+def headings(text: str) -> dict[str, str]:
+    """The columns of a table from "field, field: heading, ...": a field alone is its own heading."""
+    columns = {}
+    for part in text.split(","):
+        field, _, heading = part.partition(":")
+        columns[field.strip()] = heading.strip() or field.strip()
+    return columns
+
+
+def _text(value: Value, name: str) -> str:
     if isinstance(value, dict):
         middle, low, high = (_text(value[part], name) for part in ("median", "min", "max"))
         return middle if low == high else f"{middle} ({low}..{high})"
@@ -64,8 +62,10 @@ def _text(value: Any, name: str) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest of the rounds of a measurement."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def share(value: float, limit: float | None) -> float | None:
+    """The part of a limit that was reached, None where there is no limit."""
     return value / limit if limit else None

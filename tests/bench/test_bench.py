@@ -13,9 +13,8 @@ from bitnet import kernels
 from bitnet.__main__ import main
 from bitnet.bench import cpu as cpu_module
 from bitnet.bench import plan as plan_module
-from bitnet.bench import report as report_module
 from bitnet.bench.cpu_gate import check_engine
-from bitnet.bench.plan import fitting_twins, make_plan
+from bitnet.bench.plan import fitting_twins
 from bitnet.bench.random_models import LOGIT_STD, float_twin, random_tensors, ternary_weights
 from bitnet.inference.cpu_engine import Engine
 from bitnet.kernels import cpu
@@ -326,21 +325,3 @@ def test_interrupting_is_quiet_and_settings_come_back(monkeypatch, capsys):
     assert main(["bench", "--quick", "--threads", "1", "2"]) == 130
     assert torch.get_num_threads() == 1
     assert "Traceback" not in capsys.readouterr().err
-
-
-def test_numbers_have_three_digits_and_columns_are_aligned(capsys):
-    plan = make_plan(plan_module.Options(quick=True))
-    report = report_module.Report(plan)
-    capsys.readouterr()
-    rows = [
-        {"name": "a", "rate": {"median": 94.71, "min": 9.0, "max": 1234.5}, "x_share": 0.305},
-        {"name": "bcd", "rate": {"median": 0.01234, "min": 0.01234, "max": 0.01234}, "x_share": None},
-    ]
-    report.section("s", "Title", rows, {"name": "name", "rate": "tok/s", "x_share": "of peak"})
-    assert capsys.readouterr().out.splitlines() == [
-        "",
-        "Title",
-        "  name              tok/s  of peak",
-        "  a     94.7 (9.00..1234)      30%",
-        "  bcd              0.0123        -",
-    ]
