@@ -20,5 +20,7 @@ def test_what_runs_on_a_gpu_imports_nothing_of_the_command_line(module):
 
 
 def test_a_blocked_module_would_be_noticed():
-    done = subprocess.run([sys.executable, "-c", WITHOUT.replace("bitnet.bench.{module}", "tyro")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.replace("bitnet.bench.{module}", "tyro")], capture_output=True, text=True
+    )
     assert "tyro" in done.stderr
