@@ -36,6 +36,8 @@ class Reference:
     def __init__(self, model: nn.Module, windows: list[tuple[Tensor, Tensor]], vocab: int) -> None:
         self.windows = windows
         rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
+        # Tokens times vocabulary is gigabytes for a real model: the float model runs once, and its predictions wait on
+        # disk.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this object
         self._file.truncate(rows * vocab * 4)
         self.logp = np.memmap(self._file, np.float32, "r+", shape=(rows, vocab))
@@ -50,6 +52,7 @@ class Reference:
         for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
             float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
             at += len(logp)
+            # Summed in float64: single tokens add very little to a large sum.
             kl += float((float_logp.exp() * (float_logp - logp)).sum(1).double().sum())
             agree += int((float_logp.argmax(1) == logp.argmax(1)).sum())
             of_labels = logp.gather(1, labels[:, None]).double()

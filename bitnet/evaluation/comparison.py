@@ -142,6 +142,7 @@ class Comparison:
                 "--train none, or give a float model"
             )
         self.model = opened.model.float()
+        # The largest power of two up to 128 that divides the rows of every projection.
         sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
         self.group_size = options.group_size or math.gcd(128, *sizes)
         mixture, self.context = open_text(opened, options.text, options.context)
@@ -236,6 +237,7 @@ class Comparison:
     def add_quantized(self, name: str) -> Row:
         method = METHODS[name]
         start = time.perf_counter()
+        # Embedding and head as a file of that method would have them; in float32 they would hide what the method saves.
         embeddings = "int8" if method.int8_activations else "float16"
         options = drivers.Options(group_size=self.group_size, progress=False, embeddings=embeddings)
         model = quantize_model(copy.deepcopy(self.model), name, self.calibration, options)

@@ -149,6 +149,7 @@ class Engine:
             lines.fill(packed, scale, bits, at=at, step=step)
 
         def floats(name: str, size: int) -> int:
+            # The C structs hold bare addresses, so `_keep` holds the tensors.
             value = tensor(name, size).detach().float().contiguous().clone()
             self._keep.append(value)
             return value.data_ptr()
@@ -224,12 +225,15 @@ class Engine:
         logits = torch.empty(shape) if out is None else out
         if list(logits.shape) != shape or logits.dtype != torch.float32 or not logits.is_contiguous():
             raise ValueError(f"out must be contiguous float32 {shape}, got {logits.dtype} {list(logits.shape)}")
+        # A long prompt goes through all layers piece by piece: the cache joins the pieces, and the workspace stays
+        # small.
         chunk = max(1, MAX_CHUNK // B)
         for start in range(0, T, chunk):
             ids = input_ids[:, start : start + chunk].contiguous()
             part = logits
             if not last_only and chunk < T:
                 part = torch.empty(B, ids.shape[1], config.vocab_size)
+            # Of the last position alone, only the last piece needs the head.
             wanted = not last_only or start + chunk >= T
             self._forward(ids, cache, not last_only, part if wanted else None)
             if part is not logits:
@@ -238,6 +242,7 @@ class Engine:
 
     def _forward(self, ids: Tensor, cache: NativeCache, every: bool, logits: Tensor | None) -> None:
         threads = torch.get_num_threads()
+        # It only grows, so that decoding behind a prompt allocates nothing.
         need = (max(ids.numel(), self._workspace_for[0]), max(cache.struct.capacity, self._workspace_for[1]), threads)
         if need != self._workspace_for:
             lib = native.library()

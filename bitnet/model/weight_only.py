@@ -38,6 +38,8 @@ class StoredLayer(nn.Module):
         self.nominal_bits = 32.0
 
     def _apply(self, fn: Any, recurse: bool = True) -> "StoredLayer":
+        # model.half() casts every float buffer. Here a dtype is part of the format, so such a cast is undone; the
+        # device stays.
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -105,6 +107,7 @@ class WeightOnlyLayer(StoredLayer):
             self._cached = None
             return self.dequantize().to(dtype)
         buffers = [buffer for buffer in self._buffers.values() if buffer is not None]
+        # A buffer may have been replaced, moved, or written in place. Inference tensors count no writes.
         key = (dtype, *((id(b), 0 if b.is_inference() else b._version, b.device) for b in buffers))
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, self.dequantize().to(dtype))

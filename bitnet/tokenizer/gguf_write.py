@@ -31,6 +31,7 @@ def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) ->
         metadata = gguf_write_json.metadata_of(tokenizer)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} cannot be written into a GGUF file; {_ALTERNATIVE}")
+    # A model may have more rows than its tokenizer has tokens; llama.cpp wants a token for each.
     missing = vocab_size - len(metadata["tokenizer.ggml.tokens"])
     if missing < 0:
         raise ValueError(
@@ -57,6 +58,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
             f"the sentencepiece model is not of byte-pair kind, the only one llama.cpp runs; {_ALTERNATIVE}"
         )
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
+    # A text that shows every change: runs of spaces, a ligature that NFKC would split, a space at the end.
     if processor.normalize("a  \ufb01 ").lstrip("\u2581") != "a\u2581\u2581\ufb01\u2581":
         raise ValueError(f"the sentencepiece model normalizes its text, which llama.cpp does not; {_ALTERNATIVE}")
     ids = range(tokenizer.vocab_size)
@@ -126,6 +128,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         if key & 7 == 0:
             yield key >> 3, varint()
             continue
+        # Wire types: 1 and 5 are of fixed length, 2 has its length in front.
         size = {1: 8, 5: 4}.get(key & 7) or varint()
         yield key >> 3, data[offset : offset + size]
         offset += size

@@ -60,6 +60,8 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> Any:
     apart = {tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size) if processor.is_byte(i)}
     apart |= {tokenizer.id_to_piece(i) for i in special}
     pieces = vocab.keys() - apart
+    # Every way to cut a piece in two pieces is a merge; that of the best score comes first, then that of the lowest
+    # ids.
     merges = [
         (-processor.get_score(vocab[piece]), vocab[piece[:cut]], vocab[piece[cut:]])
         for piece in pieces
@@ -89,6 +91,7 @@ def probing_texts(tokenizer: BaseTokenizer) -> list[str]:
     pieces = [tokenizer.surface_bytes(i).decode("utf-8", "ignore") for i in range(tokenizer.vocab_size)]
     pieces = [piece for piece in pieces if piece]
     shuffled = random.Random(0).sample(pieces, len(pieces))
+    # Five pieces behind each other make merges across their borders.
     texts = pieces + ["".join(shuffled[i : i + 5]) for i in range(0, len(pieces), 2)]
     return [
         *texts,

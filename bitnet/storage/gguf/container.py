@@ -116,12 +116,14 @@ class GGUFFile:
             raise GGUFError(f"it begins with {magic!r} and not with {MAGIC!r}: it is no GGUF file")
         self.version = cursor.unpack("<I")
         if self.version not in (2, 3):
+            # Version 3 in the other byte order reads as 0x03000000.
             swapped = self.version & 0xFFFF == 0
             raise GGUFError(
                 "it is big-endian, and only little-endian files are read"
                 if swapped
                 else f"its version is {self.version}, and 2 and 3 are read; convert it again with a newer llama.cpp"
             )
+        # Counts from the file: each is held against the bytes that are left before a loop of that length runs.
         tensors, values = cursor.unpack("<Q"), cursor.unpack("<Q")
         cursor.expect(values, 13, "metadata values")  # an empty key, a type and one byte
         self.metadata: dict[str, Any] = {}
@@ -198,6 +200,7 @@ class _Cursor:
             raise GGUFError(f"{key} is an array of arrays, which no tool reads")
         size = struct.calcsize(_SCALARS[kind]) if kind in _SCALARS else 8
         self.expect(count, size, f"elements of {key}")
+        # All arrays together: many small ones cost as much as a large one.
         self.items += count
         if self.items > MAX_ITEMS:
             raise GGUFError(f"its metadata arrays have over {MAX_ITEMS} elements")

@@ -136,6 +136,7 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
                     f"train with sizes that are multiples of {block}"
                 )
         _, block, size = TYPES[NUMBERS[type]]
+        # Embedding and head keep six bits or more; beside I2_S they are F16.
         table_type = "F16" if type == "I2_S" else "Q6_K" if 8 * size / block < 6.5 else type
         types = dict.fromkeys(projections, type) | dict.fromkeys(tables, table_type)
     for table in tables:
