@@ -1,4 +1,4 @@
-"""The one place that chooses what multiplies in BitLinear: the backend of a product, and the product of a training step.
+"""The one place that chooses what multiplies in BitLinear: the backend of a product, the product of a training step.
 
 A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures, listed
 in `BACKENDS`: `reference` (plain torch, every device), `native` (`bitnet/kernels/cpu`, compiled when the package was
