@@ -239,6 +239,7 @@ class AWQ(Grouped):
                 input_scales[names] = None if fold(layer, names, scale) else scale
                 for linear in linears:
                     linear.weight.mul_(scale)
+                # The layer's input is x / s from now on, so H = X X^T is divided by s on both sides.
                 hessians[names] = hessian / torch.outer(scale, scale)
             for names in STAGES:
                 for name in names:
