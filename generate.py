@@ -30,7 +30,7 @@ from bitnet.__main__ import execute
 from bitnet.inference.options import TextOptions
 
 if TYPE_CHECKING:
-    from bitnet.inference.text_model import Message, Prompt, TextModel
+    from bitnet.inference.text_model import TextModel
     from bitnet.tokenizer import ChatTemplate
 
 # torch takes seconds to import, so it and whatever imports it come after the arguments have been read.
@@ -104,7 +104,7 @@ def run(options: Options) -> None:
             template = require(model.opened.chat_template, model.opened.folder)
             chat(writer, Conversation(template, options.system), prompt)
         elif prompt is not None:
-            writer.write(prompt, shown=prompt if options.echo else "")
+            writer.write(model.encode(prompt), prompt if options.echo else "")
         else:
             continue_lines(writer)
 
@@ -134,7 +134,7 @@ def chat(writer: "Writer", conversation: "Conversation", prompt: str | None) -> 
     """Answer one message, or those of an interactive session."""
     positions = writer.model.positions
     if prompt is not None:
-        writer.write(conversation.ask(prompt, positions - 1))
+        writer.write(conversation.ask(prompt, positions - 1), answer=True)
         return
     room = positions - min(writer.options.text.max_new_tokens, positions // 2)
     while (line := read_line()) is not None:
@@ -143,7 +143,7 @@ def chat(writer: "Writer", conversation: "Conversation", prompt: str | None) -> 
             note("a new conversation")
         elif line.strip():
             try:
-                writer.write(conversation.ask(line, room))
+                writer.write(conversation.ask(line, room), answer=True)
             except KeyboardInterrupt:  # what was written so far is the answer
                 pass
             except ValueError as error:
@@ -162,15 +162,17 @@ class Conversation:
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = []
 
-    def ask(self, message: str, room: int) -> "list[Message]":
-        """The conversation with one more message, the oldest turns left out until `room` tokens hold it.
+    def ask(self, message: str, room: int) -> list[int]:
+        """The ids of the conversation with one more message, the oldest turns left out until `room` tokens hold it.
 
         The last message stays whatever its length; ValueError, from the template, with the message already added.
         """
         self.messages.append({"role": "user", "content": message})
-        while len(self.template.encode(self.system + self.messages)) > room and len(self.messages) > 2:
+        ids = self.template.encode(self.system + self.messages)
+        while len(ids) > room and len(self.messages) > 2:
             del self.messages[:2]
-        return [*self.system, *self.messages]
+            ids = self.template.encode(self.system + self.messages)
+        return ids
 
 
 class Writer:
@@ -185,11 +187,12 @@ class Writer:
         self.text = ""
         """The first text."""
 
-    def write(self, prompt: "Prompt", shown: str = "") -> None:
-        """Print `samples` completions of a prompt, each behind `shown`."""
+    def write(self, ids: list[int], shown: str = "", *, answer: bool = False) -> None:
+        """Print `samples` completions of a prompt's ids, each behind `shown`; an answer continues no word of it."""
         options, positions = self.options, self.model.positions
-        batch = self.model.batch(prompt, dataclasses.replace(options.text, seed=self.seed), options.samples)
-        wanted, room = options.text.max_new_tokens, positions - batch.completions[0].prompt_tokens
+        text = dataclasses.replace(options.text, seed=self.seed)
+        batch = self.model.batch(ids, text, options.samples, answer=answer)
+        wanted, room = text.max_new_tokens, positions - len(ids)
         if room < wanted:
             note(
                 f"generating at most {room} tokens, not {wanted}: the prompt takes {positions - room} of the model's "
@@ -203,7 +206,7 @@ class Writer:
         finally:  # Ctrl-C too
             printer.end_line()
             print(f"{batch.stats} | seed {self.seed}", file=sys.stderr)
-            self.ids, self.text = batch.ids + batch.completions[0].token_ids, batch.completions[0].text
+            self.ids, self.text = ids + batch.completions[0].token_ids, batch.completions[0].text
 
 
 class Printer:

@@ -77,13 +77,13 @@ class CompletionBatch:
         tokenizer, model = opened.tokenizer, opened.model
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         room = limit_new_tokens(model.config, len(ids), options.max_new_tokens)
-        self.ids, self.stats = list(ids), GenerationStats()
+        self.stats = GenerationStats()
         self.completions = [Completion(len(ids), seed) for _ in range(count)]
         self._last: StopReason = "length" if room == options.max_new_tokens else "context"
         self._streams = [TextStream(tokenizer, options.stop, prompt=before) for _ in range(count)]
         self._steps = generate(
             model,
-            torch.tensor([self.ids] * count),
+            torch.tensor([list(ids)] * count),
             max_new_tokens=room,
             sampling=options.sampling,
             seed=seed,
@@ -162,10 +162,16 @@ class TextModel:
         answer.text = answer.text.strip()
         return answer
 
-    def batch(self, prompt: Prompt, options: TextOptions, count: int = 1) -> CompletionBatch:
-        """`count` completions of one prompt, written together."""
-        ids, continued = self.encode(prompt), not _is_conversation(prompt)
-        return CompletionBatch(self.opened, ids, ids if continued else (), options, count)
+    def batch(
+        self, prompt: Prompt, options: TextOptions, count: int = 1, *, answer: bool | None = None
+    ) -> CompletionBatch:
+        """`count` completions of one prompt, written together.
+
+        `answer`: they are texts of their own and continue no word of the prompt; unless given, those of messages are.
+        """
+        ids = self.encode(prompt)
+        answer = _is_conversation(prompt) if answer is None else answer
+        return CompletionBatch(self.opened, ids, () if answer else ids, options, count)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""

@@ -1,4 +1,4 @@
-"""python -m bitnet export and quantize as a user runs them: round trips between all forms, and refusals."""
+"""bitnet export and quantize as a user runs them: round trips between all forms, and refusals."""
 
 import json
 from pathlib import Path
