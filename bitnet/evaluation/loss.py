@@ -105,6 +105,7 @@ def evaluate_batches(
     if was_training:
         model.train()
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
+    # Rows that only filled up a batch are no windows.
     sums, counts = sums[counts > 0], counts[counts > 0]
     loss, error = ratio_and_error(sums, counts)
     bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token

@@ -110,6 +110,7 @@ def attention_seconds(work: Workload, device: torch.device) -> float:
         torch.randn(1, heads, work.window, c.head_width, dtype=work.dtype, device=device, requires_grad=True)
         for heads in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
     )
+    # As the model calls it, so that the same kernel is timed.
     grouped = c.num_attention_heads != c.num_key_value_heads
 
     def run() -> None:
@@ -138,6 +139,7 @@ def probe(work: Workload, device: torch.device) -> Speed:
     other = TRAFFIC * kept * work.micro_batches / bandwidth
     optimizer = 28 * model.num_parameters() / work.owners / bandwidth
     if work.optimizer == "muon":
+        # One matrix gives the speed of the iteration; the model's own are counted in its FLOPs.
         matrix = torch.nn.Parameter(torch.randn(512, 1024, device=device))
         matrix.grad = torch.randn_like(matrix)
         rate = newton_schulz_flops(512, 1024) / seconds(torch.optim.Muon([matrix]).step, device)

@@ -46,6 +46,7 @@ def shard(model: BitNetForCausalLM, device: torch.device) -> None:
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # FSDP2 gathers around forward(); training calls loss() instead.
     register_fsdp_forward_method(model, "loss")
 
 
@@ -117,6 +118,8 @@ class LatentWeight(Tensor):
         with torch.no_grad():
             local, product = self.plain, module.product
             if not isinstance(product, GatheredCodes):
+                # FSDP2 gathers parts of one size, so a process with fewer rows fills up; the rows that are too many are
+                # cut off below.
                 missing = -(-outer_size[0] // mesh.size()) - len(local)
                 if missing:
                     local = nn.functional.pad(local, (0, 0, 0, missing))
