@@ -66,17 +66,30 @@ def progress_bar(
     """
     from tqdm import tqdm
 
-    return tqdm(
+    columns, lines = _screen_size(sys.stderr)
+    bar = tqdm(
         items,
         title,
         total,
         leave,
+        ncols=columns,
+        nrows=lines,
         initial=done,
         unit=unit,
         unit_scale=unit == "B",
-        dynamic_ncols=True,
         disable=None if enabled else True,  # None: silent unless standard error is a terminal
     )
+    bar.dynamic_ncols = _screen_size
+    return bar
+
+
+def _screen_size(stream: TextIO) -> tuple[int, int]:
+    """Columns and lines of a terminal, 80 and 24 where it does not tell; tqdm's own guess would then show nothing."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return 80, 24
+    return columns or 80, lines or 24
 
 
 class EveryFewSeconds:

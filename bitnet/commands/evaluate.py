@@ -9,6 +9,8 @@ from typing import Literal
 
 import tyro
 
+from bitnet.console import table
+
 
 @dataclass(frozen=True)
 class Options:
@@ -25,7 +27,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Print one line a run; the gap is the run's loss against the last run's."""
-    from bitnet.evaluation.loss import evaluate_model
+    from bitnet.evaluation.loss import Evaluation, evaluate_model
     from bitnet.machine import pick_device, pick_dtype
     from bitnet.plots import draw_loss
     from bitnet.training.reporter import read_metrics
@@ -37,15 +39,15 @@ def run(options: Options) -> None:
     results = [(run, *evaluate_model(run, device, pick_dtype(options.dtype, device), options.text)) for run in runs]
     if options.picture:
         draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
-    width = max(3, *(len(run) for run in runs), *(2 + len(name) for *_, result in results for name in result.corpora))
-    gap_column = "  gap" if len(runs) > 1 else ""
-    print(f"{'run':{width}}  quantizer  held-out loss    perplexity  bits/byte{gap_column}")
+
+    def loss(part: Evaluation) -> str:
+        return f"{part.loss:.4f} ± {part.standard_error:.4f}"
+
+    rows = [["run", "quantizer", "held-out loss", "perplexity", "bits/byte", "gap"]]
     for name, quantizer, result in results:
-        gap = result.loss / results[-1][2].loss - 1
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        print(
-            f"{name:{width}}  {quantizer:9}  {result.loss:.4f} ± {result.standard_error:.4f}  "
-            f"{result.perplexity:10.2f}  {bits:>9}" + (f"  {gap:+.2%}" if len(runs) > 1 else "")
-        )
-        for corpus, part in result.corpora.items():
-            print(f"  {corpus:{width - 2}}  {'':9}  {part.loss:.4f} ± {part.standard_error:.4f}")
+        gap = f"{result.loss / results[-1][2].loss - 1:+.2%}"
+        rows.append([name, quantizer, loss(result), f"{result.perplexity:.2f}", bits, gap])
+        rows += [[f"  {corpus}", "", loss(part), "", "", ""] for corpus, part in result.corpora.items()]
+    shown = rows if len(results) > 1 else [row[:-1] for row in rows]  # a gap to itself says nothing
+    print(table(shown, right=[3, 4, 5]))

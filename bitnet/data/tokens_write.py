@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from bitnet.console import progress_bar
 from bitnet.data.corpus import Corpus, sha256_of
 from bitnet.data.tokens import FORMAT_VERSION, TokenizedCorpus
 from bitnet.files import write_atomic
@@ -160,16 +160,7 @@ def _write_splits(
     progress: bool,
 ) -> dict[str, dict[str, Any]]:
     writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
-    columns, lines = shutil.get_terminal_size()  # tqdm's own guess shows nothing on a terminal of unknown size
-    bar = tqdm(
-        desc=f"tokenizing {corpus.name}",
-        total=corpus.total_bytes,
-        unit="B",
-        unit_scale=True,
-        ncols=columns,
-        nrows=lines,
-        disable=None if progress else True,  # None: silent unless stderr is a terminal
-    )
+    bar = progress_bar(title=f"tokenizing {corpus.name}", total=corpus.total_bytes, unit="B", enabled=progress)
     bos = [] if tokenizer.bos_id is None or not tokenizer.adds_bos else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     settings = {"tokenizer": tokenizer.fingerprint, "shard_tokens": shard_tokens}

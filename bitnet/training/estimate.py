@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from bitnet.console import duration
 from bitnet.machine import available_memory, has_compiler, int8_pays, pick_device, pick_dtype
 from bitnet.model import ModelConfig, bit_linears
 from bitnet.training.config import TrainConfig, workload
@@ -206,14 +207,6 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
     ]  # fmt: skip
     warning = memory_warning(found, work, device)
     return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
-
-
-def duration(seconds: float) -> str:
-    """The time in the unit that suits it."""
-    for size, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} seconds"
 
 
 def estimate_run(config: TrainConfig, processes: int) -> str:

@@ -43,6 +43,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bitnet.console import table
 from bitnet.kernels import Int8Product
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
@@ -130,7 +131,7 @@ class Estimate:
     def table(self) -> str:
         """A line for each part, and the total."""
         rows = [*self.parts.items(), ("total", self.total)]
-        return "\n".join(f"  {name:<36}{size / 1e9:>10.3f} GB" for name, size in rows if size)
+        return table([[name, f"{size / 1e9:.3f} GB"] for name, size in rows if size], right=[1], indent="  ")
 
 
 def meta_model(config: ModelConfig) -> BitNetForCausalLM:
