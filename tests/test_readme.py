@@ -88,6 +88,9 @@ def test_every_block_runs_as_printed(folder, capsys):
     printed = capsys.readouterr().out
     assert "perplexity" in printed  # of bitnet evaluate
     assert re.search(r"^(stop|length|context) \d+ \d+$", printed, re.MULTILINE)  # of the Python block
+    card = (folder / "demo-hf" / "README.md").read_text(encoding="utf-8")
+    assert "8 steps of 2 sequences of 64 tokens" in card  # what the run knows of itself
+    assert "nats a token" in card
     for made in ("runs/converted", "demo-packed", "demo-hf", "demo.gguf", "demo-gptq-hf", "comparison/table.md"):
         assert (folder / made).exists(), made
 

@@ -33,6 +33,7 @@ class TokenArray:
             raise ValueError(f"cannot read {length} tokens from {start}: there are {len(self)}")
         pieces = []
         part = bisect_right(self._starts, start) - 1
+        # From shard to shard, where the window lies across a border.
         while length > 0:
             inside = start - self._starts[part]
             pieces.append(self._parts[part][inside : inside + length])
@@ -123,6 +124,7 @@ def iter_eval_batches(
     check_window(tokens, context, batch_size)
     if len(tokens) < 2:
         raise ValueError(f"the split has {len(tokens)} token(s), and a score needs 2: give more text")
+    # A window's last label is the next one's first input: every token but the very first is predicted once.
     starts = range(0, len(tokens) - 1, context)
     batches = -(-len(starts) // batch_size)
     for b in range(batches if max_batches is None else min(batches, max_batches)):

@@ -23,6 +23,7 @@ class _Int8Linear(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_codes, x_scale = quantize_activations(x)
         y = torch._int_mm(x_codes, codes.t()).float() * x_scale * scale.view(-1)
+        # Codes and scale are results too, since a Function in torch.func's form saves only inputs and outputs.
         return y, x_codes, x_scale
 
     @staticmethod
@@ -35,6 +36,7 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad, (x_codes, x_scale, codes, scale) = grads[0], ctx.saved_tensors
+        # Straight through: the derivative of x~ @ W~^T, handed on to x and the latent weight.
         return grad @ (codes.float() * scale), grad.t() @ (x_codes.float() * x_scale), None, None
 
 
