@@ -84,14 +84,14 @@ def run(options: Options) -> None:
 
 
 def _vocabulary(opened: OpenModel) -> BaseTokenizer | Mapping[str, Any]:
-    """What the vocabulary of a GGUF file is written from: of what there is, that which says most."""
+    """What to write the vocabulary of a GGUF file from: the source that knows most about it."""
     from bitnet.storage.folders import TOKENIZER
     from bitnet.storage.gguf.container import GGUFFile
     from bitnet.tokenizer import Tokenizer
 
     if opened.kind == "gguf":  # names the pre-tokenizer, which a tokenizer made from it does not
         return GGUFFile(opened.folder).metadata
-    if opened.folder.is_dir() and (opened.folder / TOKENIZER).is_file():  # beside a tokenizer.json that was made of it
+    if opened.folder.is_dir() and (opened.folder / TOKENIZER).is_file():  # from which a tokenizer.json was made
         own = Tokenizer.load(opened.folder / TOKENIZER)
         if own.vocab_size == opened.tokenizer.vocab_size:
             return own

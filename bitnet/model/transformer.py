@@ -56,10 +56,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`) that are not behind.
+    """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`), up to itself.
 
-    Positions go on counting across the border. A rotary score depends on the distance of two tokens alone, so inside a
-    document they are those of positions that start again.
+    Positions are not counted anew in each document, which changes nothing inside one: a rotary score depends only on
+    the distance of two tokens.
     """
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
@@ -290,8 +290,8 @@ class BitNetForCausalLM(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step has to read, as they are stored: a packed layer's codes and scales.
 
-        Of an embedding that is not tied to the head a step reads B rows, which count as nothing. It is what the formats
-        ask for: a kernel that unpacks into memory moves more.
+        An embedding that is not tied to the head is left out: a step reads B rows of it. This is what the stored
+        formats need; a kernel that unpacks into memory moves more.
         """
         total = sum(tensor.nbytes for tensor in self.state_dict().values())  # no cos and sin: they are not persistent
         if self.lm_head is not None:
