@@ -189,6 +189,7 @@ def mixed(corpora: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
         readers = [corpus.documents() for corpus in corpora]
         taken, ended = [0.0] * len(corpora), [False] * len(corpora)
         while not all(ended):
+            # Next is the corpus that has given least, by its weight.
             i = min(range(len(corpora)), key=taken.__getitem__)
             document = next(readers[i], None)
             if document is None and not taken[i]:
@@ -282,6 +283,7 @@ def _file_digest(file: Path) -> str:
             else:
                 digest.update(str(stat.st_mtime_ns).encode())
                 for i in range(16):
+                    # From the first MiB to the last one, evenly.
                     stream.seek(i * (stat.st_size - (1 << 20)) // 15)
                     digest.update(stream.read(1 << 20))
             return digest.hexdigest()

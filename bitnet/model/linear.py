@@ -53,6 +53,7 @@ class BitLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, quantizer: str = "ternary") -> "BitLinear":
         """A BitLinear that shares the parameters of `linear`: no copy, so ties and optimizers keep working."""
         has_bias = linear.bias is not None
+        # On the meta device: parameters that are replaced at once are never made.
         layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", quantizer=quantizer)
         layer.weight = linear.weight
         layer.bias = linear.bias
@@ -241,6 +242,7 @@ def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
 def _swap(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> tuple[nn.Module, int]:
     """Replace modules by `convert(name, module)` where it returns one; a module used in two places stays one module.
     Returns the model (another object only if it was itself replaced) and how many were replaced."""
+    # All replacements are made before any is put in place, so that a module with two names becomes one module.
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         new = convert(name, module)

@@ -156,6 +156,7 @@ class Grouped(Driver):
         return TERNARY if self.ternary else Grid(self.bits, options.symmetric)
 
     def check(self, linears: NamedLinears, options: Options) -> None:
+        # Codes share 32-bit words; 3-bit codes fill three of them with 32.
         step = 32 if self.bits == 3 else 32 // self.bits
         for name, linear in linears:
             size = linear.in_features if options.group_size == -1 else options.group_size
@@ -198,6 +199,7 @@ class GPTQ(Grouped):
         assert ids is not None
         for step in walk(model, ids, title, options.batch_size, options.progress):
             for names in STAGES:
+                # Observed anew for each stage: its inputs depend on the projections that were just quantized.
                 hessian = step.observe([names], Moments)[names].hessian.matrix()
                 for name in names:
                     self._quantize_one(step.layer, name, hessian, options)
@@ -236,6 +238,8 @@ class AWQ(Grouped):
                 hessian = seen.hessian.matrix()
                 weights = [linear.weight for linear in linears]
                 scale, _ = awq_scale(weights, seen.magnitude(), hessian, grid, options.group_size)
+                # 1 / s goes into what produces the input; where nothing can take it, the layer divides its input
+                # itself.
                 input_scales[names] = None if fold(layer, names, scale) else scale
                 for linear in linears:
                     linear.weight.mul_(scale)

@@ -112,6 +112,7 @@ class ChatTemplate:
         cuts = [0]
         for i in answers:
             prompt = self.render(messages[:i], True)
+            # The answer begins where the prompt for it ends, and ends with the first token that ends a turn.
             end = self._end_of_turn.search(text, len(prompt)) if self._end_of_turn else None
             if not text.startswith(prompt) or len(prompt) < cuts[-1] or end is None:
                 raise ValueError(
@@ -120,6 +121,8 @@ class ChatTemplate:
                 )
             cuts += [len(prompt), end.end()]
         text = text[: cuts[-1]]
+        # Cut at the borders, the pieces must be the tokens of the whole: otherwise training would show the model other
+        # tokens than it will see.
         whole = self._ids(text, mark)
         pieces = [self.tokenizer.encode(text[a:b], special=True, mark=mark) for a, b in pairwise(cuts)]
         pieces[0] = self._ids(text[: cuts[1]], mark)
@@ -207,6 +210,7 @@ def _environment() -> jinja2.Environment:
         def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A scope of its own, as in transformers: what is set inside is gone behind it.
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:

@@ -182,6 +182,7 @@ class ShardedMuon(torch.optim.Muon):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter.grad)
             gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+            # Momentum is element by element, so each process updates its own rows.
             buffer.lerp_(gradient, 1 - group["momentum"])
             updates.append(
                 gradient.lerp(buffer, group["momentum"]).bfloat16() if group["nesterov"] else buffer.bfloat16()
@@ -190,6 +191,7 @@ class ShardedMuon(torch.optim.Muon):
         rank, size = mesh.get_local_rank(), mesh.size()
         owners = _shares([p.shape for p in parameters], size)
         mine = [p.shape for p, owner in zip(parameters, owners, strict=True) if owner == rank]
+        # all_to_all sends one run of values to each process: the matrices are put in the order of their owners.
         order = sorted(range(len(parameters)), key=lambda i: owners[i])  # by owner, then as they stand
         counts = [updates[i].numel() for i in order]
         sent = [sum(updates[i].numel() for i in order if owners[i] == other) for other in range(size)]
@@ -237,9 +239,11 @@ def orthogonalize(matrix: Tensor, coefficients: Sequence[float], steps: int, eps
     """The nearest matrix whose singular values are about 1, bfloat16: Muon's Newton-Schulz iteration,
     X <- a X + (b G + c G^2) X with G = X X^T. Source: Jordan, "Muon", 2024."""
     a, b, c = coefficients
+    # X X^T of the shorter side: fewer products, and the same result.
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.bfloat16()
     x = x.T if tall else x
+    # The iteration converges for singular values up to about 1, which the Frobenius norm bounds.
     x = x / x.norm().clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T

@@ -113,11 +113,14 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes_buffer(rows: int, width: int) -> Tensor:
+    # AMX reads whole tiles of 32 tokens, and a line of base 3 covers 20 columns: both may read beyond the end.
     return torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
 
 
 def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
     codec = native.codec_of(bits, in_features)
+    # An id may be given again to another tensor, so the entry goes when its tensor does; until then the version tells
+    # whether the bytes are still those that were repacked.
     key = id(packed)
     known = _lines.get(key)
     version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place

@@ -98,6 +98,7 @@ def library() -> ctypes.CDLL | None:
             lib.bn_advise_huge_pages.argtypes = [c_void_p, c_int64]
             lib.bn_read.argtypes = [c_void_p, c_int64, c_int]
             lib.bn_read.restype = c_int64
+            # The structs are declared twice, here and in layout.h; a stale library must not be called.
             for index, struct in enumerate((Matrix, Layer, Model, Cache, Kernels)):
                 if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
                     raise RuntimeError(
@@ -162,6 +163,7 @@ class Lines:
             raise ValueError(f"{columns} columns are too many for base3, which holds {BASE3_MAX_K}; use two_bit")
         self.rows, self.columns = rows, columns
         self.codec = codec
+        # The kernels work on panels of 32 rows.
         padded = -(-rows // 32) * 32
         per_block = lib.bn_lines(columns, CODECS[codec])
         size = self.size(rows, columns, codec)
