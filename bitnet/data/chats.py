@@ -149,7 +149,9 @@ def tokenize_chats(
         raise ValueError(
             f"{str(path)!r} holds {len(ids)} conversations with an answer; two are needed, one to hold out"
         )
+    # With few conversations the fraction would hold out none.
     every = min(round(1 / val_fraction), len(ids))
+    # Half the bytes, where ids fit into 16 bits.
     small = tokenizer.vocab_size <= 1 << 16
     arrays = {
         "tokens": np.concatenate(ids).astype(np.uint16 if small else np.uint32), "loss_mask": np.concatenate(loss_mask),

@@ -94,6 +94,7 @@ class CalibratedLayer:
         seen: dict[Stage, S] = {}
         hooks = []
         for names in stages:
+            # The projections of a stage share their input: one of them is watched.
             first = projection(self.layer, names[0])
             seen[names] = statistic(first.in_features, self.inputs[0].device)
             update = seen[names].update

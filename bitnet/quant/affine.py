@@ -97,6 +97,7 @@ def choose_qparams_symmetric(
     """
     _check_float(x)
     _, quant_max = integer_range(bits)
+    # One absmax for each block that a scale covers, whatever the granularity.
     absmax = _blocks(x.float(), scale_shape(x.shape, granularity)).abs().amax(dim=_inner_dims(x))
     return absmax.clamp(min=eps) / (quant_max if restricted else quant_max + 1)
 
@@ -144,6 +145,7 @@ def choose_qparams_from_range(
         return _zero_point_qparams(low, high, quant_min, quant_max, eps)
     if not signed and (low < 0).any():
         raise ValueError(f"low is {low.min():g}, but symmetric unsigned codes have no negative values; use signed=True")
+    # Symmetric around 0: the bound that lies further out decides.
     absmax = torch.maximum(-low, high).clamp(min=eps)
     return absmax / (quant_max if restricted or not signed else quant_max + 1), None
 

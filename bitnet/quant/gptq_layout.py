@@ -58,6 +58,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     for i in range(values.shape[1]):
         word, offset = divmod(i * bits, 32)
         value = stream[:, word] >> offset
+        # A 3-bit code may lie across two words.
         if offset + bits > 32:
             value |= stream[:, word + 1] << (32 - offset)
         values[:, i] = value & (2**bits - 1)
@@ -71,6 +72,7 @@ def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     otherwise), and for a zero point that the version cannot hold.
     """
     offset = _zero_offset(version)
+    # Version 1 stores the zero point minus one, and so cannot hold a zero point of 0.
     zeros = weight.zero_point - offset
     if int(zeros.min()) < 0:
         raise ValueError("a zero point of 0 does not fit version 1 of the layout; write version 2 (gptq_v2)")

@@ -96,6 +96,7 @@ def min_max_qparams(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     if grid.ternary:
         return round_scale(groups.abs().mean(-1)), torch.ones_like(groups[..., 0])
+    # 0 lies in every range, so a weight of 0 stays 0.
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     return qparams_of_range(low, high, grid)
 

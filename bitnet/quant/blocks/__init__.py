@@ -112,6 +112,7 @@ def quantize_blocks(x: Tensor, kind: str, importance: Tensor | None = None, *, c
     blocks = x.detach().float().reshape(-1, size)
     weight = None
     if importance is not None:
+        # The importance belongs to columns, so every row has the same.
         weight = importance.to(blocks).expand(x.shape).reshape(-1, size)
     sigma2 = None
     if weight is not None and kind in simple.ROW_SIGMA:
