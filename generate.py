@@ -101,7 +101,7 @@ def run(options: Options) -> None:
         )
         writer = Writer(options, model)
         if options.chat:
-            template = require(model.opened.chat_template, model.opened.folder)
+            template = require(model.source.chat_template, model.source.path)
             chat(writer, Conversation(template, options.system), prompt)
         elif prompt is not None:
             writer.write(model.encode(prompt), prompt if options.echo else "")

@@ -44,8 +44,15 @@ from bitnet.machine import compile_model, eager, int8_pays, pick_device, pick_dt
 from bitnet.model import BitNetForCausalLM, bit_linears
 from bitnet.storage.folders import CONFIG, INDEX, STATE, folder_of
 from bitnet.storage.safetensors import CheckpointError, load_json
-from bitnet.storage.source import open_latent, open_tokenizer
-from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.storage.source import open_source
+from bitnet.tokenizer import (
+    BaseTokenizer,
+    ChatTemplate,
+    Tokenizer,
+    find_chat_template,
+    load_tokenizer,
+    train_tokenizer,
+)
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training.checkpoint import consolidate, load_training_tensors, newest_good, save_checkpoint
 from bitnet.training.config import TrainConfig, check_shares, estimate_wanted, parse, saves_beside, workload
@@ -129,11 +136,12 @@ class Run:
         self.data: Mixture | TokenizedChats
         self.sampler: BatchSampler | ChatSampler
         self.template: ChatTemplate | None = None
-        tokenizer, given = None, open_latent(config.init) if config.init and not saved else None
+        tokenizer, given = None, open_source(config.init) if config.init and not saved else None
         if saved:
-            tokenizer, self.template = open_tokenizer(saved, "run")
+            tokenizer = load_tokenizer(saved, own=True)
+            self.template = find_chat_template(saved, tokenizer)
         elif given:
-            tokenizer, self.template = given[1].tokenizer, given[1].chat_template
+            tokenizer, self.template, start = given.tokenizer, given.chat_template, given.latent()
         if not world.is_first:  # the others find done what the first one does
             world.barrier("the preparation of the data")
         if config.data.chat:
@@ -143,7 +151,7 @@ class Run:
         if world.is_first:
             world.barrier("the preparation of the data")
         if given:
-            config = dataclasses.replace(config, model=given[0].config.replace(quantizer=config.model.quantizer))
+            config = dataclasses.replace(config, model=start.config.replace(quantizer=config.model.quantizer))
         elif not saved:  # the vocabulary is the tokenizer's, which a given one decides
             config = dataclasses.replace(config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size))
         self.config = config
@@ -172,7 +180,7 @@ class Run:
         if saved:
             self._load(saved)
         elif given:
-            mine, weights = self.model.state_dict(), given[0].state_dict()
+            mine, weights = self.model.state_dict(), start.state_dict()
             self.model.load_state_dict({name: shard_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)

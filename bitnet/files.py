@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
-
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -57,7 +55,7 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, folder)
         fsync_folder(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"the {what} was not written to {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -48,7 +48,6 @@ from bitnet.kernels import cpu, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.machine import DTYPES, cpu_capabilities, process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
-from bitnet.storage.source import kind_of, open_tokenizer
 from bitnet.tokenizer import BaseTokenizer, train_tokenizer
 
 Limits = dict[tuple[str, int], float]
@@ -137,9 +136,9 @@ def measure_kernels(plan: Plan, limits: Limits) -> list[Row]:
 
 def load(plan: Plan) -> LanguageModel:
     """The model of the plan, packed, for the instruction set in force."""
-    if plan.folder is not None:
+    if plan.source is not None:
         with use_backend("native" if plan.native else "reference"):
-            return open_model(plan.folder, cache_dtype=plan.options.cache).model
+            return open_model(plan.source, cache_dtype=plan.options.cache)
     if plan.native:
         return Engine(plan.config, random_tensors(plan.config), cache_dtype=plan.options.cache)
     with torch.random.fork_rng(devices=[]):
@@ -290,8 +289,8 @@ def compare(
 
 def pick_tokenizer(plan: Plan, report: Report) -> BaseTokenizer:
     """The model's own, or one trained in a moment."""
-    if plan.folder is not None:
-        return open_tokenizer(plan.folder, kind_of(plan.folder))[0]
+    if plan.source is not None:
+        return plan.source.tokenizer
     tokenizer = train_tokenizer([TEXT], min(4096, plan.config.vocab_size), max_bytes=400_000, threads=1)
     report.notes.append(
         f"random weights; the cost of detokenizing is that of a throw-away tokenizer of {tokenizer.vocab_size} pieces, "

@@ -10,13 +10,11 @@ import tyro
 
 from bitnet.bench.random_models import ternary_weights
 from bitnet.console import stage
-from bitnet.inference.loading import open_model
 from bitnet.kernels import native_wanted
 from bitnet.kernels.cpu import native
 from bitnet.machine import DTYPES, available_memory
 from bitnet.model import PRESETS, ModelConfig
-from bitnet.storage.folders import load_config, resolve
-from bitnet.storage.source import find, kind_of
+from bitnet.storage.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The options, checked and filled in. `isas` is ("reference",) without the native engine, `folder` the model's
-    folder or file, None for a random one, `twins` the dtypes of the float twins."""
+    """The options, checked and filled in. `isas` is ("reference",) without the native engine, `source` holds
+    the model, None for a random one, `twins` the dtypes of the float twins."""
 
     options: Options
     name: str
-    folder: Path | None
+    source: Source | None
     config: ModelConfig
     threads: tuple[int, ...]
     isas: tuple[str, ...]
@@ -110,8 +108,8 @@ def parse_peer(text: str) -> Peer:
     return Peer(name, str(Path(shutil.which(binary) or binary).absolute()), model)
 
 
-def pick_model(options: Options) -> tuple[str, Path | None, ModelConfig]:
-    """Name, checkpoint folder (None for a random model) and shape. Raises ValueError for one that cannot be run."""
+def pick_model(options: Options) -> tuple[str, Source | None, ModelConfig]:
+    """Name, what holds it (None for a random model) and shape. Raises ValueError for one that cannot be run."""
     if options.model is None:
         name = options.preset or ("tiny" if options.quick else "2b-4t")
         if name not in PRESETS:
@@ -119,17 +117,13 @@ def pick_model(options: Options) -> tuple[str, Path | None, ModelConfig]:
         return name, None, PRESETS[name]
     if options.preset is not None:
         raise ValueError(f"{options.model} has its own shape; leave out --preset {options.preset}")
-    path = find(options.model)
-    if kind_of(path) in ("run", "packed"):
-        path = resolve(path, "best")
-        config, _ = load_config(path)
-    else:
-        config = open_model(path).model.config
+    source = open_source(options.model)
+    config = source.model().config if source.kind == "gguf" else source.config  # its weights tell the quantizer
     if config.quantizer == "none" and (options.isa or options.twins or options.kernels):
         raise ValueError(
             f"{options.model} is a float model, which runs in torch; leave out --isa, --kernels and --twins"
         )
-    return str(options.model), path, config
+    return str(options.model), source, config
 
 
 def make_plan(options: Options) -> Plan:
@@ -140,7 +134,7 @@ def make_plan(options: Options) -> Plan:
             raise ValueError(f"--{option} is {value}; give at least 1")
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {options.json} is a folder or in one that does not exist; give a file to write")
-    name, folder, config = pick_model(options)
+    name, source, config = pick_model(options)
     isas: tuple[str, ...] = ("reference",)
     if options.isa or (config.quantizer != "none" and native_wanted(torch.device("cpu"))):
         isas = ()
@@ -157,7 +151,7 @@ def make_plan(options: Options) -> Plan:
     return Plan(
         options=options,
         name=name,
-        folder=folder,
+        source=source,
         config=config,
         threads=options.threads or (torch.get_num_threads(),),
         isas=isas,

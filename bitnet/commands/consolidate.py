@@ -17,8 +17,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Convert every sharded checkpoint of the runs named."""
+    from bitnet.storage.folders import SHARDS
     from bitnet.training.checkpoint import consolidate
-    from bitnet.training.shards import SHARDS
 
     if not options.runs:
         raise ValueError("no run was given; name a folder made by train.py --parallel fsdp")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from bitnet.storage.source import OpenModel
+    from bitnet.storage.source import Source
     from bitnet.tokenizer import BaseTokenizer
 
 
@@ -53,46 +53,46 @@ def run(options: Options) -> None:
     from bitnet.storage.hf import gptq
     from bitnet.storage.hf import write as hf_write
     from bitnet.storage.hf.card import origin_of
-    from bitnet.storage.source import open_stored, tokenizer_files
+    from bitnet.storage.source import open_source
     from bitnet.tokenizer import Tokenizer
     from bitnet.tokenizer.json_write import sentencepiece_files
 
-    model, opened = open_stored(options.source, which=options.checkpoint)
+    source = open_source(options.source, which=options.checkpoint)
+    model = source.model()
     is_float = model.config.quantizer == "none"
     if options.to == "packed":
         if is_float:
             raise ValueError(f"{options.source} is a float model, which has no packed form; see bitnet quantize")
-        save_packed(options.out, model.pack(), tokenizer_files(opened))
+        save_packed(options.out, model.pack(), source.tokenizer_files())
     elif options.to == "hf":
         form = options.form or ("master" if is_float else "packed")
-        files = tokenizer_files(opened)
-        if isinstance(opened.tokenizer, Tokenizer) and "tokenizer.json" not in files:
-            proto, positions = opened.tokenizer.model_proto, model.config.max_position_embeddings
-            chat = opened.chat_template is not None
+        files = source.tokenizer_files()
+        if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
+            proto, positions = source.tokenizer.model_proto, model.config.max_position_embeddings
+            chat = source.chat_template is not None
             files |= sentencepiece_files(proto, max_length=positions, chat=chat)
-        hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(opened.folder))
+        hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
     elif options.to == "gguf":
-        template = opened.chat_template.source if opened.chat_template else None
+        template = source.chat_template.source if source.chat_template else None
         kind = options.type or ("Q8_0" if is_float else "TQ2_0")
         gguf_write.write(
-            model, options.out, kind, tokenizer=_vocabulary(opened), chat_template=template, name=options.out.stem
+            model, options.out, kind, tokenizer=_vocabulary(source), chat_template=template, name=options.out.stem
         )
     else:
-        gptq.write(model, options.out, tokenizer_files(opened), origin=origin_of(opened.folder))
+        gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))
     written = [options.out] if options.out.is_file() else list(options.out.iterdir())
     print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
 
 
-def _vocabulary(opened: OpenModel) -> BaseTokenizer | Mapping[str, Any]:
+def _vocabulary(source: Source) -> BaseTokenizer | Mapping[str, Any]:
     """What to write the vocabulary of a GGUF file from: the source that knows most about it."""
     from bitnet.storage.folders import TOKENIZER
-    from bitnet.storage.gguf.container import GGUFFile
     from bitnet.tokenizer import Tokenizer
 
-    if opened.kind == "gguf":  # names the pre-tokenizer, which a tokenizer made from it does not
-        return GGUFFile(opened.folder).metadata
-    if opened.folder.is_dir() and (opened.folder / TOKENIZER).is_file():  # from which a tokenizer.json was made
-        own = Tokenizer.load(opened.folder / TOKENIZER)
-        if own.vocab_size == opened.tokenizer.vocab_size:
+    if source.kind == "gguf":  # names the pre-tokenizer, which a tokenizer made from it does not
+        return source.settings
+    if (source.path / TOKENIZER).is_file():  # from which a tokenizer.json was made
+        own = Tokenizer.load(source.path / TOKENIZER)
+        if own.vocab_size == source.tokenizer.vocab_size:
             return own
-    return opened.tokenizer
+    return source.tokenizer

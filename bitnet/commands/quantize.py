@@ -65,18 +65,16 @@ def run(options: Options) -> None:
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
 
     from bitnet.evaluation.texts import calibration_sequences, open_text
-    from bitnet.inference.loading import open_model
-    from bitnet.model import BitNetForCausalLM
     from bitnet.storage.folders import save_quantized
-    from bitnet.storage.source import tokenizer_files
+    from bitnet.storage.source import open_source
 
-    opened = open_model(options.source, pack=False)
-    model = opened.model
-    if not isinstance(model, BitNetForCausalLM):
+    source = open_source(options.source)
+    model = source.model()
+    if model.is_packed:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
     ids = None
     if METHODS[options.method].needs_calibration:
-        mixture, context = open_text(opened, options.text, options.context)
+        mixture, context = open_text(source, options.text, options.context)
         ids = calibration_sequences(mixture, context, options.calibration_tokens)
     start = time.perf_counter()
     chosen = drivers.Options(
@@ -88,7 +86,7 @@ def run(options: Options) -> None:
     )
     model = quantize_model(model, options.method, ids, chosen)
     seconds = time.perf_counter() - start
-    save_quantized(model, options.out, options.method, tokenizer_files(opened))
+    save_quantized(model, options.out, options.method, source.tokenizer_files())
     nominal, stored = model_bits(model)
     size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
     print(f"{options.out}: {size:.2f} MB, {stored:.2f} bits a weight ({nominal:g} without scales), {seconds:.1f} s")

@@ -31,9 +31,9 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
-from bitnet.storage.folders import CONFIG, INDEX, MODEL, load_model, packed_quantizer, resolve, save_quantized
-from bitnet.storage.safetensors import load_json
-from bitnet.storage.source import tokenizer_files
+from bitnet.storage.folders import INDEX, packed_quantizer, save_quantized
+from bitnet.storage.safetensors import CONFIG, MODEL, load_json
+from bitnet.storage.source import open_source
 
 NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
 NATIVE_BITS = {"ternary": math.log2(3), "binary": 1.0, "int4": 4.0, "int8": 8.0}
@@ -98,7 +98,7 @@ def measure(path: str, threads: int | None) -> dict[str, float | None]:
         torch.set_num_threads(threads)
     before = process_memory("VmRSS")
     reset_peak_memory()
-    model = open_model(path).model
+    model = open_model(path)
     if isinstance(model, nn.Module):
         cache_weights(model)  # dequantized once: the speed that a method can have without a kernel
     positions = model.config.max_position_embeddings
@@ -133,24 +133,24 @@ class Comparison:
         self.options = options
         self.out = options.out
         self.runs = self._runs(train)
-        source = self.runs.get("none", Path(options.models[0]))
-        opened = open_model(str(source), pack=False)
-        self.tokenizer, self.files = opened.tokenizer, tokenizer_files(opened)
-        if not isinstance(opened.model, BitNetForCausalLM) or opened.model.config.quantizer != "none":
+        path = self.runs.get("none", Path(options.models[0]))
+        source = open_source(path)
+        self.tokenizer, self.files = source.tokenizer, source.tokenizer_files()
+        self.model = source.model()
+        if self.model.config.quantizer != "none":
             raise ValueError(
-                f"{source} is no float model, and none trained like it was found beside it; train one with "
+                f"{path} is no float model, and none trained like it was found beside it; train one with "
                 "--train none, or give a float model"
             )
-        self.model = opened.model.float()
         # The largest power of two up to 128 that divides the rows of every projection.
         sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
         self.group_size = options.group_size or math.gcd(128, *sizes)
-        mixture, self.context = open_text(opened, options.text, options.context)
+        mixture, self.context = open_text(source, options.text, options.context)
         windows = max(1, options.tokens // self.context)
         self.windows = held_out_windows(mixture, self.context, windows)
         self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
         settings = (
-            str(source),
+            str(path),
             self.context,
             options.tokens,
             options.calibration_tokens,
@@ -231,7 +231,7 @@ class Comparison:
         return self.add_trained(name, what) if what in self.runs else self.add_quantized(what)
 
     def add_trained(self, name: str, quantizer: str) -> Row:
-        model = load_model(resolve(self.runs[quantizer], "best"))
+        model = open_source(self.runs[quantizer]).model()
         return self.add(name, "native", NATIVE_BITS[quantizer], model.pack(), None)
 
     def add_quantized(self, name: str) -> Row:
@@ -254,7 +254,7 @@ class Comparison:
             shutil.rmtree(path)
         path.parent.mkdir(exist_ok=True)
         save_quantized(model, path, name, self.files)
-        stored = open_model(path).model
+        stored = open_model(path)
         if isinstance(stored, nn.Module):
             cache_weights(stored)
         score = self.reference.score(stored)

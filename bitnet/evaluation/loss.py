@@ -22,11 +22,11 @@ from bitnet.data.chats import TokenizedChats, tokenize_chats
 from bitnet.data.mixture import Mixture, document_borders
 from bitnet.data.tokens import IGNORE_INDEX, TokenArray, iter_eval_batches
 from bitnet.evaluation.texts import open_text, run_config
+from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
-from bitnet.storage.folders import resolve
-from bitnet.storage.source import OpenModel, find, kind_of
+from bitnet.storage.source import Source, open_source
 from bitnet.tokenizer.chat import require
 
 
@@ -174,24 +174,22 @@ def evaluate_model(
 
     Raises CheckpointError or ValueError for a model or corpus that isn't there.
     """
-    latent = kind_of(find(path)) == "run"
-    if latent:
-        run_config(resolve(path, "best"))  # before anything large is read
-    opened = open_model(path, device=device, pack=not latent)
-    if latent and text is None and run_config(opened.folder)["data"].get("chat"):
-        return opened.model.config.quantizer, _evaluate_answers(opened, dtype)
-    mixture, context = open_text(opened, text)
-    masked = latent and run_config(opened.folder)["data"].get("document_mask")
-    if masked and isinstance(opened.model, BitNetForCausalLM):
-        opened.model.document_ids = document_borders(opened.tokenizer)
-    result = evaluate_mixture(opened.model, mixture, context=context, dtype=dtype)
-    return opened.model.config.quantizer, result
+    source = open_source(path)
+    config = run_config(source) if source.kind == "run" else None  # before anything large is read
+    model = open_model(source, device=device, pack=config is None)
+    if config and text is None and config["data"].get("chat"):
+        return model.config.quantizer, _evaluate_answers(source, model, dtype)
+    mixture, context = open_text(source, text)
+    if config and config["data"].get("document_mask") and isinstance(model, BitNetForCausalLM):
+        model.document_ids = document_borders(source.tokenizer)
+    result = evaluate_mixture(model, mixture, context=context, dtype=dtype)
+    return model.config.quantizer, result
 
 
-def _evaluate_answers(opened: OpenModel, dtype: torch.dtype) -> Evaluation:
+def _evaluate_answers(source: Source, model: LanguageModel, dtype: torch.dtype) -> Evaluation:
     """A run of conversations, on the answers of its held-out ones."""
-    config, template = run_config(opened.folder), require(opened.chat_template, opened.folder)
+    config, template = run_config(source), require(source.chat_template, source.path)
     data = config["data"]
     chats = tokenize_chats(data["chat"], template, data["cache"], val_fraction=data["val_fraction"])
-    context = config.get("context") or opened.model.config.max_position_embeddings
-    return evaluate_chats(opened.model, chats, context=context, dtype=dtype)
+    context = config.get("context") or model.config.max_position_embeddings
+    return evaluate_chats(model, chats, context=context, dtype=dtype)

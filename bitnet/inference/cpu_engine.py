@@ -1,7 +1,7 @@
 """A packed model as the native CPU kernels run it: one C call a forward pass, the same interface as the torch model.
 
-    model = load_model(folder).pack()          2-bit projections, INT8 embedding and head
-    engine = Engine.from_model(model)          the same weights in the run-time layout; the torch model can go
+    model = open_source(path).model().pack()    2-bit projections, INT8 embedding and head
+    engine = Engine.from_model(model)           the same weights in the run-time layout; the torch model can go
     cache = engine.new_cache(1, 512)
     logits = engine(ids, cache, last_only=True)
 
@@ -11,7 +11,7 @@ tensor into one block of memory (huge pages where the system has them) in the la
 so loading a file peaks at the size of that block and one tensor.
 
 On disk a packed model keeps the canonical tensors (`bitnet/quant/packing.py`), which do not depend on the machine:
-`save_packed` and `load_for_inference` in `bitnet/training/checkpoint.py`.
+`save_packed` in `bitnet/storage/folders.py` writes it, `open_model` in `bitnet/inference/loading.py` puts it here.
 """
 
 import ctypes

@@ -18,11 +18,13 @@ from typing import Literal, TypedDict, TypeGuard, Unpack, cast
 
 import torch
 
+from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import GenerationStats, TextStream, generate, limit_new_tokens
 from bitnet.inference.loading import open_model
 from bitnet.inference.options import TextOptions
 from bitnet.machine import DTYPES, pick_device
-from bitnet.storage.source import OpenModel
+from bitnet.storage.source import Source, open_source
+from bitnet.tokenizer import BaseTokenizer
 from bitnet.tokenizer.chat import require
 
 StopReason = Literal["stop", "length", "context"]
@@ -72,9 +74,16 @@ class CompletionBatch:
     `completions` and `stats` hold what there is so far, also after an interruption.
     """
 
-    def __init__(self, opened: OpenModel, ids: Sequence[int], before: Sequence[int], options: TextOptions, count: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: BaseTokenizer,
+        ids: Sequence[int],
+        before: Sequence[int],
+        options: TextOptions,
+        count: int,
+    ) -> None:
         """`before`: the part of the ids that the text continues, see `TextStream`. Raises ValueError as `generate`."""
-        tokenizer, model = opened.tokenizer, opened.model
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
         room = limit_new_tokens(model.config, len(ids), options.max_new_tokens)
         self.stats = GenerationStats()
@@ -132,13 +141,13 @@ class CompletionStream(Iterator[str]):
 class TextModel:
     """A model that writes text: what `bitnet.load` gives."""
 
-    def __init__(self, opened: OpenModel) -> None:
-        self.opened = opened
+    def __init__(self, model: LanguageModel, source: Source) -> None:
+        self.model, self.source = model, source
 
     @property
     def positions(self) -> int:
         """Most tokens of prompt and text together."""
-        return self.opened.model.config.max_position_embeddings
+        return self.model.config.max_position_embeddings
 
     def generate(self, prompt: Prompt, **options: Unpack[TextArguments]) -> Completion:
         """Continue a text, token ids, or the messages of a conversation; options as in `TextOptions`.
@@ -171,15 +180,15 @@ class TextModel:
         """
         ids = self.encode(prompt)
         answer = _is_conversation(prompt) if answer is None else answer
-        return CompletionBatch(self.opened, ids, () if answer else ids, options, count)
+        return CompletionBatch(self.model, self.source.tokenizer, ids, () if answer else ids, options, count)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""
-        tokenizer = self.opened.tokenizer
+        tokenizer = self.source.tokenizer
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, bos=tokenizer.adds_bos)
         if _is_conversation(prompt):
-            return require(self.opened.chat_template, self.opened.folder).encode(prompt)
+            return require(self.source.chat_template, self.source.path).encode(prompt)
         return [int(token) for token in cast("Sequence[int]", prompt)]
 
 
@@ -204,10 +213,10 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    opened = open_model(
-        path, which=checkpoint, device=pick_device(device), pack=pack, cache_dtype=cache, dtype=DTYPES[dtype]
-    )
-    return TextModel(opened)
+    run_on = pick_device(device)
+    source = open_source(path, which=checkpoint)
+    _ = source.tokenizer  # what is wrong with it is said before the weights are read
+    return TextModel(open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype]), source)
 
 
 def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

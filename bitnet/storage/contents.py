@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.kernels import PACKED_BITS
+from bitnet.model import ModelConfig
+from bitnet.quant import packed_width, quantize_ternary, unpack_codes
+from bitnet.storage.gguf.container import GGUFFile, TensorInfo
+from bitnet.storage.gguf.read import FLOATS, dequantize, read_ternary
+from bitnet.storage.hf.read import PACKED_ROWS, unpack_rows
+from bitnet.storage.safetensors import Tensors, open_tensors
+from bitnet.storage.source import Source, open_source
+
 BINS = 17
 
 
@@ -43,39 +52,28 @@ class Contents:
 @contextmanager
 def open_contents(path: Path, which: str = "best") -> Iterator[Contents]:
     """The contents of a file or folder, tensors unread. Raises ValueError for anything that is no model."""
-    from bitnet.storage.folders import CONFIG, resolve
-    from bitnet.storage.safetensors import load_json
-
     if path.is_file():
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"GGUF":
-            yield _gguf(path)
+            yield _gguf(GGUFFile(path))
             return
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} begins with {magic!r}; give a .gguf or .safetensors file, or a model's folder")
-        with _safetensors(path) as contents:
-            yield contents
+        with open_tensors(path) as tensors:
+            yield _entries(Contents("safetensors", dict(tensors.metadata())), tensors, None, None)
         return
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; give a .gguf or .safetensors file, or a model's folder")
-    folder = path
-    if (path / "checkpoints").is_dir() or not (path / CONFIG).is_file():
-        folder = resolve(path, which)
-    from bitnet.storage.hf.read import open_tensors
-
-    config = load_json(folder / CONFIG)
-    with open_tensors(folder) as tensors:
-        yield _folder(folder, config, tensors)
+    source = open_source(path, which=which)
+    if source.file is not None:
+        yield _gguf(source.file)
+        return
+    with source.tensors() as tensors:
+        yield _folder(source, tensors)
 
 
-def _gguf(path: Path) -> Contents:
-    from bitnet.quant import unpack_codes
-    from bitnet.storage.gguf.container import GGUFFile, TensorInfo
-    from bitnet.storage.gguf.read import FLOATS, dequantize, read_ternary
-
-    file = GGUFFile(path)
-
+def _gguf(file: GGUFFile) -> Contents:
     def load(info: TensorInfo) -> tuple[Tensor, float | None]:
         if len(info.shape) == 2 and info.name.endswith(".weight"):
             found = read_ternary(file, info.name.removesuffix(".weight"))
@@ -99,35 +97,18 @@ def _gguf(path: Path) -> Contents:
     return contents
 
 
-@contextmanager
-def _safetensors(path: Path) -> Iterator[Contents]:
-    from safetensors import SafetensorError, safe_open
-
-    from bitnet.storage.hf.read import Tensors
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = Tensors(dict.fromkeys(file.keys(), file), path.parent)
-            yield _entries(Contents("safetensors", dict(file.metadata() or {})), tensors, None, None)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error})") from error
+def _folder(source: Source, tensors: Tensors) -> Contents:
+    if source.kind == "hf":
+        return _entries(
+            Contents(f"Hugging Face model, {source.form}", source.settings), tensors, source.config, source.form
+        )
+    about = dataclasses.asdict(source.config)
+    if source.kind == "quantized":
+        return _quantized(Contents("quantized model", about), tensors, source)
+    return _entries(Contents("packed model" if source.kind == "packed" else "run", about), tensors, source.config, None)
 
 
-def _folder(folder: Path, config: dict[str, Any], tensors: Any) -> Contents:
-    from bitnet.model import ModelConfig
-    from bitnet.storage.hf.config import parse_config
-
-    if isinstance(config.get("model"), dict):
-        model = ModelConfig.from_dict(config["model"])
-        kind = "packed model" if config.get("packed") else "run"
-        if isinstance(config.get("quantization"), dict):
-            return _quantized(Contents("quantized model", dataclasses.asdict(model)), tensors, model, config)
-        return _entries(Contents(kind, dataclasses.asdict(model)), tensors, model, None)
-    model, form = parse_config(config)
-    return _entries(Contents(f"Hugging Face model, {form}", config), tensors, model, form)
-
-
-def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) -> Contents:
+def _entries(contents: Contents, tensors: Tensors, config: ModelConfig | None, form: str | None) -> Contents:
     """Add the tensors of safetensors files: of our folders with a configuration, of Hugging Face's with a form too."""
     names = sorted(tensors.names, key=_natural)
     for name in names:
@@ -135,10 +116,10 @@ def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) ->
         scale = f"{stem}.weight_scale"
         if last == "weight_scale" and {f"{stem}.packed_weight", f"{stem}.weight"} & tensors.names:
             continue
-        shape, nbytes = tuple(tensors.shape(name)), _nbytes(tensors, name)
+        shape, nbytes = tuple(tensors.shape(name)), tensors.nbytes(name)
         type, load, ternary = tensors.kind(name), _floats(tensors, name), False
         if scale in tensors.names and last in ("packed_weight", "weight"):
-            nbytes += _nbytes(tensors, scale)
+            nbytes += tensors.nbytes(scale)
             if last == "packed_weight" and config is not None:
                 type, shape, load, ternary = _packed(tensors, stem, config) or (type, shape, load, ternary)
             elif form in ("packed", "packed-inverse"):
@@ -154,28 +135,22 @@ def _entries(contents: Contents, tensors: Any, config: Any, form: str | None) ->
     return contents
 
 
-def _quantized(contents: Contents, tensors: Any, model: Any, config: dict[str, Any]) -> Contents:
+def _quantized(contents: Contents, tensors: Tensors, source: Source) -> Contents:
     """Add the tensors of `bitnet/storage/folders.py`: all that belong to a projection are shown as one."""
-    method = str(config["quantization"].get("method", "quantized"))
+    quantization = source.settings["quantization"]
+    method = str(quantization.get("method", "quantized")) if isinstance(quantization, dict) else "quantized"
     contents.about["method"] = method
-    shapes = {name.removesuffix(".weight"): shape for name, shape in model.tensor_shapes().items()}
+    shapes = {name.removesuffix(".weight"): shape for name, shape in source.config.tensor_shapes().items()}
     stems = [name for name in shapes if name.endswith("_proj")]
     parts = {stem: [n for n in tensors.names if n.startswith(f"{stem}.")] for stem in stems}
     claimed = {name for names in parts.values() for name in names}
     for name in sorted(tensors.names - claimed | {stem for stem, names in parts.items() if names}, key=_natural):
         names = parts.get(name, [name])
         shape = shapes[name] if name in parts else tuple(tensors.shape(name))
-        largest = max(names, key=lambda n: _nbytes(tensors, n))
-        kind, nbytes = method if name in parts else tensors.kind(name), sum(_nbytes(tensors, n) for n in names)
+        largest = max(names, key=lambda n: tensors.nbytes(n))
+        kind, nbytes = method if name in parts else tensors.kind(name), sum(tensors.nbytes(n) for n in names)
         contents.entries.append(Entry(name, kind, shape, nbytes, _floats(tensors, largest)))
     return contents
-
-
-_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-
-
-def _nbytes(tensors: Any, name: str) -> int:
-    return math.prod(tensors.shape(name)) * _SIZES.get(tensors.kind(name), 1)
 
 
 def _natural(name: str) -> list[Any]:
@@ -183,25 +158,22 @@ def _natural(name: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _floats(tensors: Any, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+def _floats(tensors: Tensors, name: str) -> Callable[[], tuple[Tensor, float | None]]:
     return lambda: (tensors.read(name), None)
 
 
-def _latent(tensors: Any, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+def _latent(tensors: Tensors, name: str) -> Callable[[], tuple[Tensor, float | None]]:
     def load() -> tuple[Tensor, float | None]:
-        from bitnet.quant import quantize_ternary
-
         codes, scale = quantize_ternary(tensors.read(name))
         return codes, float(scale)
 
     return load
 
 
-def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...], Callable[[], Any], bool] | None:
+def _packed(
+    tensors: Tensors, stem: str, config: ModelConfig
+) -> tuple[str, tuple[int, ...], Callable[[], Any], bool] | None:
     """A matrix in our own layout (`bitnet/quant/packing.py`), or None where its width is of another one."""
-    from bitnet.kernels import PACKED_BITS
-    from bitnet.quant import packed_width, unpack_codes
-
     rows, width = tensors.shape(f"{stem}.packed_weight")
     columns = config.projections().get(stem.split(".", 3)[-1], (0, config.hidden_size))[1]
     likely = PACKED_BITS.get(config.quantizer, 8) if ".layers." in stem else 8
@@ -219,10 +191,8 @@ def _packed(tensors: Any, stem: str, config: Any) -> tuple[str, tuple[int, ...],
     return f"{bits} bit packed", (rows, columns), load, bits == 2
 
 
-def _hugging_face(tensors: Any, stem: str, form: str) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
+def _hugging_face(tensors: Tensors, stem: str, form: str) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
     """A matrix in the layout of transformers' BitNet, or its codes as floats."""
-    from bitnet.storage.hf.read import PACKED_ROWS, unpack_rows
-
     kind, shape = tensors.kind(f"{stem}.weight"), tensors.shape(f"{stem}.weight")
 
     def load() -> tuple[Tensor, float | None]:

@@ -1,17 +1,21 @@
-"""This project's own folders: a run's checkpoints, packed models, models quantized after training.
+"""Our own folders of models: a checkpoint of a run, a packed model, a quantized one.
 
-A packed model (`save_packed`) is a folder of its own with model.safetensors, config.json and tokenizer.model, where
-config.json says `"packed": true` and the tensors are those of `BitNetForCausalLM.pack()`, with an INT8 or a float
-embedding. A quantized one (`save_quantized`), of any method of `bitnet/ptq`, has the state_dict, quantized buffers as
-they are, the tokenizer files as they were beside the float model, and as config.json
+    checkpoint   model.safetensors   latent floats, or shards/ of a sharded run (bitnet/training/shards.py)
+                 config.json         {"model": shape, ...}: the whole training configuration
+    packed       model.safetensors   of `BitNetForCausalLM.pack()`, with an INT8 or a float embedding
+                 config.json         {"packed": true, "model": shape}
+    quantized    model.safetensors   of any method of `bitnet/ptq`, quantized buffers as they are
+                 config.json         {"model": shape, "quantization": {"method": name, "modules": {name: description}}}
 
-    {"model": shape, "quantization": {"method": name, "modules": {name: description}}}
+Each has the files of its tokenizer beside them. A run has several checkpoints and an index of them
+(bitnet/training/checkpoint.py).
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,12 +24,27 @@ from bitnet.files import new_folder, write_atomic
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedLinear
 from bitnet.model.quantized import build_quantized, describe_quantized
-from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors, open_tensors, save_tensors
+from bitnet.storage.safetensors import (
+    CONFIG,
+    FLOATS,
+    MODEL,
+    CheckpointError,
+    Tensors,
+    load_json,
+    load_tensors,
+    open_tensors,
+    save_tensors,
+)
 
-INDEX, CHECKSUMS, SHARDS = "index.json", "checksums.json", "shards"
-MODEL, OPTIMIZER, STATE, CONFIG, TOKENIZER = (
-    "model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.model",
-)  # fmt: skip
+INDEX, SHARDS, TOKENIZER = "index.json", "shards", "tokenizer.model"
+OPTIMIZER, STATE, CHECKSUMS = "optimizer.safetensors", "state.json", "checksums.json"
+
+
+def read_index(run: Path) -> dict[str, Any]:
+    """Names of checkpoints in a run: last, best and kept, a list; {} for a run without one."""
+    path = run / "checkpoints" / INDEX
+    names = dict.fromkeys(("last", "best"), (str, NoneType))
+    return load_json(path, {**names, "kept": (list, NoneType)}) if path.exists() else {}
 
 
 def resolve(path: str | Path, which: str = "last") -> Path:
@@ -34,18 +53,16 @@ def resolve(path: str | Path, which: str = "last") -> Path:
     Raises CheckpointError where there is none.
     """
     path = Path(path)
-    if (path / MODEL).is_file():
-        return path
-    if (path / SHARDS).is_dir():
-        raise _not_converted(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist; give a run folder made by train.py or one of its checkpoints")
-    folder = folder_of(path, which)
-    if (folder / SHARDS).is_dir() and not (folder / MODEL).is_file():
-        raise _not_converted(folder)
-    if not (folder / MODEL).is_file():
-        raise CheckpointError(f"{path} names {folder.name} as its {which} checkpoint, but {MODEL} is missing there")
-    return folder
+    is_checkpoint = (path / MODEL).is_file() or (path / SHARDS).is_dir()
+    folder = path if is_checkpoint else folder_of(path, which)
+    if (folder / MODEL).is_file():
+        return folder
+    if (folder / SHARDS).is_dir():
+        run = folder.parent.parent
+        raise CheckpointError(f"{folder} is sharded; write its safetensors form with: bitnet consolidate {run}")
+    raise CheckpointError(f"{path} names {folder.name} as its {which} checkpoint, but {MODEL} is missing there")
 
 
 def folder_of(run: Path, which: str) -> Path:
@@ -56,51 +73,67 @@ def folder_of(run: Path, which: str) -> Path:
     return run / "checkpoints" / name
 
 
-def _not_converted(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} is sharded; write its safetensors form with: bitnet consolidate {folder.parent.parent}"
-    )
+def load_latent(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> BitNetForCausalLM:
+    """The model of a checkpoint, in float32 and evaluation mode.
 
-
-def load_model(checkpoint: Path, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
-    """The model of a checkpoint folder, in float32 and evaluation mode.
-
-    `quantizer` loads the same latent weights under another weight quantizer. Raises CheckpointError for a damaged file
-    or tensors that do not fit the configuration, before anything of the configuration's sizes is made.
+    Raises CheckpointError for a damaged file or tensors that do not fit the configuration, before anything of the
+    configuration's sizes is made.
     """
-    config, packed = load_config(checkpoint)
-    if packed:
-        raise CheckpointError(f"{checkpoint} holds packed weights and no latent floats; give the run it was made from")
-    if quantizer is not None:
-        config = config.replace(quantizer=quantizer)
-    path = checkpoint / MODEL
-    with open_tensors(path, device) as file:
-        names = list(file.keys())
-        check_layers(path, config, names)
-        check_fit(path, config, file)
-        tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
-    return BitNetForCausalLM.from_tensors(config, tensors)
+    with open_tensors(folder / MODEL, device) as tensors:
+        check_fit(tensors, config)
+        floats = {name: value.to(torch.float32, copy=True) for name, value in tensors.read_all().items()}
+    return BitNetForCausalLM.from_tensors(config, floats)
 
 
-def check_layers(path: Path, config: ModelConfig, names: Iterable[str]) -> None:
+def check_fit(tensors: Tensors, config: ModelConfig) -> None:
+    """Raise CheckpointError unless a file has floats of the shapes of a model's tensors, every one of them and no
+    other."""
+    _check_layers(tensors, config)
+    expected = {name: list(shape) for name, shape in config.tensor_shapes().items()}
+    found = {name: tensors.shape(name) for name in tensors.names}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        detail = "; ".join(
+            f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong[:3]
+        )
+        raise CheckpointError(
+            f"{tensors.path} does not fit the model's configuration at {len(wrong)} tensors ({detail})"
+        )
+    for name in expected:
+        if tensors.kind(name) not in FLOATS:
+            raise CheckpointError(f"{tensors.path}: {name} is {tensors.kind(name)}, not a float; it is damaged")
+
+
+def _check_layers(tensors: Tensors, config: ModelConfig) -> None:
     """Raise CheckpointError where a file does not have tensors of every layer, before as many layers are made."""
-    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    layers = {name.split(".")[2] for name in tensors.names if name.startswith("model.layers.")}
     if config.num_hidden_layers > len(layers):
         raise CheckpointError(
-            f"{path} does not fit the model's configuration: that says {config.num_hidden_layers} layers, and the file "
-            f"has tensors of {len(layers)}"
+            f"{tensors.path} does not fit the model's configuration: that says {config.num_hidden_layers} layers, and "
+            f"the file has tensors of {len(layers)}"
         )
 
 
-def load_config(checkpoint: Path) -> tuple[ModelConfig, bool]:
-    """The model's shape, and whether the folder holds packed weights. Raises CheckpointError for a damaged file."""
-    config = load_json(checkpoint / CONFIG)
-    if not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{checkpoint / CONFIG} has no 'model' section; it is not a checkpoint of this project")
+def load_packed(folder: Path, config: ModelConfig, device: torch.device | str = "cpu") -> BitNetForCausalLM:
+    """A packed model, its embedding and head as they are stored. Raises CheckpointError for a damaged file or tensors
+    that do not fit the configuration."""
     try:
-        return ModelConfig.from_dict(config["model"]), bool(config.get("packed"))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint / CONFIG}: {error}") from error
+        model = BitNetForCausalLM.from_tensors(config, load_tensors(folder / MODEL, device))
+        if not model.is_packed:
+            raise ValueError("its tensors are floats")
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MODEL} does not hold the packed model of its {CONFIG}: {error}") from error
+    return model
+
+
+def load_quantized(folder: Path, config: ModelConfig, quantization: object) -> BitNetForCausalLM:
+    """A quantized model. Raises CheckpointError where the tensors are not those of the description."""
+    try:
+        with open_tensors(folder / MODEL) as tensors:
+            _check_layers(tensors, config)
+            return build_quantized(config, quantization, tensors.read_all())  # type: ignore[arg-type]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
 
 
 def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes | Mapping[str, bytes]) -> None:
@@ -110,65 +143,32 @@ def save_packed(folder: Path, model: BitNetForCausalLM, tokenizer: bytes | Mappi
     """
     if not model.is_packed:
         raise ValueError("the model is not packed; call model.pack() first")
-    with new_folder(folder, "packed model") as temporary:
+    _save(folder, "packed model", model, {"packed": True, "model": dataclasses.asdict(model.config)}, tokenizer)
+
+
+def save_quantized(model: BitNetForCausalLM, folder: Path, method: str, tokenizer: Mapping[str, bytes]) -> None:
+    """Write a quantized model, whole or not at all. Raises OSError, also for a folder that exists."""
+    quantizer = packed_quantizer(model)
+    if quantizer:
+        model.config = model.config.replace(quantizer=quantizer)
+        return save_packed(folder, model, tokenizer)
+    about = {"model": dataclasses.asdict(model.config), "quantization": describe_quantized(model, method)}
+    _save(folder, "quantized model", model, about, tokenizer)
+
+
+def _save(
+    folder: Path, what: str, model: BitNetForCausalLM, about: dict[str, Any], tokenizer: bytes | Mapping[str, bytes]
+) -> None:
+    with new_folder(folder, what) as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))
-        config = {"packed": True, "model": dataclasses.asdict(model.config)}
-        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        write_atomic(temporary / CONFIG, json.dumps(about, indent=1))
         for name, content in named_files(tokenizer):
             write_atomic(temporary / name, content)
 
 
 def named_files(tokenizer: bytes | Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """The files of a tokenizer, of which a sentencepiece .model is one without a name."""
     yield from ({TOKENIZER: tokenizer} if isinstance(tokenizer, bytes) else tokenizer).items()
-
-
-def load_packed(folder: Path, device: torch.device | str = "cpu") -> BitNetForCausalLM:
-    """The packed model of a folder, its embedding and head as they are stored. Raises CheckpointError for a damaged
-    file or tensors that do not fit the configuration."""
-    config, _ = load_config(folder)
-    try:
-        model = BitNetForCausalLM.from_tensors(config, load_tensors(folder / MODEL, device))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / MODEL} does not hold the packed model of its {CONFIG}: {error}") from error
-    if not model.is_packed:
-        raise CheckpointError(f"{folder / MODEL} holds floats, and its {CONFIG} says that they are packed")
-    return model
-
-
-def check_fit(path: Path, config: ModelConfig, file: Any) -> None:
-    """Raise CheckpointError unless a safetensors file has floats of the shapes of the model's tensors, every one of
-    them and no other."""
-    expected = {name: list(shape) for name, shape in config.tensor_shapes().items()}
-    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    found = {name: list(value.get_shape()) for name, value in slices.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        detail = "; ".join(
-            f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong[:3]
-        )
-        raise CheckpointError(f"{path} does not fit the model's configuration at {len(wrong)} tensors ({detail})")
-    for name, value in slices.items():
-        if value.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-            raise CheckpointError(f"{path}: {name} is {value.get_dtype()}, not a float; it is damaged")
-
-
-def read_index(run: Path) -> dict[str, Any]:
-    path = run / "checkpoints" / INDEX
-    return load_json(path) if path.exists() else {}
-
-
-def save_quantized(model: BitNetForCausalLM, folder: Path, method: str, tokenizer_files: Mapping[str, bytes]) -> None:
-    """Write a quantized model, whole or not at all. Raises OSError, also for a folder that exists."""
-    quantizer = packed_quantizer(model)
-    if quantizer:
-        model.config = model.config.replace(quantizer=quantizer)
-        return save_packed(folder, model, tokenizer_files)
-    with new_folder(folder, "quantized model") as temporary:
-        save_tensors(temporary / MODEL, dict(model.state_dict()))
-        about = {"model": dataclasses.asdict(model.config), "quantization": describe_quantized(model, method)}
-        write_atomic(temporary / CONFIG, json.dumps(about, indent=1))
-        for name, content in tokenizer_files.items():
-            write_atomic(temporary / name, content)
 
 
 def packed_quantizer(model: BitNetForCausalLM) -> str | None:
@@ -179,16 +179,3 @@ def packed_quantizer(model: BitNetForCausalLM) -> str | None:
         if name.endswith("_proj")
     }
     return kinds.pop() if len(kinds) == 1 else None
-
-
-def load_quantized(folder: Path, device: torch.device | str = "cpu") -> BitNetForCausalLM:
-    """The model of such a folder. Raises CheckpointError where the tensors are not those of the description."""
-    config, _ = load_config(folder)
-    description = load_json(folder / CONFIG).get("quantization")
-    try:
-        tensors = load_tensors(folder / MODEL)  # mapped, not read
-        check_layers(folder / MODEL, config, tensors)
-        model = build_quantized(config, description, tensors)  # type: ignore[arg-type]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
-    return model.to(device).eval()

@@ -1,24 +1,34 @@
-"""Any model that this project can run, from whatever holds it: `open_model(path)`.
+"""Any model on disk: `open_source(path)` finds out what a path holds, and reads its headers once.
 
     a run folder of train.py, or one of its checkpoints        a GGUF file, or a folder with one
-    a folder of packed weights (bitnet export)       a Hugging Face folder, or the name of a model on the hub
+    a folder of packed weights (bitnet export)                 a Hugging Face folder, or the name of a model on the hub
     a folder of quantized weights (bitnet quantize)
 
-What a path holds is found out from its contents: the magic bytes of a file, the keys of a config.json. Ternary weights
-stay the codes that they are, and run on the native engine where it was built; floats run as floats in torch.
+The kind is told from the contents: the magic bytes of a file, the keys of a config.json. Weights are read when
+`Source.model()`, `.latent()` or `.tensors()` asks for them. What runs a model is not known here: `bitnet/inference`
+puts a source on the fastest engine.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
-from bitnet.storage.folders import CONFIG, load_model, load_packed, resolve
-from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.storage import folders
+from bitnet.storage.gguf import read as gguf_read
+from bitnet.storage.gguf.container import GGUFFile
+from bitnet.storage.hf import read as hf_read
+from bitnet.storage.hf.config import Form, parse_config
+from bitnet.storage.hf.write import TOKENIZER_FILES
+from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError, Tensors, load_json, open_tensors
 from bitnet.tokenizer import (
     BaseTokenizer,
     ChatTemplate,
@@ -28,89 +38,163 @@ from bitnet.tokenizer import (
     load_tokenizer,
 )
 
-Kind = Literal["gguf", "hf", "run", "packed", "quantized"]
+Kind = Literal["run", "packed", "quantized", "hf", "gguf"]
 
 
-class OpenModel(NamedTuple):
-    """What `open_model` found; `folder` is where its files are, `chat_template` None for a base model."""
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model on disk, of which nothing but the headers was read."""
 
-    model: Any
-    tokenizer: BaseTokenizer
-    chat_template: ChatTemplate | None
-    folder: Path
+    path: Path
+    """The GGUF file, or the folder of the tensors; of a run it is a checkpoint."""
     kind: Kind
+    config: ModelConfig
+    """As the headers say. Two things only the weights tell, and `model().config` knows: whether a GGUF file is ternary,
+    and whether embedding and head of a Hugging Face folder differ after all."""
+    settings: dict[str, Any]
+    """All of config.json, or of a GGUF file's metadata."""
+    form: Form | None = None
+    """Of the weights of a Hugging Face folder."""
+    file: GGUFFile | None = None
+
+    @cached_property
+    def tokenizer(self) -> BaseTokenizer:
+        """Raises ValueError for one that is missing or damaged, or has more tokens than the model."""
+        if self.file is not None:
+            tokenizer = from_gguf_metadata(self.settings, str(self.path))
+        else:
+            tokenizer = load_tokenizer(self.path, own=self.kind != "hf", config=self.settings)
+        tokens, rows = tokenizer.vocab_size, self.config.vocab_size
+        if tokens > rows:
+            raise CheckpointError(
+                f"{self.path}: the tokenizer has {tokens} tokens and the model only {rows}; put the tokenizer there "
+                "that the model was trained with"
+            )
+        return tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """None for a base model. Raises ValueError for a damaged one."""
+        if self.file is not None:
+            return chat_template_of_gguf(self.settings, self.tokenizer, str(self.path))
+        return find_chat_template(self.path, self.tokenizer)
+
+    def model(self, *, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
+        """The model as it is stored, in evaluation mode: latent floats in float32, or codes as they are, with float
+        embeddings where they are float.
+
+        `quantizer` gives latent floats another weight quantizer than the headers say: "ternary" for a ternary Hugging
+        Face folder whose config.json does not say so. Raises CheckpointError (a ValueError) for what is damaged or does
+        not fit the headers.
+        """
+        config = self.config
+        if quantizer is not None:
+            if self.kind != "run" and self.form not in ("dense", "master"):
+                raise ValueError(
+                    f"{self.path} holds no latent floats, which alone can become {quantizer!r}; leave it out"
+                )
+            config = config.replace(quantizer=quantizer)
+        if self.kind == "run":
+            return folders.load_latent(self.path, config, device)
+        if self.kind == "packed":
+            return folders.load_packed(self.path, config, device)
+        if self.kind == "quantized":
+            return folders.load_quantized(self.path, config, self.settings["quantization"]).to(device)
+        if self.file is not None:
+            return gguf_read.read_model(self.file, config).to(device)
+        assert self.form is not None
+        return hf_read.read_model(self.path, config, self.form).to(device)
+
+    def latent(self) -> BitNetForCausalLM:
+        """The model to go on training with, its projections BitLinear layers of latent floats.
+
+        Packed codes become latents that are quantized to the same codes and scale. Raises as `model` does, and
+        ValueError for weights that were quantized after training.
+        """
+        if self.kind == "quantized":
+            raise ValueError(
+                f"{self.path} was quantized after training and cannot be trained; give the model it was made from"
+            )
+        model = self.model()
+        if not model.is_packed and not model.head_is_packed:
+            return model
+        tensors: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedEmbedding):
+                tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
+            elif isinstance(module, PackedLinear):
+                codes, scale = codes_and_scale(module)
+                if module.quantizer == "ternary":  # of which the mean of the absolute latents is the scale
+                    scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
+                tensors[f"{name}.weight"] = codes * scale
+        floats = {name: value for name, value in model.state_dict().items() if name in model.config.tensor_shapes()}
+        return BitNetForCausalLM.from_tensors(model.config, floats | tensors)
+
+    @contextmanager
+    def tensors(self) -> Iterator[Tensors]:
+        """The stored tensors under their stored names. Raises CheckpointError where there are no safetensors files."""
+        if self.file is not None:
+            raise CheckpointError(f"{self.path} is a GGUF file, which holds no safetensors; see its GGUFFile")
+        with open_tensors(self.path if self.kind == "hf" else self.path / MODEL) as tensors:
+            yield tensors
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
+        if self.file is None:
+            return {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        return self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
 
 
-def check_tokenizer(opened: OpenModel) -> OpenModel:
-    tokens, rows = opened.tokenizer.vocab_size, opened.model.config.vocab_size
-    if tokens > rows:
-        raise CheckpointError(
-            f"{opened.folder}: the tokenizer has {tokens} tokens and the model only {rows}; put the tokenizer there "
-            "that the model was trained with"
-        )
-    return opened
+def open_source(path: str | Path, *, which: str = "best") -> Source:
+    """What a path holds, headers read.
 
-
-def open_stored(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
-    """A model as it is stored, for writing it in another form: a run's latent floats, or the codes of a packed one,
-    with float embeddings where they are float; and what `open_model` gives beside it. Raises as that does."""
-    path, kind = locate(path, which)
-    tokenizer, template = open_tokenizer(path, kind)
-    if kind == "run":
-        model = load_model(path)
-    elif kind == "packed":
-        model = load_packed(path)
-    else:
-        model = read_foreign(path, kind)
-    return model, OpenModel(model, tokenizer, template, path, kind)
-
-
-def open_latent(path: str | Path, *, which: str = "best") -> tuple[BitNetForCausalLM, OpenModel]:
-    """A model to go on training with, its projections BitLinear layers of latent floats, and what `open_model` gives
-    beside it.
-
-    Packed codes become latents that are quantized to the same codes and scale. Raises as `open_model` does, and
-    ValueError for weights that a method of `bitnet.commands.quantize` has made.
+    which: the checkpoint of a run folder, "best" or "last". Raises ValueError (CheckpointError is one) or OSError
+    naming what is wrong with the path.
     """
-    model, opened = open_stored(path, which=which)
-    if opened.kind == "quantized":
-        raise ValueError(f"{path} was quantized after training and cannot be trained; give the model it was made from")
-    check_tokenizer(opened)
-    if not model.is_packed and not model.head_is_packed:
-        return model, opened
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedEmbedding):
-            tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
-        elif isinstance(module, PackedLinear):
-            codes, scale = codes_and_scale(module)
-            if module.quantizer == "ternary":  # of which the mean of the absolute latents is the scale
-                scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
-            tensors[f"{name}.weight"] = codes * scale
-    with torch.device("meta"):
-        latent = BitNetForCausalLM(model.config)
-    rest = {name: value for name, value in model.state_dict().items() if name in latent.state_dict()}
-    latent.load_state_dict({**rest, **tensors}, assign=True)
-    latent.model.cos, latent.model.sin = model.model.cos, model.model.sin
-    return latent.eval(), opened
-
-
-def locate(path: str | Path, which: str) -> tuple[Path, Kind]:
-    """The file or folder that holds the tensors, which of a run is a checkpoint, and its kind."""
     path = find(path)
-    kind = kind_of(path)
-    return path if kind in ("gguf", "hf") else resolve(path, which), kind
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a run of train.py, a model's folder, a GGUF file, or owner/name of the hub"
+        )
+    if path.is_file():
+        file = _gguf_file(path)
+        return Source(path, "gguf", gguf_read.read_config(file), file.metadata, file=file)
+    if not (path / CONFIG).is_file() or (path / "checkpoints").is_dir():
+        path = folders.resolve(path, which)
+    settings = load_json(path / CONFIG)
+    if isinstance(settings.get("model"), dict):
+        kind: Kind = "quantized" if "quantization" in settings else "packed" if settings.get("packed") else "run"
+        if kind == "run":
+            path = folders.resolve(path)  # which refuses a sharded checkpoint
+        return Source(path, kind, _config(path, settings["model"]), settings)
+    if "model_type" in settings or "architectures" in settings:
+        try:
+            config, form = parse_config(settings)
+        except ValueError as error:
+            raise CheckpointError(f"{path / CONFIG}: {error}") from error
+        return Source(path, "hf", config, settings, form)
+    raise CheckpointError(
+        f"{path / CONFIG} is neither of this project (no 'model') nor of a Hugging Face model (no 'model_type'); give "
+        "the folder of a whole model"
+    )
 
 
-def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
-    """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
-    from bitnet.storage.hf.write import TOKENIZER_FILES
+def _config(folder: Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
 
-    if opened.folder.is_dir():
-        return {
-            name: (opened.folder / name).read_bytes() for name in TOKENIZER_FILES if (opened.folder / name).is_file()
-        }
-    return opened.tokenizer.files() | (opened.chat_template.files() if opened.chat_template else {})
+
+def _gguf_file(path: Path) -> GGUFFile:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError(
+            f"{path} is a file and begins with {magic!r}, not with b'GGUF'; give a GGUF file, or the folder that holds "
+            "a model's config.json and *.safetensors"
+        )
+    return GGUFFile(path)
 
 
 def find(path: str | Path) -> Path:
@@ -120,9 +204,7 @@ def find(path: str | Path) -> Path:
     """
     local = Path(path)
     if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists():
-        from bitnet.storage.hf import read as hf_read
-
-        return hf_read.locate(str(path))
+        return hf_read.download(str(path))
     if local.is_dir() and not (local / CONFIG).is_file():
         files = sorted(local.glob("*.gguf"))
         if len(files) > 1:
@@ -130,51 +212,3 @@ def find(path: str | Path) -> Path:
             raise ValueError(f"{local} holds several models ({names}); give one of these files")
         return files[0] if files else local
     return local
-
-
-def kind_of(path: Path) -> Kind:
-    """What a file or folder holds, by its contents. Raises ValueError where it is nothing that can be opened."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic == b"GGUF":
-            return "gguf"
-        raise ValueError(
-            f"{path} is a file and begins with {magic!r}, not with b'GGUF'; give a GGUF file, or the folder that holds "
-            "a model's config.json and *.safetensors"
-        )
-    if not (path / CONFIG).is_file() or (path / "checkpoints").is_dir():
-        return "run"
-    config = load_json(path / CONFIG)
-    if isinstance(config.get("model"), dict):
-        return "quantized" if "quantization" in config else "packed" if config.get("packed") else "run"
-    if "model_type" in config or "architectures" in config:
-        return "hf"
-    raise ValueError(
-        f"{path / CONFIG} is neither of this project (no 'model') nor of a Hugging Face model (no "
-        "'model_type'); give the folder of a whole model"
-    )
-
-
-def open_tokenizer(path: Path, kind: Kind) -> tuple[BaseTokenizer, ChatTemplate | None]:
-    """The tokenizer and the chat template of a file or folder; of a run it is the checkpoint's folder."""
-    if kind == "gguf":
-        from bitnet.storage.gguf.container import GGUFFile
-
-        metadata = GGUFFile(path).metadata
-        tokenizer = from_gguf_metadata(metadata, str(path))
-        return tokenizer, chat_template_of_gguf(metadata, tokenizer, str(path))
-    tokenizer = load_tokenizer(path, own=kind != "hf")
-    return tokenizer, find_chat_template(path, tokenizer)
-
-
-def read_foreign(path: Path, kind: Kind) -> BitNetForCausalLM:
-    """The model of a file or folder that is not of `bitnet/training/checkpoint.py`."""
-    if kind == "gguf":
-        from bitnet.storage.gguf import read as gguf_read
-
-        return gguf_read.read(path)
-    from bitnet.storage.folders import load_quantized
-    from bitnet.storage.hf import read as hf_read
-
-    return hf_read.read(path) if kind == "hf" else load_quantized(path)

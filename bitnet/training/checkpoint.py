@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from bitnet.files import fsync_folder, write_atomic
@@ -114,7 +113,7 @@ def save_checkpoint(
                 save_tensors(temporary / OPTIMIZER, optimizer_state)
             _on_first(world, write_rest)
         _on_first(world, publish)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"the checkpoint of step {state['step']} was not written to {folder.parent}: {error}") from error
     if world is None or world.is_first:
@@ -130,7 +129,7 @@ def _on_first(world: World | None, action: Callable[[], None]) -> None:
     if world is None or world.is_first:
         try:
             action()
-        except (OSError, SafetensorError) as problem:
+        except OSError as problem:
             error = problem
     failure = world.broadcast(error and str(error)) if world else None
     if error or failure:
@@ -234,8 +233,7 @@ def load_training_tensors(
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:
     """Copy the tensors of a file into a model, every one of them and no other. Raises CheckpointError otherwise."""
-    with open_tensors(path, device) as file:
-        check_fit(path, model.config, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     whole = model.state_dict()
-    model.load_state_dict({name: shard_like(whole[name], value) for name, value in tensors.items()})
+    with open_tensors(path, device) as tensors:
+        check_fit(tensors, model.config)
+        model.load_state_dict({name: shard_like(whole[name], tensors.read(name)) for name in whole})

@@ -23,8 +23,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from bitnet.training.processes import World, host_group
 from bitnet.training.sharding import without_wrapper
 
-SHARDS = "shards"
-
 
 class BackgroundSaver:
     """Saves in a thread, one checkpoint at a time, from copies in main memory; the processes of a sharded run talk

@@ -21,7 +21,8 @@ from bitnet.kernels import cpu
 from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitNetForCausalLM, bit_linears
 from bitnet.quant import unpack_codes
-from bitnet.storage.folders import TOKENIZER, load_model, resolve, save_packed
+from bitnet.storage.folders import TOKENIZER, resolve, save_packed
+from bitnet.storage.source import open_source
 from tests.builders import save_run
 
 TINY = PRESETS["tiny"]
@@ -97,7 +98,7 @@ def test_a_model_of_ones_own(tmp_path, capsys, tokenizer, packed):
     if packed:
         checkpoint = resolve(folder)
         folder = tmp_path / "packed"
-        save_packed(folder, load_model(checkpoint).pack(), (checkpoint / TOKENIZER).read_bytes())
+        save_packed(folder, open_source(checkpoint).model().pack(), (checkpoint / TOKENIZER).read_bytes())
     assert quick(folder, "--new", "3", "--cache", "int8", "--json", tmp_path / "out.json") == 0
     assert f"{folder}, int8 cache" in capsys.readouterr().out
     result = json.loads((tmp_path / "out.json").read_text())

@@ -11,7 +11,7 @@ from bitnet.inference.loading import open_model
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
 from bitnet.storage.safetensors import load_tensors
-from bitnet.storage.source import open_stored
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import train_tokenizer
 from bitnet.training.checkpoint import save_checkpoint
 from bitnet.training.optimizer import OptimConfig, Optimizer
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def codes(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Codes and scale of every ternary matrix of a model, quantized now if it holds latent floats."""
-    model, _ = open_stored(path)
+    model = open_source(path).model()
     model.pack(embeddings=False)
     return {n: (m.codes(), m.weight_scale) for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
@@ -61,7 +61,7 @@ def equal(a: Path, b: Path) -> None:
 
 
 def embedding(path: Path) -> torch.Tensor:
-    return open_stored(path)[0].model.embed_tokens.weight
+    return open_source(path).model().model.embed_tokens.weight
 
 
 def test_codes_and_scales_survive_a_round_trip_through_every_form(folder: Path, tmp_path: Path) -> None:
@@ -75,14 +75,14 @@ def test_codes_and_scales_survive_a_round_trip_through_every_form(folder: Path, 
         assert main(["export", str(source), str(tmp_path / name), *options]) == 0
         equal(folder / "ternary", tmp_path / name)
         source = tmp_path / name
-    ids = open_model(folder / "ternary").tokenizer.encode(TEXT[:200])
-    assert open_model(tmp_path / "g").tokenizer.encode(TEXT[:200]) == ids
-    assert open_model(tmp_path / "f.gguf").tokenizer.encode(TEXT[:200]) == ids
+    ids = open_source(folder / "ternary").tokenizer.encode(TEXT[:200])
+    assert open_source(tmp_path / "g").tokenizer.encode(TEXT[:200]) == ids
+    assert open_source(tmp_path / "f.gguf").tokenizer.encode(TEXT[:200]) == ids
 
 
 def test_latent_weights_and_embeddings_survive_as_floats(folder: Path, tmp_path: Path) -> None:
     assert main(["export", str(folder / "ternary"), str(tmp_path / "m"), "--to", "hf", "--form", "master"]) == 0
-    before, after = (open_stored(p)[0].state_dict() for p in (folder / "ternary", tmp_path / "m"))
+    before, after = (open_source(p).model().state_dict() for p in (folder / "ternary", tmp_path / "m"))
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert main(["export", str(folder / "ternary"), str(tmp_path / "p"), "--to", "hf"]) == 0
@@ -91,12 +91,12 @@ def test_latent_weights_and_embeddings_survive_as_floats(folder: Path, tmp_path:
 
 def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path: Path) -> None:
     assert main(["export", str(folder / "plain"), str(tmp_path / "q.gguf"), "--to", "gguf", "--type", "Q5_K"]) == 0
-    before, after = (open_stored(path)[0].model.layers[1].mlp for path in (folder / "plain", tmp_path / "q.gguf"))
+    before, after = (open_source(path).model().model.layers[1].mlp for path in (folder / "plain", tmp_path / "q.gguf"))
     for name in ("gate_proj", "down_proj"):
         weight = getattr(before, name).weight.detach()
         stored = blocks.dequantize(blocks.quantize(weight, "Q5_K"), "Q5_K")
         assert torch.equal(getattr(after, name).weight, stored)
-    assert open_model(tmp_path / "q.gguf").model(torch.arange(20)[None]).isfinite().all()
+    assert open_model(tmp_path / "q.gguf")(torch.arange(20)[None]).isfinite().all()
 
 
 def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path
     about = config["quantization_config"]
     assert (config["model_type"], about["bits"], about["group_size"], about["sym"]) == ("llama", 4, 64, False)
     tensors = load_tensors(tmp_path / "hf" / "model.safetensors")
-    module = open_stored(tmp_path / "q")[0].model.layers[1].mlp.down_proj
+    module = open_source(tmp_path / "q").model().model.layers[1].mlp.down_proj
     stem = "model.layers.1.mlp.down_proj"
     # An independent reader of the layout: eight codes to a word of qweight along K, of qzeros along N, zero - 1.
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)

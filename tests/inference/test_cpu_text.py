@@ -19,10 +19,11 @@ from bitnet.data.tokens import TokenArray
 from bitnet.evaluation.loss import evaluate
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
 from bitnet.inference.generation import SamplingConfig, generate
-from bitnet.inference.loading import load_for_inference
+from bitnet.inference.loading import open_model
 from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitNetForCausalLM
-from bitnet.storage.folders import MODEL, TOKENIZER, load_model, resolve, save_packed
+from bitnet.storage.folders import MODEL, TOKENIZER, resolve, save_packed
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer
 from bitnet.training import config as recipes
 from tests.builders import torch_logits
@@ -129,7 +130,7 @@ def golden(trained: Trained) -> dict[str, list[int]]:
     activation that rounds the other way moves a logit (0.1), so no machine's order of float additions decides."""
     texts = {}
     with kernels.use_backend("reference"):
-        model = load_for_inference(trained.folder)
+        model = open_model(trained.folder)
         for prompt in PROMPTS:
             ids = trained.prompt(prompt)
             texts[prompt] = write(model, ids)
@@ -153,21 +154,21 @@ def test_greedy_text_is_the_same_on_every_instruction_set(
 ) -> None:
     for isa in ISAS:
         with native.use_instruction_set(isa), kernels.use_backend("native"):
-            engine = load_for_inference(trained.folder, cache_dtype=cache_dtype)
+            engine = open_model(trained.folder, cache_dtype=cache_dtype)
             assert isinstance(engine, Engine)
             for prompt, expected in golden.items():
                 assert write(engine, trained.prompt(prompt)) == expected, (isa, prompt)
 
 
 def test_greedy_text_is_the_same_in_torch_on_native_products(trained: Trained, golden: dict[str, list[int]]) -> None:
-    model = load_model(trained.folder).pack()
+    model = open_source(trained.folder).model().pack()
     with kernels.use_backend("native"):
         for prompt, expected in golden.items():
             assert write(model, trained.prompt(prompt)) == expected, prompt
 
 
 def test_rows_of_a_batch_write_what_they_write_alone(trained: Trained, golden: dict[str, list[int]]) -> None:
-    engine = load_for_inference(trained.folder)
+    engine = open_model(trained.folder)
     by_length: dict[int, list[str]] = {}
     for prompt in PROMPTS:
         by_length.setdefault(trained.prompt(prompt).shape[1], []).append(prompt)
@@ -181,7 +182,7 @@ def test_sampled_text_is_the_same_on_every_instruction_set(trained: Trained) -> 
     texts = []
     for isa in ISAS:
         with native.use_instruction_set(isa):
-            engine = load_for_inference(trained.folder)
+            engine = open_model(trained.folder)
             texts.append(write(engine, trained.prompt("The"), SamplingConfig(1.2, top_p=0.98)))
     assert all(text == texts[0] for text in texts)
     assert texts[0] != write(engine, trained.prompt("The"))
@@ -203,7 +204,7 @@ def test_the_command_line_writes_the_golden_text(trained: Trained, golden: dict[
 
 def test_the_command_line_takes_a_packed_folder(trained: Trained, call, tmp_path: Path) -> None:
     folder = tmp_path / "packed"
-    save_packed(folder, load_model(trained.folder).pack(), trained.tokenizer.model_proto)
+    save_packed(folder, open_source(trained.folder).model().pack(), trained.tokenizer.model_proto)
     prompt = next(iter(PROMPTS))
     options = ("--prompt", prompt, "--temperature", "0", "--max-new-tokens", "70")
     for backend in ("reference", "native", "auto"):
@@ -239,9 +240,9 @@ def test_the_command_line_says_what_native_needs(trained: Trained, call, monkeyp
 
 def test_narrow_caches_stay_close(trained: Trained) -> None:
     ids = torch.from_numpy(trained.held_out.read(0, 4 * 96).astype("int64")).view(4, 96)
-    exact = load_for_inference(trained.folder)(ids)
+    exact = open_model(trained.folder)(ids)
     for cache_dtype in ("float16", "int8"):
-        logits = load_for_inference(trained.folder, cache_dtype=cache_dtype)(ids)
+        logits = open_model(trained.folder, cache_dtype=cache_dtype)(ids)
         # Measured: 0.004 and 0.005, nearly all of it from activations that then round the other way.
         assert 0 < float((logits - exact).abs().mean() / exact.abs().mean()) < 0.02
 
@@ -251,7 +252,7 @@ def test_the_int8_head_costs_next_to_nothing(trained: Trained) -> None:
         tokens = trained.held_out
         return evaluate(model, tokens, context=96, bytes_per_token=trained.bytes_per_token).perplexity
 
-    model = load_model(trained.folder)
+    model = open_source(trained.folder).model()
     exact = perplexity(model)
     assert 1.1 < exact < 5  # learned, and not all of it certain
     packed = model.pack()

@@ -10,12 +10,12 @@ import torch
 
 from bitnet import kernels
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.loading import load_for_inference
+from bitnet.inference.loading import open_model
 from bitnet.kernels.cpu import native
 from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
-from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER, load_model, save_packed
+from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER, save_packed
 from bitnet.storage.safetensors import CheckpointError, load_tensors
 from bitnet.training.checkpoint import save_checkpoint
 from tests.builders import packed_model, random_ids, torch_logits
@@ -71,7 +71,7 @@ def test_a_packed_model_comes_back_from_disk(name: str, tmp_path: Path) -> None:
         assert stored[key].dtype == value.dtype, key
 
     with kernels.use_backend("reference"):
-        loaded = load_for_inference(folder)
+        loaded = open_model(folder)
     assert isinstance(loaded, BitNetForCausalLM)
     assert not loaded.training
     assert loaded.config == config
@@ -84,7 +84,7 @@ def test_a_packed_model_comes_back_from_disk(name: str, tmp_path: Path) -> None:
 
     for backend in ("native", "auto"):
         with kernels.use_backend(backend):
-            engine = load_for_inference(folder, cache_dtype="float16")
+            engine = open_model(folder, cache_dtype="float16")
         assert isinstance(engine, Engine)
         assert engine.new_cache(1, 1).keys.dtype == torch.float16
         assert torch.equal(engine(ids), Engine.from_model(model, cache_dtype="float16")(ids))
@@ -120,10 +120,10 @@ def test_truncated_files_are_named(packed_folder: Path, backend: str, size: int)
     whole = (packed_folder / MODEL).read_bytes()
     (packed_folder / MODEL).write_bytes(whole[:size])
     with kernels.use_backend(backend), pytest.raises(CheckpointError, match=MODEL):
-        load_for_inference(packed_folder)
+        open_model(packed_folder)
     (packed_folder / MODEL).unlink()
     with kernels.use_backend(backend), pytest.raises(CheckpointError, match=MODEL):
-        load_for_inference(packed_folder)
+        open_model(packed_folder)
 
 
 MISFITS: list[tuple[str, object]] = [
@@ -142,23 +142,28 @@ def test_files_that_are_not_of_their_configuration(
     config["model"][field] = value
     (packed_folder / CONFIG).write_text(json.dumps(config))
     with kernels.use_backend(backend), pytest.raises(CheckpointError, match=MODEL):
-        load_for_inference(packed_folder)
+        open_model(packed_folder)
 
 
 def test_packed_folders_hold_no_latent_weights(packed_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="holds packed weights and no latent floats"):
-        load_model(packed_folder)
+        open_model(packed_folder, pack=False)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_float_twins_have_no_packed_form(tmp_path: Path, backend: str) -> None:
+def test_float_twins_run_as_floats(tmp_path: Path, backend: str) -> None:
     model = BitNetForCausalLM(BASE.replace(quantizer="none"))
     folder = save_checkpoint(
         tmp_path, model=model, optimizer_state={}, state={"step": 1},
         config={"model": dataclasses.asdict(model.config)}, tokenizer=b"", best=True,
     )  # fmt: skip
-    with kernels.use_backend(backend), pytest.raises(ValueError, match="float model, which has no packed form"):
-        load_for_inference(folder)
+    with kernels.use_backend(backend):
+        opened = open_model(folder)
+    assert isinstance(opened, BitNetForCausalLM)
+    assert not opened.is_packed
+    assert not opened.head_is_packed
+    ids = random_ids(BASE, 2, 9)
+    assert torch.equal(opened(ids), model(ids))
 
 
 def test_packing_a_float_twin_packs_its_head_only() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import shutil
 import textwrap
 import typing
 
@@ -46,15 +47,15 @@ def model(folder) -> TextModel:
 
 def ids_of(model: TextModel, prompt: list[int], count: int, seed: int) -> list[int]:
     """Token ids straight from the decode loop."""
-    opened = model.opened
+    tokenizer = model.source.tokenizer
     steps = generate(
-        opened.model,
+        model.model,
         torch.tensor([prompt]),
         max_new_tokens=count,
         sampling=SamplingConfig(0.8, top_p=0.95),
         seed=seed,
-        eos_id=opened.tokenizer.eos_ids,
-        vocab_size=opened.tokenizer.vocab_size,
+        eos_id=tokenizer.eos_ids,
+        vocab_size=tokenizer.vocab_size,
     )
     return [int(step[0]) for step in steps]
 
@@ -64,7 +65,7 @@ def test_a_text_is_that_of_the_decode_loop(model):
     completion = model.generate("def wrap(", max_new_tokens=20, seed=3)
     wanted = ids_of(model, prompt, 20, 3)
     assert completion.token_ids == wanted
-    whole = model.opened.tokenizer.decode(prompt + wanted)
+    whole = model.source.tokenizer.decode(prompt + wanted)
     assert str(completion) == completion.text == whole.removeprefix("def wrap(")
     assert (completion.prompt_tokens, completion.new_tokens, completion.seed) == (len(prompt), len(wanted), 3)
     assert model.generate(prompt, max_new_tokens=20, seed=3) == completion
@@ -90,7 +91,7 @@ def test_reasons_to_stop(model):
 
 def test_an_end_of_text_token_stops(model, monkeypatch):
     tokens = model.generate("self", max_new_tokens=8, seed=5).token_ids
-    monkeypatch.setattr(model.opened.tokenizer, "eos_ids", (tokens[4],))
+    monkeypatch.setattr(model.source.tokenizer, "eos_ids", (tokens[4],))
     ended = model.generate("self", max_new_tokens=8, seed=5)
     cut = tokens.index(tokens[4])
     assert (ended.stop_reason, ended.token_ids) == ("stop", tokens[: cut + 1])
@@ -119,7 +120,7 @@ def test_a_batch_has_texts_of_their_own(model):
 def test_a_conversation_is_encoded_by_the_template(model):
     messages = [{"role": "user", "content": "What is wrapped?"}]
     answer = model.chat(messages, max_new_tokens=10, seed=1)
-    prompt = model.opened.chat_template.encode(messages)
+    prompt = model.source.chat_template.encode(messages)
     assert answer.prompt_tokens == len(prompt)
     assert answer.token_ids == ids_of(model, prompt, 10, 1)
     assert answer.text == answer.text.strip()
@@ -165,7 +166,9 @@ def test_what_cannot_be_said_or_opened_is_named(model, tmp_path):
         bitnet.load(tmp_path, device="nonsense")
 
 
-def test_a_base_model_has_no_chat(model):
-    base = TextModel(model.opened._replace(chat_template=None))
+def test_a_base_model_has_no_chat(model, tmp_path):
+    shutil.copytree(model.source.path, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    base = bitnet.load(tmp_path / "base", device="cpu")
     with pytest.raises(ValueError, match="chat template"):
         base.chat("Hello")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.storage.source import open_source
 
 SHAPE = ModelConfig(
     vocab_size=400, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -25,6 +26,10 @@ def gguf_model(**changes: object) -> BitNetForCausalLM:
 
 def inference_form(model: BitNetForCausalLM, form: str) -> BitNetForCausalLM:
     return model if form == "master" else model.pack(embeddings=False)
+
+
+def read(path: str | Path, **options: str) -> BitNetForCausalLM:
+    return open_source(path).model(**options)
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -16,18 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from bitnet.inference.loading import load_for_inference
+from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.ptq.drivers import Options
 from bitnet.ptq.methods import quantize_model
-from bitnet.storage.folders import load_model, load_quantized, save_packed, save_quantized
-from bitnet.storage.gguf import read as gguf_read
+from bitnet.storage.folders import save_packed, save_quantized
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFFile
-from bitnet.storage.gguf.read import read_metadata
-from bitnet.storage.hf import read as hf_read
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.safetensors import save_tensors
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, from_gguf_metadata, load_tokenizer, train_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
@@ -224,7 +222,7 @@ def test_gguf(tmp_path, tokenizer, kind, quantizer):
     gguf_write.write(model, path, kind)
     header = min(info.start for info in GGUFFile(path).tensors.values())
     prepare = prepare_file(path, header)
-    assert fuzz(800, 1, prepare, lambda: gguf_read.read(path))["opened"]
+    assert fuzz(800, 1, prepare, lambda: open_source(path).model())["opened"]
 
 
 def test_gguf_with_a_vocabulary(tmp_path, tokenizer, model):
@@ -234,7 +232,7 @@ def test_gguf_with_a_vocabulary(tmp_path, tokenizer, model):
     prepare = prepare_file(path, header)
 
     def load() -> None:
-        from_gguf_metadata(read_metadata(path)).encode("hello world 123")
+        from_gguf_metadata(GGUFFile(path).metadata).encode("hello world 123")
 
     assert fuzz(600, 2, prepare, load)["opened"]
 
@@ -247,9 +245,10 @@ def test_hugging_face_folders(tmp_path, model, form):
     folder = tmp_path / "x"
     hf_write.write(model, folder, form)
     good = (folder / "model.safetensors").read_bytes()
-    assert fuzz(350, 3, prepare_safetensors(folder / "model.safetensors"), lambda: hf_read.read(folder))["opened"]
+    prepare = prepare_safetensors(folder / "model.safetensors")
+    assert fuzz(350, 3, prepare, lambda: open_source(folder).model())["opened"]
     (folder / "model.safetensors").write_bytes(good)
-    assert fuzz(350, 4, prepare_json(folder / "config.json"), lambda: hf_read.read(folder))["opened"]
+    assert fuzz(350, 4, prepare_json(folder / "config.json"), lambda: open_source(folder).model())["opened"]
 
 
 def test_indexes_of_shards(tmp_path, model):
@@ -259,8 +258,9 @@ def test_indexes_of_shards(tmp_path, model):
     names = list(model.state_dict())
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    hf_read.read(folder)
-    assert fuzz(250, 5, prepare_json(folder / "model.safetensors.index.json"), lambda: hf_read.read(folder))["refused"]
+    open_source(folder).model()
+    prepare = prepare_json(folder / "model.safetensors.index.json")
+    assert fuzz(250, 5, prepare, lambda: open_source(folder).model())["refused"]
 
 
 def test_our_own_folders(tmp_path, tokenizer, model):
@@ -268,18 +268,19 @@ def test_our_own_folders(tmp_path, tokenizer, model):
     save_packed(folder, model.pack(), tokenizer.model_proto)
     good = (folder / "model.safetensors").read_bytes()
     prepare = prepare_safetensors(folder / "model.safetensors")
-    assert fuzz(350, 6, prepare, lambda: load_for_inference(folder))["opened"]
+    assert fuzz(350, 6, prepare, lambda: open_model(folder))["opened"]
     (folder / "model.safetensors").write_bytes(good)
-    assert fuzz(350, 7, prepare_json(folder / "config.json"), lambda: load_for_inference(folder))["opened"]
+    assert fuzz(350, 7, prepare_json(folder / "config.json"), lambda: open_model(folder))["opened"]
 
 
 def test_checkpoints(tmp_path, model):
     save_tensors(tmp_path / "model.safetensors", model.state_dict())
     (tmp_path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
     good = (tmp_path / "model.safetensors").read_bytes()
-    assert fuzz(250, 10, prepare_safetensors(tmp_path / "model.safetensors"), lambda: load_model(tmp_path))["opened"]
+    prepare = prepare_safetensors(tmp_path / "model.safetensors")
+    assert fuzz(250, 10, prepare, lambda: open_source(tmp_path).model())["opened"]
     (tmp_path / "model.safetensors").write_bytes(good)
-    assert fuzz(250, 11, prepare_json(tmp_path / "config.json"), lambda: load_model(tmp_path))["opened"]
+    assert fuzz(250, 11, prepare_json(tmp_path / "config.json"), lambda: open_source(tmp_path).model())["opened"]
 
 
 @pytest.mark.parametrize("method", ["nf4", "rtn-int4", "w8a8-dynamic", "gguf-q4_0"])
@@ -289,8 +290,7 @@ def test_quantized_folders(tmp_path, method):
     )
     folder = tmp_path / "x"
     save_quantized(model, folder, method, {})
-    load = load_for_inference if method == "w8a8-dynamic" else load_quantized
-    assert fuzz(150, 12, prepare_json(folder / "config.json"), lambda: load(folder))["opened"]
+    assert fuzz(150, 12, prepare_json(folder / "config.json"), lambda: open_model(folder))["opened"]
 
 
 # Tokenizers

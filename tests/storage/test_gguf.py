@@ -16,6 +16,7 @@ from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFError, GGUFFile, TensorToWrite, write_file
 from bitnet.storage.gguf.read import read_ternary
 from bitnet.storage.gguf.write import architecture
+from bitnet.storage.source import open_source
 from tests.storage.builders import SHAPE, gguf_model
 
 EXACT = ["TQ2_0", "TQ1_0", "F16", "BF16", "F32", "I2_S"]
@@ -49,7 +50,7 @@ def test_codes_and_scales_come_back_exactly(tmp_path, kind, sub_norm, packed):
     if packed:
         model.pack(embeddings=False)
     gguf_write.write(model, tmp_path / "x.gguf", kind, embedding_type="F32")
-    back = gguf_read.read(tmp_path / "x.gguf")
+    back = open_source(tmp_path / "x.gguf").model()
     assert back.config == model.config.replace(head_dim=64, quantizer="ternary")
     assert back.is_packed
     for name, (codes, scale) in projections(back).items():
@@ -75,7 +76,7 @@ def test_a_matrix_is_quantized_once(tmp_path, monkeypatch, kind):
 
 def test_reading_and_writing_again_gives_the_same_file(tmp_path):
     gguf_write.write(gguf_model(), tmp_path / "a.gguf", "TQ1_0", embedding_type="F16")
-    gguf_write.write(gguf_read.read(tmp_path / "a.gguf"), tmp_path / "b.gguf", "TQ1_0", embedding_type="F16")
+    gguf_write.write(open_source(tmp_path / "a.gguf").model(), tmp_path / "b.gguf", "TQ1_0", embedding_type="F16")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
@@ -84,13 +85,13 @@ def test_the_logits_of_a_read_model_are_the_packed_model_s(tmp_path):
     gguf_write.write(model, tmp_path / "x.gguf", "I2_S", embedding_type="F32")
     ids = torch.arange(60).view(2, 30)
     assert GGUFFile(tmp_path / "x.gguf").architecture == "bitnet-b1.58"
-    assert torch.equal(gguf_read.read(tmp_path / "x.gguf")(ids), model(ids))
+    assert torch.equal(open_source(tmp_path / "x.gguf").model()(ids), model(ids))
 
 
 def test_binary_weights_are_ternary_ones_without_zeros(tmp_path):
     model = gguf_model(quantizer="binary").pack(embeddings=False)
     gguf_write.write(model, tmp_path / "x.gguf", "TQ2_0", embedding_type="F32")
-    back = gguf_read.read(tmp_path / "x.gguf")
+    back = open_source(tmp_path / "x.gguf").model()
     assert back.config.quantizer == "ternary"
     ids = torch.arange(20).view(1, 20)
     assert torch.equal(back(ids), model(ids))
@@ -99,7 +100,7 @@ def test_binary_weights_are_ternary_ones_without_zeros(tmp_path):
 def test_an_int8_embedding_is_written_as_the_floats_it_stands_for(tmp_path):
     model = gguf_model(tie_word_embeddings=False, sub_norm=False).pack()
     gguf_write.write(model, tmp_path / "x.gguf", "TQ2_0", embedding_type="F32")
-    back = gguf_read.read(tmp_path / "x.gguf")
+    back = open_source(tmp_path / "x.gguf").model()
     ids = torch.arange(64)
     assert torch.equal(back.model.embed_tokens(ids), model.model.embed_tokens(ids))
     head = model.lm_head
@@ -153,7 +154,9 @@ def test_i2_s_of_an_arm_file_is_read_on_request(tmp_path):
             assert name.startswith("blk.")
     (tmp_path / "y.gguf").write_bytes(whole)
     expected = projections(model)
-    for name, (codes, scale) in projections(gguf_read.read(tmp_path / "y.gguf", i2_s="arm")).items():
+    file = GGUFFile(tmp_path / "y.gguf")
+    arm = gguf_read.read_model(file, gguf_read.read_config(file), i2_s="arm")
+    for name, (codes, scale) in projections(arm).items():
         assert torch.equal(codes, expected[name][0])
         assert scale == expected[name][1]
 
@@ -283,7 +286,7 @@ def rewritten(path: Path, values: dict[str, object] | None = None, tensors=lambd
 def test_metadata_that_this_model_does_not_have_are_refused(tmp_path, values, message):
     gguf_write.write(gguf_model(quantizer="none", sub_norm=False), tmp_path / "x.gguf", "F16")
     with pytest.raises(GGUFError, match=message) as caught:
-        gguf_read.read(rewritten(tmp_path / "x.gguf", values))
+        open_source(rewritten(tmp_path / "x.gguf", values)).model()
     assert "x.new" in str(caught.value)
 
 
@@ -300,4 +303,4 @@ def test_tensors_that_this_model_does_not_have_are_refused(tmp_path):
     }
     for message, change in changes.items():
         with pytest.raises(GGUFError, match=message):
-            gguf_read.read(rewritten(tmp_path / "x.gguf", tensors=change))
+            open_source(rewritten(tmp_path / "x.gguf", tensors=change)).model()

@@ -10,11 +10,10 @@ from bitnet.data.corpus import open_corpus
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM
 from bitnet.quant import quantize_ternary
-from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFFile
-from bitnet.storage.gguf.read import read_metadata
 from bitnet.storage.gguf.write import FILE_TYPES
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tokenizer.gguf_write import vocabulary
 from tests import oracles
@@ -100,9 +99,9 @@ def test_llama_cpp_sees_the_special_tokens_and_the_template(tokenizer, llama_tok
 
 def test_a_vocabulary_of_another_file_goes_through(tokenizer, tmp_path):
     gguf_write.write(gguf_model(), tmp_path / "a.gguf", "TQ2_0", tokenizer=tokenizer, embedding_type="F16")
-    metadata = read_metadata(tmp_path / "a.gguf")
+    metadata = GGUFFile(tmp_path / "a.gguf").metadata
     gguf_write.write(gguf_model(), tmp_path / "b.gguf", "TQ2_0", tokenizer=metadata, embedding_type="F16")
-    again = read_metadata(tmp_path / "b.gguf")
+    again = GGUFFile(tmp_path / "b.gguf").metadata
     assert {k: v for k, v in again.items() if k.startswith("tokenizer")} == vocabulary(metadata, 400)
 
 
@@ -124,7 +123,7 @@ def test_a_dummy_prefix_and_user_defined_pieces_are_told(tmp_path):
     tokenizer = train_sentencepiece(user_defined_symbols=["<|turn|>"])
     assert tokenizer.adds_space_prefix
     gguf_write.write(gguf_model(), tmp_path / "x.gguf", "TQ2_0", tokenizer=tokenizer, embedding_type="F16")
-    metadata = read_metadata(tmp_path / "x.gguf")
+    metadata = GGUFFile(tmp_path / "x.gguf").metadata
     assert metadata["tokenizer.ggml.add_space_prefix"] is True
     user = metadata["tokenizer.ggml.tokens"].index("<|turn|>")
     assert metadata["tokenizer.ggml.token_type"][user] == 4
@@ -194,7 +193,7 @@ def test_llama_cpp_runs_models_without_sub_norms(tmp_path, tokenizer, quantizer,
     """The order of the rotary rows, the head, and the ternary scales in the architecture llama."""
     model = gguf_model(sub_norm=False, quantizer=quantizer, **changes)
     gguf_write.write(model, tmp_path / "x.gguf", "F32", tokenizer=tokenizer)
-    back = gguf_read.read(tmp_path / "x.gguf")
+    back = open_source(tmp_path / "x.gguf").model()
     ids = torch.arange(260, 300).view(1, 40)
     # llama.cpp leaves the activations of float files alone.
     plain = BitNetForCausalLM(model.config.replace(quantizer="none"))
@@ -218,7 +217,7 @@ def fake(weight: torch.Tensor) -> torch.Tensor:
 def logits_of_both(path: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and llama.cpp's of one file."""
     with torch.no_grad(), LlamaModel(path, 64) as loaded:
-        return gguf_read.read(path)(ids[None])[0], torch.tensor(loaded.logits(ids.tolist()))
+        return open_source(path).model()(ids[None])[0], torch.tensor(loaded.logits(ids.tolist()))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -252,7 +251,7 @@ def test_smollm2_agrees_with_transformers(tmp_path):
     """A real model in Q4_1, its weights dequantized independently, in transformers' own class."""
     library, transformers = oracles.require("gguf"), oracles.require("transformers")
     path = oracles.smollm2()
-    model = gguf_read.read(path)
+    model = open_source(path).model()
     reader = library.GGUFReader(path)
     weights = {t.name: torch.from_numpy(library.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     config = transformers.LlamaConfig(

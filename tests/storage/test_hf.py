@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from bitnet import kernels
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.loading import load_for_inference
+from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
 from bitnet.storage.folders import save_packed
 from bitnet.storage.hf.config import parse_config
-from bitnet.storage.hf.read import pack_rows, read, unpack_rows
+from bitnet.storage.hf.read import pack_rows, unpack_rows
 from bitnet.storage.hf.write import write
 from tests import oracles
 from tests.builders import random_ids, random_model
 from tests.oracles.transformers import SHAPES, TINY, assert_same_logits, assert_same_text, load, oracle
-from tests.storage.builders import edit_config, inference_form
+from tests.storage.builders import edit_config, inference_form, read
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 BASE = TINY.replace(max_position_embeddings=80)
@@ -163,7 +163,7 @@ def test_half_precision_files(transformers, tmp_path: Path) -> None:
         save_theirs(transformers, tmp_path / str(dtype), BASE, dtype=dtype)
         theirs = load(transformers, tmp_path / str(dtype))  # the same rounded weights, computed with in float32
         assert_same_logits(read(tmp_path / str(dtype)), theirs, random_ids(BASE, 2, 9))
-        assert read(tmp_path / str(dtype), dtype=dtype).model.norm.weight.dtype == dtype
+        assert open_model(tmp_path / str(dtype), dtype=dtype).model.norm.weight.dtype == dtype
 
 
 def save_packed_by_hand(transformers, folder: Path, config: ModelConfig, **options: Any) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def test_a_read_model_runs_natively_and_is_saved_packed(tmp_path: Path, shape: s
     save_packed(tmp_path / "float-head", back, b"tokenizer")
     with torch.no_grad():
         expected = back(ids)
-        loaded = load_for_inference(tmp_path / "float-head")
+        loaded = open_model(tmp_path / "float-head")
         assert isinstance(loaded, BitNetForCausalLM)
         assert not loaded.head_is_packed
         assert torch.equal(loaded(ids), expected)
@@ -341,7 +341,7 @@ def test_a_read_model_runs_natively_and_is_saved_packed(tmp_path: Path, shape: s
     with kernels.use_backend("auto"):
         if not kernels.native_available():
             pytest.skip("the native kernels were not built")
-        engine, direct = load_for_inference(tmp_path / "float-head"), Engine.from_model(packed)
+        engine, direct = open_model(tmp_path / "float-head"), Engine.from_model(packed)
         assert isinstance(engine, Engine)
         assert torch.equal(engine(ids), direct(ids))
         assert (engine(ids) - packed(ids)).norm() < 0.02 * expected.norm()

@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitnet.storage.hf.read import SHARDS, locate, read
+from bitnet.storage.hf.read import download
 from bitnet.storage.hf.write import files_of, write
+from bitnet.storage.safetensors import MODEL_PARTS
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
 from tests.builders import random_model
 from tests.oracles.transformers import TINY, greedy
-from tests.storage.builders import edit_config, inference_form
+from tests.storage.builders import edit_config, inference_form, read
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 BASE = TINY.replace(max_position_embeddings=80)
@@ -187,7 +188,7 @@ def test_what_is_missing_or_no_json(folder: Path, tmp_path: Path) -> None:
     refused(folder, r"config.json has 1,073,741,824 bytes")
     (folder / "config.json").unlink()
     refused(folder, "config.json does not exist")
-    refused(tmp_path / "nowhere", "is not a folder, nor a hub name")
+    refused(tmp_path / "nowhere", "nowhere does not exist; give .* owner/name of the hub")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -252,14 +253,14 @@ def test_pickles_are_not_opened(folder: Path, name: str) -> None:
 )  # fmt: skip
 def test_shards_stay_inside_the_folder(folder: Path, shard: object) -> None:
     (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
-    (folder / SHARDS).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (folder / MODEL_PARTS).write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     refused(folder, r"names the shard .*; a shard is a \.safetensors file inside the folder")
 
 
 def test_indexes_that_lie(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     names = list(load_file(folder / "a.safetensors"))
-    index = folder / SHARDS
+    index = folder / MODEL_PARTS
     index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")}))
     expected = read(folder).state_dict()
     for weight_map in (None, [], {}, "a.safetensors"):
@@ -326,7 +327,7 @@ def test_mutated_files_give_our_error_or_a_sound_model(folder: Path, target: str
         if target == "config.json":
             (folder / target).write_bytes(mutate(rng, config))
         elif target == "index":
-            (folder / SHARDS).write_bytes(mutate(rng, index))
+            (folder / MODEL_PARTS).write_bytes(mutate(rng, index))
         else:
             header = mutate(rng, whole[:length])
             if rng.random() < 0.8 and len(header) > 8:  # a length that fits, so that the rest is looked at
@@ -359,12 +360,11 @@ def test_hub_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("somebody/some-model_1.5").config.hidden_size == 32
     assert seen["name"] == "somebody/some-model_1.5"
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in seen["allow_patterns"])
-    assert locate(folder) == folder
     for name in ("model", "a/b/c", "../x", "a/..", "/x", "a/b?c"):
         with pytest.raises(ValueError, match=r"is not a folder, nor a hub name like owner/model"):
-            locate(name)
-    with pytest.raises(ValueError, match=r"is not a folder, nor a hub name"):
-        locate(folder / "config.json")
+            download(name)
+    with pytest.raises(ValueError, match=r"config\.json is a file and begins with"):
+        read(folder / "config.json")
 
 
 def test_the_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import generate as cli
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.loading import open_model
 from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import ChatTemplate, HuggingFaceTokenizer, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.chat import require
 from bitnet.training.checkpoint import save_checkpoint
@@ -175,26 +176,26 @@ def call(capsys, monkeypatch, run_folder):
     return run_main
 
 
-def answer(opened, messages, n: int, seed: int) -> str:
-    ids = torch.tensor([opened.chat_template.encode(messages)])
+def answer(path, messages, n: int, seed: int) -> str:
+    source = open_source(path)
+    ids = torch.tensor([source.chat_template.encode(messages)])
     tokens = generate(
-        opened.model, ids, max_new_tokens=n, sampling=SamplingConfig(0.8, top_p=0.95), seed=seed,
-        eos_id=opened.tokenizer.eos_ids,
+        open_model(source), ids, max_new_tokens=n, sampling=SamplingConfig(0.8, top_p=0.95), seed=seed,
+        eos_id=source.tokenizer.eos_ids,
     )  # fmt: skip
-    return opened.tokenizer.decode(int(t[0]) for t in tokens)
+    return source.tokenizer.decode(int(t[0]) for t in tokens)
 
 
 def test_chat_answers_one_message(call, run_folder):
     from bitnet.kernels import use_backend
 
     with use_backend("reference"):
-        opened = open_model(run_folder)
-        expected = answer(opened, conversation([("system", "S"), ("user", "Hi")]), 8, seed=3)
+        expected = answer(run_folder, conversation([("system", "S"), ("user", "Hi")]), 8, seed=3)
     status, out, err = call("--chat", "--system", "S", "--prompt", "Hi", "--max-new-tokens", "8", "--seed", "3")
     assert (status, out.strip()) == (0, expected.strip())
     assert "seed 3" in err
-    assert opened.kind == "run"
-    assert opened.chat_template.where.endswith("chat_template.jinja")
+    assert open_source(run_folder).kind == "run"
+    assert open_source(run_folder).chat_template.where.endswith("chat_template.jinja")
 
 
 def test_a_conversation_is_kept_reset_and_forgotten(call, monkeypatch):

@@ -13,7 +13,7 @@ from bitnet.__main__ import main
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import write as hf_write
-from bitnet.storage.source import open_tokenizer
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, from_gguf_metadata, train_tokenizer
 from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
@@ -79,7 +79,7 @@ def test_a_folder_with_a_tokenizer_json_is_exported(tmp_path, capsys):
     ]
     with Vocabulary(tmp_path / "x.gguf") as theirs:
         assert differences(ours, theirs, GGUF_TEXTS) == []
-    back, _ = open_tokenizer(tmp_path / "x.gguf", "gguf")
+    back = open_source(tmp_path / "x.gguf").tokenizer
     assert [back.encode(text) for text in GGUF_TEXTS] == [ours.encode(text) for text in GGUF_TEXTS]
 
 

@@ -11,9 +11,9 @@ import train as trainer
 from bitnet.__main__ import main
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.texts import open_text
-from bitnet.inference.loading import open_model
 from bitnet.model import PRESETS
 from bitnet.storage.safetensors import CheckpointError
+from bitnet.storage.source import open_source
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training import config as recipes
 from bitnet.training.processes import World
@@ -141,14 +141,14 @@ def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip().endswith(" -")  # no bits per byte
     assert main(["evaluate", "chat", "--device", "cpu", "--text", "text.txt"]) == 0
     with pytest.raises(ValueError, match="give a text with --text"):
-        open_text(open_model("chat"))
+        open_text(open_source("chat"))
 
     exports = {"packed": [], "hf": ["--to", "hf"], "gguf": ["--to", "gguf", "--type", "F16"]}
-    template = open_model("chat").chat_template
+    template = open_source("chat").chat_template
     messages = chat(question("hot"), answer("hot"), question("wet"), system="Be brief.")
     for name, arguments in exports.items():
         assert main(["export", "chat", f"chat.{name}", *arguments]) == 0
-        opened = open_model(f"chat.{name}").chat_template
+        opened = open_source(f"chat.{name}").chat_template
         assert opened.source == template.source == PLAIN_TEMPLATE
         assert opened.encode(messages) == template.encode(messages)
         assert asked(capsys, f"chat.{name}", question("wet")) == answer("wet")
@@ -164,7 +164,7 @@ def test_from_a_text_to_an_assistant(tmp_path, opposites, monkeypatch, capsys):
     # What was fine-tuned can be pretrained again and keeps its template.
     again = ["--init", "chat", *base, "--out", "again"]
     assert trainer.main(again) == 0
-    assert open_model("again").chat_template.source == PLAIN_TEMPLATE
+    assert open_source("again").chat_template.source == PLAIN_TEMPLATE
 
 
 def asked(capsys, model: str, prompt: str) -> str:

@@ -11,8 +11,9 @@ from bitnet.files import write_atomic
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.storage import folders as folders_module
 from bitnet.storage import safetensors as safetensors_files
-from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, load_model, resolve
+from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors, save_tensors
+from bitnet.storage.source import open_source
 from bitnet.training import checkpoint
 from bitnet.training.checkpoint import save_checkpoint
 
@@ -44,7 +45,7 @@ def folders(run):
 
 def test_round_trip(tmp_path, model):
     folder = save(tmp_path, model, 5)
-    loaded = load_model(folder)
+    loaded = open_source(folder).model()
     assert loaded.config == model.config
     assert not loaded.training
     for name, value in model.state_dict().items():
@@ -107,12 +108,12 @@ def test_a_full_disk_loses_nothing(tmp_path, model, monkeypatch, failing):
     for path, content in before.items():
         assert path.read_bytes() == content, path
     assert resolve(tmp_path, "last").name == "step-00000001"
-    load_model(resolve(tmp_path, "best"))
+    open_source(resolve(tmp_path, "best")).model()
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
     # Once there is room again, the same step is written whole.
     save(tmp_path, model, 2)
     assert resolve(tmp_path, "last").name == "step-00000002"
-    load_model(resolve(tmp_path, "last"))
+    open_source(resolve(tmp_path, "last")).model()
 
 
 def test_a_truncated_model_is_an_error_that_names_the_file(tmp_path, model):
@@ -120,7 +121,7 @@ def test_a_truncated_model_is_an_error_that_names_the_file(tmp_path, model):
     path = folder / MODEL
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
-        load_model(folder)
+        open_source(folder).model()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04not safetensors", b"PK\x03\x04" + bytes(100), b"\xff" * 64])
@@ -128,7 +129,7 @@ def test_a_foreign_model_file_is_refused(tmp_path, model, content):
     folder = save(tmp_path, model, 1)
     (folder / MODEL).write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or is of another format"):
-        load_model(folder)
+        open_source(folder).model()
 
 
 def test_tensors_of_another_shape_are_refused_by_name(tmp_path, model):
@@ -137,7 +138,7 @@ def test_tensors_of_another_shape_are_refused_by_name(tmp_path, model):
     config["model"]["intermediate_size"] = 256
     (folder / folders_module.CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight: expected \[64, 256\], found \[64, 128\]"):
-        load_model(folder)
+        open_source(folder).model()
 
 
 HUGE = {
@@ -158,7 +159,7 @@ def test_a_configuration_of_another_size_is_refused_before_anything_is_made(tmp_
     (folder / folders_module.CONFIG).write_text(json.dumps(config))
     start, before = time.process_time(), resident()
     with pytest.raises(CheckpointError, match=r"does not fit the model's configuration|a matrix would be"):
-        load_model(folder)
+        open_source(folder).model()
     assert time.process_time() - start < 1
     assert resident() - before < 2**25
 
@@ -174,17 +175,17 @@ def test_weights_in_another_float_are_loaded_in_float32_and_integers_refused(tmp
     folder = save(tmp_path, model, 1)
     for dtype in (torch.bfloat16, torch.float64):
         save_tensors(folder / MODEL, {k: v.to(dtype) for k, v in model.state_dict().items()})
-        for name, value in load_model(folder).state_dict().items():
+        for name, value in open_source(folder).model().state_dict().items():
             assert torch.equal(value, model.state_dict()[name].to(dtype).float()), name
             assert value.dtype == torch.float32
     save_tensors(folder / MODEL, {k: v.int() for k, v in model.state_dict().items()})
     with pytest.raises(CheckpointError, match="is I32, not a float"):
-        load_model(folder)
+        open_source(folder).model()
 
 
 def test_a_loaded_model_trains_and_shares_nothing_with_its_file(tmp_path, model):
     folder = save(tmp_path, model, 1)
-    loaded = load_model(folder)
+    loaded = open_source(folder).model()
     (folder / MODEL).write_bytes(b"")
     ids = torch.arange(16)[None]
     torch.testing.assert_close(loaded(ids), model.eval()(ids))
@@ -197,7 +198,7 @@ def test_a_loaded_model_trains_and_shares_nothing_with_its_file(tmp_path, model)
     [
         ("{", "cannot be read"),
         ("[]", "holds a list"),
-        ("{}", "no 'model' section"),
+        ("{}", "no 'model'"),
         ('{"model": {"hidden_layers": 3}}', "unknown model fields hidden_layers"),
         ('{"model": {"quantizer": "int3"}}', "int3"),
     ],
@@ -206,7 +207,7 @@ def test_a_bad_configuration_is_refused(tmp_path, model, content, message):
     folder = save(tmp_path, model, 1)
     (folder / folders_module.CONFIG).write_text(content)
     with pytest.raises(CheckpointError, match=message):
-        load_model(folder)
+        open_source(folder).model()
 
 
 def test_remains_of_a_killed_save_are_removed(tmp_path, model):

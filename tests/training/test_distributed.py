@@ -15,7 +15,8 @@ import torch
 
 import train as trainer
 from bitnet import machine
-from bitnet.storage.folders import load_model, resolve
+from bitnet.storage.folders import resolve
+from bitnet.storage.source import open_source
 from bitnet.training import config as recipes
 from bitnet.training.processes import World, _own_part, start
 from bitnet.training.reporter import read_metrics
@@ -117,8 +118,8 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, words):
     assert float(difference(two[3], one["fading"]).max()) < 5e-3
 
     # The safetensors form of a sharded run is the model of one process.
-    whole = load_model(resolve(two[1].out)).state_dict()
-    for name, value in load_model(resolve(one["ternary"].out)).state_dict().items():
+    whole = open_source(resolve(two[1].out)).model().state_dict()
+    for name, value in open_source(resolve(one["ternary"].out)).model().state_dict().items():
         assert whole[name].shape == value.shape
         assert float((whole[name] - value).norm() / value.norm()) < 0.05, name
 

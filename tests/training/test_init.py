@@ -8,7 +8,6 @@ import torch
 
 import train as trainer
 from bitnet.__main__ import main
-from bitnet.inference.loading import open_model
 from bitnet.model import PRESETS, BitLinear, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
@@ -16,7 +15,7 @@ from bitnet.storage.folders import save_packed
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.safetensors import CheckpointError
-from bitnet.storage.source import open_latent
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import BaseTokenizer, Tokenizer, train_tokenizer
 from bitnet.training import config as recipes
 from tests.builders import configuration, save_run, tensors, tiny_model
@@ -53,8 +52,9 @@ def test_packed_codes_become_latents_of_the_same_codes(tmp_path, tokenizer, quan
     packed.load_state_dict(model.state_dict())
     packed.pack()
     save_packed(tmp_path / "packed", packed, tokenizer.model_proto)
-    latent, opened = open_latent(tmp_path / "packed")
-    assert opened.kind == "packed"
+    source = open_source(tmp_path / "packed")
+    assert source.kind == "packed"
+    latent = source.latent()
     assert latent.config == model.config
     for name, layer in packed.named_modules():
         if isinstance(layer, PackedLinear) and name != "lm_head":
@@ -96,10 +96,10 @@ def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monk
     straight, broken = tensors(tmp_path / "straight"), tensors(tmp_path / "run")
     for name, value in straight.items():
         assert torch.equal(value, broken[name]), name
-    opened = open_model(tmp_path / "run")
+    opened = open_source(tmp_path / "run")
     assert opened.tokenizer.fingerprint == theirs.fingerprint
     assert opened.tokenizer.eos_ids == theirs.eos_ids
-    assert opened.model.config.vocab_size == 448
+    assert opened.model().config.vocab_size == 448
     assert opened.chat_template.source == CHATML
     # And from there to a float twin, with the run's own config.json in the folder.
     twin = begin(
@@ -122,12 +122,12 @@ def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
         tmp_path, tmp_path, tmp_path / "m.gguf", data=data, steps=2, model=PRESETS["tiny"].replace(quantizer=quantizer)
     )
     run = trainer.Run(config, False)
-    stored, _ = open_latent(tmp_path / "m.gguf")
+    stored = open_source(tmp_path / "m.gguf").latent()
     assert run.config.model == stored.config
     assert run.template.source == template
     assert "[assistant]" in run.tokenizer.decode(run.prompt_ids())
     trainer.train(config)
-    opened = open_model(tmp_path / "run")
+    opened = open_source(tmp_path / "run")
     assert opened.chat_template.source == template
     assert isinstance(opened.tokenizer, BaseTokenizer)
     assert opened.tokenizer.adds_bos == tokenizer.adds_bos
@@ -138,7 +138,7 @@ def test_settings_of_a_sentencepiece_tokenizer_survive(tmp_path, tokenizer, corp
     quiet = Tokenizer(tokenizer.model_proto, adds_bos=False, ends=(5,))
     hf_write.write(tiny_model("none", vocab_size=300), tmp_path / "hf", "master", tokenizer_files=quiet.files())
     trainer.train(begin(tmp_path, corpus, tmp_path / "hf", steps=1))
-    opened = open_model(tmp_path / "run")
+    opened = open_source(tmp_path / "run")
     assert (opened.tokenizer.adds_bos, opened.tokenizer.eos_ids) == (False, (2, 5))
 
 
@@ -164,4 +164,4 @@ def test_the_tokenizer_of_a_run_may_be_a_tokenizer_json(tmp_path, corpus):
     )
     run = trainer.train(configuration(tmp_path, corpus, data=data, steps=1))
     assert run.config.model.vocab_size == theirs.vocab_size
-    assert open_model(run.folder).tokenizer.fingerprint == run.tokenizer.fingerprint
+    assert open_source(run.folder).tokenizer.fingerprint == run.tokenizer.fingerprint

@@ -1,4 +1,4 @@
-"""GGUF files, in: `read(path)` is the model of a file in our classes, with float32 embedding, head and norms.
+"""GGUF files, in: the model of one in our classes, with float32 embedding, head and norms.
 
 Ternary tensors (TQ1_0, TQ2_0, I2_S, and float ones that hold {-s, 0, s}) become packed codes and a scale without a
 detour through floats, where every projection of the model is ternary with one scale a matrix. Otherwise the model is a
@@ -9,7 +9,8 @@ What the architectures of `names.py` do not have (biases, experts, scaled rotary
 activations) is refused with its name. No size is taken from the metadata that the tensors do not have.
 """
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,27 +46,27 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a file, key to value. Raises GGUFError for anything but a well-formed file."""
-    return GGUFFile(path).metadata
+@contextmanager
+def _naming(file: GGUFFile) -> Iterator[None]:
+    """Errors of the block say which file they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise GGUFError(f"{file.path}: {error}") from None
 
 
-def read(path: str | os.PathLike[str], *, i2_s: str = "x86") -> BitNetForCausalLM:
-    """The model of a GGUF file, in evaluation mode: packed if it is ternary, else float.
+def read_model(file: GGUFFile, config: ModelConfig, *, i2_s: str = "x86") -> BitNetForCausalLM:
+    """The model of a file, in evaluation mode: packed if it is ternary, else float. `config` is of `read_config`.
 
     i2_s: the order of the codes in I2_S tensors, "x86" or "arm", which a file does not tell. Raises GGUFError (a
-    ValueError) for a damaged file and for what this project's model does not have.
+    ValueError) for a damaged file.
     """
-    file = GGUFFile(path)
-    try:
-        config = read_config(file)
+    with _naming(file):
         tensors = _float_tensors(file, config)
         packed = _packed_tensors(file, config, i2_s)
         if packed is not None:
             return BitNetForCausalLM.from_tensors(config.replace(quantizer="ternary"), tensors | packed)
         return BitNetForCausalLM.from_tensors(config, tensors | _dense_tensors(file, config))
-    except ValueError as error:
-        raise GGUFError(f"{file.path}: {error}") from None
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
@@ -73,6 +74,11 @@ def read_config(file: GGUFFile) -> ModelConfig:
 
     Raises GGUFError naming what is missing, left over or not supported.
     """
+    with _naming(file):
+        return _read_config(file)
+
+
+def _read_config(file: GGUFFile) -> ModelConfig:
     arch = file.architecture
     if arch not in ARCHITECTURES:
         raise GGUFError(f"its architecture is {arch!r}; {', '.join(ARCHITECTURES)} are understood")

@@ -31,9 +31,10 @@ class Origin:
     loss: str | None = None
 
 
-def origin_of(checkpoint: Path) -> Origin:
-    """What a checkpoint folder of train.py and its run know; all unknown for any other folder or a damaged file."""
-    config, state = _object(checkpoint / "config.json"), _object(checkpoint / "state.json")
+def origin_of(checkpoint: Path, config: dict[str, Any]) -> Origin:
+    """What a checkpoint folder of train.py, whose config.json is `config`, and its run know; all unknown for any other
+    folder or a damaged file."""
+    state = _object(checkpoint / "state.json")
     if not {"data", "optim", "steps"} <= config.keys() or not isinstance(state.get("step"), int):
         return Origin()
     step = state["step"]

@@ -1,4 +1,4 @@
-"""Hugging Face folders, in: `read(folder)` is the model that transformers would load from it, in our classes.
+"""Hugging Face folders, in: the model that transformers would load from one, in our classes.
 
 A folder is config.json and model.safetensors, or shards of it under model.safetensors.index.json. What is understood:
 
@@ -25,59 +25,24 @@ Letters: N out_features, K in_features.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import pack_codes
-from bitnet.storage.folders import CONFIG, MODEL
-from bitnet.storage.hf.config import Form, parse_config
-from bitnet.storage.safetensors import load_json
+from bitnet.storage.hf.config import Form
+from bitnet.storage.safetensors import CONFIG, FLOATS, Tensors, open_tensors
 
-SHARDS = "model.safetensors.index.json"
 PACKED_ROWS = 4  # rows that share a byte
-JSON_LIMIT = 64 * 2**20
-FLOATS = {"F64", "F32", "F16", "BF16"}
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 
 
-def read(source: str | Path, *, quantizer: str | None = None, dtype: torch.dtype = torch.float32) -> BitNetForCausalLM:
-    """The model of a Hugging Face folder (or hub name), in evaluation mode, its floats in `dtype`.
-
-    Packed folders give a packed model with float embedding and head, the others float weights whose `config.quantizer`
-    is none (dense) or ternary (master). `quantizer` overrules that where there are latent floats: "ternary" for a
-    ternary model whose config.json does not say so. Raises ValueError for what is damaged or not understood.
-    """
-    folder = locate(source)
-    values = _load_json(folder / CONFIG)
-    try:
-        config, form = parse_config(values)
-        if quantizer is not None:
-            if form not in ("dense", "master"):
-                raise ValueError(f"its weights are packed codes, which cannot become {quantizer!r}; leave it out")
-            config = config.replace(quantizer=quantizer)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-    with open_tensors(folder) as tensors:
-        return _build(config, form, tensors, dtype)
-
-
-def locate(source: str | Path) -> Path:
-    """The folder itself, or the local copy of a model named owner/name on the hub, downloaded if need be.
-
-    Raises ValueError where there is neither.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    name = str(source)
-    if path.exists() or not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) or ".." in name:
+def download(name: str) -> Path:
+    """The local copy of a model named owner/name on the hub, downloaded if need be. Raises ValueError where there is
+    none."""
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name) or ".." in name:
         raise ValueError(f"{name} is not a folder, nor a hub name like owner/model; give the folder with {CONFIG}")
     try:
         from huggingface_hub import snapshot_download
@@ -94,95 +59,6 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-class Tensors:
-    """The tensors of a folder by name, headers read and nothing else until it is asked for."""
-
-    def __init__(self, files: dict[str, Any], folder: Path) -> None:
-        self._files, self.folder = files, folder
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def kind(self, name: str) -> str:
-        """The stored type, as safetensors calls it: F32, BF16, U8, ..."""
-        return str(self._files[name].get_slice(name).get_dtype())
-
-    def shape(self, name: str) -> list[int]:
-        return list(self._files[name].get_slice(name).get_shape())
-
-    def check(self, name: str, shape: list[int], kinds: set[str]) -> None:
-        """Raise ValueError unless the header says this shape and one of these types."""
-        found = self.shape(name)
-        if found != shape:
-            raise ValueError(f"{self.folder}: {name} is {found} and {CONFIG} says {shape}; they are of two models")
-        if self.kind(name) not in kinds:
-            hint = ""
-            if self.kind(name) == "U8":
-                hint = f"; these look like packed codes, and {CONFIG} has no quantization_config for them"
-            raise ValueError(f"{self.folder}: {name} is {self.kind(name)}, not {' or '.join(sorted(kinds))}{hint}")
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own or mapped from the file: copy what is to stay."""
-        try:
-            tensor: Tensor = self._files[name].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.folder}: {name} cannot be read: {error}") from error
-        return tensor
-
-
-@contextmanager
-def open_tensors(folder: Path) -> Iterator[Tensors]:
-    """The safetensors files of a folder, one or many. Raises ValueError where they are missing or damaged."""
-    if (folder / MODEL).is_file():
-        wanted: dict[str, str] | None = None
-        names = [MODEL]
-    elif (folder / SHARDS).is_file():
-        wanted = _weight_map(folder / SHARDS)
-        names = sorted(set(wanted.values()))
-    else:
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise ValueError(
-                f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is loaded; save "
-                "the model again with transformers' save_pretrained (safetensors), or take a revision that has them"
-            )
-        raise ValueError(f"{folder} has no {MODEL} and no {SHARDS}; is it the folder of a model?")
-    files: dict[str, Any] = {}
-    with ExitStack() as stack:
-        for name in names:
-            path = folder / name
-            if not path.is_file():
-                raise ValueError(f"{folder / SHARDS} names {name}, which is not there; download the model again")
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                found = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{path} is not a complete safetensors file ({error}); it was truncated or is of another format"
-                ) from error
-            files.update({tensor: file for tensor in found if wanted is None or wanted.get(tensor) == name})
-        if wanted is not None and (absent := sorted(set(wanted) - set(files))):
-            raise ValueError(f"{folder / SHARDS} places {absent[0]} in {wanted[absent[0]]}, which does not hold it")
-        yield Tensors(files, folder)
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    wanted = _load_json(path).get("weight_map")
-    if not isinstance(wanted, dict) or not wanted:
-        raise ValueError(f"{path} has no weight_map; it is not an index of shards")
-    for name in set(map(str, wanted.values())):
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name, re.ASCII):
-            raise ValueError(f"{path} names the shard {name!r}; a shard is a .safetensors file inside the folder")
-    return wanted
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    if path.is_file() and path.stat().st_size > JSON_LIMIT:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a file of this name has a few thousand")
-    return load_json(path)
-
-
 def unpack_rows(packed: Tensor) -> Tensor:
     """Codes int8 `[N, K]` of uint8 `[N / 4, K]`, drawn at the top of this file. A pattern of no code becomes 2."""
     return torch.cat([((packed >> 2 * quarter) & 3) for quarter in range(PACKED_ROWS)]).view(torch.int8) - 1
@@ -194,10 +70,20 @@ def pack_rows(codes: Tensor) -> Tensor:
     return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
 
 
-def _build(config: ModelConfig, form: Form, tensors: Tensors, dtype: torch.dtype) -> BitNetForCausalLM:
+def read_model(folder: Path, config: ModelConfig, form: Form) -> BitNetForCausalLM:
+    """The model of a folder, in evaluation mode, its floats in float32; what `parse_config` gives of its config.json.
+
+    The packed forms give a packed model with float embedding and head. Raises ValueError for what is damaged or does
+    not fit the configuration.
+    """
+    with open_tensors(folder) as tensors:
+        return _build(config, form, tensors)
+
+
+def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausalLM:
     if config.num_hidden_layers > len(tensors.names):
         raise ValueError(
-            f"{tensors.folder}: {CONFIG} says {config.num_hidden_layers} layers and there are only "
+            f"{tensors.path}: {CONFIG} says {config.num_hidden_layers} layers and there are only "
             f"{len(tensors.names)} tensors"
         )
     config, renamed, ignored = _tied(config, tensors)
@@ -207,12 +93,12 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors, dtype: torch.dtype
     expected = {*shapes, *(f"{module}.weight_scale" for module in packed.values())}
     found = {renamed.get(name, name) for name in tensors.names - ignored}
     if missing := sorted(expected - found):
-        raise ValueError(f"{tensors.folder} lacks {len(missing)} tensors of its {CONFIG}, {missing[0]} among them")
+        raise ValueError(f"{tensors.path} lacks {len(missing)} tensors of its {CONFIG}, {missing[0]} among them")
     if form == "dense" and any(name.endswith(".weight_scale") for name in found):
-        raise ValueError(f"{tensors.folder} holds packed weights, and its {CONFIG} has no quantization_config for them")
+        raise ValueError(f"{tensors.path} holds packed weights, and its {CONFIG} has no quantization_config for them")
     if left := sorted(found - expected):
         raise ValueError(
-            f"{tensors.folder} has {len(left)} tensors that this architecture ({form}) has no place for, such as "
+            f"{tensors.path} has {len(left)} tensors that this architecture ({form}) has no place for, such as "
             f"{left[0]}; leaving them out would change the model"
         )
     source = {renamed.get(name, name): name for name in tensors.names - ignored}
@@ -227,7 +113,7 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors, dtype: torch.dtype
             module = packed[name]
             state[f"{module}.packed_weight"], state[f"{module}.weight_scale"] = _ternary(tensors, module, form)
         else:
-            state[name] = tensors.read(source[name]).to(dtype, copy=True)
+            state[name] = tensors.read(source[name]).to(torch.float32, copy=True)
     return BitNetForCausalLM.from_tensors(config, state)
 
 
@@ -254,12 +140,12 @@ def _check_packed(tensors: Tensors, module: str, shape: list[int]) -> None:
     rows, columns = shape
     if tensors.kind(f"{module}.weight") == "U8":
         if rows % PACKED_ROWS:
-            raise ValueError(f"{tensors.folder}: {module} has {rows} rows, and four of them share a byte")
+            raise ValueError(f"{tensors.path}: {module} has {rows} rows, and four of them share a byte")
         shape = [rows // PACKED_ROWS, columns]
-    tensors.check(f"{module}.weight", shape, FLOATS | {"U8"})
+    tensors.check(f"{module}.weight", shape, (*FLOATS, "U8"))
     scale = f"{module}.weight_scale"
     if tensors.shape(scale) not in ([], [1], [1, 1]) or tensors.kind(scale) not in FLOATS:
-        raise ValueError(f"{tensors.folder}: {scale} is {tensors.kind(scale)} {tensors.shape(scale)}, not one float")
+        raise ValueError(f"{tensors.path}: {scale} is {tensors.kind(scale)} {tensors.shape(scale)}, not one float")
 
 
 def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]:
@@ -272,12 +158,12 @@ def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]
         packed = pack_codes(codes, 2)
     except ValueError as error:
         raise ValueError(
-            f"{tensors.folder}: {module}.weight holds other codes than -1, 0 and 1 ({error}); it is damaged"
+            f"{tensors.path}: {module}.weight holds other codes than -1, 0 and 1 ({error}); it is damaged"
         ) from error
     scale = tensors.read(f"{module}.weight_scale").double()
     if form == "packed-inverse":
         scale = 1 / scale
     scale = scale.float().view(1, 1)
     if not (0 < float(scale) < float("inf")):
-        raise ValueError(f"{tensors.folder}: {module} has the scale {float(scale)}; it must be above 0 and finite")
+        raise ValueError(f"{tensors.path}: {module} has the scale {float(scale)}; it must be above 0 and finite")
     return packed, scale
