@@ -6,13 +6,13 @@ bitnet bench --preset 700m --kernels --twins
 bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
 """
 
-import torch
-
-from bitnet.bench.plan import Options
+from bitnet.bench.options import Options
 
 
 def run(options: Options) -> int:
     """Returns 1 where a gate is red or a peer failed."""
+    import torch
+
     threads = torch.get_num_threads()
     try:
         if options.device != "cpu":

@@ -23,16 +23,18 @@ mixture says in GGUF mixtures.
 
 import sys
 
-import torch
-
-from bitnet.evaluation.comparison import Comparison, Options
-from bitnet.evaluation.table import terminal
+from bitnet.evaluation.options import Options
 
 TRAIN = (sys.executable, "-m", "bitnet", "train")
 
 
 def run(options: Options) -> None:
     """Print the table and write the folder; an interrupted call goes on when it is made again."""
+    import torch
+
+    from bitnet.evaluation.comparison import Comparison
+    from bitnet.evaluation.table import terminal
+
     if options.threads:
         torch.set_num_threads(options.threads)
     comparison = Comparison(options, train=TRAIN)
