@@ -21,6 +21,30 @@ UNKNOWN = "unknown: the exported model carried no record of it"
 METRICS_LIMIT = 64 << 20
 """Bytes of metrics.jsonl that are looked at, from its end: more than any run has written."""
 
+TRANSFORMERS = """With transformers and {package}, where `FOLDER` is this folder or its name on the hub:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+ids = tokenizer("The", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
+```
+
+"""
+BITNET = """With bitnet, which wrote it:
+
+```python
+import bitnet
+
+print(bitnet.load("FOLDER").generate("The", max_new_tokens=40))
+```
+"""
+NOT_READ = (
+    "bitnet wrote this folder and does not read its layout: it takes the folder that this one was exported from.\n"
+)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -41,25 +65,37 @@ def origin_of(checkpoint: Path, config: dict[str, Any]) -> Origin:
     return Origin(*(_known(part, of, step) for part, of in ((_data, config), (_recipe, config), (_loss, checkpoint))))
 
 
-def model_card(config: ModelConfig, weights: str, origin: Origin | None = None) -> str:
-    """The text of a card. `weights` says in a few words what the projections are stored as."""
+def model_card(
+    config: ModelConfig,
+    weights: str,
+    origin: Origin | None = None,
+    *,
+    package: str = "the package accelerate",
+    readable: bool = True,
+) -> str:
+    """The text of a card.
+
+    weights: what the projections are stored as, in a few words; package: what transformers wants to load them;
+    readable: whether this project reads what it has written.
+    """
     origin = origin or Origin()
-    tags = ["bitnet", *(["1.58-bit"] if config.quantizer == "ternary" else [])]
     kind = {
         "ternary": "BitNet b1.58: projections of -1, 0 and 1 with a scale a matrix, INT8 activations",
         "binary": "1-bit BitNet: projections of -1 and 1 with a scale a matrix, INT8 activations",
-        "none": "a model of floats",
+        "none": "a model of floats, not trained for low bits",
     }.get(config.quantizer, f"projections of {config.quantizer.upper()} with a scale a row, INT8 activations")
+    tags = {"ternary": "tags:\n- bitnet\n- 1.58-bit\n", "binary": "tags:\n- bitnet\n"}.get(config.quantizer, "")
+    count = config.num_hidden_layers
     shape = (
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, feed-forward {config.intermediate_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key and value heads"
+        f"{count} {'layer' if count == 1 else 'layers'} of width {config.hidden_size}, feed-forward "
+        f"{config.intermediate_size}, {config.num_attention_heads} query and {config.num_key_value_heads} key and "
+        "value heads"
     )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 license: unknown
-tags:
-{"".join(f"- {tag}{chr(10)}" for tag in tags)}---
+{tags}---
 
 # Model card
 
@@ -76,25 +112,7 @@ tags:
 
 ## How to load it
 
-With transformers, where `FOLDER` is this folder or its name on the hub:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-ids = tokenizer("The", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=40)[0]))
-```
-
-With bitnet, which wrote it:
-
-```python
-import bitnet
-
-print(bitnet.load("FOLDER").generate("The", max_new_tokens=40))
-```
-
+{TRANSFORMERS.format(package=package)}{BITNET if readable else NOT_READ}
 ## Limits
 
 The model writes what its training data make likely: it may be wrong, and it was not tested for any use.
@@ -149,7 +167,7 @@ def _loss(checkpoint: Path, step: int) -> str | None:
         each = json.loads(line)
         if each.get("step") == step:
             row |= each
-    for prefix, part in (("whole_val", "all of the held-out text"), ("val", "a part of the held-out text")):
+    for prefix, part in (("whole_val", "all of the held-out text"), ("val", "held-out text")):
         loss = row.get(f"{prefix}_loss")
         if isinstance(loss, float) and math.isfinite(loss):
             bits = row.get(f"{prefix}_bits_per_byte")

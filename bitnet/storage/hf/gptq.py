@@ -56,7 +56,8 @@ def write(
         save_tensors(temporary / MODEL, dict(model.state_dict()))
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
         weights = f"INT{bits} codes in groups of {group_size}, quantized after training (GPTQ's layout)"
-        write_atomic(temporary / CARD, model_card(model.config, weights, origin))
+        card = model_card(model.config, weights, origin, package="the packages optimum and gptqmodel", readable=False)
+        write_atomic(temporary / CARD, card)
         for name, content in tokenizer_files.items():
             write_atomic(temporary / name, content)
 
