@@ -126,9 +126,12 @@ def tokenize_chats(
         raise ValueError(f"val_fraction is {val_fraction}: give a number above 0 and at most 0.5, e.g. 0.05")
     tokenizer = template.tokenizer
     fingerprint = sha256_of(
-        f"chats {FORMAT_VERSION} {val_fraction}", fingerprint_of(path), template.source, tokenizer.fingerprint,
+        f"chats {FORMAT_VERSION} {val_fraction}",
+        fingerprint_of(path),
+        template.source,
+        tokenizer.fingerprint,
         f"{tokenizer.adds_bos} {tokenizer.eos_ids}",
-    )  # fmt: skip
+    )
     folder = Path(out_dir) / f"{name_of(path)}-{fingerprint[:12]}"
     if folder.exists():
         return TokenizedChats(folder)
@@ -154,10 +157,11 @@ def tokenize_chats(
     # Half the bytes, where ids fit into 16 bits.
     small = tokenizer.vocab_size <= 1 << 16
     arrays = {
-        "tokens": np.concatenate(ids).astype(np.uint16 if small else np.uint32), "loss_mask": np.concatenate(loss_mask),
+        "tokens": np.concatenate(ids).astype(np.uint16 if small else np.uint32),
+        "loss_mask": np.concatenate(loss_mask),
         "starts": np.cumsum([0, *(len(one) for one in ids)], dtype=np.int64),
         "held_out": np.array([is_validation(index, every) for index in range(len(ids))]),
-    }  # fmt: skip
+    }
     meta = {"name": name_of(path), "fingerprint": fingerprint, "conversations": len(ids), "unanswered": unanswered}
     _write(folder, arrays, meta)
     return TokenizedChats(folder)

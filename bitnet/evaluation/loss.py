@@ -130,9 +130,14 @@ def evaluate_mixture(
     for name, share in mixture.shares.items():
         corpus = mixture.corpora[name]
         parts[name] = evaluate(
-            model, corpus.split("val"), context=context, bytes_per_token=corpus.bytes_per_token("val"),
-            batch_size=batch_size, max_tokens=None if max_tokens is None else round(share * max_tokens), dtype=dtype,
-        )  # fmt: skip
+            model,
+            corpus.split("val"),
+            context=context,
+            bytes_per_token=corpus.bytes_per_token("val"),
+            batch_size=batch_size,
+            max_tokens=None if max_tokens is None else round(share * max_tokens),
+            dtype=dtype,
+        )
     if len(parts) == 1:
         return next(iter(parts.values()))
     shares = [(share, parts[name]) for name, share in mixture.shares.items()]

@@ -56,10 +56,8 @@ class NativeCache:
         self.key_scale, self.value_scale = torch.empty(scales), torch.empty(scales)
         self.config, self.max_length, self.batch_size = config, max_length, batch_size
         self._per_position = 2 * slices * (config.head_width * self.keys.element_size() + (4 if scales else 0))
-        self.struct = native.Cache(
-            self.keys.data_ptr(), self.values.data_ptr(), self.key_scale.data_ptr(), self.value_scale.data_ptr(),
-            number, batch_size, capacity, 0,
-        )  # fmt: skip
+        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
+        self.struct = native.Cache(*(tensor.data_ptr() for tensor in tensors), number, batch_size, capacity, 0)
 
     @property
     def length(self) -> int:
@@ -81,9 +79,14 @@ class Engine:
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: Callable[[str], Tensor], names: Iterable[str] | None = None, *,
-        cache_dtype: str = "float32", codec: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        tensor: Callable[[str], Tensor],
+        names: Iterable[str] | None = None,
+        *,
+        cache_dtype: str = "float32",
+        codec: str | None = None,
+    ) -> None:
         if config.quantizer == "none":
             raise ValueError("the native engine runs packed weights and this is a float model; run it in torch")
         if cache_dtype not in CACHE_DTYPES:
@@ -179,10 +182,19 @@ class Engine:
                 layer.ffn_sub_norm = floats(f"{prefix}mlp.ffn_sub_norm.weight", F)
 
         model = native.Model(
-            hidden=C, intermediate=F, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=D,
-            vocab=V, layers=config.num_hidden_layers, relu2=config.hidden_act == "relu2", eps=config.rms_norm_eps,
-            layer=layers, norm=floats("model.norm.weight", C), head=head.struct,
-        )  # fmt: skip
+            hidden=C,
+            intermediate=F,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=D,
+            vocab=V,
+            layers=config.num_hidden_layers,
+            relu2=config.hidden_act == "relu2",
+            eps=config.rms_norm_eps,
+            layer=layers,
+            norm=floats("model.norm.weight", C),
+            head=head.struct,
+        )
         if not config.tie_word_embeddings:
             table = tensor(f"{embedding}.packed_weight", V, packed_width(C, 8))
             scale = tensor(f"{embedding}.weight_scale", V, 1)
@@ -249,10 +261,9 @@ class Engine:
             assert lib is not None
             self._workspace = torch.empty(lib.bn_workspace_bytes(self._struct, *need), dtype=torch.uint8)
             self._workspace_for = need
-        native.kernels().forward(
-            ctypes.byref(self._struct), ctypes.byref(cache.struct), ids.data_ptr(), *ids.shape, every,
-            None if logits is None else logits.data_ptr(), self._workspace.data_ptr(), threads,
-        )  # fmt: skip
+        target = None if logits is None else logits.data_ptr(), self._workspace.data_ptr()
+        model, state = ctypes.byref(self._struct), ctypes.byref(cache.struct)
+        native.kernels().forward(model, state, ids.data_ptr(), *ids.shape, every, *target, threads)
 
     @property
     def device(self) -> torch.device:

@@ -135,31 +135,30 @@ class ModelConfig:
         return cls(**values)  # type: ignore[arg-type]
 
 
-def _paper(hidden: int, ffn: int, layers: int, heads: int) -> ModelConfig:
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None) -> ModelConfig:
+    """The numbers of a preset in one line; as many heads of keys and values as of queries unless given."""
     return ModelConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    ),
-    "demo": ModelConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256,
-    ),
+    "tiny": _shape(64, 128, 2, 4, kv_heads=2).replace(vocab_size=512, max_position_embeddings=128),
+    "demo": _shape(256, 768, 4, 4).replace(vocab_size=4096, max_position_embeddings=256),
     "small": ModelConfig(vocab_size=8192, max_position_embeddings=512),
-    "125m": ModelConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+    "125m": _shape(768, 2048, 12, 12),
+    "700m": _shape(1536, 4096, 24, 16),
+    "1.3b": _shape(2048, 5460, 24, 32),
+    "3b": _shape(3200, 8640, 26, 32),
+    "2b-4t": _shape(2560, 6912, 30, 20, kv_heads=5).replace(
+        vocab_size=128256,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rope_theta=500000.0,
+        hidden_act="relu2",
     ),
-    "700m": _paper(1536, 4096, 24, 16),
-    "1.3b": _paper(2048, 5460, 24, 32),
-    "3b": _paper(3200, 8640, 26, 32),
-    "2b-4t": ModelConfig(
-        vocab_size=128256, hidden_size=2560, intermediate_size=6912, num_hidden_layers=30, num_attention_heads=20,
-        num_key_value_heads=5, head_dim=128, max_position_embeddings=4096, rope_theta=500000.0, hidden_act="relu2",
-    ),
-}  # fmt: skip
+}

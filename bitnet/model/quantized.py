@@ -80,9 +80,7 @@ class StaticInt8Linear(StoredLayer):
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.ndim
         zero = self.activation_zero_point
-        codes = quantize(
-            x.detach(), self.activation_scale.view(shape), zero.view(shape), *integer_range(8)
-        )  # fmt: skip
+        codes = quantize(x.detach(), self.activation_scale.view(shape), zero.view(shape), *integer_range(8))
         product = kernels.packed_matmul(codes, self.packed_weight, bits=8, in_features=self.in_features)
         # sum (x_q - z) w_q = sum x_q w_q - z sum w_q: the product stays an integer one of plain codes.
         y = (product - zero * self.weight_sum).float() * self.activation_scale * self.weight_scale.view(-1)

@@ -171,9 +171,17 @@ class GroupLinear(WeightOnlyLayer):
     input_scale: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, bits: int = 4, group_size: int = 128,
-        version: int = 1, input_scale: bool = False, ternary: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        version: int = 1,
+        input_scale: bool = False,
+        ternary: bool = False,
+    ) -> None:
         super().__init__(in_features, out_features, bias)
         if bits not in GPTQ_BITS:
             raise ValueError(f"bits is {bits}; choose one of {', '.join(map(str, GPTQ_BITS))}")
@@ -188,17 +196,26 @@ class GroupLinear(WeightOnlyLayer):
 
     @classmethod
     def from_quantized(
-        cls, quantized: QuantizedWeight, bias: Tensor | None = None, *, version: int = 1,
-        input_scale: Tensor | None = None, ternary: bool = False,
-    ) -> "GroupLinear":  # fmt: skip
+        cls,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        version: int = 1,
+        input_scale: Tensor | None = None,
+        ternary: bool = False,
+    ) -> "GroupLinear":
         """Pack a quantized weight. Raises ValueError as `pack_gptq` does."""
         rows, columns = quantized.codes.shape
         groups = quantized.scale.shape[1]
         with torch.device("meta"):
             layer = cls(
-                columns, rows, bits=quantized.bits, group_size=-1 if groups == 1 else columns // groups,
-                version=version, ternary=ternary,
-            )  # fmt: skip
+                columns,
+                rows,
+                bits=quantized.bits,
+                group_size=-1 if groups == 1 else columns // groups,
+                version=version,
+                ternary=ternary,
+            )
         for name, tensor in pack_gptq(quantized, version).items():
             setattr(layer, name, tensor)
         layer.input_scale = None if input_scale is None else input_scale.detach().float()
@@ -219,9 +236,13 @@ class GroupLinear(WeightOnlyLayer):
 
     def options(self) -> dict[str, Any]:
         return {
-            **super().options(), "bits": self.bits, "group_size": self.group_size, "version": self.version,
-            "input_scale": self.input_scale is not None, "ternary": self.ternary,
-        }  # fmt: skip
+            **super().options(),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "version": self.version,
+            "input_scale": self.input_scale is not None,
+            "ternary": self.ternary,
+        }
 
 
 class NF4Linear(WeightOnlyLayer):
@@ -233,9 +254,14 @@ class NF4Linear(WeightOnlyLayer):
     scale_offset: Tensor
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = False, *, block_size: int = 64,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        block_size: int = 64,
         double_quant: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(in_features, out_features, bias)
         self.block_size, self.double_quant = block_size, double_quant
         self.nominal_bits = 4.0

@@ -273,9 +273,10 @@ def _search_grid(groups: Tensor, sensitivity: Tensor, grid: Grid) -> tuple[Tenso
         nonlocal scale, zero, best, low, high
         for new_low, new_high in candidates:
             new_scale, new_zero = (
-                (round_scale(new_high), torch.ones_like(zero)) if grid.ternary
+                (round_scale(new_high), torch.ones_like(zero))
+                if grid.ternary
                 else qparams_of_range(new_low, new_high, grid)
-            )  # fmt: skip
+            )
             codes = (groups / new_scale[..., None]).round().add_(new_zero[..., None]).clamp_(0, grid.quant_max)
             errors = codes.sub_(new_zero[..., None]).mul_(new_scale[..., None]).sub_(groups).square_()
             error = torch.einsum("ngs,gs->ng", errors, importance)

@@ -7,9 +7,16 @@ from bitnet.quant.grouped import Grid, QuantizedWeight
 
 
 def quantize_original(
-    weight: Tensor, hessian: Tensor, grid: Grid, group_size: int, damping: float, act_order: bool, static_groups: bool,
-    mse: bool, block_size: int,
-) -> QuantizedWeight:  # fmt: skip
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    group_size: int,
+    damping: float,
+    act_order: bool,
+    static_groups: bool,
+    mse: bool,
+    block_size: int,
+) -> QuantizedWeight:
     """IST-DASLab's `fasterquant`: scales stay float32, dead channels become 0, and a group's grid is found when the
     sweep reaches it, from weights that lack the updates of the block that is being worked on."""
     columns = weight.shape[1]

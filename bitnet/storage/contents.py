@@ -213,9 +213,13 @@ def report(contents: Contents) -> dict[str, Any]:
     types: dict[str, dict[str, int]] = {}
     for entry in contents.entries:
         row = {
-            "name": entry.name, "type": entry.type, "shape": list(entry.shape), "parameters": entry.parameters,
-            "bytes": entry.nbytes, "bits_per_weight": 8 * entry.nbytes / entry.parameters if entry.parameters else 0.0,
-        }  # fmt: skip
+            "name": entry.name,
+            "type": entry.type,
+            "shape": list(entry.shape),
+            "parameters": entry.parameters,
+            "bytes": entry.nbytes,
+            "bits_per_weight": 8 * entry.nbytes / entry.parameters if entry.parameters else 0.0,
+        }
         total = types.setdefault(entry.type, {"tensors": 0, "parameters": 0, "bytes": 0})
         for key, amount in (("tensors", 1), ("parameters", entry.parameters), ("bytes", entry.nbytes)):
             total[key] += amount
@@ -228,10 +232,16 @@ def report(contents: Contents) -> dict[str, Any]:
         rows.append(row)
     parameters, nbytes = (sum(row[key] for row in rows) for key in ("parameters", "bytes"))
     return {
-        "kind": contents.kind, "about": contents.about, "parameters": parameters, "bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / max(1, parameters), "ternary_parameters": ternary,
-        "zeros": zeros / ternary if ternary else None, "types": types, "tensors": rows,
-    }  # fmt: skip
+        "kind": contents.kind,
+        "about": contents.about,
+        "parameters": parameters,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / max(1, parameters),
+        "ternary_parameters": ternary,
+        "zeros": zeros / ternary if ternary else None,
+        "types": types,
+        "tensors": rows,
+    }
 
 
 def histogram(entry: Entry) -> list[dict[str, float]]:

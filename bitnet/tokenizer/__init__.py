@@ -14,9 +14,17 @@ from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_jso
 from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 
 __all__ = [
-    "BaseTokenizer", "ChatTemplate", "HuggingFaceTokenizer", "StreamDecoder", "Tokenizer", "chat_template_of_gguf",
-    "find_chat_template", "from_gguf_metadata", "load_tokenizer", "train_tokenizer",
-]  # fmt: skip
+    "BaseTokenizer",
+    "ChatTemplate",
+    "HuggingFaceTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "chat_template_of_gguf",
+    "find_chat_template",
+    "from_gguf_metadata",
+    "load_tokenizer",
+    "train_tokenizer",
+]
 
 
 def load_tokenizer(

@@ -53,14 +53,16 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "smollm": (r"\p{N}", GPT2_RULE),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
-    "qwen35": (
-        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES,
-    ),
+    "qwen35": (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES,),
     "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2_RULE, r"[0-9][0-9][0-9]"),
     # The model's list of letters is that of cased letters without the mathematical alphabets.
     "deepseek-llm": (
-        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7CB}]]+",
-        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$", _IDEOGRAPHS, r"\p{N}+",
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7CB}]]+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _IDEOGRAPHS,
+        r"\p{N}+",
     ),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}"),
     "deepseek-v3": (r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _PUNCTUATED),
@@ -68,10 +70,8 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-4o": ("|".join((*(f"{case}{_CONTRACTION}?" for case in _CASED), r"\p{N}{1,3}", _SYMBOLS_SLASH)),),
     "bloom": (_SENTENCE_MARKS,),
     "viking": (_SENTENCE_MARKS, r"\p{N}"),
-    "seed-coder": (
-        _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES,
-    ),
-}  # fmt: skip
+    "seed-coder": (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES,),
+}
 """Name of a rule to its regular expressions (Oniguruma's syntax)."""
 
 _SAME_AS = {
@@ -189,10 +189,12 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{source}: its merges do not fit its tokens ({error}); it is damaged") from error
     split = library.pre_tokenizers
-    backend.pre_tokenizer = split.Sequence([
-        *(split.Split(library.Regex(regex), "isolated") for regex in PRE_TOKENIZERS[_RULE_OF[name]]),
-        split.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    backend.pre_tokenizer = split.Sequence(
+        [
+            *(split.Split(library.Regex(regex), "isolated") for regex in PRE_TOKENIZERS[_RULE_OF[name]]),
+            split.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = library.decoders.ByteLevel()
     added = {kind: [piece for piece, k in zip(pieces, types, strict=True) if k == kind] for kind in set(types)}
     backend.add_tokens([library.AddedToken(p, normalized=False) for p in added.get(USER_DEFINED, ())])
@@ -202,9 +204,15 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
     ids = _special_ids(metadata, len(pieces))
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", name in _WHOLE_WORDS)
     return HuggingFaceTokenizer(
-        backend, bos_id=ids["bos"], eos_id=ids["eos"], unk_id=ids["unknown"], pad_id=ids["padding"],
-        adds_bos=bool(adds_bos), ends=_ends(ids), source=source,
-    )  # fmt: skip
+        backend,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        unk_id=ids["unknown"],
+        pad_id=ids["padding"],
+        adds_bos=bool(adds_bos),
+        ends=_ends(ids),
+        source=source,
+    )
 
 
 def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:

@@ -110,9 +110,10 @@ class HuggingFaceTokenizer(BaseTokenizer):
             {} if self.bos_id is None else {"bos_token_id": self.bos_id}
         )
         return {
-            self.file_name: self._json.encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+            self.file_name: self._json.encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode(),
             "generation_config.json": json.dumps(generation, indent=1).encode(),
-        }  # fmt: skip
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json."""

@@ -87,14 +87,19 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
 
 
 def _matmul(
-    weights: native.Lines, codes: Tensor, scale: Tensor, total: Tensor, rows: int, bias: Tensor | None, y: Tensor,
+    weights: native.Lines,
+    codes: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    y: Tensor,
     out: int,
-) -> None:  # fmt: skip
+) -> None:
     threads = torch.get_num_threads() if weights.rows * weights.columns * rows >= _PARALLEL_FROM else 1
-    failed = native.kernels().matmul(
-        weights.struct, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows,
-        None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out, threads,
-    )  # fmt: skip
+    x = codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows
+    into = None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out
+    failed = native.kernels().matmul(weights.struct, *x, *into, threads)
     if failed:
         raise MemoryError(f"no memory for the scratch of a product of {rows} tokens")
 

@@ -49,9 +49,14 @@ TYPES = {
 }
 # What llama.cpp takes for a row whose length is no multiple of 256.
 FALLBACK = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-    "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
-}  # fmt: skip
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+}
 LARGEST = 65504  # of float16
 _FAMILIES = (simple, kquants, ternary)
 _FAMILY = {name: family for family in _FAMILIES for name in TYPES if name in family.BITS}

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 
 from bitnet.quant.blocks import FALLBACK, TYPES
 
-BASE = {
-    "Q2_K": "Q2_K", "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
-    "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "Q4_0": "Q4_0", "Q4_1": "Q4_1",
-    "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "IQ4_NL": "IQ4_NL", "TQ1_0": "TQ1_0", "TQ2_0": "TQ2_0",
-}  # fmt: skip
+_PLAIN = ("Q2_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0")
+_SIZED = ("Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+BASE = {name: name for name in _PLAIN} | {name: name[:-2] for name in _SIZED}
+"""Name of a mixture (small, medium, large) to the type of most of its tensors."""
 LAYERS_OF_70B = 80  # eight query heads share a key there: values are few, and llama.cpp gives them more
 
 

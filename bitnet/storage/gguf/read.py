@@ -38,12 +38,21 @@ _ZEROS = 0x55  # a byte of four codes of weight 0
 
 # Metadata that change what a model computes, by the end of the key, and the values that change nothing.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,), "expert_used_count": (0,), "rope.scaling.type": ("none",), "attention.sliding_window": (0,),
-    "attention.clamp_kqv": (0.0,), "attention.scale": (0.0,), "attention.max_alibi_bias": (0.0,),
-    "embedding_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "logit_scale": (0.0, 1.0),
-    "final_logit_softcapping": (0.0,), "attn_logit_softcapping": (0.0,), "attention.causal": (True,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.type": ("none",),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "attention.causal": (True,),
     "use_parallel_residual": (False,),
-}  # fmt: skip
+}
 
 
 @contextmanager
@@ -139,8 +148,10 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
             raise GGUFError(f"{name} is {list(info.shape)} and the metadata say {list(shape)}")
     left = [name for name in file.tensors if name not in shapes]
     if left:
-        raise GGUFError(f"{len(left)} tensors are not of this model, among them {left[0]}; biases, experts and rotary "
-                        "factors are not supported")  # fmt: skip
+        raise GGUFError(
+            f"{len(left)} tensors are not of this model, among them {left[0]}; biases, experts and rotary "
+            "factors are not supported"
+        )
 
 
 def _number(file: GGUFFile, key: str, default: int | None = None) -> int:

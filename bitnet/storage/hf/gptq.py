@@ -48,10 +48,14 @@ def write(
     bits, group_size, version = kinds.pop()
     config = config_of(model, "master")
     config["quantization_config"] = {
-        "quant_method": "gptq", "bits": bits, "group_size": group_size,
-        "desc_act": any(not _in_order(module.g_idx) for module in groups), "sym": all(map(_symmetric, groups)),
-        "true_sequential": True, "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
-    }  # fmt: skip
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": any(not _in_order(module.g_idx) for module in groups),
+        "sym": all(map(_symmetric, groups)),
+        "true_sequential": True,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
     with new_folder(folder, "GPTQ folder") as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))

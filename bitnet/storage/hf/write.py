@@ -32,9 +32,16 @@ from bitnet.tokenizer.json_write import GENERATION
 
 FORMS = ("packed", "packed-inverse", "master")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.json", "merges.txt", TOKENIZER, GENERATION,
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    TOKENIZER,
+    GENERATION,
+)
 
 
 def write(
