@@ -215,8 +215,9 @@ def load(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     run_on = pick_device(device)
     source = open_source(path, which=checkpoint)
-    _ = source.tokenizer  # what is wrong with it is said before the weights are read
-    return TextModel(open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype]), source)
+    model = open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype])
+    _ = source.tokenizer  # what is wrong with it is said here, not at the first text
+    return TextModel(model, source)
 
 
 def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
