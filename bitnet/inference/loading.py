@@ -42,6 +42,7 @@ def open_model(
     source, device = source if isinstance(source, Source) else open_source(source), torch.device(device)
     if pack and source.kind == "packed" and native_wanted(device):
         return _stream(source, cache_dtype)
+    # Our own folders are read onto the device that runs them; other files, and for the native engine, into memory.
     own = source.kind in ("run", "packed") and not (pack and native_wanted(device))
     model = source.model(device=device if own else "cpu")
     if model.config.quantizer != "none" and pack:
@@ -99,5 +100,6 @@ def _with_packed_embeddings(
 
     for name in floats:
         module = name.rpartition(".")[0]
+        # The engine asks for the packed tensors instead of the float one.
         names = [*(n for n in names if n != name), f"{module}.packed_weight", f"{module}.weight_scale"]
     return tensor, names

@@ -124,7 +124,9 @@ class Source:
                 tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
             elif isinstance(module, PackedLinear):
                 codes, scale = codes_and_scale(module)
-                if module.quantizer == "ternary":  # of which the mean of the absolute latents is the scale
+                # Absmean of codes * s is s times their share of non-zeros. Divided by that share, the latents are
+                # quantized to these very codes and scale again.
+                if module.quantizer == "ternary":
                     scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
                 tensors[f"{name}.weight"] = codes * scale
         floats = {name: value for name, value in model.state_dict().items() if name in model.config.tensor_shapes()}

@@ -102,6 +102,7 @@ def _read_config(file: GGUFFile) -> ModelConfig:
         raise GGUFError("it has no matrix token_embd.weight")
     heads = _number(file, "attention.head_count")
     hidden, layers = _number(file, "embedding_length"), _number(file, "block_count")
+    # Before anything of so many layers is made.
     if layers * len(PROJECTIONS) > len(file.tensors):
         raise GGUFError(f"it announces {layers} layers and has {len(file.tensors)} tensors")
     head_dim = _number(file, "attention.key_length", hidden // heads)
@@ -175,6 +176,7 @@ def dequantize(file: GGUFFile, name: str) -> Tensor:
         return data.view(FLOATS[info.type]).to(torch.float32, copy=True).view(info.shape)
     if info.type not in blocks.TYPES:
         raise GGUFError(f"{name} is {info.type}, which has no dequantizer here; convert the file to another type")
+    # Blocks run along rows: as many bytes a row as its blocks have.
     rows = data.view(-1, info.nbytes // (info.parameters // info.shape[-1]))
     return blocks.dequantize(rows, info.type).view(info.shape)
 
@@ -261,6 +263,7 @@ def _from_blocks(data: Tensor, info: TensorInfo) -> tuple[Tensor, float] | None:
 def _from_floats(weight: Tensor) -> tuple[Tensor, float] | None:
     magnitude = weight.abs()
     largest = magnitude.max()
+    # Ternary is what has one magnitude beside 0.
     if not bool(((magnitude == 0) | (magnitude == largest)).all()):
         return None
     return pack_codes(weight.sign().to(torch.int8), 2), float(largest) or 1.0

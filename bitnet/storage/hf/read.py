@@ -101,6 +101,7 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausal
             f"{tensors.path} has {len(left)} tensors that this architecture ({form}) has no place for, such as "
             f"{left[0]}; leaving them out would change the model"
         )
+    # Names as the model has them, to the names in the files.
     source = {renamed.get(name, name): name for name in tensors.names - ignored}
     for name, shape in shapes.items():  # all headers before the first tensor is read
         if name in packed:
@@ -151,6 +152,7 @@ def _check_packed(tensors: Tensors, module: str, shape: list[int]) -> None:
 def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]:
     """A projection's codes in our layout (`bitnet/quant/packing.py`) and its scale, float32 `[1, 1]`."""
     weight = tensors.read(f"{module}.weight")
+    # Clamped first, so that a large float becomes no valid code by wrapping.
     codes = unpack_rows(weight) if weight.dtype == torch.uint8 else weight.float().clamp(-2, 2).to(torch.int8)
     try:
         if weight.dtype != torch.uint8 and not torch.equal(codes.to(weight.dtype), weight):
@@ -160,6 +162,7 @@ def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]
         raise ValueError(
             f"{tensors.path}: {module}.weight holds other codes than -1, 0 and 1 ({error}); it is damaged"
         ) from error
+    # In float64: 1 / (1 / scale) in float32 loses the last bit of some scales.
     scale = tensors.read(f"{module}.weight_scale").double()
     if form == "packed-inverse":
         scale = 1 / scale
