@@ -14,7 +14,7 @@ from bitnet.tokenizer import ChatTemplate, Tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from tests import oracles
 from tests.conversations import chat, write_chats
-from tests.vocabularies import CHAT_TEXT, stdlib_text
+from tests.vocabularies import CHAT_TEXT, stdlib_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -57,7 +57,7 @@ def transformers() -> ModuleType:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """512 pieces, trained on Python's standard library."""
-    return train_tokenizer([stdlib_text()[:60_000]], 512, threads=1)
+    return stdlib_tokenizer(512)
 
 
 @pytest.fixture(scope="session")

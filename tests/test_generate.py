@@ -1,6 +1,5 @@
 """generate.py as a user runs it."""
 
-import inspect
 import io
 import itertools
 import json
@@ -9,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,9 @@ import generate as cli
 from bitnet.inference.generation import (
     SamplingConfig,
 )
-from bitnet.tokenizer import train_tokenizer
 from tests import ROOT
 from tests.builders import expected_text, generate_ids, save_run, tiny_model
+from tests.vocabularies import stdlib_tokenizer
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -237,7 +235,7 @@ def test_damaged_checkpoints_are_named(call, checkpoint, tmp_path):
         assert (status, out) == (2, ""), folder
         assert err.startswith("error: ")
         assert message in err
-    larger = train_tokenizer([inspect.getsource(textwrap)], 600, threads=1).model_proto
+    larger = stdlib_tokenizer(600).model_proto
     status, _, err = call("--prompt", "x", model=damaged("tokenizer.model", larger))
     assert status == 2
     assert "has 600 tokens and the model only 512" in err

@@ -12,7 +12,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, train_tokenizer
 
 CHAT_SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|user|>", "<|assistant|>"]
 CHAT_TEXT = (
@@ -47,6 +47,12 @@ NASTY = [
 def stdlib_text() -> str:
     root = Path(sysconfig.get_paths()["stdlib"])
     return "".join((root / name).read_text(encoding="utf-8") for name in ("argparse.py", "textwrap.py", "heapq.py"))
+
+
+@functools.cache
+def stdlib_tokenizer(vocab_size: int) -> Tokenizer:
+    """A sentencepiece tokenizer of so many pieces, trained on Python's standard library."""
+    return train_tokenizer([stdlib_text()[:60_000]], vocab_size, threads=1)
 
 
 def random_texts(seed: int, count: int) -> list[str]:

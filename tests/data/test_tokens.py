@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +15,8 @@ from bitnet.data import tokens_write
 from bitnet.data.corpus import Corpus, open_corpus
 from bitnet.data.tokens import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches
 from bitnet.data.tokens_write import cut_text, is_validation, tokenize_corpus
-from bitnet.tokenizer import Tokenizer, train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([Path(tokens_write.__file__).read_text(encoding="utf-8")], 500)
+from bitnet.tokenizer import Tokenizer
+from tests.vocabularies import stdlib_tokenizer
 
 
 def corpus_of(documents: list[str], name: str = "made") -> Corpus:
@@ -184,7 +179,7 @@ def test_second_call_reuses_and_a_change_makes_another_folder(tmp_path, tokenize
         again = tokenize_corpus(corpus_of(numbered(50)), tokenizer, tmp_path)
     assert again.folder == first.folder
     assert again.meta == first.meta
-    other = train_tokenizer([Path(tokens_write.__file__).read_text(encoding="utf-8")], 501)
+    other = stdlib_tokenizer(501)
     folders = {
         first.folder,
         tokenize_corpus(corpus_of(numbered(51)), tokenizer, tmp_path).folder,

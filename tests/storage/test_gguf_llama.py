@@ -14,11 +14,12 @@ from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.gguf.write import FILE_TYPES
 from bitnet.storage.source import open_source
-from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tokenizer import Tokenizer
 from bitnet.tokenizer.gguf_write import vocabulary
 from tests import oracles
 from tests.oracles.llama import LlamaModel, quantize
 from tests.storage.builders import SHAPE, gguf_model
+from tests.vocabularies import stdlib_tokenizer
 
 
 def text(size: int) -> str:
@@ -33,7 +34,7 @@ def text(size: int) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([text(150_000)], SHAPE.vocab_size, threads=1)
+    return stdlib_tokenizer(SHAPE.vocab_size)
 
 
 def trained_model(tokenizer: Tokenizer, **changes: object) -> tuple[BitNetForCausalLM, torch.Tensor]:

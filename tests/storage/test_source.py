@@ -18,11 +18,11 @@ from bitnet.storage.hf import gptq
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.safetensors import CheckpointError, load_json, save_tensors
 from bitnet.storage.source import Source, find, open_source
-from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from bitnet.training.checkpoint import save_checkpoint
 from tests.builders import save_run, tiny_model
-from tests.vocabularies import byte_tokenizer, stdlib_text
+from tests.vocabularies import byte_tokenizer, stdlib_tokenizer
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 TEXT = "def wrap(text):\n    return text"
@@ -339,7 +339,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, tokenizer, monkeypatch):
         _ = source.tokenizer
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         source.model()
-    small = train_tokenizer([stdlib_text()[:60_000]], 600, threads=1)
+    small = stdlib_tokenizer(600)
     run = save_run(tmp_path / "run", tiny_model(), small)
     with pytest.raises(ValueError, match="the tokenizer has 600 tokens and the model only 512"):
         _ = open_source(run).tokenizer

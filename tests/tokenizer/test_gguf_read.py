@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from bitnet.storage.gguf.container import GGUFFile
-from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata, train_tokenizer
+from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata
 from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
 from tests import oracles
@@ -22,7 +22,7 @@ from tests.vocabularies import (
     foreign_model,
     has_case_or_marks,
     split,
-    stdlib_text,
+    stdlib_tokenizer,
 )
 
 WIDE = "\u3000\u2028\x85\u00a0"  # spaces that llama.cpp's approximations of two rules take for ordinary ones
@@ -130,7 +130,7 @@ def test_byte_level_round_trip_stream_and_pickle():
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_as_llama_cpp_and_sentencepiece_do_it(tmp_path, prefix):
-    original = foreign_model() if prefix else train_tokenizer([stdlib_text()[:80_000]], 600, threads=1)
+    original = foreign_model() if prefix else stdlib_tokenizer(600)
     metadata = sentencepiece_metadata(original)
     ours = from_gguf_metadata(metadata)
     assert isinstance(ours, Tokenizer)
@@ -147,7 +147,7 @@ def test_sentencepiece_as_llama_cpp_and_sentencepiece_do_it(tmp_path, prefix):
 
 
 def test_sentencepiece_with_what_converters_add(tmp_path):
-    original = train_tokenizer([stdlib_text()[:80_000]], 500, threads=1)
+    original = stdlib_tokenizer(500)
     metadata = sentencepiece_metadata(original)
     added = ["<|im_end|>", "<tool>", "[PAD502]", ""]
     metadata["tokenizer.ggml.tokens"] += added
@@ -164,7 +164,7 @@ def test_sentencepiece_with_what_converters_add(tmp_path):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_there_and_back_again(prefix):
-    original = foreign_model() if prefix else train_tokenizer([stdlib_text()[:80_000]], 500, threads=1)
+    original = foreign_model() if prefix else stdlib_tokenizer(500)
     metadata = vocabulary_of(original, 512)
     ours = from_gguf_metadata(metadata)
     assert isinstance(ours, Tokenizer)

@@ -14,7 +14,7 @@ from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.source import open_source
-from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, from_gguf_metadata, train_tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, from_gguf_metadata
 from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
 from bitnet.tokenizer.gguf_write_json import metadata_of
@@ -31,7 +31,7 @@ from tests.vocabularies import (
     foreign_model,
     has_case_or_marks,
     split,
-    stdlib_text,
+    stdlib_tokenizer,
 )
 
 KEYS = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token")
@@ -152,7 +152,7 @@ def test_a_normalizer_that_llama_cpp_leaves_out_is_told():
 
 def sentencepiece_like(prefix: bool) -> tuple[Tokenizer, dict]:
     """A sentencepiece model, and the tokenizer.json of it as JSON."""
-    original = foreign_model() if prefix else train_tokenizer([stdlib_text()[:80_000]], 600, threads=1)
+    original = foreign_model() if prefix else stdlib_tokenizer(600)
     return original, json.loads(sentencepiece_files(original.model_proto)["tokenizer.json"])
 
 

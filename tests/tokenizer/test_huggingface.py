@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 from tests import oracles
-from tests.vocabularies import BACKENDS, NASTY, byte_level, foreign_model, random_texts, stdlib_text
+from tests.vocabularies import BACKENDS, NASTY, byte_level, foreign_model, random_texts, stdlib_text, stdlib_tokenizer
 
 TEXTS = [*NASTY, *random_texts(7, 100), stdlib_text()[:5000]]
 
@@ -118,7 +118,7 @@ def test_truncation_and_padding_of_a_file_do_not_apply(tmp_path):
 
 
 def test_folders_and_files_are_told_apart(tmp_path):
-    model = train_tokenizer([stdlib_text()[:20_000]], 400, threads=1)
+    model = stdlib_tokenizer(400)
     with pytest.raises(ValueError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
         load_tokenizer(tmp_path)
     model.save(tmp_path / "tokenizer.model")
@@ -131,7 +131,7 @@ def test_folders_and_files_are_told_apart(tmp_path):
 
 
 def test_a_sentencepiece_model_parses_special_tokens_when_asked():
-    for model in (foreign_model(), train_tokenizer([stdlib_text()[:20_000]], 400, threads=1)):
+    for model in (foreign_model(), stdlib_tokenizer(400)):
         assert model.specials == {"<unk>": 0, "<s>": 1, "</s>": 2}
         hello, more = model.encode("hello"), model.encode(" more")
         assert model.encode("<s>hello</s> more", special=True) == [1, *hello, 2, *more]
