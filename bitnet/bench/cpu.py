@@ -66,6 +66,7 @@ def timed(function: Callable[..., int], *arguments: int) -> tuple[float, int]:
 def integer_peak(threads: int, seconds: float) -> float:
     """GOPS of multiply-adds on registers with the instruction set in force: best of five runs of `seconds` each."""
     peak, rounds = native.kernels().peak, 256
+    # Long enough that starting the threads does not count.
     while timed(peak, rounds, threads)[0] < seconds:
         rounds *= 2
     return max(operations / elapsed for elapsed, operations in (timed(peak, rounds, threads) for _ in range(5))) / 1e9
@@ -75,6 +76,7 @@ def measure_limits(plan: Plan) -> tuple[Limits, list[Row]]:
     """Memory bandwidth, best of five reads of a block, and the integer peak of every instruction set here."""
     library, limits, rows = native.library(), Limits(), list[Row]()
     assert library is not None
+    # A gigabyte, beyond every cache.
     block = native.huge_pages(2**24 if plan.options.quick else 2**30).fill_(1)
     for threads in plan.threads:
         stage(f"limits: {threads} threads")
@@ -95,6 +97,7 @@ def seconds_per_product(copies: Sequence[native.Lines], tokens: int, threads: in
     inputs = codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), tokens
     arguments = (*inputs, None, y.data_ptr(), rows, rows, 0, threads)
     matmul = native.kernels().matmul
+    # One call that does not count: it touches the buffers and wakes the threads. Its copy is the last to come again.
     matmul(copies[-1].struct, *arguments)
     started = time.perf_counter()
     for calls, copy in enumerate(itertools.cycle(copies)):
@@ -154,6 +157,7 @@ def generate_once(
 
     def to_text(ids: Tensor) -> None:
         for row, token in enumerate(ids.tolist()):
+            # The ids are of random weights or go on behind an end: each text that ends begins another.
             if streams[row].finished:  # by an end-of-text token
                 streams[row] = TextStream(tokenizer)
             streams[row].push(token % tokenizer.vocab_size)
@@ -221,6 +225,7 @@ def measure_ours(
 
 def generation_row(isa: str, speed: Speed, plan: Plan, limits: Limits) -> Row:
     """A speed beside the limits of its instruction set and of the memory."""
+    # A multiplication and an addition for each ternary weight and token; embedding and head are left out.
     gops = speed.prefill["median"] * 2 * ternary_weights(plan.config) / 1e9
     peak_share = share(gops, limits.get((isa, speed.threads)))
     limit_share = share(speed.gbs, limits.get(("memory", speed.threads)))
@@ -277,6 +282,7 @@ def compare(
         except (ValueError, OSError) as error:
             console.error(f"peer {peer.name} failed: {error}")
             return {"peer": peer.name, "threads": threads, "error": str(error), "prefill_peer": "failed"}
+        # Ours after the peer in every round: a machine that slows down slows both.
         generate_once(model, tokenizer, prompt[:1], 1, 1)
         prefill = generate_once(model, tokenizer, prompt, 0, 1).prefill_rate
         ours.append((prefill, generate_once(model, tokenizer, prompt[:1], plan.new, 1).decode_rate))

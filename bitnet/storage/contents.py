@@ -87,6 +87,7 @@ def _gguf(file: GGUFFile) -> Contents:
     for info in file.tensors.values():
         stem = info.name.removesuffix(".weight")
         scale = file.tensors.get(f"{stem}.scale")
+        # Shown with the weight that it belongs to.
         if info.name.endswith(".scale") and f"{info.name.removesuffix('.scale')}.weight" in file.tensors:
             continue
         nbytes = info.nbytes + (scale.nbytes if scale is not None else 0)
@@ -114,6 +115,7 @@ def _entries(contents: Contents, tensors: Tensors, config: ModelConfig | None, f
     for name in names:
         stem, _, last = name.rpartition(".")
         scale = f"{stem}.weight_scale"
+        # Shown with the codes that it belongs to.
         if last == "weight_scale" and {f"{stem}.packed_weight", f"{stem}.weight"} & tensors.names:
             continue
         shape, nbytes = tuple(tensors.shape(name)), tensors.nbytes(name)
