@@ -26,18 +26,8 @@ from bitnet.training.reporter import read_metrics
 from tests import ROOT
 
 SMALL = (
-    "--preset",
-    "tiny",
-    "--model.vocab-size",
-    "300",
-    "--wandb",
-    "off",
-    "--compile",
-    "off",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
+    *("--preset", "tiny", "--model.vocab-size", "300", "--wandb", "off"),
+    *("--compile", "off", "--device", "cpu", "--threads", "1"),
 )
 
 
