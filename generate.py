@@ -14,21 +14,23 @@ The text goes to standard output, notes and the closing line of speeds to standa
 same seed gives the same text.
 """
 
-import os
+import dataclasses
 import re
 import secrets
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from bitnet.__main__ import execute
+from bitnet.inference.options import TextOptions
+
 if TYPE_CHECKING:
-    from bitnet.generation import SamplingConfig
-    from bitnet.loading import OpenModel
+    from bitnet.inference.text_model import TextModel
     from bitnet.tokenizer import ChatTemplate
 
 # torch takes seconds to import, so it and whatever imports it come after the arguments have been read.
@@ -37,39 +39,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[Path]
-    """A run folder of train.py, one checkpoint of it, a folder of packed weights (python -m bitnet.export), a GGUF
-    file, a Hugging Face folder, or the name of a model on the hub."""
+    """A run folder of train.py, one checkpoint of it, a folder of packed weights (bitnet export), a GGUF file, a
+    Hugging Face folder, or the name of a model on the hub."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of a run folder."""
     prompt: str = "-"
     """Text to continue; - reads it from standard input and leaves out one newline at its end."""
     interactive: bool = False
-    """Read prompts line by line; an empty line continues the last text. Ctrl-C stops a text, Ctrl-D ends."""
+    """Read prompts line by line; an empty line continues the last text. Ctrl-C stops a text, Ctrl-D ends. Every text
+    adds 1 to the seed."""
     chat: bool = False
     """The prompt is a message, and the model answers it: for models with a chat template. With --interactive it is a
     conversation, whose oldest turns are forgotten where the model's context is full; /reset starts a new one."""
     system: str | None = None
     """With --chat: a system message, which stands before the conversation."""
-    max_new_tokens: int = 200
-    """Most tokens to generate."""
     samples: int = 1
     """Texts to generate from the prompt, as one batch."""
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0 from all."""
-    top_p: float = 0.95
-    """Sample from the most likely tokens that hold this share of the probability; 1 from all."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the most likely one; 0 leaves out none."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that occurred become less likely."""
-    seed: int | None = None
-    """Start of the random numbers; without one it is random and printed. Interactively every text adds 1 to it."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """End the text before this string; may be given several times. \\n, \\r, \\t and \\\\ are understood."""
     echo: bool = True
     """Print the prompt in front of the text (never when interactive or in a chat)."""
+    text: Annotated[TextOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=TextOptions
+    )
     pack: bool = True
     """Run on packed weights; --no-pack runs the float weights that training fake-quantizes."""
     backend: Literal["auto", "native", "reference"] = "auto"
@@ -86,88 +76,82 @@ class Options:
 
 def run(options: Options) -> None:
     check(options)
-
-    from bitnet.kernels import use_backend
-
-    with use_backend(options.backend):
-        write(options)
-
-
-def write(options: Options) -> None:
+    stop = tuple(unescape(string) for string in options.text.stop)
+    options = dataclasses.replace(options, text=dataclasses.replace(options.text, stop=stop))
     prompt = None if options.interactive else read_prompt(options.prompt)
-    stop = [unescape(string) for string in options.stop]
-    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
 
     import torch
 
-    from bitnet.generation import SamplingConfig
-    from bitnet.loading import open_model
-    from bitnet.runtime import DTYPES, pick_device
+    from bitnet.inference.text_model import load
+    from bitnet.kernels import use_backend
     from bitnet.tokenizer.chat import require
 
-    sampling = SamplingConfig(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
-    )
-    if sampling.greedy and options.samples > 1:
+    if options.text.sampling.greedy and options.samples > 1:
         note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
-    device = pick_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    opened = open_model(
-        options.model, which=options.checkpoint, device=device, pack=options.pack, cache_dtype=options.cache,
-        dtype=DTYPES[options.dtype],
-    )  # fmt: skip
-    writer = Writer(options, opened, sampling, stop)
-    if options.chat:
-        chat(writer, Conversation(require(opened.chat_template, opened.folder), options.system), prompt, seed)
-    elif prompt is not None:
-        writer.complete(opened.tokenizer.encode(prompt, bos=opened.tokenizer.adds_bos), seed, prompt)
-    else:
-        continue_lines(writer, seed)
+    with use_backend(options.backend):
+        model = load(
+            options.model,
+            checkpoint=options.checkpoint,
+            device=options.device,
+            dtype=options.dtype,
+            cache=options.cache,
+            pack=options.pack,
+        )
+        writer = Writer(options, model)
+        if options.chat:
+            template = require(model.source.chat_template, model.source.path)
+            chat(writer, Conversation(template, options.system), prompt)
+        elif prompt is not None:
+            writer.write(model.encode(prompt), prompt if options.echo else "")
+        else:
+            continue_lines(writer)
 
 
-def continue_lines(writer: "Writer", seed: int) -> None:
+def continue_lines(writer: "Writer") -> None:
     """Continue the lines of an interactive session, each or, with an empty one, the last text."""
-    tokenizer, ids = writer.opened.tokenizer, list[int]()
+    ids = list[int]()
     while (line := read_line()) is not None:
         if line:
-            ids = tokenizer.encode(line, bos=tokenizer.adds_bos)
+            ids = writer.model.encode(line)
         elif not ids:
             continue
         # A text that is continued again and again keeps its second half, so that there is always room.
-        ids = ids if line else ids[-(writer.positions // 2) :]
+        ids = ids if line else ids[-(writer.model.positions // 2) :]
         try:
-            writer.complete(ids, seed)
+            writer.write(ids)
             ids = writer.ids
         except KeyboardInterrupt:
             pass
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             ids = []
-        seed += 1
+        writer.seed += 1
 
 
-def chat(writer: "Writer", conversation: "Conversation", prompt: str | None, seed: int) -> None:
+def chat(writer: "Writer", conversation: "Conversation", prompt: str | None) -> None:
     """Answer one message, or those of an interactive session."""
+    positions = writer.model.positions
     if prompt is not None:
-        writer.answer(conversation.ask(prompt, writer.positions - 1), seed)
+        writer.write(conversation.ask(prompt, positions - 1), answer=True)
         return
-    room = writer.positions - min(writer.options.max_new_tokens, writer.positions // 2)
+    room = positions - min(writer.options.text.max_new_tokens, positions // 2)
     while (line := read_line()) is not None:
         if line.strip() == "/reset":
-            conversation.reset()
+            conversation.messages.clear()
             note("a new conversation")
         elif line.strip():
             try:
-                writer.answer(conversation.ask(line, room), seed)
+                writer.write(conversation.ask(line, room), answer=True)
             except KeyboardInterrupt:  # what was written so far is the answer
                 pass
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
                 conversation.messages.pop()
                 continue
-            conversation.messages.append({"role": "assistant", "content": writer.text})
-            seed += 1
+            conversation.messages.append({"role": "assistant", "content": writer.text.strip()})
+            writer.seed += 1
 
 
 class Conversation:
@@ -177,9 +161,6 @@ class Conversation:
         self.template = template
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = []
-
-    def reset(self) -> None:
-        self.messages = []
 
     def ask(self, message: str, room: int) -> list[int]:
         """The ids of the conversation with one more message, the oldest turns left out until `room` tokens hold it.
@@ -197,63 +178,35 @@ class Conversation:
 class Writer:
     """Prints what a model writes, with a closing line of speeds."""
 
-    def __init__(self, options: Options, opened: "OpenModel", sampling: "SamplingConfig", stop: Sequence[str]) -> None:
-        self.options, self.opened, self.sampling, self.stop = options, opened, sampling, stop
-        self.positions = opened.model.config.max_position_embeddings
+    def __init__(self, options: Options, model: "TextModel") -> None:
+        self.options, self.model = options, model
+        seed = options.text.seed
+        self.seed = secrets.randbelow(2**31) if seed is None else seed
         self.ids: list[int] = []
         """Of the last prompt and its first text, as far as it came."""
         self.text = ""
         """The first text."""
 
-    def complete(self, ids: list[int], seed: int, prompt: str = "") -> None:
-        """Print `samples` continuations of a prompt's ids, behind its text if that is to be seen."""
-        self._write(ids, ids, prompt if self.options.echo else "", seed)
-
-    def answer(self, ids: list[int], seed: int) -> None:
-        """Print `samples` answers to a conversation's ids. An answer is a text of its own and continues no word."""
-        self._write(ids, [], "", seed)
-        self.text = self.text.strip()
-
-    def _write(self, ids: list[int], before: list[int], shown: str, seed: int) -> None:
-        import torch
-
-        from bitnet.generation import GenerationStats, TextStream, generate, limit_new_tokens
-
-        options, tokenizer, model = self.options, self.opened.tokenizer, self.opened.model
-        count = limit_new_tokens(model.config, len(ids), options.max_new_tokens)
-        if count < options.max_new_tokens:
+    def write(self, ids: list[int], shown: str = "", *, answer: bool = False) -> None:
+        """Print `samples` completions of a prompt's ids, each behind `shown`; an answer continues no word of it."""
+        options, positions = self.options, self.model.positions
+        text = dataclasses.replace(options.text, seed=self.seed)
+        batch = self.model.batch(ids, text, options.samples, answer=answer)
+        wanted, room = text.max_new_tokens, positions - len(ids)
+        if room < wanted:
             note(
-                f"generating at most {count} tokens, not {options.max_new_tokens}: "
-                f"the prompt takes {len(ids)} of the model's {self.positions} positions"
+                f"generating at most {room} tokens, not {wanted}: the prompt takes {positions - room} of the model's "
+                f"{positions} positions"
             )
-        stats = GenerationStats()
-        steps = generate(
-            model, torch.tensor([ids] * options.samples), max_new_tokens=count, sampling=self.sampling, seed=seed,
-            eos_id=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, stats=stats,
-        )  # fmt: skip
-        streams = [TextStream(tokenizer, self.stop, prompt=before) for _ in range(options.samples)]
         printer = Printer(shown, options.samples)
-        self.ids, self.text = list(ids), ""
-
-        def show(pieces: list[str], finished: list[bool]) -> None:
-            self.text += pieces[0]
-            printer.add(pieces)
-            printer.show(finished)
-
         try:
-            for step in steps:
-                tokens = step.tolist()
-                self.ids.append(tokens[0])
-                show(
-                    [stream.push(token) for stream, token in zip(streams, tokens, strict=True)],
-                    [stream.finished for stream in streams],
-                )
-                if all(stream.finished for stream in streams):
-                    break
-            show([stream.close() for stream in streams], [True] * len(streams))
+            for pieces in batch:
+                printer.add(pieces)
+                printer.show([completion.stop_reason is not None for completion in batch.completions])
         finally:  # Ctrl-C too
             printer.end_line()
-            print(f"{stats} | seed {seed}", file=sys.stderr)
+            print(f"{batch.stats} | seed {self.seed}", file=sys.stderr)
+            self.ids, self.text = ids + batch.completions[0].token_ids, batch.completions[0].text
 
 
 class Printer:
@@ -341,20 +294,7 @@ def note(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = tyro.cli(Options, prog="generate.py", args=arguments, description=__doc__)
-    with suppress(AttributeError):  # a terminal that lacks a character gets a "?", not a traceback
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has had enough, as in | head; keep the interpreter's last flush quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return execute(sys.modules[__name__], "generate.py", arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Builds the native CPU kernels where there is a C++ compiler; without one the package installs all the same.
 
-Everything else about the package is in pyproject.toml. One source file an instruction set, each with its own flags, and
-the choice among them at run time: never -march=native, so a wheel built here runs elsewhere.
+One source file an instruction set, each with its own flags, and the choice among them at run time: never -march=native,
+so a wheel built here runs elsewhere. train.py and generate.py, at the top of the repository for people, become commands
+of the package. Everything else about it is in pyproject.toml.
 """
 
 import os
@@ -10,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
+SCRIPTS = ("train", "generate")
 FOLDER = "bitnet/kernels/cpu"
 X86 = ["-mavx2", "-mfma", "-mf16c"]
 X86_512 = [*X86, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
@@ -36,6 +39,13 @@ FLAGS = [
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
     "-fPIC", "-g0", "-Wno-psabi", "-Wno-unused-function", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
+
+
+class BuildModules(build_py):
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """Modules of a package, as (package, module, file)."""
+        scripts = [(package, name, f"{name}.py") for name in SCRIPTS] if package == "bitnet.commands" else []
+        return [*super().find_package_modules(package, package_dir), *scripts]
 
 
 class BuildKernels(build_ext):
@@ -83,5 +93,5 @@ HEADERS = [
 ]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildModules},
 )

@@ -8,10 +8,10 @@
     python train.py --preset chat --init runs/demo --data.chat chats.jsonl            conversations: answers count
     torchrun --nproc-per-node 4 train.py --preset small --parallel fsdp                               several processes
 
-Every option and preset is in bitnet/recipes.py, and everything about a run in its folder (see bitnet/checkpoint.py).
-Batches are a pure function of seed and step, and nothing else in a step is random, so a resumed run repeats the
-uninterrupted one bit for bit; on another number of processes (bitnet/distributed.py) it sees the same data and follows
-the same curve, up to the order of float sums.
+Every option and preset is in bitnet/training/config.py, and everything about a run in its folder (see
+bitnet/training/checkpoint.py). Batches are a pure function of seed and step, and nothing else in a step is
+random, so a resumed run repeats the uninterrupted one bit for bit; on another number of processes
+(bitnet/training/sharding.py) it sees the same data and follows the same curve, up to the order of float sums.
 """
 
 import contextlib
@@ -32,36 +32,37 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bitnet import checkpoint
-from bitnet.chat_data import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
-from bitnet.checkpoint import CheckpointError
-from bitnet.corpus import mixed, open_corpora
-from bitnet.distributed import (
-    World,
-    leave,
-    local_device,
-    placed_like,
-    refresh_scales,
-    replicate,
-    shard,
-    start,
-    stop,
-)
-from bitnet.estimate import check_shares, estimate_run, memory_warning, saves_beside, workload
-from bitnet.evaluate import Evaluation, evaluate_chats, evaluate_mixture
+from bitnet.data.batches import BatchSampler, Prefetcher
+from bitnet.data.chats import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
+from bitnet.data.corpus import mixed, open_corpora
+from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
+from bitnet.evaluation.loss import Evaluation, evaluate_chats, evaluate_mixture
 from bitnet.files import write_atomic
-from bitnet.generation import SamplingConfig, generate, limit_new_tokens
-from bitnet.loading import open_latent, open_tokenizer
-from bitnet.memory import Workload, estimate, return_freed_blocks
+from bitnet.inference.generation import SamplingConfig, generate, limit_new_tokens
+from bitnet.kernels import training_product
+from bitnet.machine import compile_model, eager, int8_pays, pick_device, pick_dtype, return_freed_blocks
 from bitnet.model import BitNetForCausalLM, bit_linears
-from bitnet.optim import Optimizer, clip_gradients
-from bitnet.recipes import TrainConfig, estimate_wanted, parse
-from bitnet.runtime import compile_model, eager, int8_pays, pick_device, pick_dtype
-from bitnet.sampling import Ahead, BatchSampler, Mixture, document_borders, tokenize_mixture
-from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.storage.folders import CONFIG, INDEX, STATE, folder_of
+from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.storage.source import open_source
+from bitnet.tokenizer import (
+    BaseTokenizer,
+    ChatTemplate,
+    Tokenizer,
+    find_chat_template,
+    load_tokenizer,
+    train_tokenizer,
+)
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
-from bitnet.tracking import Tracker
-from bitnet.weight_stats import weight_codes, weight_statistics
+from bitnet.training.checkpoint import consolidate, load_training_tensors, newest_good, save_checkpoint
+from bitnet.training.config import TrainConfig, check_shares, estimate_wanted, parse, saves_beside, workload
+from bitnet.training.estimate import estimate_run, memory_warning
+from bitnet.training.memory import Workload, estimate
+from bitnet.training.optimizer import Optimizer, clip_gradients
+from bitnet.training.processes import World, exit_process, local_device, replicate, start, stop
+from bitnet.training.reporter import Tracker
+from bitnet.training.sharding import prepare_gathers, shard, shard_like
+from bitnet.training.weight_stats import weight_codes, weight_statistics
 
 # -------------------------------------------------------------------------------------------------------------- data
 
@@ -121,7 +122,7 @@ class Run:
         check_shares(config, world.size)
         self.folder = Path(config.out)
         saved = self._newest() if resume else None
-        if not resume and (self.folder / "checkpoints" / checkpoint.INDEX).exists():
+        if not resume and (self.folder / "checkpoints" / INDEX).exists():
             raise ValueError(
                 f"{self.folder} already holds a run; continue it with --resume {self.folder}, choose another --out, "
                 "or delete the folder"
@@ -135,11 +136,12 @@ class Run:
         self.data: Mixture | TokenizedChats
         self.sampler: BatchSampler | ChatSampler
         self.template: ChatTemplate | None = None
-        tokenizer, given = None, open_latent(config.init) if config.init and not saved else None
+        tokenizer, given = None, open_source(config.init) if config.init and not saved else None
         if saved:
-            tokenizer, self.template = open_tokenizer(saved, "run")
+            tokenizer = load_tokenizer(saved, own=True)
+            self.template = find_chat_template(saved, tokenizer)
         elif given:
-            tokenizer, self.template = given[1].tokenizer, given[1].chat_template
+            tokenizer, self.template, start = given.tokenizer, given.chat_template, given.latent()
         if not world.is_first:  # the others find done what the first one does
             world.barrier("the preparation of the data")
         if config.data.chat:
@@ -149,7 +151,7 @@ class Run:
         if world.is_first:
             world.barrier("the preparation of the data")
         if given:
-            config = dataclasses.replace(config, model=given[0].config.replace(quantizer=config.model.quantizer))
+            config = dataclasses.replace(config, model=start.config.replace(quantizer=config.model.quantizer))
         elif not saved:  # the vocabulary is the tokenizer's, which a given one decides
             config = dataclasses.replace(config, model=config.model.replace(vocab_size=self.tokenizer.vocab_size))
         self.config = config
@@ -160,7 +162,7 @@ class Run:
                 self.data.split("train"), config.window, config.batch_size, config.seed, self.data.counts
             )
 
-        self.batches = Ahead(self._micro_batch, config.data.prefetch)
+        self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
 
         torch.manual_seed(config.seed)
         with torch.device(self.device):
@@ -168,7 +170,7 @@ class Run:
         self.model.model.recompute, self.model.loss_chunk = config.recompute, config.loss_chunk
         self.model.document_ids = document_borders(self.tokenizer) if config.data.document_mask else None
         if world.strategy == "fsdp":
-            shard(self.model, self.device, self.dtype)
+            shard(self.model, self.device)
         self.optimizer = Optimizer(self.model, config.optim)
         self.step, self.best_loss, self.seconds = 0, math.inf, 0.0
         self.data_shift = 0  # batches that rewinds have jumped over
@@ -178,13 +180,13 @@ class Run:
         if saved:
             self._load(saved)
         elif given:
-            mine, weights = self.model.state_dict(), given[0].state_dict()
-            self.model.load_state_dict({name: placed_like(mine[name], value) for name, value in weights.items()})
+            mine, weights = self.model.state_dict(), start.state_dict()
+            self.model.load_state_dict({name: shard_like(mine[name], value) for name, value in weights.items()})
         self.finished = self.step == config.steps and not config.minutes
         self.compiled = not self.finished and compile_model(self.model, config.compile)
         self.saver: Any = None
         if saves_beside(config, world.strategy):
-            from bitnet.sharded import BackgroundSaver
+            from bitnet.training.shards import BackgroundSaver
 
             self.saver = BackgroundSaver(world, config.timeout_minutes)
         self.replica: Any = replicate(self.model, self.device) if world.strategy == "ddp" else None
@@ -194,10 +196,10 @@ class Run:
         found: Any = None
         if self.world.is_first:
             try:
-                found = checkpoint.newest_good(self.folder)
+                found = newest_good(self.folder)
             except CheckpointError as error:
                 found = error
-        found = self.world.share(found)
+        found = self.world.broadcast(found)
         if isinstance(found, CheckpointError):
             raise found
         for line in found[1] if self.world.is_first else ():
@@ -205,14 +207,14 @@ class Run:
         return found[0]
 
     def _load(self, saved: Path) -> None:
-        state = checkpoint.load_json(saved / checkpoint.STATE)
+        state = load_json(saved / STATE)
         if state.get("data") != self.data.fingerprint:
             raise CheckpointError(
                 f"the run was trained on data {state.get('data')}, and "
                 f"{self.config.data.chat or self.config.data.corpus} gives "
                 f"{self.data.fingerprint}: the corpus has changed. Restore it, or start a new run"
             )
-        checkpoint.load_training_tensors(saved, self.model, self.optimizer, self.device)
+        load_training_tensors(saved, self.model, self.optimizer, self.device)
         self.step, self.seconds = state["step"], state["seconds"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         self.data_shift = state.get("data_shift", 0)
@@ -264,12 +266,11 @@ class Run:
         # A tensor, so that compiled layers are not compiled again at every step of the ramp.
         fading = torch.tensor(strength, device=self.device) if 0 < strength < 1 else None
         for _, layer in bit_linears(self.model):
-            layer.quantizer_enabled = strength > 0
-            layer.quantizer_strength = fading
-            if self.int8:
-                layer.quantize_for_step(strength == 1 and layer.quantizer != "none")
+            layer.product = training_product(
+                layer.product, layer.weight, layer.quantizer, strength if fading is None else fading, int8=self.int8
+            )
         if self.world.strategy == "fsdp":
-            refresh_scales(self.model, self.world)
+            prepare_gathers(self.model, self.world, self.dtype)
 
     def train_step(self) -> tuple[float, float, float]:
         """One optimizer step. Returns loss, gradient norm and learning rate. A gradient that is not finite, or a spike,
@@ -307,7 +308,7 @@ class Run:
         """Skip a step or rewind. Raises Diverged where that is not wanted, or has not helped."""
         config, self.faults = self.config, self.faults + 1
         write(self.finish_save, must=False)
-        saved = remedy == "rewind" and (self.folder / "checkpoints" / checkpoint.INDEX).exists()
+        saved = remedy == "rewind" and (self.folder / "checkpoints" / INDEX).exists()
         if remedy == "stop" or self.faults > MAX_FAULTS or (remedy == "rewind" and not saved):
             raise Diverged(
                 f"step {self.step}: {what}"
@@ -353,7 +354,7 @@ class Run:
         self.optimizer = Optimizer(self.model, self.config.optim)
         self.optimizer.load_state(moments)
         # The rest goes to validation, checkpoints and samples.
-        return self.world.share(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
+        return self.world.broadcast(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
 
     def validate(self, whole: bool) -> Evaluation:
         """Loss on the held-out documents or answers; the whole split or its first `eval_tokens`."""
@@ -398,7 +399,7 @@ class Run:
         if not (sharded or self.world.is_first):
             return
         save = functools.partial(
-            checkpoint.save_checkpoint, self.folder,
+            save_checkpoint, self.folder,
             state={
                 "step": self.step, "seconds": self.seconds,
                 "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
@@ -494,7 +495,7 @@ def _carry_out(run: Run, world: World) -> Run:
     tracker: Tracker | None = None
     if world.is_first:
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(run.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
+        write_atomic(run.folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
         tracker = Tracker(run.folder, dataclasses.asdict(config), config.wandb, resume_step=run.step)
 
     def request_stop(signum: int, frame: Any) -> None:
@@ -518,7 +519,7 @@ def _carry_out(run: Run, world: World) -> Run:
     if world.strategy == "fsdp" and run.step == config.steps:
         if world.is_first:  # what generate.py and the exports read
             for which in ("last", "best"):
-                checkpoint.consolidate(checkpoint.folder_of(run.folder, which))
+                consolidate(folder_of(run.folder, which))
         world.barrier("the conversion of the last checkpoint")
     return run
 
@@ -581,7 +582,7 @@ def loop(run: Run, tracker: Tracker | None, bar: tqdm) -> None:
         if config.max_minutes and run.stop_signal is None:
             # Twice the longest step and pause (which saves), since the next ones may be longer.
             left = config.max_minutes * 60 - (time.perf_counter() - run.started) - 2 * (longest + longest_pause)
-            run.stop_signal = run.world.share(signal.SIGTERM if left < 0 else None)
+            run.stop_signal = run.world.broadcast(signal.SIGTERM if left < 0 else None)
     if run.step < config.steps:
         save_or_warn(run, best=False, must=True)
         if tracker:
@@ -669,4 +670,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

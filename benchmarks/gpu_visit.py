@@ -4,13 +4,14 @@
     python3 benchmarks/gpu_visit.py measure --out DIR --seconds 400      how fast?
     python3 benchmarks/gpu_visit.py rest    --out DIR --seconds 160      training curve, losses, long texts
 
-Every step is a process of its own (`python3 -m bitnet.gpu_bench`), so a crash, a hang or a wrong number costs that step
+Every step is a process of its own (`python3 -m bitnet.bench.gpu`), so a crash, a hang or a wrong number costs that step
 alone; what stands on a red gate is left out. DIR gets STAGE.json and STAGE.log, rewritten after every step. Triton's
 and Inductor's caches go where their variables say. `--steps` runs some steps alone. The exit code is 1 where a step
 failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "visit"
 GATES = ("activations", "weights", "products", "projections", "training", "engine", "compile")
 Step = tuple[str, float, list[str]]
-"""Name, limit in seconds, arguments of `bitnet.gpu_bench`."""
+"""Name, limit in seconds, arguments of `bitnet.bench.gpu`."""
 
 
 def section(name: str, limit: float, *arguments: str) -> Step:
@@ -64,10 +65,8 @@ NEEDS = {
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """End a step and everything that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -78,7 +77,7 @@ def run_row(steps: list[Step], deadline: float, extra: list[str]) -> dict[str, d
     done: dict[str, dict[str, Any]] = {}
     for name, limit, arguments in steps:
         (WORK / f"{name}.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bitnet.gpu_bench", *arguments, *extra, "--json", str(WORK / f"{name}.json")]
+        command = [sys.executable, "-m", "bitnet.bench.gpu", *arguments, *extra, "--json", str(WORK / f"{name}.json")]
         with open(WORK / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
         running[name] = process, min(started + limit, deadline)

@@ -4,7 +4,7 @@
 
 Both tokenize every document in turn, so that a machine that slows down slows both; the rates are medians of the
 rounds. A document whose ids differ, or whose text does not come back, ends the script with exit code 1 and no rates.
-Needs the shared libraries that tests/llama.py loads. Results go to benchmarks/results/tokenize_corpus.json.
+Needs the shared libraries that tests/oracles/llama.py loads. Results go to benchmarks/results/tokenize_corpus.json.
 """
 
 import json
@@ -21,12 +21,11 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_tokenizer_gguf import Vocabulary  # noqa: E402
-
-from bitnet.corpus import open_corpus  # noqa: E402
-from bitnet.interop.gguf_file import GGUFFile  # noqa: E402
-from bitnet.runtime import cpu_capabilities  # noqa: E402
+from bitnet.data.corpus import open_corpus  # noqa: E402
+from bitnet.machine import cpu_capabilities  # noqa: E402
+from bitnet.storage.gguf.container import GGUFFile  # noqa: E402
 from bitnet.tokenizer import from_gguf_metadata  # noqa: E402
+from tests.tokenizer.test_gguf_read import Vocabulary  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "tokenize_corpus.json"
 

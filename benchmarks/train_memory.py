@@ -1,4 +1,4 @@
-"""The memory estimate of training (`bitnet/memory.py`) against what processes that train really take.
+"""The memory estimate of training (`bitnet/training/memory.py`) against what processes that train really take.
 
     python benchmarks/train_memory.py                a spread of configurations, each in a process of its own
 
@@ -24,13 +24,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
-from bitnet import recipes
-from bitnet.bench import process_memory, reset_peak_memory
-from bitnet.data import TokenArray
+from bitnet.data.mixture import Mixture
+from bitnet.data.tokens import TokenArray
 from bitnet.files import write_atomic
-from bitnet.memory import estimate, return_freed_blocks
-from bitnet.sampling import Mixture
-from bitnet.weight_stats import weight_codes, weight_statistics
+from bitnet.machine import process_memory, reset_peak_memory, return_freed_blocks
+from bitnet.training import config as recipes
+from bitnet.training.memory import estimate
+from bitnet.training.weight_stats import weight_codes, weight_statistics
 
 RESULTS = Path(__file__).parent / "results" / "train_memory.json"
 

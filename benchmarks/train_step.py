@@ -22,11 +22,12 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bitnet import recipes
-from bitnet.memory import storages_saved
+from bitnet.kernels import training_product
+from bitnet.machine import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
-from bitnet.optim import Optimizer, clip_gradients
-from bitnet.runtime import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
+from bitnet.training import config as recipes
+from bitnet.training.memory import storages_saved
+from bitnet.training.optimizer import Optimizer, clip_gradients
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
@@ -66,7 +67,7 @@ class Contender:
     def quantize(self, wanted: bool = True) -> None:
         """What train.py does once a step, if this contender does."""
         for _, layer in bit_linears(self.model) if self.int8 else ():
-            layer.quantize_for_step(wanted)
+            layer.product = training_product(layer.product, layer.weight, layer.quantizer, 1.0, int8=wanted)
 
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps from the forward for the backward, parameters and their codes left out."""

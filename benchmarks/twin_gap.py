@@ -21,8 +21,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
-from bitnet import recipes
 from bitnet.files import write_atomic
+from bitnet.training import config as recipes
 
 RESULTS = Path(__file__).parent / "results" / "twin_gap"
 SIZES = {"128x4": (128, 384, 2), "256x4": (256, 768, 4)}  # hidden_size, intermediate_size, heads

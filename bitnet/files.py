@@ -1,6 +1,7 @@
 """Writing files so that a crash or a full disk never leaves half of one."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,21 @@ def fsync_folder(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder to fill, which then appears under its name whole, or not at all. Raises OSError, naming `what` was to
+    be written, also for a folder that exists."""
+    if folder.exists():
+        raise OSError(f"{folder} already exists; choose another name or delete it")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise OSError(f"the {what} was not written to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

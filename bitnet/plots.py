@@ -68,9 +68,14 @@ class Point:
 
 
 def draw_scatter(
-    points: Sequence[Point], path: Path, *, xlabel: str, title: str, ylabel: str = "perplexity",
+    points: Sequence[Point],
+    path: Path,
+    *,
+    xlabel: str,
+    title: str,
+    ylabel: str = "perplexity",
     lower_is_better: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Methods over a logarithmic x, low (or high, if not `lower_is_better`) x and low y being best, with the border
     that nothing beats.
 
@@ -87,11 +92,17 @@ def draw_scatter(
                 chosen = [p for p in points if p.family == family and p.hollow == hollow]
                 if chosen:
                     axes.errorbar(
-                        [p.x for p in chosen], [min(p.y, ceiling) for p in chosen],
-                        yerr=[p.error if p.y < ceiling else 0 for p in chosen], fmt="o", color=color, ms=5, lw=1,
-                        capsize=2, markerfacecolor="white" if hollow else color,
+                        [p.x for p in chosen],
+                        [min(p.y, ceiling) for p in chosen],
+                        yerr=[p.error if p.y < ceiling else 0 for p in chosen],
+                        fmt="o",
+                        color=color,
+                        ms=5,
+                        lw=1,
+                        capsize=2,
+                        markerfacecolor="white" if hollow else color,
                         label=family if not hollow or all(p.hollow for p in points if p.family == family) else None,
-                    )  # fmt: skip
+                    )
         border: list[Point] = []
         sign = 1 if lower_is_better else -1
         for point in sorted(points, key=lambda p: (sign * p.x, p.y)):
@@ -123,9 +134,13 @@ def _place_names(axes: Any, points: Sequence[tuple[Point, float]]) -> None:
     edges = axes.bbox.extents
     for point, y in points:
         text = axes.annotate(
-            f"{point.name} \u2191{point.y:.3g}" if point.y > y else point.name, (point.x, y), (0, 0),
-            textcoords="offset pixels", fontsize=6.5, color=FAMILIES[point.family],
-        )  # fmt: skip
+            f"{point.name} \u2191{point.y:.3g}" if point.y > y else point.name,
+            (point.x, y),
+            (0, 0),
+            textcoords="offset pixels",
+            fontsize=6.5,
+            color=FAMILIES[point.family],
+        )
         extent = text.get_window_extent(renderer)
         width, height = extent.width, extent.height
         text.set_in_layout(False)
@@ -165,9 +180,13 @@ def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, 
                 note = f"{len(levels)} levels"
             else:
                 twin.hist(
-                    values.flatten().float().numpy(), bins=160, range=(-limit, limit), color="#d62728", density=True,
+                    values.flatten().float().numpy(),
+                    bins=160,
+                    range=(-limit, limit),
+                    color="#d62728",
+                    density=True,
                     histtype="step",
-                )  # fmt: skip
+                )
                 note = f"{len(levels):,} values"
             twin.set_yticks([])
             axes.set_yticks([])

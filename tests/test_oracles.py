@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-import oracles
 import pytest
+
+from tests import ROOT, oracles
 
 ABSENT = {
     "module": lambda: oracles.require("no_such_package"),
@@ -30,5 +31,5 @@ def test_an_oracle_that_is_there(monkeypatch):
 
 def test_no_test_skips_over_a_missing_package_by_itself():
     by_itself = re.compile(r"importorskip\(|skipif\([^)]*find_spec")
-    for path in Path(__file__).parent.glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         assert path.name == Path(__file__).name or not by_itself.search(path.read_text(encoding="utf-8")), path.name

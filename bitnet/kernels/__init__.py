@@ -1,15 +1,24 @@
-"""The one place that chooses a backend for the products of BitLinear.
+"""The one place that chooses what multiplies in BitLinear: the backend of a product, the product of a training step.
 
 A backend is a module with the functions of `bitnet/kernels/reference.py`, under the same names and signatures, listed
 in `BACKENDS`: `reference` (plain torch, every device), `native` (`bitnet/kernels/cpu`, compiled when the package was
 installed) and `triton` (`bitnet/kernels/triton`, for GPUs). The choice is made at every call, from the device of the
 tensors. `use_backend("name")` (or the environment variable BITNET_BACKEND) asks for one of them explicitly, and a
 request that cannot be met raises, where the automatic choice falls back to the reference and says so once.
+
+What a layer computes in training changes during a run (`training_product`), the layer itself does not:
+
+    float_linear        no quantization: the 16-bit warm start of a ternary run
+    FadingProduct       a part of it, while the quantizers fade in
+    fake_quant_linear   all of it, on dequantized operands: the default of every layer
+    Int8Product         all of it, multiplied as int8 on codes that are made once a step
+
+Sharded layers have two more, which say how their weights travel (`bitnet/training/sharding.py`).
 """
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -18,14 +27,19 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import cpu, reference, triton
+from bitnet.kernels.int8_training import Int8Product
 from bitnet.kernels.reference import PACKED_BITS, WEIGHT_QUANTIZERS, check_quantizer, quantize_weight
 
 __all__ = [
     "BACKENDS",
     "PACKED_BITS",
     "WEIGHT_QUANTIZERS",
+    "FadingProduct",
+    "Int8Product",
+    "Product",
     "check_quantizer",
     "fake_quant_linear",
+    "float_linear",
     "native_available",
     "native_wanted",
     "packed_linear",
@@ -33,11 +47,15 @@ __all__ = [
     "quantize_weight",
     "requested_backend",
     "select_backend",
+    "training_product",
     "triton_wanted",
     "use_backend",
 ]
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": cpu, "triton": triton}
+
+Product = Callable[[Tensor, Tensor, Tensor | None, str], Tensor]
+"""What a BitLinear computes: `y = product(x, weight, bias, quantizer)`, of x `[.., K]`, weight `[N, K]`, bias `[N]`."""
 
 _requested = os.environ.get("BITNET_BACKEND", "auto")
 
@@ -127,10 +145,43 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
     return backend.packed_matmul(codes, packed, bits=bits, in_features=in_features)
 
 
-def fake_quant_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, strength: Tensor | None = None
-) -> Tensor:
-    """Training product with fake quantization: see `reference.fake_quant_linear`, which alone fades quantizers in."""
-    if strength is not None:
-        return reference.fake_quant_linear(x, weight, bias, quantizer, strength)
+def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+    """Training product with fake quantization: see `reference.fake_quant_linear`."""
     return select_backend(x).fake_quant_linear(x, weight, bias, quantizer)
+
+
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+    """`F.linear`, whatever the layer's quantizer."""
+    return fake_quant_linear(x, weight, bias, "none")
+
+
+class FadingProduct:
+    """Fake quantization of a strength between 0 and 1, a scalar tensor: see `reference.fake_quant_linear`."""
+
+    def __init__(self, strength: Tensor) -> None:
+        self.strength = strength
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        return reference.fake_quant_linear(x, weight, bias, quantizer, self.strength)
+
+
+def training_product(
+    before: Product, weight: Tensor, quantizer: str, strength: float | Tensor, *, int8: bool
+) -> Product:
+    """What a layer of this weight `[N, K]` computes in the next step, behind a step with the product `before`.
+
+    strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
+    int8: multiply codes, made here and valid until the weight changes, where the strength is 1.
+    """
+    if quantizer == "none":
+        return fake_quant_linear
+    if isinstance(strength, Tensor):
+        return FadingProduct(strength)
+    if strength == 0:
+        return float_linear
+    if not int8:
+        return fake_quant_linear
+    if not isinstance(before, Int8Product):
+        return Int8Product(weight, quantizer)
+    before.refresh(weight, quantizer)
+    return before

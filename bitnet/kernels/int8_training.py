@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.kernels.reference import quantize_activations
+from bitnet.kernels.reference import quantize_activations, quantize_weight
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -23,6 +23,7 @@ class _Int8Linear(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_codes, x_scale = quantize_activations(x)
         y = torch._int_mm(x_codes, codes.t()).float() * x_scale * scale.view(-1)
+        # Codes and scale are results too, since a Function in torch.func's form saves only inputs and outputs.
         return y, x_codes, x_scale
 
     @staticmethod
@@ -35,6 +36,7 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad, (x_codes, x_scale, codes, scale) = grads[0], ctx.saved_tensors
+        # Straight through: the derivative of x~ @ W~^T, handed on to x and the latent weight.
         return grad @ (codes.float() * scale), grad.t() @ (x_codes.float() * x_scale), None, None
 
 
@@ -44,3 +46,22 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, s
     y = _Int8Linear.apply(x.reshape(-1, x.shape[-1]), weight, codes, scale)[0]
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
+
+
+class Int8Product:
+    """`int8_linear` on the codes of a layer's weight `[N, K]`, which `refresh` makes again when the weight has changed.
+
+    Attributes: `codes` int8 `[N, K]` and `scale` float32 `[1, 1]` or `[N, 1]`.
+    """
+
+    def __init__(self, weight: Tensor, quantizer: str) -> None:
+        self.codes, self.scale = quantize_weight(weight.detach(), quantizer)
+
+    def refresh(self, weight: Tensor, quantizer: str) -> None:
+        codes, scale = quantize_weight(weight.detach(), quantizer)
+        # In place: a compiled layer reads the tensors that it was compiled with.
+        self.codes.copy_(codes)
+        self.scale.copy_(scale)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        return int8_linear(x, weight, bias, self.codes, self.scale)

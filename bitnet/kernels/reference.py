@@ -12,13 +12,12 @@ folds into its layer belongs to the model here, as in BitNet b1.58 2B-4T.
 Letters: M tokens, N out_features, K in_features.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.quant import affine, packing, ternary
+from bitnet.quant.straight_through import straight_through
 
 ACTIVATION_BITS = 8
 WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none")
@@ -89,51 +88,31 @@ def packed_linear(
     return y.to(x.dtype)
 
 
-class _FakeQuantizeActivations(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        scale = affine.choose_qparams_symmetric(x, ACTIVATION_BITS, affine.PerToken())
-        return affine.fake_quantize(x, scale, None, *affine.integer_range(ACTIVATION_BITS))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass  # the identity needs nothing; the method is what torch.func asks for
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+def _round_activations(x: Tensor) -> Tensor:
+    scale = affine.choose_qparams_symmetric(x, ACTIVATION_BITS, affine.PerToken())
+    return affine.fake_quantize(x, scale, None, *affine.integer_range(ACTIVATION_BITS))
 
 
-class _FakeQuantizeWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(weight: Tensor, quantizer: str) -> Tensor:
-        if quantizer == "ternary":
-            return ternary.fake_quantize_ternary(weight)
-        if quantizer == "binary":
-            return ternary.fake_quantize_binary(weight)
-        bits = PACKED_BITS[quantizer]
-        scale = affine.choose_qparams_symmetric(weight, bits, affine.PerChannel(0))
-        return affine.fake_quantize(weight, scale, None, *affine.integer_range(bits))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass  # the identity needs nothing; the method is what torch.func asks for
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+def _round_weight(weight: Tensor, quantizer: str) -> Tensor:
+    if quantizer == "ternary":
+        return ternary.fake_quantize_ternary(weight)
+    if quantizer == "binary":
+        return ternary.fake_quantize_binary(weight)
+    bits = PACKED_BITS[quantizer]
+    scale = affine.choose_qparams_symmetric(weight, bits, affine.PerChannel(0))
+    return affine.fake_quantize(weight, scale, None, *affine.integer_range(bits))
 
 
 def fake_quantize_activations(x: Tensor) -> Tensor:
     """x~ = x_q * s_x in x's dtype, with the identity as its gradient."""
-    return _FakeQuantizeActivations.apply(x)
+    return straight_through(x, _round_activations)
 
 
 def fake_quantize_weight(weight: Tensor, quantizer: str) -> Tensor:
     """W~ = w_q * s_w in the weight's dtype, with the identity as its gradient; `none` returns the weight itself."""
     if check_quantizer(quantizer) == "none":
         return weight
-    return _FakeQuantizeWeight.apply(weight, quantizer)
+    return straight_through(weight, lambda value: _round_weight(value, quantizer))
 
 
 def fake_quant_linear(

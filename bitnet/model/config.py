@@ -91,6 +91,37 @@ class ModelConfig:
         """Width D of a head: `head_dim`, or hidden_size / num_attention_heads where that is None."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The seven matrices of a layer: names inside it, `(out_features, in_features)` each, in the order of use."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = (heads * self.head_width for heads in (self.num_attention_heads, self.num_key_value_heads))
+        return {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def norms(self) -> dict[str, int]:
+        """The norms of a layer: names inside it, and widths."""
+        inner = {name: columns for name, (_, columns) in self.projections().items()}
+        sub_norms = {"self_attn.attn_sub_norm": inner["self_attn.o_proj"], "mlp.ffn_sub_norm": inner["mlp.down_proj"]}
+        outer = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
+        return outer | (sub_norms if self.sub_norm else {})
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The state_dict of the float model: names and shapes, without the model."""
+        table = (self.vocab_size, self.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
+        layer = self.projections() | {name: (width,) for name, width in self.norms().items()}
+        for index in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        return shapes if self.tie_word_embeddings else shapes | {"lm_head.weight": table}
+
     def replace(self, **changes: object) -> "ModelConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
@@ -104,31 +135,30 @@ class ModelConfig:
         return cls(**values)  # type: ignore[arg-type]
 
 
-def _paper(hidden: int, ffn: int, layers: int, heads: int) -> ModelConfig:
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None) -> ModelConfig:
+    """The numbers of a preset in one line; as many heads of keys and values as of queries unless given."""
     return ModelConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads,
+    )
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    ),
-    "demo": ModelConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256,
-    ),
+    "tiny": _shape(64, 128, 2, 4, kv_heads=2).replace(vocab_size=512, max_position_embeddings=128),
+    "demo": _shape(256, 768, 4, 4).replace(vocab_size=4096, max_position_embeddings=256),
     "small": ModelConfig(vocab_size=8192, max_position_embeddings=512),
-    "125m": ModelConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+    "125m": _shape(768, 2048, 12, 12),
+    "700m": _shape(1536, 4096, 24, 16),
+    "1.3b": _shape(2048, 5460, 24, 32),
+    "3b": _shape(3200, 8640, 26, 32),
+    "2b-4t": _shape(2560, 6912, 30, 20, kv_heads=5).replace(
+        vocab_size=128256,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rope_theta=500000.0,
+        hidden_act="relu2",
     ),
-    "700m": _paper(1536, 4096, 24, 16),
-    "1.3b": _paper(2048, 5460, 24, 32),
-    "3b": _paper(3200, 8640, 26, 32),
-    "2b-4t": ModelConfig(
-        vocab_size=128256, hidden_size=2560, intermediate_size=6912, num_hidden_layers=30, num_attention_heads=20,
-        num_key_value_heads=5, head_dim=128, max_position_embeddings=4096, rope_theta=500000.0, hidden_act="relu2",
-    ),
-}  # fmt: skip
+}

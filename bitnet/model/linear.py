@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bitnet import kernels
-from bitnet.kernels.int8_training import int8_linear
 from bitnet.quant import packed_width, unpack_codes
 from bitnet.quant.packing import pack_codes
 
@@ -30,17 +29,12 @@ class BitLinear(nn.Linear):
     `binary` (1-bit BitNet), `int8` or `int4` (ordinary QAT), or `none`, which is exactly `nn.Linear`; all but `none`
     quantize activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
 
-    `quantizer_enabled = False` turns it into a plain Linear for a while (the 16-bit warm start of a ternary run), and a
-    scalar tensor as `quantizer_strength` fades its quantizers in (0 to 1; None is full strength). With
-    `weight_is_quantized` the parameter holds W~ already, gathered from the shards of other processes. After
-    `quantize_for_step` the product is int8 on the codes made there, until `quantize_for_step(False)`.
+    `product(x, weight, bias, quantizer)` is what the layer computes. Whoever trains it may set another one that stands
+    for the same layer (`kernels.training_product`): no quantization yet, a part of it, or int8 on codes made once a
+    step.
     """
 
-    weight_is_quantized = False
-    step_codes: Tensor | None = None
-    step_scale: Tensor | None = None
-    step_mean: Tensor | None = None
-    gather_dtype: torch.dtype
+    product: kernels.Product = staticmethod(kernels.fake_quant_linear)
 
     def __init__(
         self,
@@ -54,38 +48,19 @@ class BitLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.quantizer = kernels.check_quantizer(quantizer)
-        self.quantizer_enabled = True
-        self.quantizer_strength: Tensor | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: str = "ternary") -> "BitLinear":
         """A BitLinear that shares the parameters of `linear`: no copy, so ties and optimizers keep working."""
         has_bias = linear.bias is not None
+        # On the meta device: parameters that are replaced at once are never made.
         layer = cls(linear.in_features, linear.out_features, has_bias, device="meta", quantizer=quantizer)
         layer.weight = linear.weight
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.step_codes is not None and self.step_scale is not None:
-            return int8_linear(x, self.weight, self.bias, self.step_codes, self.step_scale)
-        if self.weight_is_quantized:
-            return kernels.reference.quantized_weight_linear(x, self.weight, self.bias)
-        quantizer = self.quantizer if self.quantizer_enabled else "none"
-        return kernels.fake_quant_linear(x, self.weight, self.bias, quantizer, self.quantizer_strength)
-
-    @torch.no_grad()
-    def quantize_for_step(self, wanted: bool = True) -> None:
-        """Quantize the weight for the forward and backward passes until the next change of it."""
-        if not wanted:
-            self.step_codes = self.step_scale = None
-            return
-        codes, scale = kernels.quantize_weight(self.weight, self.quantizer)
-        if self.step_codes is None or self.step_scale is None:
-            self.step_codes, self.step_scale = codes, scale
-        else:  # in place, where a compiled layer looks for them
-            self.step_codes.copy_(codes)
-            self.step_scale.copy_(scale)
+        return self.product(x, self.weight, self.bias, self.quantizer)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={self.quantizer}"
@@ -267,6 +242,7 @@ def bit_linears(model: nn.Module) -> Iterator[tuple[str, BitLinear]]:
 def _swap(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> tuple[nn.Module, int]:
     """Replace modules by `convert(name, module)` where it returns one; a module used in two places stays one module.
     Returns the model (another object only if it was itself replaced) and how many were replaced."""
+    # All replacements are made before any is put in place, so that a module with two names becomes one module.
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         new = convert(name, module)

@@ -13,7 +13,7 @@ Letters: B batch, T new tokens, S cached length, C hidden_size, H query heads, G
 F intermediate_size, V vocab_size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,22 +55,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def document_ids(input_ids: Tensor, start: int | None, end: int | None) -> Tensor:
-    """Which document of its window each token is in, counted from 0, int64 `[B, T]`.
-
-    A document begins at each token `start` (<s>) or, for a tokenizer that writes none, behind each `end` (</s>).
-    """
-    if start is not None:
-        return (input_ids == start).cumsum(1)
-    assert end is not None
-    return F.pad((input_ids == end)[:, :-1].cumsum(1), (1, 0))
-
-
 def document_mask(documents: Tensor) -> Tensor:
-    """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`) that are not behind.
+    """Which tokens each one sees, bool `[B, 1, T, T]`: those of its own document (int64 `[B, T]`), up to itself.
 
-    Positions go on counting across the border. A rotary score depends on the distance of two tokens alone, so inside a
-    document they are those of positions that start again.
+    Positions are not counted anew in each document, which changes nothing inside one: a rotary score depends only on
+    the distance of two tokens.
     """
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
@@ -82,12 +71,12 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_width
-        queries, keys = (heads * self.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = _projection(config, config.hidden_size, queries)
-        self.k_proj = _projection(config, config.hidden_size, keys)
-        self.v_proj = _projection(config, config.hidden_size, keys)
-        self.o_proj = _projection(config, queries, config.hidden_size)
-        self.attn_sub_norm = RMSNorm(queries, config.rms_norm_eps) if config.sub_norm else nn.Identity()
+        self.q_proj = _projection(config, "self_attn.q_proj")
+        self.k_proj = _projection(config, "self_attn.k_proj")
+        self.v_proj = _projection(config, "self_attn.v_proj")
+        self.o_proj = _projection(config, "self_attn.o_proj")
+        width = self.o_proj.in_features
+        self.attn_sub_norm = RMSNorm(width, config.rms_norm_eps) if config.sub_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
@@ -117,9 +106,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = _projection(config, config.hidden_size, config.intermediate_size)
-        self.up_proj = _projection(config, config.hidden_size, config.intermediate_size)
-        self.down_proj = _projection(config, config.intermediate_size, config.hidden_size)
+        self.gate_proj = _projection(config, "mlp.gate_proj")
+        self.up_proj = _projection(config, "mlp.up_proj")
+        self.down_proj = _projection(config, "mlp.down_proj")
         self.ffn_sub_norm = RMSNorm(config.intermediate_size, config.rms_norm_eps) if config.sub_norm else nn.Identity()
         self.hidden_act = config.hidden_act
 
@@ -243,9 +232,10 @@ class BitNetForCausalLM(nn.Module):
         """The inference form, in place: 2-bit projections and, with `embeddings`, INT8 embedding and head (one table
         where they are tied).
 
-        With `embeddings` no float matrix is left but the norms, and the native engine (`bitnet/engine.py`) runs exactly
-        this model; without, the logits are the trained model's. What is packed already stays as it is, so a second call
-        packs the embeddings of a model that came without. In a float twin only embedding and head become INT8.
+        With `embeddings` no float matrix is left but the norms, and the native engine
+        (`bitnet/inference/cpu_engine.py`) runs exactly this model; without, the logits are the trained model's. What is
+        packed already stays as it is, so a second call packs the embeddings of a model that came without. In a float
+        twin only embedding and head become INT8.
         """
         if embeddings and not self.head_is_packed:
             if self.lm_head is not None:
@@ -256,27 +246,32 @@ class BitNetForCausalLM(nn.Module):
         return self
 
     @classmethod
-    def packed_from(cls, config: ModelConfig, tensors: dict[str, Tensor]) -> "BitNetForCausalLM":
-        """The model that `pack()` made, from the state_dict that it then had; shares the tensors.
+    def from_tensors(
+        cls, config: ModelConfig, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+    ) -> "BitNetForCausalLM":
+        """The model whose state_dict `tensors` is, in evaluation mode; shares the tensors, on their device.
 
-        Embedding and head are INT8 or float, whichever the tensors are. Raises RuntimeError, from torch, for tensors
-        that are missing, left over or of another shape.
+        A matrix with a `packed_weight` becomes the packed layer that `pack()` would have made of it. `modules` stand in
+        the place of those of their names, on the meta device: the layers of weights that were quantized after training.
+        Raises ValueError for tensors that are missing, left over or of another shape, and for modules that the model
+        has no place for.
         """
         if config.num_hidden_layers > len(tensors):  # before as many modules are made
-            raise RuntimeError(f"{config.num_hidden_layers} layers and only {len(tensors)} tensors")
+            raise ValueError(f"{config.num_hidden_layers} layers and only {len(tensors)} tensors")
         with torch.device("meta"):
             model = cls(config)
-            if "model.embed_tokens.weight" not in tensors:
-                if model.lm_head is not None:
-                    model.lm_head = PackedLinear(config.hidden_size, config.vocab_size, False, quantizer="int8")
-                model.model.embed_tokens = PackedEmbedding(config.vocab_size, config.hidden_size)
-            for module in list(model.modules()):
-                for name, child in module.named_children():
-                    if isinstance(child, BitLinear):
-                        packed = PackedLinear(child.in_features, child.out_features, False, quantizer=child.quantizer)
-                        setattr(module, name, packed)
-        model.load_state_dict(tensors, assign=True)
-        model.model.cos, model.model.sin = rope_tables(config)
+            places = dict(model.named_modules())
+            for name, module in (_packed_modules(places, tensors) | dict(modules or {})).items():
+                parent, _, child = name.rpartition(".")
+                if name not in places:
+                    raise ValueError(f"the model has no place for a module {name}")
+                setattr(places[parent], child, module)
+        try:
+            model.load_state_dict(dict(tensors), assign=True)
+        except RuntimeError as error:  # torch's, for names and shapes
+            raise ValueError(str(error)) from error
+        device = model.device
+        model.model.cos, model.model.sin = (table.to(device) for table in rope_tables(config))
         return model.eval()
 
     @property
@@ -300,8 +295,8 @@ class BitNetForCausalLM(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step has to read, as they are stored: a packed layer's codes and scales.
 
-        Of an embedding that is not tied to the head a step reads B rows, which count as nothing. It is what the formats
-        ask for: a kernel that unpacks into memory moves more.
+        An embedding that is not tied to the head is left out: a step reads B rows of it. This is what the stored
+        formats need; a kernel that unpacks into memory moves more.
         """
         total = sum(tensor.nbytes for tensor in self.state_dict().values())  # no cos and sin: they are not persistent
         if self.lm_head is not None:
@@ -320,6 +315,21 @@ class BitNetForCausalLM(nn.Module):
             total -= self.model.embed_tokens.weight.numel()
             total -= 0 if self.lm_head is None else self.lm_head.weight.numel()
         return total
+
+
+def _packed_modules(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Empty layers for the matrices of a model that `tensors` hold as packed codes, by name."""
+    packed: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        if f"{name}.packed_weight" not in tensors:
+            continue
+        if isinstance(module, nn.Embedding):
+            packed[name] = PackedEmbedding(module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, nn.Linear):
+            quantizer = module.quantizer if isinstance(module, BitLinear) else "int8"  # of the head
+            if quantizer != "none":
+                packed[name] = PackedLinear(module.in_features, module.out_features, False, quantizer=quantizer)
+    return packed
 
 
 def next_token_loss(h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -347,6 +357,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return losses if reduction == "mean" else losses.view(labels.shape)
 
 
-def _projection(config: ModelConfig, in_features: int, out_features: int) -> Any:
+def _projection(config: ModelConfig, name: str) -> Any:
     # Any, because pack() puts a PackedLinear in its place.
+    out_features, in_features = config.projections()[name]
     return BitLinear(in_features, out_features, bias=False, quantizer=config.quantizer)

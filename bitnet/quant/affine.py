@@ -15,10 +15,11 @@ torchao's (`quant_primitives.py`).
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitnet.quant.straight_through import straight_through
 
 SCALE_EPS = 1e-5
 
@@ -96,6 +97,7 @@ def choose_qparams_symmetric(
     """
     _check_float(x)
     _, quant_max = integer_range(bits)
+    # One absmax for each block that a scale covers, whatever the granularity.
     absmax = _blocks(x.float(), scale_shape(x.shape, granularity)).abs().amax(dim=_inner_dims(x))
     return absmax.clamp(min=eps) / (quant_max if restricted else quant_max + 1)
 
@@ -143,6 +145,7 @@ def choose_qparams_from_range(
         return _zero_point_qparams(low, high, quant_min, quant_max, eps)
     if not signed and (low < 0).any():
         raise ValueError(f"low is {low.min():g}, but symmetric unsigned codes have no negative values; use signed=True")
+    # Symmetric around 0: the bound that lies further out decides.
     absmax = torch.maximum(-low, high).clamp(min=eps)
     return absmax / (quant_max if restricted or not signed else quant_max + 1), None
 
@@ -178,7 +181,12 @@ def fake_quantize_ste(
     """`fake_quantize` with a straight-through gradient for quantization-aware training: the identity for every x whose
     code lies in the range, and 0 outside it (1 there too with `clip_gradient=False`). The mask is the one of
     `torch.fake_quantize_per_tensor_affine`; no gradient goes to scale or zero_point."""
-    return _FakeQuantizeSTE.apply(x, scale, zero_point, quant_min, quant_max, clip_gradient)
+    inside = None
+    if clip_gradient:
+        # Where a code is clipped the output does not follow x, so no gradient goes there.
+        codes = _unclipped_codes(x.detach(), scale, zero_point)
+        inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
+    return straight_through(x, lambda value: fake_quantize(value, scale, zero_point, quant_min, quant_max), inside)
 
 
 def quantize_symmetric(
@@ -216,29 +224,8 @@ def quantization_error(x: Tensor, quantized: Tensor) -> QuantizationError:
     )
 
 
-class _FakeQuantizeSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: int, quant_max: int, clip_gradient: bool
-    ) -> Tensor:
-        return fake_quantize(x, scale, zero_point, quant_min, quant_max)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, quant_min, quant_max, clip_gradient = inputs
-        inside = None
-        if clip_gradient:
-            codes = _unclipped_codes(x, scale, zero_point)
-            inside = ((codes >= quant_min) & (codes <= quant_max)).reshape(x.shape)
-        ctx.save_for_backward(inside)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] if inside is None else grads[0] * inside, None, None, None, None, None
-
-
 def _zero_point_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps: float) -> tuple[Tensor, Tensor]:
+    # 0.0 must be one of the values, whose code then is the zero point.
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp(min=eps) / (quant_max - quant_min)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
@@ -268,6 +255,7 @@ def _blocks(x: Tensor, scales: torch.Size | list[int]) -> Tensor:
 
 
 def _inner_dims(x: Tensor) -> list[int]:
+    """The dimensions inside a block, in the view of `_blocks`."""
     return list(range(1, 2 * x.ndim, 2))
 
 

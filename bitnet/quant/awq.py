@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitnet.quant.gptq_layout import Grid, QuantizedWeight, check_weight, min_max_qparams, round_to_nearest
+from bitnet.quant.grouped import Grid, QuantizedWeight, check_weight, min_max_qparams, round_to_nearest
 
 SMALLEST_MAGNITUDE = 1e-4
 

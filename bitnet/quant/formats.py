@@ -14,18 +14,14 @@ no exponent: it needs a scale, x ~ code * scale.
 
     memory in bytes = bits / 8 * parameters
 
-    python -m bitnet.quant.formats 3.1416 --params 7e9     the value in every format, and its error
+    bitnet formats 3.1416 --params 7e9     the value in every format, and its error
 """
 
-import argparse
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from bitnet.quant.affine import dequantize, integer_range, quantize
 
 
 @dataclass(frozen=True)
@@ -171,63 +167,3 @@ def memory_bytes(params: float, bits: float) -> float:
     if params < 0 or bits < 0 or not math.isfinite(params * bits):
         raise ValueError(f"memory needs a number of parameters and bits, got {params} parameters of {bits} bits")
     return bits / 8 * params
-
-
-def _rows(value: float, absmax: float, params: float | None) -> Iterator[list[str]]:
-    """Rows of the first table: format, bit fields, value, errors, memory."""
-    entries = []
-    for format in FORMATS:
-        code = format.code(value)
-        entries.append((format.name, format.bits, format.bit_string(code), format.value(code)))
-    scale = torch.tensor([absmax / 127])
-    if math.isnan(value):
-        entries.append((f"INT8 ±{absmax:g}", 8, "-", math.nan))
-    else:
-        codes = quantize(torch.tensor([value]), scale, None, *integer_range(8))
-        bits = f"{int(codes) & 255:08b}"
-        entries.append((f"INT8 ±{absmax:g}", 8, f"{bits[0]}|{bits[1:]}", float(dequantize(codes, scale))))
-    yield ["format", "sign|exponent|mantissa", "value", "absolute error", "relative error"] + ["memory"] * bool(params)
-    for name, width, fields, stored in entries:
-        error = 0.0 if stored == value else abs(stored - value)
-        relative = error / abs(value) if value else error
-        memory = [f"{memory_bytes(params, width) / 1e9:.4g} GB"] if params else []
-        yield [name, fields, f"{stored:.9g}", f"{error:.3g}", f"{relative:.3g}", *memory]
-
-
-def _print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: print a value in every format, and the formats' ranges."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bitnet.quant.formats", description="A value in each number format, with its bits and errors."
-    )
-    parser.add_argument("value", type=float, help="any number; write -- before one like -1e-3")
-    parser.add_argument("--params", type=float, help="number of parameters, to print the memory that they take")
-    parser.add_argument(
-        "--range", type=float, help="absmax of the INT8 scale; the power of two above |value| by default"
-    )
-    options = parser.parse_args(arguments)
-    value, absmax = options.value, options.range
-    if absmax is None:
-        absmax = 2.0 ** math.ceil(math.log2(abs(value))) if value and 1e-30 < abs(value) < 1e30 else 1.0
-    if not 1e-30 <= absmax <= 1e38:
-        parser.error(f"--range is {absmax}; it must be a positive number")
-    if options.params is not None and not 0 < options.params < 1e30:
-        parser.error(f"--params is {options.params}; it must be a positive number")
-    _print_table(list(_rows(value, absmax, options.params)))
-    print()
-    ranges = [["format", "bits", "largest", "smallest normal", "smallest", "epsilon", "decimal digits"]]
-    for f in FORMATS:
-        numbers = (f.largest, f.smallest_normal, f.smallest_subnormal, f.epsilon)
-        ranges.append([f.name, str(f.bits), *(f"{number:.6g}" for number in numbers), f"{f.decimal_digits:.1f}"])
-    step = absmax / 127
-    ranges.append(["INT8", "8", f"{absmax:.6g}", f"{step:.6g}", f"{step:.6g}", "(steps of range / 127)", "-"])
-    _print_table(ranges)
-
-
-if __name__ == "__main__":
-    main()

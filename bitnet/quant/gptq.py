@@ -28,7 +28,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from bitnet.quant.gptq_layout import (
+from bitnet.quant.gptq_original import quantize_original
+from bitnet.quant.grouped import (
     Grid,
     QuantizedWeight,
     check_weight,
@@ -104,7 +105,9 @@ def gptq_quantize(
     group_index(weight.shape[1], group_size)  # refuses what does not divide
     if algorithm == "original":
         damping = 0.01 if damping is None else damping
-        return _original(weight, hessian, grid, group_size, damping, act_order, static_groups, search, block_size)
+        return quantize_original(
+            weight, hessian, grid, group_size, damping, act_order, static_groups, search, block_size
+        )
     if algorithm != "refined":
         raise ValueError(f"algorithm {algorithm!r} is unknown; choose refined or original")
 
@@ -112,6 +115,7 @@ def gptq_quantize(
     if not act_order:
         order = torch.arange(len(hessian), device=weight.device)
     damped, factor = _inverse_factor(hessian, order, 0.003 if damping is None else damping)
+    # How much a rounding error of a channel costs once the later ones have made up for it, 1 / U_jj^2.
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
     nearest = round_to_nearest(weight, grid, group_size)
@@ -123,6 +127,7 @@ def gptq_quantize(
         attempt.codes, targets = _sweep(weight, factor, order, attempt, block_size)
         state.replace_rows(attempt, attempt.loss() < state.loss())
         if remaining:
+            # The sweep moved the weights: grids that fit what was really rounded serve the next sweep better.
             scale, zero = _search_grid(targets.view(groups.shape), sensitivity, grid)
     state.descend(order, rounds, block_size, search)
 
@@ -209,6 +214,7 @@ class _Solution:
             centred = self.codes[:, columns] - self.zero[:, g : g + 1]
             curvature = ((centred @ inner) * centred).sum(1)
             slope = (gradient[:, columns] * centred).sum(1)
+            # The sum is a parabola in the scale of this group, with the codes as they are.
             wanted = self.scale[:, g] - slope / curvature.clamp(min=torch.finfo(torch.float32).tiny)
             rounded = round_scale(torch.where(wanted > 0, wanted, self.scale[:, g]).clamp(max=65504.0))
             delta = rounded - self.scale[:, g]
@@ -246,6 +252,7 @@ def _sweep(weight: Tensor, factor: Tensor, order: Tensor, grid: _Solution, block
         for i, diagonal in enumerate(inner.diagonal().tolist()):
             code = (local[i] / scale[i]).round_().add_(zero[i]).clamp_(0, grid.grid.quant_max)
             codes[:, start + i] = code
+            # What rounding changed, made up for by the columns to come.
             errors[i] = (local[i] - (code - zero[i]) * scale[i]) / diagonal
             local[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
         targets[:, block] = local.t()
@@ -266,9 +273,10 @@ def _search_grid(groups: Tensor, sensitivity: Tensor, grid: Grid) -> tuple[Tenso
         nonlocal scale, zero, best, low, high
         for new_low, new_high in candidates:
             new_scale, new_zero = (
-                (round_scale(new_high), torch.ones_like(zero)) if grid.ternary
+                (round_scale(new_high), torch.ones_like(zero))
+                if grid.ternary
                 else qparams_of_range(new_low, new_high, grid)
-            )  # fmt: skip
+            )
             codes = (groups / new_scale[..., None]).round().add_(new_zero[..., None]).clamp_(0, grid.quant_max)
             errors = codes.sub_(new_zero[..., None]).mul_(new_scale[..., None]).sub_(groups).square_()
             error = torch.einsum("ngs,gs->ng", errors, importance)
@@ -321,82 +329,3 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Ten
                 return damped, factor
         damping = max(10 * damping, 1e-6)
     raise ValueError("the Hessian cannot be inverted however much it is damped; it is not positive semidefinite")
-
-
-def _original(
-    weight: Tensor, hessian: Tensor, grid: Grid, group_size: int, damping: float, act_order: bool, static_groups: bool,
-    mse: bool, block_size: int,
-) -> QuantizedWeight:  # fmt: skip
-    """IST-DASLab's `fasterquant`: scales stay float32, dead channels become 0, and a group's grid is found when the
-    sweep reaches it, from weights that lack the updates of the block that is being worked on."""
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
-    weight, hessian = weight.clone(), hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian[dead, dead] = 1
-    weight[:, dead] = 0
-    grouped = [_original_qparams(part, grid, mse) for part in weight.split(size, 1)] if static_groups else []
-    if group_size == -1:  # one grid a row, found before anything else
-        grouped = [_original_qparams(weight, grid, mse)]
-    fixed = bool(grouped)
-
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(columns, device=weight.device)
-    weight, hessian = weight[:, order], hessian[order][:, order]
-    diagonal = torch.arange(columns, device=weight.device)
-    hessian[diagonal, diagonal] += damping * hessian.diagonal().mean()
-    try:
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    except torch.linalg.LinAlgError:
-        raise ValueError(f"the Hessian is singular with damping {damping}; raise it, or use 'refined'") from None
-
-    codes = torch.zeros_like(weight)
-    group = (order if fixed else diagonal) // size
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        local, inner = weight[:, start:stop].clone(), factor[start:stop, start:stop]
-        errors = torch.zeros_like(local)
-        for i in range(stop - start):
-            if not fixed and (start + i) % size == 0:
-                grouped.append(_original_qparams(weight[:, start + i : start + i + size], grid, mse))
-            scale, zero = grouped[int(group[start + i])]
-            w = local[:, i]
-            code = torch.clamp(torch.round(w / scale) + zero, 0, grid.quant_max)
-            codes[:, start + i] = code
-            errors[:, i] = (w - scale * (code - zero)) / inner[i, i]
-            local[:, i:] -= errors[:, i : i + 1].matmul(inner[i : i + 1, i:])
-        weight[:, stop:] -= errors.matmul(factor[start:stop, stop:])
-
-    inverse = order.argsort()
-    scale, zero = (torch.stack(values, 1) for values in zip(*grouped, strict=True))
-    return QuantizedWeight(
-        codes[:, inverse].to(torch.uint8), scale, zero.to(torch.int32), group[inverse].to(torch.int32), grid.bits
-    )
-
-
-def _original_qparams(x: Tensor, grid: Grid, mse: bool) -> tuple[Tensor, Tensor]:
-    """IST-DASLab's `find_params` per row: scale and zero point `[N]`; with `mse`, ranges shrunk by up to 80 % are
-    compared by the sum of |error|^2.4."""
-    if grid.ternary:
-        scale = x.abs().mean(1).clamp(min=1e-5)
-        return scale, torch.ones_like(scale)
-    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
-    if grid.symmetric:
-        high = torch.maximum(low.abs(), high)
-        low = torch.where(low < 0, -high, low)
-    empty = (low == 0) & (high == 0)
-    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-
-    def qparams(p: float) -> tuple[Tensor, Tensor]:
-        scale = (p * high - p * low) / grid.quant_max
-        return scale, torch.full_like(scale, grid.middle) if grid.symmetric else torch.round(-(p * low) / scale)
-
-    scale, zero = qparams(1.0)
-    best = torch.full_like(scale, torch.inf)
-    for i in range(80 if mse else 0):
-        new_scale, new_zero = qparams(1 - i / 100)
-        codes = torch.clamp(torch.round(x / new_scale[:, None]) + new_zero[:, None], 0, grid.quant_max)
-        error = (new_scale[:, None] * (codes - new_zero[:, None]) - x).abs().pow(2.4).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, zero = torch.where(better, new_scale, scale), torch.where(better, new_zero, zero)
-    return scale, zero

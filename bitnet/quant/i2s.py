@@ -27,6 +27,7 @@ def pack_i2_s(codes: Tensor, scale: float, layout: str = "x86") -> Tensor:
     lanes = rearrange((codes + 1).to(torch.uint8), "n (b lane j) -> lane (n b j)", lane=4, j=block // 4)
     data = lanes[0] << 6 | lanes[1] << 4 | lanes[2] << 2 | lanes[3]
     tail = torch.zeros(TAIL // 4)
+    # 32 bytes of tail, of which the first four are the scale.
     tail[0] = scale
     return torch.cat([data, tail.view(torch.uint8)])
 

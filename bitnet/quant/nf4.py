@@ -66,6 +66,7 @@ class NF4Weight:
 def nf4_codebook() -> Tensor:
     """The 16 values, ascending from -1 to 1 with 0 at index 7: float32, on the CPU. Don't write to it."""
     outermost = 1 - (1 / 30 + 1 / 32) / 2
+    # Without the quantile of 1/2, which is 0 and would stand on both sides.
     positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
@@ -91,7 +92,9 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double_quant: bool = F
     scale = _double_quantize(absmax) if double_quant else absmax
     stored = scale.dequantize() if isinstance(scale, DoubleQuantized) else scale
     codebook = nf4_codebook().to(weight.device)
+    # By the scale as it is stored: a weight a little beyond it takes the outermost value.
     ratio = blocks / torch.where(stored > 0, stored, 1.0)[..., None]
+    # The borders lie half-way between neighbours, so this finds the nearest value.
     codes = torch.bucketize(ratio, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
     packed = pack_codes((codes - 8).to(torch.int8).reshape(weight.shape), 4)
     return NF4Weight(packed, scale, weight.shape[1], block_size)
@@ -106,6 +109,7 @@ def dequantize_nf4(weight: NF4Weight) -> Tensor:
 
 def _double_quantize(scale: Tensor) -> DoubleQuantized:
     offset = scale.mean() if scale.numel() else scale.new_zeros(())
+    # The usual smallest absmax, 1e-5, would flatten scales that differ by less.
     codes, steps = quantize_symmetric(_scale_blocks(scale - offset), 8, PerGroup(SCALES_PER_BLOCK), eps=1e-30)
     return DoubleQuantized(codes.flatten()[: scale.numel()].reshape(scale.shape), steps.flatten(), offset)
 

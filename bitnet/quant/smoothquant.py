@@ -26,6 +26,7 @@ def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float = 0.5) 
         raise ValueError(f"alpha is {alpha}; the migration strength is between 0 and 1 (0.5 is usual)")
     if not absmax.isfinite().all() or (absmax < 0).any():
         raise ValueError("maxima of activations must be finite and not negative; is the float model sound?")
+    # One factor serves all layers that share the input, so the largest of their weights counts.
     largest = torch.stack([weight.detach().float().abs().amax(0) for weight in weights]).amax(0)
     scale = (absmax.float() ** alpha / largest ** (1 - alpha)).clamp(min=SMALLEST_SCALE)
     return torch.where((absmax > 0) & (largest > 0), scale, 1.0)

@@ -15,10 +15,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
-END_OF_TEXT = frozenset({
-    "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>",
-    "<end_of_utterance>", "<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>",
-})  # fmt: skip
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>")
+_ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
+END_OF_TEXT = frozenset((*_ENDS_OF_TEXT, *_ENDS_OF_TURN))
 """Special tokens that end a text or a turn whatever else a model's files say, which often name only one of several."""
 
 

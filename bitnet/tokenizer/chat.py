@@ -30,7 +30,7 @@ from bitnet.tokenizer.huggingface import read_json
 if TYPE_CHECKING:
     import jinja2
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """{"role": "system", "user" or "assistant", "content": text}, and whatever else a template reads."""
 
 PLAIN_TEMPLATE = (
@@ -52,7 +52,7 @@ class ChatTemplate:
 
         self.source, self.tokenizer, self.where = source, tokenizer, where
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
-        self._variables: dict[str, Any] = {"tools": None, "documents": None} | {
+        self._variables: dict[str, object] = {"tools": None, "documents": None} | {
             f"{name}_token": tokenizer.id_to_piece(token_id) for name, token_id in ids.items() if token_id is not None
         }
         ends = [text for text, token_id in tokenizer.specials.items() if text and token_id in tokenizer.eos_ids]
@@ -67,7 +67,7 @@ class ChatTemplate:
         """Contents by name of the file of a model's folder in which `find_chat_template` finds this template."""
         return {"chat_template.jinja": self.source.encode()}
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: object) -> str:
         """The text of a conversation, with the beginning of the assistant's next turn unless that is not wanted.
 
         `variables` are more names that the template may read. Raises ValueError with the template's own complaint,
@@ -112,6 +112,7 @@ class ChatTemplate:
         cuts = [0]
         for i in answers:
             prompt = self.render(messages[:i], True)
+            # The answer begins where the prompt for it ends, and ends with the first token that ends a turn.
             end = self._end_of_turn.search(text, len(prompt)) if self._end_of_turn else None
             if not text.startswith(prompt) or len(prompt) < cuts[-1] or end is None:
                 raise ValueError(
@@ -120,6 +121,8 @@ class ChatTemplate:
                 )
             cuts += [len(prompt), end.end()]
         text = text[: cuts[-1]]
+        # Cut at the borders, the pieces must be the tokens of the whole: otherwise training would show the model other
+        # tokens than it will see.
         whole = self._ids(text, mark)
         pieces = [self.tokenizer.encode(text[a:b], special=True, mark=mark) for a, b in pairwise(cuts)]
         pieces[0] = self._ids(text[: cuts[1]], mark)
@@ -165,7 +168,7 @@ def find_chat_template(folder: Path, tokenizer: BaseTokenizer) -> ChatTemplate |
 
 
 def chat_template_of_gguf(
-    metadata: Mapping[str, Any], tokenizer: BaseTokenizer, where: str = "GGUF file"
+    metadata: Mapping[str, object], tokenizer: BaseTokenizer, where: str = "GGUF file"
 ) -> ChatTemplate | None:
     """The chat template in a GGUF file's metadata, None for a base model, which has none."""
     source = _default(metadata.get("tokenizer.chat_template"), where)
@@ -182,7 +185,7 @@ def require(template: ChatTemplate | None, model: object) -> ChatTemplate:
     return template
 
 
-def _default(value: Any, where: str) -> str | None:
+def _default(value: object, where: str) -> str | None:
     """One template of what a file says: a text, or several as [{"name": ..., "template": ...}]."""
     if isinstance(value, list):
         named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
@@ -204,15 +207,16 @@ def _environment() -> jinja2.Environment:
 
         tags = {"generation"}  # noqa: RUF012 - jinja's own way
 
-        def parse(self, parser: Any) -> nodes.Node:
+        def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            # A scope of its own, as in transformers: what is set inside is gone behind it.
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,9 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self.fingerprint = hashlib.sha256(f"{bos_id} {self.eos_ids} {self._json}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
-        """Read a tokenizer.json, or the one of a folder, and the files beside it. Raises ValueError naming the file."""
+    def load(cls, path: str | os.PathLike[str], config: Mapping[str, object] | None = None) -> HuggingFaceTokenizer:
+        """Read a tokenizer.json, or the one of a folder, and the files beside it. `config` is what config.json
+        there holds, where it has been read already. Raises ValueError naming the file."""
         path = Path(path)
         path = path / cls.file_name if path.is_dir() else path
         try:
@@ -88,7 +89,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer file {os.fspath(path)!r} cannot be read: {error}") from error
         backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}")
-        return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent))
+        return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent, config))
 
     @classmethod
     def from_json(cls, text: str, **settings: Any) -> HuggingFaceTokenizer:
@@ -103,15 +104,16 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def files(self) -> dict[str, bytes]:
         """tokenizer.json, and two files that say what it does not; see the base class."""
         ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
-        config: dict[str, Any] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
+        config: dict[str, object] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
         generation = {"eos_token_id": list(self.eos_ids)} | (
             {} if self.bos_id is None else {"bos_token_id": self.bos_id}
         )
         return {
-            self.file_name: self._json.encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode(),
+            self.file_name: self._json.encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode(),
             "generation_config.json": json.dumps(generation, indent=1).encode(),
-        }  # fmt: skip
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer.json."""
@@ -209,17 +211,18 @@ def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
     return marked, strips
 
 
-def _special_ids(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, Any]:
-    """The constructor's settings, from the files beside a tokenizer.json."""
-    config, names, model = (
-        read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-    )
+def _special_ids(
+    backend: tokenizers.Tokenizer, folder: Path, model: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """The constructor's settings, from the files beside a tokenizer.json; `model` is the contents of config.json."""
+    config, names = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    model = read_json(folder / "config.json") if model is None else model
     settings: dict[str, Any] = {}
     for kind in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{kind}_token", names.get(f"{kind}_token"))
         text = token.get("content") if isinstance(token, dict) else token
         settings[f"{kind}_id"] = backend.token_to_id(text) if isinstance(text, str) else None
-    ends = end_ids(folder)
+    ends = end_ids(folder, model)
     if settings["eos_id"] is None and ends:
         settings["eos_id"] = ends[0]
     if settings["bos_id"] is None and "bos_token" not in config:
@@ -230,12 +233,13 @@ def _special_ids(backend: tokenizers.Tokenizer, folder: Path) -> dict[str, Any]:
     return settings | {"ends": ends, "adds_bos": adds_bos}
 
 
-def end_ids(folder: Path) -> list[int]:
+def end_ids(folder: Path, config: Mapping[str, object] | None = None) -> list[int]:
     """What generation_config.json and config.json of a folder call the end of a text."""
-    return [i for name in ("generation_config.json", "config.json") for i in _ids(read_json(folder / name).get(_EOS))]
+    config = read_json(folder / "config.json") if config is None else config
+    return _ids(read_json(folder / "generation_config.json").get(_EOS)) + _ids(config.get(_EOS))
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(value: object) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 

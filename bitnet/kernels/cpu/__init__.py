@@ -87,14 +87,19 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
 
 
 def _matmul(
-    weights: native.Lines, codes: Tensor, scale: Tensor, total: Tensor, rows: int, bias: Tensor | None, y: Tensor,
+    weights: native.Lines,
+    codes: Tensor,
+    scale: Tensor,
+    total: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    y: Tensor,
     out: int,
-) -> None:  # fmt: skip
+) -> None:
     threads = torch.get_num_threads() if weights.rows * weights.columns * rows >= _PARALLEL_FROM else 1
-    failed = native.kernels().matmul(
-        weights.struct, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows,
-        None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out, threads,
-    )  # fmt: skip
+    x = codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows
+    into = None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out
+    failed = native.kernels().matmul(weights.struct, *x, *into, threads)
     if failed:
         raise MemoryError(f"no memory for the scratch of a product of {rows} tokens")
 
@@ -113,11 +118,14 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes_buffer(rows: int, width: int) -> Tensor:
+    # AMX reads whole tiles of 32 tokens, and a line of base 3 covers 20 columns: both may read beyond the end.
     return torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
 
 
 def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
     codec = native.codec_of(bits, in_features)
+    # An id may be given again to another tensor, so the entry goes when its tensor does; until then the version tells
+    # whether the bytes are still those that were repacked.
     key = id(packed)
     known = _lines.get(key)
     version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place

@@ -1,4 +1,5 @@
-// Searches of the GGUF block formats: the arithmetic of bitnet/quant/blocks/ggml.py and search.py, in the same order.
+// Searches of the GGUF block formats: the arithmetic of bitnet/quant/blocks/ggml_search.py and search.py beside it, in
+// the same order.
 //
 // A lane of a vector is a block, so every sum over a block runs from its first weight to its last, as in ggml's scalar
 // code, and the bytes are the same on every instruction set. Arrays of vectors are indexed by the weight's place in the

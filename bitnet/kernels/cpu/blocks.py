@@ -3,9 +3,8 @@
 `blocks.cpp` is in the library of `native.py`, compiled for fewer instruction sets, since it needs no integer products.
 """
 
-from ctypes import c_int, c_int64, c_void_p
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from bitnet.kernels.cpu import native
 from bitnet.quant.blocks import block_type, row_bytes
 
+Function = Callable[..., int]
 _BUILDS = {"amx": "avx512", "avx512_vnni": "avx512", "avx_vnni": "avx2", "avx2": "avx2"}
 _PARALLEL_FROM = 2**15  # weights; fewer are done before a second thread wakes up
 
@@ -23,21 +23,19 @@ def available() -> bool:
 
 
 @cache
-def _functions(build: str) -> tuple[Any, Any] | None:
+def _functions(build: str) -> tuple[Function, Function] | None:
     """The quantizer and the dequantizer of a build, or None where it isn't there."""
     lib = native.library()
     names = (f"bn_blocks_quantize_{build}", f"bn_blocks_dequantize_{build}")
     if lib is None or not all(hasattr(lib, name) for name in names):
         return None
     quantizer, dequantizer = (getattr(lib, name) for name in names)
-    quantizer.argtypes = [
-        c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int,
-    ]  # fmt: skip
-    dequantizer.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_int]
+    quantizer.argtypes = native.c_types("pqqippipi")
+    dequantizer.argtypes = native.c_types("pqipi")
     return quantizer, dequantizer
 
 
-def _in_force() -> tuple[Any, Any]:
+def _in_force() -> tuple[Function, Function]:
     name = native.kernels().name.decode()
     found = _functions(_BUILDS.get(name, "scalar")) or _functions("scalar")
     assert found is not None
@@ -54,10 +52,8 @@ def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatib
     out = torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
     sigma2 = torch.empty(len(x))
     weight = None if importance is None else importance.detach().to(torch.float32).contiguous()
-    failed = _in_force()[0](
-        x.data_ptr(), len(x), x.shape[1], block_type(kind).number, None if weight is None else weight.data_ptr(),
-        sigma2.data_ptr(), int(compatible), out.data_ptr(), _threads(x.numel()),
-    )  # fmt: skip
+    source = x.data_ptr(), len(x), x.shape[1], block_type(kind).number, None if weight is None else weight.data_ptr()
+    failed = _in_force()[0](*source, sigma2.data_ptr(), int(compatible), out.data_ptr(), _threads(x.numel()))
     assert not failed, kind
     return out
 

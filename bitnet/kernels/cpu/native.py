@@ -22,28 +22,38 @@ CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
 BASE3_MAX_K = 32767  # the wrapping sums of layout.h are exact below 2^15 columns
 
 
+_LETTERS = {"p": c_void_p, "q": c_int64, "i": c_int}
+
+
+def c_types(letters: str) -> list[type]:
+    """Types of C arguments: p a pointer, q 64 bits, i an int, in the order of the letters."""
+    return [_LETTERS[letter] for letter in letters]
+
+
 class Matrix(ctypes.Structure):
     _fields_ = [
-        ("lines", c_void_p), ("scale", c_void_p), ("N", c_int32), ("K", c_int32), ("codec", c_int32),
-        ("lines_per_block", c_int32),
-    ]  # fmt: skip
+        *((name, c_void_p) for name in ("lines", "scale")),
+        *((name, c_int32) for name in ("N", "K", "codec", "lines_per_block")),
+    ]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        ("qkv", Matrix), ("o", Matrix), ("gate_up", Matrix), ("down", Matrix), ("input_norm", c_void_p),
-        ("attn_sub_norm", c_void_p), ("post_norm", c_void_p), ("ffn_sub_norm", c_void_p),
-    ]  # fmt: skip
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "attn_sub_norm", "post_norm", "ffn_sub_norm")),
+    ]
 
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in (
-            "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "layers", "relu2",
-        )),
-        ("eps", c_float), ("layer", POINTER(Layer)), ("norm", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("embedding", c_void_p), ("embedding_scale", c_void_p), ("embedding_width", c_int64), ("head", Matrix),
-    ]  # fmt: skip
+        *((name, c_int32) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab")),
+        *((name, c_int32) for name in ("layers", "relu2")),
+        ("eps", c_float),
+        ("layer", POINTER(Layer)),
+        *((name, c_void_p) for name in ("norm", "cos", "sin", "embedding", "embedding_scale")),
+        ("embedding_width", c_int64),
+        ("head", Matrix),
+    ]
 
 
 class Cache(ctypes.Structure):
@@ -53,23 +63,17 @@ class Cache(ctypes.Structure):
     ]
 
 
-_QUANTIZE = ctypes.CFUNCTYPE(None, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
-_MATMUL = ctypes.CFUNCTYPE(
-    c_int, POINTER(Matrix), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int,
-    c_int,
-)  # fmt: skip
-_FORWARD = ctypes.CFUNCTYPE(
-    c_int, POINTER(Model), POINTER(Cache), c_void_p, c_int64, c_int64, c_int, c_void_p, c_void_p, c_int
-)
-
-
 class Kernels(ctypes.Structure):
     """The function table of one instruction set."""
 
     _fields_ = [
-        ("name", c_char_p), ("codec", c_int32), ("quantize", _QUANTIZE), ("matmul", _MATMUL), ("forward", _FORWARD),
-        ("peak", ctypes.CFUNCTYPE(c_int64, c_int64, c_int)),
-    ]  # fmt: skip
+        ("name", c_char_p),
+        ("codec", c_int32),
+        ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
+        ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
+        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Cache), *c_types("pqqippi"))),
+        ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
+    ]
 
 
 _requested = os.environ.get("BITNET_CPU_ISA", "auto")
@@ -91,13 +95,12 @@ def library() -> ctypes.CDLL | None:
             lib.bn_struct_sizes.restype = c_int64
             lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int]
             lib.bn_workspace_bytes.restype = c_int64
-            lib.bn_lines.argtypes = [c_int64, c_int]
-            lib.bn_pack.argtypes = [
-                c_void_p, c_int64, c_int64, c_int, c_int64, c_void_p, c_int, c_int64, c_int64, c_int,
-            ]  # fmt: skip
-            lib.bn_advise_huge_pages.argtypes = [c_void_p, c_int64]
-            lib.bn_read.argtypes = [c_void_p, c_int64, c_int]
+            lib.bn_lines.argtypes = c_types("qi")
+            lib.bn_pack.argtypes = c_types("pqqiqpiqqi")
+            lib.bn_advise_huge_pages.argtypes = c_types("pq")
+            lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
+            # The structs are declared twice, here and in layout.h; a stale library must not be called.
             for index, struct in enumerate((Matrix, Layer, Model, Cache, Kernels)):
                 if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
                     raise RuntimeError(
@@ -162,6 +165,7 @@ class Lines:
             raise ValueError(f"{columns} columns are too many for base3, which holds {BASE3_MAX_K}; use two_bit")
         self.rows, self.columns = rows, columns
         self.codec = codec
+        # The kernels work on panels of 32 rows.
         padded = -(-rows // 32) * 32
         per_block = lib.bn_lines(columns, CODECS[codec])
         size = self.size(rows, columns, codec)
@@ -172,9 +176,7 @@ class Lines:
         if rows % 32:
             self.memory[(rows // 16) * per_block * 64 :].zero_()
         self.scale = torch.zeros(padded)
-        self.struct = Matrix(
-            self.memory.data_ptr(), self.scale.data_ptr(), padded, columns, CODECS[codec], per_block
-        )  # fmt: skip
+        self.struct = Matrix(self.memory.data_ptr(), self.scale.data_ptr(), padded, columns, CODECS[codec], per_block)
 
     @staticmethod
     def size(rows: int, columns: int, codec: str) -> int:
@@ -201,10 +203,10 @@ class Lines:
         if scale.numel() not in (1, len(packed)):
             raise ValueError(f"the scale has {scale.numel()} values for {len(packed)} rows; give 1 or one for each")
         packed = packed.contiguous()
-        failed = lib.bn_pack(
-            packed.data_ptr(), packed.shape[0], packed.shape[1], bits, self.columns, self.memory.data_ptr(),
-            CODECS[self.codec], at, step, torch.get_num_threads(),
-        )  # fmt: skip
+        rows, width = packed.shape
+        source = packed.data_ptr(), rows, width, bits, self.columns
+        target = self.memory.data_ptr(), CODECS[self.codec], at, step
+        failed = lib.bn_pack(*source, *target, torch.get_num_threads())
         if failed:
             raise MemoryError(f"no memory to repack rows of {self.columns} codes")
         self.fill_scale(scale, len(packed), at=at, step=step)

@@ -72,7 +72,12 @@ def padded(in_features: int) -> int:
 
 
 def quantize_activations(
-    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, gate: str = "none", *, constant: bool = False,
+    x: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    gate: str = "none",
+    *,
+    constant: bool = False,
     warps: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes int8 `[M, padded(K)]`, scale float32 `[M]` and row sums int32 `[M]` of x, float `[M, K]`.

@@ -27,8 +27,9 @@ MAX_SPLITS = 32
 
 
 @triton.jit
-def embed_kernel(ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr):
+def embed_kernel(
+    ids, packed, scale, h, C: tl.constexpr, BYTES: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -206,7 +207,7 @@ class AttentionParts:
         rows, block = _tile(heads, groups, width)
         programs = batch_size * groups
         # Enough programs for a large GPU, none without a tile of its own.
-        self.splits = max(1, min(MAX_SPLITS, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(256, programs))))
+        self.splits = max(1, min(MAX_SPLITS, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(1024, programs))))
         shape = (programs, self.splits, rows)
         self.part = torch.empty(*shape, block, dtype=torch.float32, device=device)
         self.largest, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))

@@ -7,7 +7,8 @@ multiplied in place, masked with 0x03 and 0x0C: the second gives 4 c, and its su
 the end. So 16 weights take one shift, four masks and four dot products. Weights are read once for all tokens.
 """
 
-# mypy: disable-error-code="no-untyped-def, valid-type"
+# ruff: noqa: RUF005 - Triton's tuples know + and no unpacking
+# mypy: disable-error-code="no-untyped-def, valid-type, assignment, misc, var-annotated"
 
 from bitnet.kernels.triton.language import store_product, tl, triton, wait_for_inputs
 
@@ -75,7 +76,7 @@ def dot4_kernel(
     for step in tl.static_range(steps):
         at = step * COLUMNS + column
         inside = at < WORDS
-        if step < AHEAD:
+        if step < AHEAD:  # noqa: SIM108 - decided while compiling
             w = ahead[step]
         else:
             w = tl.load(words + at, mask=(n[:, None] < N) & inside, other=0)

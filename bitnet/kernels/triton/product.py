@@ -6,8 +6,9 @@
     1024 on     dense              matrix instructions, unpacked once beforehand         tensor_core.py
     by name     four_lanes, select additions and subtractions only (2 bits)              add_subtract.py
 
-All give the same int32 sums. Bounds and tiles were measured on an H200; elsewhere `tune()` measures the candidates for a shape on the device at hand, and with BITNET_TRITON_TUNE=1 a shape is tuned when it first occurs;
-the winners are kept in a file in Triton's cache folder.
+All give the same int32 sums. Bounds and tiles were measured on an H200; elsewhere `tune()` measures the candidates for
+a shape on the device at hand, and with BITNET_TRITON_TUNE=1 a shape is tuned when it first occurs; the winners are kept
+in a file in Triton's cache folder.
 """
 
 import dataclasses
@@ -27,7 +28,15 @@ from bitnet.kernels.triton.activations import padded
 from bitnet.kernels.triton.add_subtract import four_lanes_kernel, select_kernel
 from bitnet.kernels.triton.dot4 import dot4_kernel
 from bitnet.kernels.triton.language import (
-    INTERPRETED, assembly, cdiv, check, dependent_launch, launch, power_of_2, recording, triton,
+    INTERPRETED,
+    assembly,
+    cdiv,
+    check,
+    dependent_launch,
+    launch,
+    power_of_2,
+    recording,
+    triton,
 )  # fmt: skip
 from bitnet.kernels.triton.tensor_core import dense_kernel, packed_kernel, sum_parts_kernel
 from bitnet.quant.packing import OFFSET, packed_width
@@ -36,7 +45,7 @@ ALGORITHMS = ("dot4", "tensor_core", "dense", "four_lanes", "select")
 DOT4_MAX_TOKENS = 4
 """What the kernel takes."""
 DOT4_TOKENS = 2
-"""What it is chosen for: from 3 tokens on matrix instructions were faster (H200, 13824 x 2560: 10.0 against 13.7 us)."""
+"""What it is chosen for: from 3 on matrix instructions were faster (H200, 4 x 13824 x 2560: 10.0 against 13.7 us)."""
 DENSE_FROM = 1024
 
 
@@ -74,7 +83,10 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         return dataclasses.replace(plan, stages=_stages((plan.rows + plan.tokens) * plan.columns, device))
     if algorithm == "tensor_core":
         tokens = min(128, max(16, power_of_2(M)))
-        rows = 64 if tokens < 64 and N < 8192 else 128
+        parts = 1  # that K can be split into
+        while parts < 8 and width >= 4 * 128 * parts:
+            parts *= 2
+        rows = 128 if tokens == 128 or N >= 8192 or (tokens == 64 and cdiv(N, 128) * parts >= 40) else 64
         plan = Plan(algorithm, rows, tokens, min(64, width) if tokens == 128 else min(128, power_of_2(width)))
         # Programs for all processors: twice for few tokens, which wait for memory; fewer where the parts of a split
         # cost more to add than they bring.

@@ -13,7 +13,8 @@ from `at // 8 * 128 + 32 * l + at % 8 * 4` on (`bitnet/quant/packing.py`). So th
 `[COLUMNS, 4]` a lane, and its four codes are packed into a word as the integer dot instruction wants them.
 """
 
-# mypy: disable-error-code="no-untyped-def, valid-type"
+# ruff: noqa: RUF005 - Triton's tuples know + and no unpacking
+# mypy: disable-error-code="no-untyped-def, valid-type, assignment, misc, var-annotated"
 
 import torch
 from torch import Tensor

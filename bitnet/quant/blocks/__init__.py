@@ -6,8 +6,8 @@ weights, two levels) and `ternary.py`. This is the specification; `bitnet/kernel
 native code with the same bytes.
 
 Two quantizers: the default minimizes the squared error of what is stored, weighted with the importance if there is one
-(`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml.py`). The importance is a
-weight for each column `[K]`: the mean squared activation that llama.cpp calls an importance matrix.
+(`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml_search.py`). The importance
+is a weight for each column `[K]`: the mean squared activation that llama.cpp calls an importance matrix.
 """
 
 import math
@@ -49,9 +49,14 @@ TYPES = {
 }
 # What llama.cpp takes for a row whose length is no multiple of 256.
 FALLBACK = {
-    "Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
-    "TQ1_0": "Q4_0", "TQ2_0": "Q4_0",
-}  # fmt: skip
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+}
 LARGEST = 65504  # of float16
 _FAMILIES = (simple, kquants, ternary)
 _FAMILY = {name: family for family in _FAMILIES for name in TYPES if name in family.BITS}
@@ -112,6 +117,7 @@ def quantize_blocks(x: Tensor, kind: str, importance: Tensor | None = None, *, c
     blocks = x.detach().float().reshape(-1, size)
     weight = None
     if importance is not None:
+        # The importance belongs to columns, so every row has the same.
         weight = importance.to(blocks).expand(x.shape).reshape(-1, size)
     sigma2 = None
     if weight is not None and kind in simple.ROW_SIGMA:

@@ -22,7 +22,7 @@ Sources: llama.cpp's ggml-common.h and ggml-quants.c.
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import ggml, search
+from bitnet.quant.blocks import ggml_search, search
 from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
 
 SUPER_BLOCK = 256
@@ -47,6 +47,7 @@ def pack(fields: Fields, kind: str) -> Tensor:
     s, m, dmin = fields.scales.to(torch.uint8), fields.minimums.to(torch.uint8), half_bytes(fields.minimum)
     if kind == "Q2_K":
         return torch.cat([s | m << 4, pack_bits(codes, 2, 32), d, dmin], dim=1)
+    # The last four groups' upper two bits of s and of m sit above the first four groups' six.
     header = [d, dmin, s[:, :4] | s[:, 4:] >> 4 << 6, m[:, :4] | m[:, 4:] >> 4 << 6, s[:, 4:] & 15 | m[:, 4:] << 4]
     high = [pack_bits(codes >> 4, 1, 32)] if kind == "Q5_K" else []
     return torch.cat([*header, *high, pack_bits(codes & 15, 4, 32)], dim=1)
@@ -123,25 +124,26 @@ def _compatible_affine(x: Tensor, kind: str, importance: Tensor | None) -> Field
     grouped = by_group(x, groups)
     limit = LIMIT[kind]
     if importance is None:
-        average = 0.0 if kind == "Q2_K" else ggml.root(ggml.total(grouped * grouped) / 32)
+        average = 0.0 if kind == "Q2_K" else ggml_search.root(ggml_search.total(grouped * grouped) / 32)
         weight = grouped.abs() + average
         first, step, steps = (-1.0, 0.1, 20) if kind == "Q4_K" else (-0.5, 0.1, 15)
-        scales, minimums, codes = ggml.affine(grouped, weight, high, first, step, steps, absolute=kind == "Q2_K")
+        scales, minimums, codes = ggml_search.affine(grouped, weight, high, first, step, steps, absolute=kind == "Q2_K")
         d, s = _first_level(scales.view(groups, -1), limit)
         dmin, m = _first_level(minimums.view(groups, -1), limit)
     else:
         # 2 * sum / 256 and sum / 256: powers of two round nothing
-        sigma2 = ggml.total(x * x) * ((1 if kind == "Q2_K" else 2) / SUPER_BLOCK)
-        weight = by_group(importance * ggml.root(sigma2 + x * x), groups)
-        scales, minimums, codes = ggml.affine(grouped, weight, high, -0.9, 0.05, 36)
-        sums = ggml.total(weight).view(groups, -1)
-        d, s = ggml.positive(scales.view(groups, -1), sums, limit)
-        dmin, m = ggml.positive(minimums.view(groups, -1), sums, limit)
+        sigma2 = ggml_search.total(x * x) * ((1 if kind == "Q2_K" else 2) / SUPER_BLOCK)
+        weight = by_group(importance * ggml_search.root(sigma2 + x * x), groups)
+        scales, minimums, codes = ggml_search.affine(grouped, weight, high, -0.9, 0.05, 36)
+        sums = ggml_search.total(weight).view(groups, -1)
+        d, s = ggml_search.positive(scales.view(groups, -1), sums, limit)
+        dmin, m = ggml_search.positive(minimums.view(groups, -1), sums, limit)
         if (s > limit).any():
             s, m = _overflow(kind, s.int(), m.int())
-    half_d, half_dmin = ggml.to_half(d), ggml.to_half(dmin)
+    half_d, half_dmin = ggml_search.to_half(d), ggml_search.to_half(dmin)
     scale, minimum = (half_d.float() * s).view(-1), (half_dmin.float() * m).view(-1)
-    again = ggml.nearest_int((grouped + minimum) / scale).clamp(0, high)
+    # Codes once more, for the scales as they are stored; where the scale became 0 those of the search stay.
+    again = ggml_search.nearest_int((grouped + minimum) / scale).clamp(0, high)
     codes = torch.where(scale != 0, again, codes)
     return Fields(codes_of(codes, groups), half_d, half_dmin, _levels(s), _levels(m))
 
@@ -158,8 +160,8 @@ def _overflow(kind: str, s: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 def _first_level(scales: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """One scale for the scales `[G, B]` of a super-block, the largest at `limit`, and their codes."""
     high = scales.amax(dim=0).clamp(min=0)
-    codes = ggml.nearest_int(torch.where(high > 0, ggml.divide(limit, high), 0.0) * scales)
-    return torch.where(high > 0, ggml.divide_by(high, limit), 0.0), codes.clamp(max=limit)
+    codes = ggml_search.nearest_int(torch.where(high > 0, ggml_search.divide(limit, high), 0.0) * scales)
+    return torch.where(high > 0, ggml_search.divide_by(high, limit), 0.0), codes.clamp(max=limit)
 
 
 def _compatible_symmetric(x: Tensor, kind: str, importance: Tensor | None) -> Fields:
@@ -167,34 +169,36 @@ def _compatible_symmetric(x: Tensor, kind: str, importance: Tensor | None) -> Fi
     groups, center = GROUPS[kind], CENTER[kind]
     grouped = by_group(x, groups)
     if kind == "Q6_K":
-        scales, codes = ggml.symmetric(
+        scales, codes = ggml_search.symmetric(
             grouped, grouped * grouped if importance is None else by_group(importance, groups), 32
         )
         d, s = _largest_at(scales.view(groups, -1), -128.0, 127)
-        dead = ggml.largest(scales.view(groups, -1)).abs() < ggml.TINY
+        # A super-block of zeros is zeros in every field, as in ggml.
+        dead = ggml_search.largest(scales.view(groups, -1)).abs() < ggml_search.TINY
         d, s = torch.where(dead, 0.0, d), torch.where(dead, 0.0, s)
         codes = torch.where(dead.repeat(groups), 0.0, codes)
     elif importance is None:
-        scales, codes = ggml.symmetric_descent(grouped, center)
+        scales, codes = ggml_search.symmetric_descent(grouped, center)
         d, s = _largest_at(scales.view(groups, -1), -32.0, 31)
     else:
-        sigma2 = ggml.total(x * x) * (2 / SUPER_BLOCK)
-        weight = by_group(importance * ggml.root(sigma2 + x * x), groups)
-        scales, codes = ggml.symmetric(grouped, weight, center)
-        d, s = ggml.symmetric(scales.view(groups, -1), ggml.total(weight).view(groups, -1), 32)
+        sigma2 = ggml_search.total(x * x) * (2 / SUPER_BLOCK)
+        weight = by_group(importance * ggml_search.root(sigma2 + x * x), groups)
+        scales, codes = ggml_search.symmetric(grouped, weight, center)
+        d, s = ggml_search.symmetric(scales.view(groups, -1), ggml_search.total(weight).view(groups, -1), 32)
+        # `symmetric` gives codes from 0 up; a scale is signed.
         s = s - 32
-    half_d = ggml.to_half(d)
+    half_d = ggml_search.to_half(d)
     scale = (half_d.float() * s).view(-1)
-    again = ggml.nearest_int(grouped / scale).clamp(-center, center - 1) + center
+    again = ggml_search.nearest_int(grouped / scale).clamp(-center, center - 1) + center
     return Fields(codes_of(torch.where(scale != 0, again, codes), groups), half_d, scales=_levels(s))
 
 
 def _largest_at(scales: Tensor, low: float, high: int) -> tuple[Tensor, Tensor]:
     """As `_first_level`, with the largest magnitude at `low`, below 0; all zero gives d = 0 and codes `low`."""
-    inv = ggml.divide(low, ggml.largest(scales))
-    some = ggml.largest(scales) != 0
-    codes = ggml.nearest_int(inv * scales).clamp(low, high)
-    return torch.where(some, ggml.divide(1, inv), 0.0), torch.where(some, codes, low)
+    inv = ggml_search.divide(low, ggml_search.largest(scales))
+    some = ggml_search.largest(scales) != 0
+    codes = ggml_search.nearest_int(inv * scales).clamp(low, high)
+    return torch.where(some, ggml_search.divide(1, inv), 0.0), torch.where(some, codes, low)
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:

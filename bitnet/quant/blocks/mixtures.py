@@ -13,16 +13,15 @@ from collections.abc import Mapping
 
 from bitnet.quant.blocks import FALLBACK, TYPES
 
-BASE = {
-    "Q2_K": "Q2_K", "Q2_K_S": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K",
-    "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K", "Q4_0": "Q4_0", "Q4_1": "Q4_1",
-    "Q5_0": "Q5_0", "Q5_1": "Q5_1", "Q8_0": "Q8_0", "IQ4_NL": "IQ4_NL", "TQ1_0": "TQ1_0", "TQ2_0": "TQ2_0",
-}  # fmt: skip
+_PLAIN = ("Q2_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0")
+_SIZED = ("Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
+BASE = {name: name for name in _PLAIN} | {name: name[:-2] for name in _SIZED}
+"""Name of a mixture (small, medium, large) to the type of most of its tensors."""
 LAYERS_OF_70B = 80  # eight query heads share a key there: values are few, and llama.cpp gives them more
 
 
 def tensor_types(
-    mixture: str, shapes: Mapping[str, tuple[int, int]], *, has_importance: bool = False
+    mixture: str, shapes: Mapping[str, tuple[int, ...]], *, has_importance: bool = False
 ) -> dict[str, str]:
     """The type of every matrix of a model.
 
@@ -52,7 +51,7 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def _wanted(
-    mixture: str, name: str, layers: int, shared: int, has_importance: bool, shapes: Mapping[str, tuple[int, int]]
+    mixture: str, name: str, layers: int, shared: int, has_importance: bool, shapes: Mapping[str, tuple[int, ...]]
 ) -> str:
     base, layer, columns = BASE[mixture], _layer(name), shapes[name][1]
     if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in shapes):

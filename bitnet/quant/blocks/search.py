@@ -8,9 +8,9 @@ bits, so rounding is part of the search instead of an accident after it. Steps s
 super-blocks they find the best real scales of each group first; then the integers that stand for them move up and down
 by one, in turn with least squares for the d and dmin of the whole super-block.
 
-ggml's result (`ggml.py`) is one more candidate, so a block is never worse than ggml's. Groups are columns and sums run
-from the first weight to the last, in float32: the native code (`bitnet/kernels/cpu/blocks.h`) does the same operations
-and gives the same bytes.
+ggml's result (`ggml_search.py`) is one more candidate, so a block is never worse than ggml's. Groups are columns and
+sums run from the first weight to the last, in float32: the native code (`bitnet/kernels/cpu/blocks.h`) does the same
+operations and gives the same bytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks.ggml import divide, divide_by, largest, total
+from bitnet.quant.blocks.ggml_search import divide, divide_by, largest, total
 from bitnet.quant.blocks.layout import Fields
 
 SMALL = 1e-30  # a scale below counts as 0: its inverse is no use
@@ -78,6 +78,8 @@ def scale_starts(x: Tensor, first: float, last: float, spread: float) -> list[Te
     """Scales that put the largest magnitude of a column near the first or the last code, which differ in size."""
     extreme, halves = largest(x), (-1.0, -0.5, 0.0, 0.5, 1.0)
     ends = [last + spread * a for a in halves]
+    # Codes that reach further on one side (-8 to 7): the largest magnitude may go to either end, since a negative scale
+    # turns the range round.
     if first != -last:
         ends = [first - spread * a for a in halves] + ends
     return [divide_by(extreme, end) for end in ends]
@@ -95,6 +97,7 @@ def fit_scale(
     best = Best()
     for start in starts:
         scale = keep(start)
+        # The nearest codes for this scale, then the best scale for these codes, in turn.
         for _ in range(SCALE_STEPS):
             sums = Sums(x, weight, quantize(scale), scale)
             best.offer(sums.error, scale)
@@ -118,10 +121,12 @@ def fit_affine(
         for _ in range(AFFINE_STEPS):
             sums = Sums(x, weight, nearest(x, scale, low, 0, high), scale, low)
             best.offer(sums.error, scale, low)
+            # Least squares for both: the normal equations of sum w (x - scale q - low)^2, solved by determinants.
             determinant = sum_w * sums.qq - sums.q * sums.q
             new_scale = ratio(sum_w * sums.xq - sum_x * sums.q, determinant)
             new_low = ratio(sums.qq * sum_x - sums.q * sums.xq, determinant)
             if not free:
+                # The low end can only be subtracted. Where it would be added, it is 0, and the scale is fitted alone.
                 above = new_low > 0
                 new_scale = torch.where(above, ratio(sums.xq, sums.qq), new_scale)
                 new_low = torch.where(above, 0.0, new_low)
@@ -221,7 +226,9 @@ class SuperBlocks:
             return nearest(self.x, scale, 0.0, -center, center - 1)
 
         starts = scale_starts(self.x, -center, center - 1, spread)
+        # The best scale of each group as a real number first; the integers that stand for it follow.
         real, _ = fit_scale(self.x, self.weight, starts, quantize, lambda scale: scale)
+        # The integers reach from -limit to limit - 1, so the largest scale goes to the end with one more.
         d = stored(divide_by(largest(real.view(self.groups, -1)), -limit))
         s = (real * inverse(self.per_group(d))).round().clamp(-limit, limit - 1)
         best = Best()
@@ -235,6 +242,7 @@ class SuperBlocks:
             assert group.error is not None
             s, qq, xq = group.values
             best.offer(self.over_groups(group.error), d, s.view(self.groups, -1))
+            # Least squares for d, at x ~ d (s q): sums over the groups, each times its integer.
             d = stored(ratio(self.over_groups(s * xq), self.over_groups(s * s * qq)))
         assert best.error is not None
         d, s = best.values[0], best.values[1].flatten()
@@ -266,6 +274,7 @@ class SuperBlocks:
             moved = (s + step).clamp(0, limit)
             scale = d * moved
 
+            # The default arguments hold on to this step's tensors.
             def offer(minimum: Tensor, moved: Tensor = moved, scale: Tensor = scale) -> Sums:
                 low = -(dmin * minimum)
                 sums = Sums(self.x, self.weight, nearest(self.x, scale, low, 0, high), scale, low)
@@ -273,6 +282,7 @@ class SuperBlocks:
                 return sums
 
             sums = offer(m)
+            # Where the error's derivative by the minimum is 0 for these codes, in units of dmin.
             least = ratio(scale * sums.q - self.sum_x, self.sum_w) * inverse(dmin)
             least = least.round().clamp(0, limit)
             for change in (0, -1, 1):
@@ -283,9 +293,11 @@ class SuperBlocks:
         """Least squares for d and dmin of each super-block, at its integers and codes."""
         ss, sm, mm = self.over_groups(s * s * qq), self.over_groups(s * m * q), self.over_groups(m * m * self.sum_w)
         sx, mx = self.over_groups(s * xq), self.over_groups(m * self.sum_x)
+        # The normal equations of x ~ d (s q) - dmin m over the whole super-block.
         determinant = ss * mm - sm * sm
         d = torch.where(determinant > 0, (sx * mm - mx * sm) / determinant, ratio(sx, ss))
         dmin = torch.where(determinant > 0, (sx * sm - mx * ss) / determinant, 0.0)
+        # As in `fit_affine`: a minimum that would be added is left out.
         below = dmin < 0
         d, dmin = torch.where(below, ratio(sx, ss), d), torch.where(below, 0.0, dmin)
         return stored(d), stored(dmin)

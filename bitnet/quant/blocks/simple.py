@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import ggml, search
+from bitnet.quant.blocks import ggml_search, search
 from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
 
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -66,7 +66,7 @@ ROW_SIGMA = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")  # ggml weights these with the mean
 def row_sigma2(x: Tensor) -> Tensor:
     """Mean square of each row of `[N, K]`, summed in order: float32 `[N]`."""
     columns = x.t().contiguous()
-    return ggml.divide_by(ggml.total(columns * columns), len(columns))
+    return ggml_search.divide_by(ggml_search.total(columns * columns), len(columns))
 
 
 def quantize(
@@ -88,6 +88,7 @@ def _improve(x: Tensor, kind: str, weight: Tensor, fields: Fields) -> Fields:
     if kind == "IQ4_NL":
         starts = search.scale_starts(x, LEVELS[0], LEVELS[-1], 14.0)
         return search.improve_levels(x, weight, starts, level_values(x), nearest_level, fields)
+    # `spread`: by how many codes the trial ranges are wider or narrower at most.
     first, spread = (-127, 2.0) if kind == "Q8_0" else (-half, 1.0 if half == 8 else 2.0)
     starts = search.scale_starts(x, first, half - 1, spread)
     return search.improve_scale(x, weight, starts, first, half - 1, half, fields)
@@ -98,54 +99,59 @@ def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor 
     if kind == "IQ4_NL":
         return _compatible_levels(x, importance)
     if kind == "Q8_0":
-        scale = ggml.divide_by(x.abs().amax(dim=0), 127)
-        codes = ggml.round_away(x * ggml.inverse(scale)) + 128
-        return Fields(_bytes(codes), ggml.to_half(scale))
+        scale = ggml_search.divide_by(x.abs().amax(dim=0), 127)
+        codes = ggml_search.round_away(x * ggml_search.inverse(scale)) + 128
+        return Fields(_bytes(codes), ggml_search.to_half(scale))
     if importance is None:
         if kind in WITH_MINIMUM:
             low = x.amin(dim=0)
-            scale = ggml.divide_by(x.amax(dim=0) - low, 2 * levels - 1)
-            codes = ggml.truncate((x - low) * ggml.inverse(scale) + 0.5)
-            return Fields(_bytes(codes.clamp(max=2 * levels - 1)), *map(ggml.to_half, (scale, low)))
-        scale = ggml.largest(x) / -levels
-        codes = ggml.truncate(x * ggml.inverse(scale) + (levels + 0.5)).clamp(max=2 * levels - 1)
-        return Fields(_bytes(codes), ggml.to_half(scale))
+            scale = ggml_search.divide_by(x.amax(dim=0) - low, 2 * levels - 1)
+            # ggml rounds these by adding a half and cutting off.
+            codes = ggml_search.truncate((x - low) * ggml_search.inverse(scale) + 0.5)
+            return Fields(_bytes(codes.clamp(max=2 * levels - 1)), *map(ggml_search.to_half, (scale, low)))
+        scale = ggml_search.largest(x) / -levels
+        codes = ggml_search.truncate(x * ggml_search.inverse(scale) + (levels + 0.5)).clamp(max=2 * levels - 1)
+        return Fields(_bytes(codes), ggml_search.to_half(scale))
     assert sigma2 is not None
-    weight = importance * ggml.root(sigma2 + x * x)
+    # ggml's own weights: of two columns of one importance, the larger value counts more.
+    weight = importance * ggml_search.root(sigma2 + x * x)
     if kind in WITH_MINIMUM:
-        scale, low, codes = ggml.affine(x, weight, 2 * levels - 1, -0.9, 0.05, 36)
-        return Fields(_bytes(codes), ggml.to_half(scale), ggml.to_half(-low))
-    scale, codes = ggml.symmetric(x, weight, levels)
-    return Fields(_bytes(codes), ggml.to_half(scale))
+        scale, low, codes = ggml_search.affine(x, weight, 2 * levels - 1, -0.9, 0.05, 36)
+        return Fields(_bytes(codes), ggml_search.to_half(scale), ggml_search.to_half(-low))
+    scale, codes = ggml_search.symmetric(x, weight, levels)
+    return Fields(_bytes(codes), ggml_search.to_half(scale))
 
 
 def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
     """IQ4_NL: 16 trial scales with a least-squares refit each."""
-    sigma2 = ggml.total(x * x) * (2 / 32)
-    weight = x * x if importance is None else importance * ggml.root(sigma2 + x * x)
-    extreme = ggml.largest(x)
-    zero = extreme.abs() < ggml.TINY
+    sigma2 = ggml_search.total(x * x) * (2 / 32)
+    weight = x * x if importance is None else importance * ggml_search.root(sigma2 + x * x)
+    extreme = ggml_search.largest(x)
+    zero = extreme.abs() < ggml_search.TINY
 
     def trial(inv_scale: Tensor) -> tuple[Tensor, Tensor]:
         q = level_values(x)[nearest_level(inv_scale * x)]
-        return ggml.total(weight * q * x), ggml.total(weight * q * q)
+        return ggml_search.total(weight * q * x), ggml_search.total(weight * q * q)
 
-    sum_xq, sum_qq = trial(ggml.divide(1, ggml.divide_by(-extreme, LEVELS[0])))
+    # The first trial puts the largest magnitude at 127, the others at the first level, -127, and around it.
+    sum_xq, sum_qq = trial(ggml_search.divide(1, ggml_search.divide_by(-extreme, LEVELS[0])))
     scale = torch.where(sum_qq > 0, sum_xq / sum_qq, 0.0)
     best = scale * sum_xq
     for step in range(-7, 8):
-        sum_xq, sum_qq = trial(ggml.divide(step + LEVELS[0], extreme))
+        sum_xq, sum_qq = trial(ggml_search.divide(step + LEVELS[0], extreme))
+        # A refitted scale lowers the error by sum_xq^2 / sum_qq; compared without a division, as in ggml.
         better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
         scale = torch.where(better, sum_xq / sum_qq, scale)
         best = torch.where(better, scale * sum_xq, best)
     scale = torch.where(zero, 0.0, scale)
-    return Fields(_bytes(nearest_level(ggml.inverse(scale) * x)), ggml.to_half(scale))
+    return Fields(_bytes(nearest_level(ggml_search.inverse(scale) * x)), ggml_search.to_half(scale))
 
 
 def nearest_level(x: Tensor) -> Tensor:
     """Index (int64) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the first."""
     index = torch.zeros_like(x, dtype=torch.int64)
     for low, high in pairwise(LEVELS):
+        # Whether x lies above the middle of two levels, doubled so that nothing is rounded.
         index += x + x >= low + high
     return index
 

@@ -18,7 +18,7 @@ The code 3 of TQ2_0, which no ternary weight has, stands for 2 d. Sources: llama
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import ggml, search
+from bitnet.quant.blocks import ggml_search, search
 from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
 
 BITS = {"TQ1_0": 2, "TQ2_0": 2}
@@ -34,6 +34,7 @@ def pack(fields: Fields, kind: str) -> Tensor:
     for first, end, count in CHUNKS:
         digits = fields.codes[:, first:end].view(len(fields.codes), count, -1).to(torch.int32)
         number = sum(digits[:, i] * 3 ** (4 - i) for i in range(count))
+        # Rounded up: rounded down, the digits that come back by multiplying with 3 would be too small.
         parts.append(((number * 256 + 242) // 243).to(torch.uint8))
     return torch.cat([*parts, half_bytes(fields.scale)], dim=1)
 
@@ -115,12 +116,12 @@ def quantize(
     already; the default finds the best d for any."""
     x = blocks.t().contiguous()
     scale = x.abs().amax(dim=0)
-    codes = ggml.round_away(x * ggml.inverse(scale)) + 1
-    fields = Fields(codes.t().to(torch.uint8).contiguous(), ggml.to_half(scale))
+    codes = ggml_search.round_away(x * ggml_search.inverse(scale)) + 1
+    fields = Fields(codes.t().to(torch.uint8).contiguous(), ggml_search.to_half(scale))
     if compatible:
         return fields
     weight = torch.ones_like(x) if importance is None else importance.t().contiguous()
-    mean = ggml.total(x.abs()) / BLOCK
+    mean = ggml_search.total(x.abs()) / BLOCK
     return search.improve_scale(
         x, weight, [scale, *(mean * start for start in search.TERNARY_STARTS)], -1, 1, 1, fields
     )

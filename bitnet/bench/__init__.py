@@ -1,0 +1,1 @@
+"""Measurements of speed, each behind a correctness gate."""

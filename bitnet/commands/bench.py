@@ -1,0 +1,30 @@
+"""Speeds of generation on this machine, beside its own limits, float twins and other engines.
+
+bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
+bitnet bench runs/demo --batch 1 4 16              a trained one
+bitnet bench --preset 700m --kernels --twins
+bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
+"""
+
+from bitnet.bench.options import Options
+
+
+def run(options: Options) -> int:
+    """Returns 1 where a gate is red or a peer failed."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        if options.device != "cpu":
+            from bitnet import kernels
+            from bitnet.bench import gpu
+
+            device = gpu.device_of(options.device)
+            kernels.triton.require(device)
+            presets = (options.preset,) if options.preset else ("2b-4t", "700m")
+            return gpu.run(gpu.Options(device, presets, options.quick), options.json)
+        from bitnet.bench import cpu
+
+        return cpu.run(options)
+    finally:
+        torch.set_num_threads(threads)

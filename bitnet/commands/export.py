@@ -1,0 +1,98 @@
+"""Write a model in another form: for this project's engine, for transformers, for llama.cpp.
+
+    bitnet export runs/demo demo-packed                      2-bit codes, INT8 embedding
+    bitnet export runs/demo demo-hf --to hf                  a folder for AutoModelForCausalLM
+    bitnet export runs/demo demo.gguf --to gguf --type TQ1_0 a file for llama.cpp
+    bitnet export demo-gptq4 demo-gptq-hf --to gptq          GPTQ's layout in a Hugging Face folder
+
+IN is anything that generate.py takes. Nothing ternary is quantized twice: codes and scales come from one quantization
+of the latent weights, or from the file as they are. What a target cannot express is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from bitnet.storage.source import Source
+    from bitnet.tokenizer import BaseTokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    source: tyro.conf.Positional[str]
+    """A run folder of train.py or one checkpoint of it, a packed or quantized folder, a Hugging Face folder, a GGUF
+    file."""
+    out: tyro.conf.Positional[Path]
+    """What to write; it must not exist."""
+    to: Literal["packed", "hf", "gguf", "gptq"] = "packed"
+    type: str | None = None
+    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, or for float models any block type, Q8_0
+    unless given."""
+    form: Literal["packed", "packed-inverse", "master"] | None = None
+    """hf: packed (weight_scale multiplies), packed-inverse (it divides), or master (latent floats, quantized online);
+    packed for ternary models unless given, master for float ones."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint of a run folder."""
+
+
+def run(options: Options) -> None:
+    if options.out.exists():
+        raise ValueError(f"{options.out} already exists; choose another name or delete it")
+    for name, target in (("type", "gguf"), ("form", "hf")):
+        if getattr(options, name) is not None and options.to != target:
+            raise ValueError(f"--{name} {getattr(options, name)} has no effect on --to {options.to}; leave it out")
+
+    from bitnet.storage.folders import save_packed
+    from bitnet.storage.gguf import write as gguf_write
+    from bitnet.storage.hf import gptq
+    from bitnet.storage.hf import write as hf_write
+    from bitnet.storage.hf.card import origin_of
+    from bitnet.storage.source import open_source
+    from bitnet.tokenizer import Tokenizer
+    from bitnet.tokenizer.json_write import sentencepiece_files
+
+    source = open_source(options.source, which=options.checkpoint)
+    model = source.model()
+    is_float = model.config.quantizer == "none"
+    if options.to == "packed":
+        if is_float:
+            raise ValueError(f"{options.source} is a float model, which has no packed form; see bitnet quantize")
+        save_packed(options.out, model.pack(), source.tokenizer_files())
+    elif options.to == "hf":
+        form = options.form or ("master" if is_float else "packed")
+        files = source.tokenizer_files()
+        if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
+            proto, positions = source.tokenizer.model_proto, model.config.max_position_embeddings
+            chat = source.chat_template is not None
+            files |= sentencepiece_files(proto, max_length=positions, chat=chat)
+        hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
+    elif options.to == "gguf":
+        template = source.chat_template.source if source.chat_template else None
+        kind = options.type or ("Q8_0" if is_float else "TQ2_0")
+        gguf_write.write(
+            model, options.out, kind, tokenizer=_vocabulary(source), chat_template=template, name=options.out.stem
+        )
+    else:
+        gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))
+    written = [options.out] if options.out.is_file() else list(options.out.iterdir())
+    print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
+
+
+def _vocabulary(source: Source) -> BaseTokenizer | Mapping[str, Any]:
+    """What to write the vocabulary of a GGUF file from: the source that knows most about it."""
+    from bitnet.storage.folders import TOKENIZER
+    from bitnet.tokenizer import Tokenizer
+
+    if source.kind == "gguf":  # names the pre-tokenizer, which a tokenizer made from it does not
+        return source.settings
+    if (source.path / TOKENIZER).is_file():  # from which a tokenizer.json was made
+        own = Tokenizer.load(source.path / TOKENIZER)
+        if own.vocab_size == source.tokenizer.vocab_size:
+            return own
+    return source.tokenizer

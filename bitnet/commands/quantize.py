@@ -1,0 +1,92 @@
+"""Quantize a float model after training, by any method of `bitnet/ptq/methods.py`.
+
+    bitnet quantize runs/demo-float demo-gptq --method gptq-4
+    bitnet quantize model.gguf model-awq --method awq --text my_texts/ --group-size 64
+    bitnet quantize --list
+
+IN is anything that generate.py takes and that holds float weights. OUT is a folder that generate.py, `bitnet compare`
+and `bitnet export` take. Methods that look at activations are calibrated on the training part of a corpus: a run's own,
+or the one of --text.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Options:
+    source: tyro.conf.Positional[str | None] = None
+    """A run, a folder or a file of a float model."""
+    out: tyro.conf.Positional[Path | None] = None
+    """The folder to write; it must not exist."""
+    method: str | None = None
+    """One of --list."""
+    list: bool = False
+    """Print the methods and end."""
+    text: str | None = None
+    """Corpus for calibration, as in train.py; a run's own unless given."""
+    calibration_tokens: int = 16384
+    context: int | None = None
+    """Tokens in a calibration sequence; the training context of a run, at most 512 for other models."""
+    group_size: int = 128
+    """Input channels that share a scale (rtn, awq, gptq); -1: all of a row."""
+    symmetric: bool = False
+    """Without zero points (rtn, awq, gptq)."""
+    algorithm: Literal["refined", "original"] = "refined"
+    """gptq: the better one, or the published one step by step."""
+    calibration: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    """Of activation ranges (w8a8-static, smoothquant)."""
+    compatible: bool = False
+    """GGUF types: ggml's own bytes instead of the better search."""
+
+
+def run(options: Options) -> None:
+    from bitnet import console
+    from bitnet.model.quantized import model_bits
+    from bitnet.ptq import drivers
+    from bitnet.ptq.methods import METHODS, quantize_model
+
+    if options.list:
+        rows = [
+            [name, f"{method.bits:.2f} bits", method.description + ", calibrated" * method.needs_calibration]
+            for name, method in METHODS.items()
+        ]
+        print(console.table(rows, right=[1]))
+        return
+    if options.source is None or options.out is None or options.method is None:
+        raise ValueError("give a model, a folder to write and --method; bitnet quantize --list has the names")
+    if options.method not in METHODS:
+        raise ValueError(f"method {options.method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if options.out.exists():  # before the work, not behind it
+        raise ValueError(f"{options.out} already exists; choose another name or delete it")
+
+    from bitnet.evaluation.texts import calibration_sequences, open_text
+    from bitnet.storage.folders import save_quantized
+    from bitnet.storage.source import open_source
+
+    source = open_source(options.source)
+    model = source.model()
+    if model.is_packed:
+        raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
+    ids = None
+    if METHODS[options.method].needs_calibration:
+        mixture, context = open_text(source, options.text, options.context)
+        ids = calibration_sequences(mixture, context, options.calibration_tokens)
+    start = time.perf_counter()
+    chosen = drivers.Options(
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        algorithm=options.algorithm,
+        calibration=options.calibration,
+        compatible=options.compatible,
+    )
+    model = quantize_model(model, options.method, ids, chosen)
+    seconds = time.perf_counter() - start
+    save_quantized(model, options.out, options.method, source.tokenizer_files())
+    nominal, stored = model_bits(model)
+    size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
+    print(f"{options.out}: {size:.2f} MB, {stored:.2f} bits a weight ({nominal:g} without scales), {seconds:.1f} s")

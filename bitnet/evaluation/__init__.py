@@ -1,0 +1,1 @@
+"""How good a model is: held-out loss, agreement with a float model, the comparison of all methods."""

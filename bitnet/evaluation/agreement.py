@@ -1,0 +1,73 @@
+"""How far a model's predictions are from a float model's, window by window."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitnet.data.tokens import IGNORE_INDEX
+from bitnet.evaluation.loss import ratio_and_error
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model against the float one on the same windows; losses in nats a token, standard errors over windows."""
+
+    loss: float
+    error: float
+    gap: float
+    """Loss above the float model's."""
+    gap_error: float
+    """Standard error of the gap. Windows that are hard for one model are hard for the other, so it is far below
+    `error`."""
+    kl: float
+    """KL divergence from the float model."""
+    top1: float
+    """Share of tokens with the float model's most likely one."""
+
+
+class Reference:
+    """Log-probabilities of the float model on the held-out windows, in a temporary file."""
+
+    def __init__(self, model: nn.Module, windows: list[tuple[Tensor, Tensor]], vocab: int) -> None:
+        self.windows = windows
+        rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
+        # Tokens times vocabulary is gigabytes for a real model: the float model runs once, and its predictions wait on
+        # disk.
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this object
+        self._file.truncate(rows * vocab * 4)
+        self.logp = np.memmap(self._file, np.float32, "r+", shape=(rows, vocab))
+        at = 0
+        for logp, _ in predictions(model, windows, vocab):
+            self.logp[at : at + len(logp)] = logp.numpy()
+            at += len(logp)
+
+    def score(self, model: Any) -> Score:
+        """Score a model of the same vocabulary."""
+        losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
+        for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
+            float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
+            at += len(logp)
+            # Summed in float64: single tokens add very little to a large sum.
+            kl += float((float_logp.exp() * (float_logp - logp)).sum(1).double().sum())
+            agree += int((float_logp.argmax(1) == logp.argmax(1)).sum())
+            of_labels = logp.gather(1, labels[:, None]).double()
+            losses.append(-float(of_labels.sum()))
+            gaps.append(float((float_logp.gather(1, labels[:, None]).double() - of_labels).sum()))
+            counts.append(len(labels))
+        loss, error = ratio_and_error(torch.tensor(losses).double(), torch.tensor(counts))
+        gap, gap_error = ratio_and_error(torch.tensor(gaps).double(), torch.tensor(counts))
+        return Score(loss, error, gap, gap_error, kl / at, agree / at)
+
+
+@torch.inference_mode()
+def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities float32 `[T, vocab]` and labels `[T]` of each window, tokens without a label left out."""
+    for ids, labels in windows:
+        logits = model(ids)[0, :, :vocab].float()
+        counted = labels[0] != IGNORE_INDEX
+        yield logits[counted].log_softmax(-1), labels[0][counted]

@@ -1,0 +1,266 @@
+"""Every quantization method on one model: quality, size and speed in one table, and pictures."""
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.console import note, progress_bar, say
+from bitnet.evaluation import pictures, table
+from bitnet.evaluation.agreement import Reference
+from bitnet.evaluation.options import Options
+from bitnet.evaluation.table import Row
+from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
+from bitnet.evaluation.twins import find_twins, train_twin
+from bitnet.inference.generation import time_generation
+from bitnet.inference.loading import open_model
+from bitnet.machine import process_memory, reset_peak_memory
+from bitnet.model import BitNetForCausalLM
+from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
+from bitnet.ptq import drivers
+from bitnet.ptq.methods import METHODS, quantize_model
+from bitnet.storage.folders import INDEX, packed_quantizer, save_quantized
+from bitnet.storage.safetensors import CONFIG, MODEL, load_json
+from bitnet.storage.source import open_source
+
+NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
+NATIVE_BITS = {"ternary": math.log2(3), "binary": 1.0, "int4": 4.0, "int8": 8.0}
+
+
+@torch.inference_mode()
+def layer_outputs(model: BitNetForCausalLM, ids: Tensor) -> list[Tensor]:
+    """The residual stream `[T, C]` behind each layer."""
+    outputs: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output[0].float().clone()))
+        for layer in model.model.layers
+    ]
+    model.model(ids)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def kernel_of(model: BitNetForCausalLM) -> str:
+    """What multiplies the projections: native (the whole model in the engine), int8 (integer products layer by layer),
+    dequantizes, or float."""
+    if packed_quantizer(model):
+        return "native"
+    projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    if all(isinstance(module, nn.Linear) for module in projections):
+        return "float"
+    return "int8" if all(isinstance(module, StaticInt8Linear) for module in projections) else "dequantizes"
+
+
+def measure(path: str, threads: int | None) -> dict[str, float | None]:
+    """Speed and memory of a model on disk; runs in a process of its own. Medians of 3."""
+    if threads:
+        torch.set_num_threads(threads)
+    before = process_memory("VmRSS")
+    reset_peak_memory()
+    model = open_model(path)
+    if isinstance(model, nn.Module):
+        cache_weights(model)  # dequantized once: the speed that a method can have without a kernel
+    positions = model.config.max_position_embeddings
+    prompt, steps = min(256, positions // 2), min(32, positions // 4)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    rounds = [time_generation(model, ids, steps) for _ in range(4)][1:]  # the first touches memory and starts threads
+    peak = process_memory()
+    return {
+        "prefill": statistics.median(stats.prefill_rate for stats in rounds),
+        "decode": statistics.median(stats.decode_rate for stats in rounds),
+        "peak_mb": None if peak is None or before is None else peak - before,
+    }
+
+
+def measure_in_child(path: Path, threads: int | None) -> dict[str, float | None]:
+    """`measure` in a fresh process. Raises ValueError with its message where it fails."""
+    work = "from bitnet.evaluation.comparison import measure; print(json.dumps(measure(*json.loads(sys.argv[1]))))"
+    code = f"import json, sys; {work}"
+    command = [sys.executable, "-c", code, json.dumps([str(path), threads])]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        raise ValueError(f"{path} could not be measured: {child.stderr.strip()[-500:]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+class Comparison:
+    """What one call works on: the float model, the held-out windows with its predictions, and the rows so far."""
+
+    def __init__(self, options: Options, train: Sequence[str] = ()) -> None:
+        """`train` is the command that trains, for twins that are asked for and missing. Raises ValueError for models
+        that cannot be compared, or other settings than those of the rows in the folder."""
+        self.options = options
+        self.out = options.out
+        self.runs = self._runs(train)
+        path = self.runs.get("none", Path(options.models[0]))
+        source = open_source(path)
+        self.tokenizer, self.files = source.tokenizer, source.tokenizer_files()
+        self.model = source.model()
+        if self.model.config.quantizer != "none":
+            raise ValueError(
+                f"{path} is no float model, and none trained like it was found beside it; train one with "
+                "--train none, or give a float model"
+            )
+        # The largest power of two up to 128 that divides the rows of every projection.
+        sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
+        self.group_size = options.group_size or math.gcd(128, *sizes)
+        mixture, self.context = open_text(source, options.text, options.context)
+        windows = max(1, options.tokens // self.context)
+        self.windows = held_out_windows(mixture, self.context, windows)
+        self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
+        settings = (
+            str(path),
+            self.context,
+            options.tokens,
+            options.calibration_tokens,
+            options.text,
+            self.group_size,
+        )
+        self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        self.rows = self._finished_rows()
+
+    def _runs(self, train: Sequence[str]) -> dict[str, Path]:
+        """Quantizer to run folder of the trained models; empty for a model that is no run."""
+        if not self.options.models:
+            raise ValueError("no model was given; name a run of train.py or a float model")
+        first = Path(self.options.models[0])
+        if not (first / "checkpoints" / INDEX).exists():
+            if len(self.options.models) > 1 or self.options.train:
+                raise ValueError(f"{first} is not a run of train.py; several models and --train need runs")
+            return {}
+        runs = find_twins(first)
+        for other in self.options.models[1:]:
+            runs[load_json(Path(other) / CONFIG)["model"]["quantizer"]] = Path(other)
+        for quantizer in self.options.train:
+            if quantizer not in runs:
+                train_twin(first, quantizer, train)
+                runs = {**find_twins(first), **runs}
+        return runs
+
+    def _finished_rows(self) -> dict[str, Row]:
+        """Rows of an interrupted call with the same settings."""
+        path = self.out / "table.json"
+        if not path.exists():
+            return {}
+        stored = load_json(path)
+        if stored.get("settings") != self.settings:
+            raise ValueError(f"{self.out} holds a comparison with other settings; choose another --out or delete it")
+        return {row["name"]: Row(**row) for row in stored["rows"]}
+
+    def methods(self) -> list[str]:
+        """Post-training methods that were asked for. Raises ValueError for one that does not exist."""
+        if self.options.methods == ("none",):
+            return []
+        if self.options.methods == ("all",):
+            return list(METHODS)
+        unknown = [name for name in self.options.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+        return list(self.options.methods)
+
+    def run(self) -> None:
+        """Fill the table, writing it after every row."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        jobs: list[tuple[str, str | None]] = [("float32", None)]
+        jobs += [(NATIVE_NAMES[quantizer], quantizer) for quantizer in self.runs if quantizer != "none"]
+        pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
+        if not pending:
+            return
+        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size)
+        self.float_layers = layer_outputs(self.model, self.windows[0][0])
+        with progress_bar(pending, unit="model") as bar:
+            for name, what in bar:
+                bar.set_description(name)
+                try:
+                    row = self.measure_row(name, what)
+                except ValueError as error:
+                    if what not in METHODS:
+                        raise
+                    note(f"no row {name}: {error}")  # a shape that the method cannot take
+                    continue
+                self.rows[name] = row
+                self.write()
+                if bar.disable:
+                    say(f"{name:24} perplexity {row.perplexity:.2f}")
+
+    def measure_row(self, name: str, what: str | None) -> Row:
+        """The row of the float model (None), of a run by its quantizer, or of a method by its name."""
+        if what is None:
+            return self.add(name, "float", 32.0, self.model, None)
+        return self.add_trained(name, what) if what in self.runs else self.add_quantized(what)
+
+    def add_trained(self, name: str, quantizer: str) -> Row:
+        model = open_source(self.runs[quantizer]).model()
+        return self.add(name, "native", NATIVE_BITS[quantizer], model.pack(), None)
+
+    def add_quantized(self, name: str) -> Row:
+        method = METHODS[name]
+        start = time.perf_counter()
+        # Embedding and head as a file of that method would have them; in float32 they would hide what the method saves.
+        embeddings = "int8" if method.int8_activations else "float16"
+        options = drivers.Options(group_size=self.group_size, progress=False, embeddings=embeddings)
+        model = quantize_model(copy.deepcopy(self.model), name, self.calibration, options)
+        seconds = time.perf_counter() - start
+        row = self.add(name, method.family, method.bits, model, seconds)
+        changed = layer_outputs(model, self.windows[0][0])
+        row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
+        return row
+
+    def add(self, name: str, family: str, bits: float, model: BitNetForCausalLM, seconds: float | None) -> Row:
+        """Write a model, read it back, and measure it."""
+        path = self.out / "models" / name.replace(" ", "-")
+        if path.exists():
+            shutil.rmtree(path)
+        path.parent.mkdir(exist_ok=True)
+        save_quantized(model, path, name, self.files)
+        stored = open_model(path)
+        if isinstance(stored, nn.Module):
+            cache_weights(stored)
+        score = self.reference.score(stored)
+        perplexity = math.exp(min(score.loss, 700))
+        row = Row(
+            name=name,
+            family=family,
+            bits=bits,
+            effective_bits=model_bits(model)[1],
+            file_mb=(path / MODEL).stat().st_size / 1e6,
+            perplexity=perplexity,
+            perplexity_error=perplexity * score.error,
+            gap=score.gap,
+            gap_error=score.gap_error,
+            kl=score.kl,
+            top1=score.top1,
+            kernel=kernel_of(model),
+            seconds=seconds,
+        )
+        del stored
+        if self.options.speed:
+            for key, value in measure_in_child(path, self.options.threads).items():
+                setattr(row, key, value)
+        if not self.options.keep_models:
+            shutil.rmtree(path)
+        return row
+
+    def write(self) -> None:
+        """The table's files, each replaced whole."""
+        about = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
+        table.write(self.out, list(self.rows.values()), about)
+
+    def draw(self) -> None:
+        """The pictures of the table."""
+        pictures.draw_table(list(self.rows.values()), self.out)
+
+    def draw_distributions(self) -> None:
+        """Histograms of weights and activations of the float model, before and after quantizers of each kind."""
+        pictures.draw_distributions(self.model, self.windows[0][0], self.out)

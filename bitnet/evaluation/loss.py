@@ -1,0 +1,200 @@
+"""Held-out loss of a model: cross-entropy, perplexity and bits per byte.
+
+    loss = mean of -ln p(token | tokens before it)      perplexity = exp(loss)
+    bits per byte = sum of -log2 p / UTF-8 bytes of the text
+
+Over a part of a split, the bytes are its tokens times the whole split's average. Bits per byte does not depend on the
+tokenizer; loss and perplexity compare only models that share one.
+
+    bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet.data.chats import TokenizedChats, tokenize_chats
+from bitnet.data.mixture import Mixture, document_borders
+from bitnet.data.tokens import IGNORE_INDEX, TokenArray, iter_eval_batches
+from bitnet.evaluation.texts import open_text, run_config
+from bitnet.inference.engine import LanguageModel
+from bitnet.inference.loading import open_model
+from bitnet.model import BitNetForCausalLM
+from bitnet.model.transformer import cross_entropy
+from bitnet.storage.source import Source, open_source
+from bitnet.tokenizer.chat import require
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`."""
+
+    loss: float
+    """Mean negative log-likelihood, nats per token."""
+    standard_error: float
+    """Standard error of `loss` over the evaluated windows."""
+    bits_per_byte: float | None
+    """None where the labels are not the tokens of a text, as those of a conversation's answers."""
+    tokens: int
+    """Number of predicted tokens."""
+    corpora: "dict[str, Evaluation]" = field(default_factory=dict)
+    """Of a mixture, the result on each corpus."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate(
+    model: Any,
+    tokens: TokenArray,
+    *,
+    context: int,
+    bytes_per_token: float,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate over non-overlapping windows of `context` tokens, the first `max_tokens` tokens of the split or all.
+
+    `model` is a torch model or an engine. `dtype` bfloat16 or float16 runs the products under autocast, as training
+    does. The model's mode is restored.
+    """
+    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
+    batches = iter_eval_batches(tokens, context, batch_size, max_batches)
+    return evaluate_batches(model, batches, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: Any,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    batch_size: int,
+    bytes_per_token: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
+    some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`."""
+    device = model.device
+    was_training = getattr(model, "training", False)
+    if was_training:
+        model.eval()
+    window_losses: list[Tensor] = []
+    window_tokens: list[Tensor] = []
+    for input_ids, labels, *documents in batches:
+        # The last batch is filled up with rows that do not count: one shape, one compilation.
+        missing = batch_size - len(labels)
+        input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
+        labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
+        documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            if isinstance(model, BitNetForCausalLM):
+                losses = model.loss(input_ids, labels, "none", *documents)
+            else:
+                assert not documents
+                losses = cross_entropy(model(input_ids), labels, "none")
+        window_losses.append(losses.sum(1).double().cpu())
+        window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
+    if was_training:
+        model.train()
+    sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
+    # Rows that only filled up a batch are no windows.
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    loss, error = ratio_and_error(sums, counts)
+    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
+    return Evaluation(loss, error, bits, int(counts.sum()))
+
+
+def evaluate_mixture(
+    model: Any,
+    mixture: Mixture,
+    *,
+    context: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate on the held-out parts of all corpora of a mixture, of `max_tokens` tokens on the share of each.
+
+    The loss is the mean of the corpora's, by their shares of the training samples, and bits per byte is that loss over
+    the bytes of an average token in these shares.
+    """
+    parts = {}
+    for name, share in mixture.shares.items():
+        corpus = mixture.corpora[name]
+        parts[name] = evaluate(
+            model,
+            corpus.split("val"),
+            context=context,
+            bytes_per_token=corpus.bytes_per_token("val"),
+            batch_size=batch_size,
+            max_tokens=None if max_tokens is None else round(share * max_tokens),
+            dtype=dtype,
+        )
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    shares = [(share, parts[name]) for name, share in mixture.shares.items()]
+    loss = sum(share * part.loss for share, part in shares)
+    error = math.hypot(*(share * part.standard_error for share, part in shares))
+    bits = loss / math.log(2) / mixture.bytes_per_token("val")
+    return Evaluation(loss, error, bits, sum(part.tokens for _, part in shares), parts)
+
+
+def evaluate_chats(
+    model: Any,
+    chats: TokenizedChats,
+    *,
+    context: int,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Evaluation:
+    """Evaluate on the answers of held-out conversations, in rows of which `max_tokens` tokens are read, or all."""
+    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
+    batches = chats.rows("val", context).batches(batch_size, max_batches)
+    return evaluate_batches(model, batches, batch_size=batch_size, dtype=dtype)
+
+
+def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
+    """Mean a token and its standard error, from the sums over windows and the tokens in each: the ratio estimator, as
+    tokens inside one window are far from independent."""
+    count = int(counts.sum())
+    mean = float(sums.sum()) / count
+    deviations = sums - mean * counts
+    return mean, math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
+
+
+def evaluate_model(
+    path: str, device: torch.device, dtype: torch.dtype, text: str | None = None
+) -> tuple[str, Evaluation]:
+    """Weight quantizer and held-out evaluation of a model, over the whole validation split: of a run at its best
+    checkpoint, as it was trained; anything else as generate.py runs it.
+
+    Raises CheckpointError or ValueError for a model or corpus that isn't there.
+    """
+    source = open_source(path)
+    config = run_config(source) if source.kind == "run" else None  # before anything large is read
+    model = open_model(source, device=device, pack=config is None)
+    if config and text is None and config["data"].get("chat"):
+        return model.config.quantizer, _evaluate_answers(source, model, dtype)
+    mixture, context = open_text(source, text)
+    if config and config["data"].get("document_mask") and isinstance(model, BitNetForCausalLM):
+        model.document_ids = document_borders(source.tokenizer)
+    result = evaluate_mixture(model, mixture, context=context, dtype=dtype)
+    return model.config.quantizer, result
+
+
+def _evaluate_answers(source: Source, model: LanguageModel, dtype: torch.dtype) -> Evaluation:
+    """A run of conversations, on the answers of its held-out ones."""
+    config, template = run_config(source), require(source.chat_template, source.path)
+    data = config["data"]
+    chats = tokenize_chats(data["chat"], template, data["cache"], val_fraction=data["val_fraction"])
+    context = config.get("context") or model.config.max_position_embeddings
+    return evaluate_chats(model, chats, context=context, dtype=dtype)

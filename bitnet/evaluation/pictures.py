@@ -1,0 +1,74 @@
+"""The pictures of a comparison: quality against size and speed, errors by layer, distributions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitnet import kernels, plots
+from bitnet.evaluation.table import Row
+from bitnet.kernels import blocks
+from bitnet.model import BitNetForCausalLM
+from bitnet.model.transformer import DecoderLayer
+from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_quantize
+from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
+
+
+def draw_table(rows: Sequence[Row], folder: Path) -> None:
+    """size.png, speed.png and layers.png of what was measured."""
+    _draw_quality(rows, "file_mb", folder / "size.png", xlabel="file, MB", title="Perplexity against size on disk")
+    _draw_quality(
+        rows, "decode", folder / "speed.png", xlabel="decode, tokens/s", title="Perplexity against decode speed"
+    )
+    errors = {row.name: row.layer_errors for row in rows if row.layer_errors}
+    if errors:
+        title = "Relative error of the residual stream behind each layer"
+        plots.draw_layers(errors, folder / "layers.png", title=title)
+
+
+def _draw_quality(rows: Sequence[Row], column: str, path: Path, *, xlabel: str, title: str) -> None:
+    points = []
+    for row in rows:
+        if x := getattr(row, column):
+            error = row.perplexity * row.gap_error
+            hollow = row.kernel == "dequantizes"
+            points.append(plots.Point(row.name, row.family, x, row.perplexity, error, hollow=hollow))
+    if points:
+        title += " (bars: standard error of the difference to the float model; hollow: dequantizes)"
+        plots.draw_scatter(points, path, xlabel=xlabel, title=title, lower_is_better=column == "file_mb")
+
+
+def draw_distributions(model: BitNetForCausalLM, ids: Tensor, folder: Path) -> None:
+    """weights.png and activations.png: one layer's weights and the input of its last product for ids int64 `[1, T]`,
+    before and after quantizers of each kind."""
+    layer = model.model.layers[len(model.model.layers) // 2]
+    assert isinstance(layer, DecoderLayer)
+    inputs: list[Tensor] = []
+    hook = layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    with torch.inference_mode():
+        model(ids)
+    hook.remove()
+    _draw_weights(layer.mlp.gate_proj.weight.detach().float(), folder / "weights.png")
+    _draw_activations(inputs[0].float()[0], folder / "activations.png")
+
+
+def _draw_weights(weight: Tensor, path: Path) -> None:
+    codes = {name: kernels.quantize_weight(weight, name) for name in ("ternary", "binary", "int4", "int8")}
+    after = {name: values * scale for name, (values, scale) in codes.items()}
+    after["nf4"] = dequantize_nf4(quantize_nf4(weight))
+    after["Q2_K"] = blocks.dequantize(blocks.quantize(weight, "Q2_K"), "Q2_K")
+    title = "gate_proj of the middle layer: float weights (grey) and what quantizers make of them (red)"
+    samples = {name: plots.sample_values(values) for name, values in after.items()}
+    plots.draw_histograms(plots.sample_values(weight), samples, path, title=title)
+
+
+def _draw_activations(x: Tensor, path: Path) -> None:
+    after = {
+        "int8 per token": fake_quantize(x, choose_qparams_symmetric(x, 8, PerToken()), None, -128, 127),
+        "int8 per tensor": fake_quantize(x, choose_qparams_symmetric(x, 8, PerTensor()), None, -128, 127),
+        "int4 per token": fake_quantize(x, choose_qparams_symmetric(x, 4, PerToken()), None, -8, 7),
+    }
+    title = "input of down_proj in the middle layer: float (grey) and quantized (red), logarithmic"
+    samples = {name: plots.sample_values(values) for name, values in after.items()}
+    plots.draw_histograms(plots.sample_values(x), samples, path, title=title, log=True)

@@ -1,0 +1,1 @@
+"""Running a model: engines for CPU and GPU, generation, sampling."""

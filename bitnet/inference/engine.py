@@ -1,0 +1,44 @@
+"""What every engine is to those that use it, and what the engines share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitnet.model import ModelConfig
+
+
+class LanguageModel(Protocol):
+    """What `generate` asks of a model: `BitNetForCausalLM` and the engines have it."""
+
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def new_cache(self, batch_size: int, max_length: int) -> Any: ...
+
+    def weight_bytes(self) -> int: ...
+
+    def __call__(self, input_ids: Tensor, cache: Any = None, *, last_only: bool = False) -> Tensor: ...
+
+
+def build_exactly(
+    build: Callable[[Callable[..., Tensor]], None], tensor: Callable[[str], Tensor], names: Iterable[str] | None
+) -> None:
+    """Call `build(checked)`, where `checked(name, *shape)` is the tensor of that name and shape. Raises ValueError for
+    another shape, and for names that were not asked for."""
+    seen: set[str] = set()
+
+    def checked(name: str, *shape: int) -> Tensor:
+        seen.add(name)
+        value = tensor(name)
+        if list(value.shape) != list(shape):
+            raise ValueError(f"{name} is {list(value.shape)} and the configuration says {list(shape)}")
+        return value
+
+    build(checked)
+    left = sorted(set(names or ()) - seen)
+    if left:
+        raise ValueError(f"{len(left)} tensors are not of this configuration: {', '.join(left[:3])}")

@@ -1,0 +1,337 @@
+"""A packed model as the Triton kernels run it: fused projections, a static cache, decoding in a CUDA graph.
+
+    model = load_model(folder).pack()                   2-bit projections, INT8 embedding and head
+    engine = GpuEngine.from_model(model, device="cuda")  the same weights, fused; the torch model can go
+    cache = engine.new_cache(1, 512)
+    logits = engine(ids, cache, last_only=True)
+
+It is called like `BitNetForCausalLM`, the specification. Per layer:
+
+    q, k, v = qkv(norm+quantize(h))        a = attention, rotation and cache in it
+    h = h + o_proj(norm+quantize(a))       g = gate_up(norm+quantize(h))       h = h + down_proj(act+norm+quantize(g))
+
+Attention of one token is one launch, of several a launch for rotation and cache and torch's attention. A projection is
+two, quantization and product, or one where that is faster (`bitnet/kernels/triton/project.py`).
+
+A step of one new token is captured in a CUDA graph once per batch size and cache capacity; the number of filled
+positions lies on the device. Longer inputs run eagerly, their attention is torch's.
+
+The integer products are the reference's; between them `dtype` counts (float32 or bfloat16). Letters as in
+`bitnet/model/transformer.py`.
+"""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitnet.inference.engine import build_exactly
+from bitnet.kernels import PACKED_BITS
+from bitnet.kernels import triton as backend
+from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.transformer import rope_tables
+from bitnet.quant import packed_width
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CAPACITY_STEP = 256
+_KEPT_STORAGES = 4
+"""Caches that nobody holds any more but that are kept, with their graphs, for the next text."""
+_MASK_VALUES = 2**25
+"""Of one mask of attention behind a cache."""
+
+
+class _Storage:
+    """Buffers of one cache and the graph that was captured over them; outlives the cache and serves the next one."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        from bitnet.kernels.triton import attention
+
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.start = torch.zeros(1, dtype=torch.int32, device=device)  # positions that are filled
+        self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0, device=device)
+        self.parts = attention.AttentionParts(
+            batch_size, config.num_attention_heads, config.num_key_value_heads, config.head_width, capacity, device
+        )
+        self.graph: Any = None
+
+
+class GpuCache:
+    """Keys and values of all layers for up to `max_length` positions of `batch_size` sequences of one length."""
+
+    def __init__(self, config: ModelConfig, storage: _Storage, max_length: int) -> None:
+        self.config, self.storage, self.max_length = config, storage, max_length
+        self.length = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.storage.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the filled part, which one decoding step reads."""
+        return 2 * self.storage.keys[:, :, :, : self.length].numel() * self.storage.keys.element_size()
+
+
+class _Matrix:
+    """Packed rows of one or several projections, and a scale for every row."""
+
+    def __init__(self, packed: list[Tensor], scales: list[Tensor], bits: int, in_features: int) -> None:
+        self.packed = torch.cat(packed).contiguous()
+        rows = zip(packed, scales, strict=True)
+        self.scale = torch.cat([scale.float().reshape(-1).expand(len(part)) for part, scale in rows]).contiguous()
+        self.bits, self.in_features = bits, in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes
+
+
+class GpuEngine:
+    """A packed BitNet b1.58 model on the Triton kernels. Called like `BitNetForCausalLM`.
+
+    `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
+    a file. `dtype` is that of the residual stream, the cache and attention. Raises ValueError where Triton or the GPU
+    is missing, the model is not packed, or its tensors are not exactly those of the configuration.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tensor: Callable[[str], Tensor], names: Iterable[str] | None = None, *,
+        device: torch.device | str = "cuda", dtype: str = "bfloat16", graphs: bool = True,
+    ) -> None:  # fmt: skip
+        if config.quantizer == "none":
+            raise ValueError("the engine runs packed weights and this is a float model; run it in torch")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        self._device = torch.device(device)
+        backend.require(self._device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self.config, self.dtype = config, DTYPES[dtype]
+        self.graphs = graphs and self._device.type == "cuda"
+        self._free: list[_Storage] = []  # the newest last
+        self._lock = threading.Lock()
+        self._stream = torch.cuda.Stream(self._device) if self.graphs else None
+        build_exactly(self._build, lambda name: tensor(name).detach().to(self._device), names)
+
+    @classmethod
+    def from_model(cls, model: BitNetForCausalLM, **options: Any) -> "GpuEngine":
+        """The engine of a packed torch model, on its device unless another is given."""
+        if not model.head_is_packed:
+            raise ValueError("the model is not packed; call model.pack() first")
+        tensors = model.state_dict()
+        return cls(model.config, tensors.__getitem__, tensors, **{"device": model.device, **options})
+
+    def _build(self, tensor: Callable[..., Tensor]) -> None:
+        config, bits = self.config, PACKED_BITS[self.config.quantizer]
+        C, V, F_ = config.hidden_size, config.vocab_size, config.intermediate_size
+        queries, keys = (n * config.head_width for n in (config.num_attention_heads, config.num_key_value_heads))
+
+        def matrix(prefix: str, parts: dict[str, int], columns: int, bits: int = bits) -> _Matrix:
+            width = packed_width(columns, bits)
+            packed = [tensor(f"{prefix}{part}.packed_weight", rows, width) for part, rows in parts.items()]
+            one = bits == 2
+            scales = [tensor(f"{prefix}{part}.weight_scale", 1 if one else rows, 1) for part, rows in parts.items()]
+            return _Matrix(packed, scales, bits, columns)
+
+        def norm(name: str, size: int) -> Tensor:
+            return tensor(f"{name}.weight", size).float().contiguous()
+
+        table = "model.embed_tokens"
+        self._head = matrix("", {table if config.tie_word_embeddings else "lm_head": V}, C, 8)
+        self._table, self._table_scale = self._head.packed, self._head.scale.view(V, 1)
+        if not config.tie_word_embeddings:
+            self._table = tensor(f"{table}.packed_weight", V, packed_width(C, 8)).contiguous()
+            self._table_scale = tensor(f"{table}.weight_scale", V, 1).float().contiguous()
+        self._matrices: list[dict[str, _Matrix]] = []
+        self._norms: list[dict[str, Tensor | None]] = []
+        for index in range(config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            self._matrices.append({
+                "qkv": matrix(f"{prefix}self_attn.", {"q_proj": queries, "k_proj": keys, "v_proj": keys}, C),
+                "o": matrix(f"{prefix}self_attn.", {"o_proj": C}, queries),
+                "gate_up": matrix(f"{prefix}mlp.", {"gate_proj": F_, "up_proj": F_}, C),
+                "down": matrix(f"{prefix}mlp.", {"down_proj": C}, F_),
+            })  # fmt: skip
+            sub = config.sub_norm
+            self._norms.append({
+                "qkv": norm(f"{prefix}input_layernorm", C),
+                "o": norm(f"{prefix}self_attn.attn_sub_norm", queries) if sub else None,
+                "gate_up": norm(f"{prefix}post_attention_layernorm", C),
+                "down": norm(f"{prefix}mlp.ffn_sub_norm", F_) if sub else None,
+            })  # fmt: skip
+        self._norm = norm("model.norm", C)
+        self._cos, self._sin = (part.to(self._device) for part in rope_tables(config))
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: Tensor, cache: GpuCache | None = None, *, last_only: bool = False) -> Tensor:
+        """Logits float32 `[B, T, V]` of token ids int64 `[B, T]`, or `[B, 1, V]` of the last position with `last_only`.
+
+        With a cache, the tokens continue the ones it holds. Raises ValueError for ids or lengths that the model or the
+        cache cannot take; a single id a row that is on the GPU is not waited for, and gives NaN if it is out of range.
+        """
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+            raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
+        B, T = input_ids.shape
+        if T > 1 or input_ids.device.type == "cpu":
+            smallest, largest = (int(bound) for bound in input_ids.aminmax())
+            if smallest < 0 or largest >= self.config.vocab_size:
+                raise ValueError(
+                    f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
+                    f"{self.config.vocab_size - 1})"
+                )
+        cache = self.new_cache(B, T) if cache is None else cache
+        if cache.config != self.config or cache.storage.keys.device != self._device:
+            raise ValueError("the cache belongs to another model; take one from new_cache")
+        if cache.batch_size != B:
+            raise ValueError(f"the cache is for {cache.batch_size} sequences and the input has {B}")
+        if cache.length + T > cache.max_length:
+            raise ValueError(
+                f"the cache holds {cache.max_length} positions and {cache.length + T} are needed; make it longer"
+            )
+        storage = cache.storage
+        storage.start.fill_(cache.length)
+        if T == 1:
+            storage.ids.copy_(input_ids)
+            if self.graphs:
+                if storage.graph is None:
+                    self._capture(storage)
+                storage.graph.replay()
+                logits = storage.logits.clone()  # the next step writes over it
+            else:
+                logits = self._forward(storage.ids, storage, None, True)
+        else:
+            logits = self._forward(input_ids.to(self._device), storage, cache.length, last_only)
+        cache.length += T
+        return logits
+
+    def _capture(self, storage: _Storage) -> None:
+        # Once outside the graph, so that every kernel is compiled and loaded: it writes what the replay will write.
+        # The stream is this engine's: torch's own for captures belongs to the device that captured first.
+        side = self._stream
+        assert side is not None
+        graph = torch.cuda.CUDAGraph()
+        with self._lock, torch.cuda.device(self._device):
+            side.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side):
+                self._forward(storage.ids, storage, None, True)
+            torch.cuda.current_stream(self._device).wait_stream(side)
+            # Other threads may allocate meanwhile.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                storage.logits = self._forward(storage.ids, storage, None, True)
+        storage.graph = graph
+
+    def _forward(self, ids: Tensor, storage: _Storage, length: int | None, last_only: bool) -> Tensor:
+        """Logits of ids `[B, T]`. `length` is the number of filled positions, None for one token, which reads it from
+        the device."""
+        from bitnet.kernels.triton import attention
+        from bitnet.kernels.triton.activations import quantize_activations
+        from bitnet.kernels.triton.product import product
+        from bitnet.kernels.triton.project import pays, project
+
+        config = self.config
+        (B, T), H, dtype = ids.shape, config.num_attention_heads, self.dtype
+
+        def projected(
+            x: Tensor, matrix: _Matrix, norm: Tensor | None, residual: Tensor | None = None, gate: str = "none",
+            dtype: torch.dtype = dtype,
+        ) -> Tensor:  # fmt: skip
+            if len(x) == 1 and pays(len(matrix.packed), matrix.in_features, matrix.bits):
+                return project(
+                    x, norm, matrix.packed, matrix.scale, residual, bits=matrix.bits, in_features=matrix.in_features,
+                    eps=config.rms_norm_eps, gate=gate, dtype=dtype,
+                )  # fmt: skip
+            codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate, constant=True)
+            return product(
+                codes, scale, total, matrix.packed, matrix.scale, None, residual, bits=matrix.bits,
+                in_features=matrix.in_features, dtype=dtype, constant=True,
+            )  # fmt: skip
+
+        h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
+        layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=True)
+        for matrix, norm, keys, values in layers:
+            qkv = projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
+            positions = (self._cos, self._sin, storage.start, keys, values, H)
+            if length is None:
+                mixed = attention.attend(qkv, *positions, storage.parts, constant=self.graphs)
+            else:
+                mixed = _attend(attention.rotate(qkv, *positions), keys, values, length)
+            h = projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
+            gate_up = projected(h, matrix["gate_up"], norm["gate_up"])
+            h = projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
+        h = h.view(B, T, -1)
+        last = h[:, -1:] if last_only else h
+        last = last.reshape(-1, config.hidden_size).contiguous()
+        logits = projected(last, self._head, self._norm, dtype=torch.float32)
+        return logits.view(B, -1, config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def new_cache(self, batch_size: int, max_length: int) -> GpuCache:
+        """An empty cache, if possible with the buffers and the graph of an earlier one that nobody holds any more."""
+        positions = self.config.max_position_embeddings
+        if not 1 <= max_length <= positions:
+            raise ValueError(
+                f"a cache of {max_length} positions does not fit a model of {positions}; "
+                "shorten the prompt or generate fewer tokens"
+            )
+        capacity = min(-(-max_length // _CAPACITY_STEP) * _CAPACITY_STEP, positions)
+        wanted = (batch_size, capacity)
+        with self._lock:
+            storage = next((s for s in reversed(self._free) if (s.keys.shape[1], s.keys.shape[3]) == wanted), None)
+            if storage is not None:
+                self._free.remove(storage)
+        if storage is None:
+            storage = _Storage(self.config, batch_size, capacity, self.dtype, self._device)
+        cache = GpuCache(self.config, storage, max_length)
+        weakref.finalize(cache, self._keep, storage)
+        return cache
+
+    def _keep(self, storage: _Storage) -> None:
+        # Runs in whichever thread drops the cache, which may hold the lock: nothing here waits for it.
+        self._free.append(storage)
+        del self._free[:-_KEPT_STORAGES]
+
+    def calls(self, batch_sizes: Iterable[int], prompts: Iterable[int]) -> Iterator[Callable[[], object]]:
+        """Calls that launch every kernel of decoding with these batch sizes and of prompts of these lengths, for
+        `warm.variants_of`."""
+        for batch_size, tokens in [*((size, 1) for size in batch_sizes), *((1, length) for length in prompts)]:
+            tokens = min(tokens, self.config.max_position_embeddings)
+            ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=self._device)
+            cache = self.new_cache(batch_size, tokens)
+            yield torch.inference_mode()(
+                functools.partial(self._forward, ids, cache.storage, None if tokens == 1 else 0, True)
+            )
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decoding step reads."""
+        return self._head.nbytes + sum(matrix.nbytes for layer in self._matrices for matrix in layer.values())
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+    """Causal attention `[B, T, H * D]` of queries `[B, T, H, D]` behind `length` cached positions."""
+    B, T, H, D = q.shape
+    total, q = length + T, q.transpose(1, 2)
+    keys, values = keys[:, :, :total], values[:, :, :total]
+    if not length:
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=keys.shape[1] != H)
+    else:
+        # Of torch's fused kernels none takes a mask together with shared heads, and the unfused one stores all scores.
+        # So the heads of a layer are repeated for the time of the call, and the mask is made for some rows at a time.
+        keys, values = (part.repeat_interleave(H // part.shape[1], 1) for part in (keys, values))
+        positions, rows = torch.arange(total, device=q.device), max(1, _MASK_VALUES // total)
+        parts = []
+        for first, part in enumerate(q.split(rows, 2)):
+            own = length + first * rows + torch.arange(part.shape[2], device=q.device)
+            parts.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=positions[None] <= own[:, None]))
+        out = torch.cat(parts, 2)
+    return out.transpose(1, 2).reshape(B, T, H * D)

@@ -1,1 +1,0 @@
-"""Models of other tools, in and out: Hugging Face folders and GGUF files."""

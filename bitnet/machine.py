@@ -1,0 +1,175 @@
+"""The machine: device, type of the matrix products, processor, memory, and whether torch.compile works."""
+
+import contextlib
+import ctypes
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MMAP_THRESHOLD = 1 << 20
+
+
+# Device and types
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; `auto` takes a GPU if there is one. Raises ValueError for one that isn't there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); choose auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; `auto` is bfloat16 where the device multiplies it faster than float32, else float32.
+
+    On a CPU that takes AMX tiles: without them bfloat16 products measured half as fast as float32.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if cpu_capabilities().get("amx_bf16") else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; choose auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def int8_pays(product: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether training multiplies int8 codes (`bitnet/kernels/int8_training.py`): `auto` does in float32 on a CPU with
+    instructions for it. Raises ValueError for an int8 that is asked for elsewhere."""
+    possible = device.type == "cpu" and dtype == torch.float32
+    if product == "int8" and not possible:
+        raise ValueError(f"product int8 runs in float32 on a CPU, and this is {dtype} on {device}; choose auto")
+    found = cpu_capabilities()
+    fast = any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "avx2_vnni", "amx_int8", "neon_i8mm", "i8mm"))
+    return product == "int8" or (product == "auto" and possible and fast)
+
+
+def cpu_capabilities() -> dict[str, object]:
+    """What torch knows of the processor (name, instruction sets, caches); empty where this version can't tell."""
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+# Memory
+
+
+def process_memory(field: str = "VmHWM") -> float | None:
+    """MB (10^6 bytes) of this process: VmRSS is what it holds, VmHWM the most since `reset_peak_memory`.
+
+    Without /proc both are the most it ever held (ru_maxrss), and None on Windows.
+    """
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def reset_peak_memory() -> None:
+    """Let `process_memory` forget the peak so far, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def available_memory() -> float:
+    """Bytes that could be taken now; infinite where the system does not tell."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
+def return_freed_blocks() -> None:
+    """Have glibc take blocks above 1 MiB from the system and give them back, for this process from now on.
+
+    Its heap cannot put an aligned block into a gap of its own size, so a step took 1.0 to 1.7 times the memory that
+    it used, and no less processor time. Does nothing elsewhere, or where the environment has MALLOC_MMAP_THRESHOLD_.
+    """
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # -3 is M_MMAP_THRESHOLD, -1 is M_TRIM_THRESHOLD
+        mallopt(-3, MMAP_THRESHOLD)
+        mallopt(-1, MMAP_THRESHOLD)
+
+
+# torch.compile
+
+
+class _Decoder(Protocol):
+    @property
+    def layers(self) -> Iterable[nn.Module]: ...
+
+
+class CompilableModel(Protocol):
+    """What `compile_model` needs of a model; `bitnet.model.BitNetForCausalLM` is one."""
+
+    next_token_loss: Callable[..., Tensor]
+
+    @property
+    def model(self) -> _Decoder: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def compile_model(model: CompilableModel, mode: str = "auto") -> bool:
+    """torch.compile the layers and the loss of a model in place; returns whether it was done.
+
+    Layer by layer, since the layers are alike and one compilation serves all of them. `auto` compiles where torch can
+    (on a CPU it needs a C++ compiler), `on` raises ValueError where it can't, `off` does nothing.
+    """
+    if mode == "off":
+        return False
+    reason = compile_failure(model.device)
+    if reason:
+        if mode == "on":
+            raise ValueError(
+                f"torch.compile does not work here: {reason}; use --compile off, or install what is missing"
+            )
+        print(f"note: not compiled, so training is slower: {reason}", file=sys.stderr)
+        return False
+    for layer in model.model.layers:
+        layer.compile()
+    model.next_token_loss = torch.compile(model.next_token_loss)  # on a CPU 3x the speed of eager, in less memory
+    return True
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether the compiler that torch.compile needs on this device is there; whether it works is another question."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl")
+    return device.type != "cpu" or any(name and shutil.which(name) for name in names)
+
+
+def compile_failure(device: torch.device) -> str | None:
+    """Why torch.compile does not work on this device, or None where it does: found out by compiling something small,
+    which also starts up the compiler that the model is about to need."""
+    if not has_compiler(device):
+        return "no C++ compiler was found (g++ or clang++)"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a toolchain can do wrong: missing headers, libraries, permissions
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def eager() -> contextlib.AbstractContextManager[None]:
+    """Run compiled modules uncompiled inside a `with` block: for code whose shapes change at every call."""
+    return torch.compiler.set_stance("force_eager")

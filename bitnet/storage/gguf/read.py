@@ -1,0 +1,269 @@
+"""GGUF files, in: the model of one in our classes, with float32 embedding, head and norms.
+
+Ternary tensors (TQ1_0, TQ2_0, I2_S, and float ones that hold {-s, 0, s}) become packed codes and a scale without a
+detour through floats, where every projection of the model is ternary with one scale a matrix. Otherwise the model is a
+float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary in the
+bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
+
+What the architectures of `names.py` do not have (biases, experts, scaled rotary positions, other tensors or
+activations) is refused with its name. No size is taken from the metadata that the tensors do not have.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet.kernels import blocks
+from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.quant import pack_codes
+from bitnet.quant.blocks import ternary
+from bitnet.quant.i2s import unpack_i2_s
+from bitnet.storage.gguf.container import GGUFError, GGUFFile, TensorInfo
+from bitnet.storage.gguf.names import (
+    ARCHITECTURES,
+    BITNET_ARCHITECTURES,
+    PROJECTIONS,
+    norm_names,
+    projection_names,
+    rotary_rows,
+    table_names,
+)
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ZEROS = 0x55  # a byte of four codes of weight 0
+
+# Metadata that change what a model computes, by the end of the key, and the values that change nothing.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.type": ("none",),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+}
+
+
+@contextmanager
+def _naming(file: GGUFFile) -> Iterator[None]:
+    """Errors of the block say which file they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise GGUFError(f"{file.path}: {error}") from None
+
+
+def read_model(file: GGUFFile, config: ModelConfig, *, i2_s: str = "x86") -> BitNetForCausalLM:
+    """The model of a file, in evaluation mode: packed if it is ternary, else float. `config` is of `read_config`.
+
+    i2_s: the order of the codes in I2_S tensors, "x86" or "arm", which a file does not tell. Raises GGUFError (a
+    ValueError) for a damaged file.
+    """
+    with _naming(file):
+        tensors = _float_tensors(file, config)
+        packed = _packed_tensors(file, config, i2_s)
+        if packed is not None:
+            return BitNetForCausalLM.from_tensors(config.replace(quantizer="ternary"), tensors | packed)
+        return BitNetForCausalLM.from_tensors(config, tensors | _dense_tensors(file, config))
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    """The configuration of a file, with quantizer "none", once its tensors have been found to be exactly that model's.
+
+    Raises GGUFError naming what is missing, left over or not supported.
+    """
+    with _naming(file):
+        return _read_config(file)
+
+
+def _read_config(file: GGUFFile) -> ModelConfig:
+    arch = file.architecture
+    if arch not in ARCHITECTURES:
+        raise GGUFError(f"its architecture is {arch!r}; {', '.join(ARCHITECTURES)} are understood")
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise GGUFError("it is one part of a model in several files; join them with llama-gguf-split --merge")
+    for key, harmless in _MUST_BE.items():
+        value = file.metadata.get(f"{arch}.{key}")
+        if value is not None and value not in harmless:
+            raise GGUFError(f"{arch}.{key} is {value!r:.40}, which this model does not have")
+    table = file.tensors.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise GGUFError("it has no matrix token_embd.weight")
+    heads = _number(file, "attention.head_count")
+    hidden, layers = _number(file, "embedding_length"), _number(file, "block_count")
+    # Before anything of so many layers is made.
+    if layers * len(PROJECTIONS) > len(file.tensors):
+        raise GGUFError(f"it announces {layers} layers and has {len(file.tensors)} tensors")
+    head_dim = _number(file, "attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _number(file, key, head_dim) != head_dim:
+            raise GGUFError(
+                f"{arch}.{key} is {_number(file, key)} and heads are {head_dim} wide; they must be the same"
+            )
+    activation = file.metadata.get(f"{arch}.hidden_activation", "relu2" if arch in BITNET_ARCHITECTURES[1:] else "silu")
+    config = ModelConfig(
+        vocab_size=table.shape[0],
+        hidden_size=hidden,
+        intermediate_size=_number(file, "feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_number(file, "attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=_number(file, "context_length"),
+        rope_theta=_real(file, "rope.freq_base", 10000.0),
+        rms_norm_eps=_real(file, "attention.layer_norm_rms_epsilon"),
+        hidden_act=str(activation),
+        sub_norm="blk.0.attn_sub_norm.weight" in file.tensors,
+        tie_word_embeddings="output.weight" not in file.tensors,
+        quantizer="none",
+    )
+    # Their tables are the one size that no tensor bounds: at most twice the file, or 8 MB.
+    if config.max_position_embeddings * head_dim > max(2**20, file.size // 4):
+        raise GGUFError(f"{arch}.context_length is {config.max_position_embeddings}, more than is supported")
+    _check_tensors(file, config)
+    return config
+
+
+def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
+    ours = config.tensor_shapes()
+    names = [*projection_names(config), *table_names(config), *norm_names(config)]
+    shapes = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names}
+    scales = (f"{theirs}.scale" for _, theirs in projection_names(config))
+    shapes |= {name: (1,) for name in scales if name in file.tensors}
+    for name, shape in shapes.items():
+        info = file.tensors.get(name)
+        if info is None:
+            raise GGUFError(f"the tensor {name} is missing")
+        if info.shape != shape:
+            raise GGUFError(f"{name} is {list(info.shape)} and the metadata say {list(shape)}")
+    left = [name for name in file.tensors if name not in shapes]
+    if left:
+        raise GGUFError(
+            f"{len(left)} tensors are not of this model, among them {left[0]}; biases, experts and rotary "
+            "factors are not supported"
+        )
+
+
+def _number(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = file.metadata.get(f"{file.architecture}.{key}", default)
+    if type(value) is not int or value < 1:
+        raise GGUFError(f"{file.architecture}.{key} is {value!r:.40}; it must be a positive integer")
+    return value
+
+
+def _real(file: GGUFFile, key: str, default: float | None = None) -> float:
+    value = file.metadata.get(f"{file.architecture}.{key}", default)
+    if type(value) not in (int, float):
+        raise GGUFError(f"{file.architecture}.{key} is {value!r:.40}; it must be a number")
+    return float(str(np.float32(value)))  # float32 1e-5 is meant as 1e-5
+
+
+def dequantize(file: GGUFFile, name: str) -> Tensor:
+    """A tensor in float32, in its shape and memory of its own. Raises GGUFError for a type without a dequantizer."""
+    info, data = file.tensors[name], torch.from_numpy(file.data(name))
+    if info.type in FLOATS:
+        return data.view(FLOATS[info.type]).to(torch.float32, copy=True).view(info.shape)
+    if info.type not in blocks.TYPES:
+        raise GGUFError(f"{name} is {info.type}, which has no dequantizer here; convert the file to another type")
+    # Blocks run along rows: as many bytes a row as its blocks have.
+    rows = data.view(-1, info.nbytes // (info.parameters // info.shape[-1]))
+    return blocks.dequantize(rows, info.type).view(info.shape)
+
+
+def _float_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
+    """Norms, embedding and head."""
+    names = [*norm_names(config), *table_names(config)]
+    return {f"{name}.weight": dequantize(file, f"{theirs}.weight") for name, theirs in names}
+
+
+def _dense_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
+    tensors = {}
+    for name, theirs in projection_names(config):
+        weight = dequantize(file, f"{theirs}.weight")
+        weight = rotary_rows(config, file.architecture, name, weight, inverse=True)
+        tensors[f"{name}.weight"] = weight.mul_(_factor(file, theirs)) if f"{theirs}.scale" in file.tensors else weight
+    return tensors
+
+
+def _packed_tensors(file: GGUFFile, config: ModelConfig, i2_s: str) -> dict[str, Tensor] | None:
+    """Codes and scales of all projections, or None where one of them is not ternary with a single scale."""
+    tensors = {}
+    for name, theirs in projection_names(config):
+        packed = read_ternary(file, theirs, i2_s)
+        if packed is None:
+            return None
+        codes, scale = packed
+        tensors[f"{name}.packed_weight"] = rotary_rows(config, file.architecture, name, codes, inverse=True)
+        tensors[f"{name}.weight_scale"] = torch.tensor([[scale]], dtype=torch.float32)
+    return tensors
+
+
+def _factor(file: GGUFFile, name: str) -> Tensor:
+    if f"{name}.scale" not in file.tensors:
+        return torch.ones(1)
+    factor = dequantize(file, f"{name}.scale")
+    if not torch.isfinite(factor).all():
+        raise GGUFError(f"{name}.scale is {factor.item()}; the file is damaged")
+    return factor
+
+
+def read_ternary(file: GGUFFile, name: str, i2_s: str = "x86") -> tuple[Tensor, float] | None:
+    """Codes of the matrix `name`.weight, packed to 2 bits (`bitnet/quant/packing.py`), and their scale; None where it
+    is not ternary with one scale for the whole matrix."""
+    info = file.tensors[f"{name}.weight"]
+    factor = float(_factor(file, name))
+    if info.type == "I2_S":
+        codes, scale = unpack_i2_s(torch.from_numpy(file.data(info.name)), _matrix(info), i2_s)
+        found: tuple[Tensor, float] | None = (pack_codes(codes, 2), scale)
+    elif info.type in ("TQ1_0", "TQ2_0"):
+        found = _from_blocks(torch.from_numpy(file.data(info.name)), info)
+    elif info.type in FLOATS and (file.architecture in BITNET_ARCHITECTURES or f"{name}.scale" in file.tensors):
+        found = _from_floats(dequantize(file, info.name))
+    else:
+        return None
+    if found is None or not np.isfinite(found[1]):
+        return None
+    return found[0], float(np.float32(found[1]) * np.float32(factor))
+
+
+def _matrix(info: TensorInfo) -> tuple[int, int]:
+    return info.shape[0], info.shape[1]
+
+
+def _from_blocks(data: Tensor, info: TensorInfo) -> tuple[Tensor, float] | None:
+    rows, columns = _matrix(info)
+    if info.type == "TQ2_0":  # its quants have our bit layout
+        raw = data.view(rows, columns // 256, 66)
+        packed, scales = raw[..., :64].clone(), raw[..., 64:].clone().view(torch.float16).float()
+    else:
+        codes, scales = ternary.unpack_tq1(data.view(rows, -1))
+        if codes.abs().max() > 1:
+            return None
+        packed, scales = pack_codes(codes, 2).view(rows, -1, 64), scales.view(rows, -1, 1)
+    used = scales[scales != 0]  # a block with scale 0 is a block of zeros, whatever its codes
+    if used.numel() and not bool((used == used[0]).all()):
+        return None
+    packed[(scales == 0).squeeze(-1)] = _ZEROS
+    if (packed & (packed >> 1) & _ZEROS).any():  # the code 3 stands for the weight 2
+        return None
+    return packed.view(rows, -1), float(used[0]) if used.numel() else 1.0
+
+
+def _from_floats(weight: Tensor) -> tuple[Tensor, float] | None:
+    magnitude = weight.abs()
+    largest = magnitude.max()
+    # Ternary is what has one magnitude beside 0.
+    if not bool(((magnitude == 0) | (magnitude == largest)).all()):
+        return None
+    return pack_codes(weight.sign().to(torch.int8), 2), float(largest) or 1.0

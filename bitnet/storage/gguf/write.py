@@ -1,0 +1,244 @@
+"""GGUF files, out: `write(model, path, "TQ2_0", tokenizer=tokenizer)`.
+
+    type                          model                        engine
+    TQ1_0, TQ2_0, F16, BF16, F32  ternary, binary              llama.cpp, architecture bitnet
+    I2_S                          ternary, binary              bitnet.cpp (x86 order), bitnet or bitnet-b1.58
+    F32 .. Q2_K and mixtures      float (quantizer none)       llama.cpp, bitnet with sub-norms, else llama
+
+The codes of a ternary matrix are stored as they are, -1, 0 and 1 with block scale 1, and the float32 scale in a tensor
+`.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. llama.cpp quantizes activations
+in its own way (8 bits for each 256 values, where the training had 8 bits a token), so its logits are close, not equal;
+in F16 and F32 it leaves activations alone.
+
+What an engine cannot express is refused with the reason and the alternative.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitnet.kernels import PACKED_BITS, blocks
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
+from bitnet.model.linear import codes_and_scale
+from bitnet.quant import pack_codes, unpack_codes
+from bitnet.quant.blocks import mixtures, ternary
+from bitnet.quant.i2s import pack_i2_s
+from bitnet.storage.gguf.container import NUMBERS, TYPES, TensorToWrite, write_file
+from bitnet.storage.gguf.names import norm_names, projection_names, rotary_rows, table_names
+from bitnet.tokenizer import BaseTokenizer
+from bitnet.tokenizer.gguf_write import vocabulary
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TERNARY = ("TQ2_0", "TQ1_0", "I2_S")
+# llama.cpp's number for the type of most tensors, which it prints and otherwise ignores.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K": 11,
+    "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K": 16, "Q5_K_M": 17,
+    "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "I2_S": 40,
+}  # fmt: skip
+
+
+def write(
+    model: BitNetForCausalLM,
+    path: str | os.PathLike[str],
+    type: str = "TQ2_0",
+    *,
+    tokenizer: BaseTokenizer | Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
+    embedding_type: str | None = None,
+    name: str = "bitnet",
+) -> None:
+    """Write a model, whole or not at all, one tensor in memory at a time.
+
+    type:            of the projections, or a mixture such as Q4_K_M; see the top of this file.
+    tokenizer:       one of sentencepiece's or a tokenizer.json's, or the `tokenizer.*` metadata of another GGUF file.
+    chat_template:   its jinja source.
+    embedding_type:  of embedding and head: by default F16 beside I2_S, Q6_K beside TQ1_0, TQ2_0 and the types below
+                     six bits (Q8_0 or F16 where its rows do not fit), else the type itself or what the mixture says.
+                     An INT8 embedding is written as the floats it stands for.
+    name:            what the file says the model is called.
+
+    Raises ValueError, with the reason and the alternative, for what the engine cannot express, and OSError.
+    """
+    config = model.config
+    arch = architecture(config, type)
+    types = tensor_types(config, type, embedding_type)
+    metadata = _metadata(config, arch, type, name)
+    if tokenizer is not None:
+        metadata |= vocabulary(tokenizer, config.vocab_size)
+    if chat_template is not None:
+        metadata["tokenizer.chat_template"] = chat_template
+    write_file(path, metadata, sorted(_tensors(model, arch, types), key=lambda tensor: _layer(tensor.name)))
+
+
+def architecture(config: ModelConfig, type: str) -> str:
+    """The architecture under which a type of file holds a model. Raises ValueError where none does."""
+    is_ternary = PACKED_BITS.get(config.quantizer) == 2
+    if type not in FILE_TYPES:
+        raise ValueError(f"GGUF type {type!r} is unknown; choose one of {', '.join(FILE_TYPES)}")
+    if config.quantizer not in ("none", "ternary", "binary"):
+        raise ValueError(
+            f"the quantizer is {config.quantizer!r}, with a scale for each row, and no GGUF type has that; load the "
+            "model with quantizer none and export its floats, or keep it as packed weights"
+        )
+    if is_ternary and type not in TERNARY and type not in FLOATS:
+        raise ValueError(
+            f"{type} would quantize ternary weights again; choose TQ2_0, TQ1_0, I2_S or F16, which hold them exactly"
+        )
+    if not is_ternary and type in TERNARY:
+        raise ValueError(f"the weights are floats and {type} holds ternary ones; choose F16 or a type such as Q4_K_M")
+    if config.hidden_act != "silu" and type != "I2_S":
+        raise ValueError(
+            f"hidden_act is {config.hidden_act!r} and llama.cpp's architectures compute SiLU whatever a file says; "
+            + ("export I2_S for bitnet.cpp" if is_ternary else "train with hidden_act silu")
+            + ", or a Hugging Face folder"
+        )
+    if not config.sub_norm:
+        if type == "I2_S":
+            raise ValueError("the model has no sub-norms, which bitnet.cpp's architectures need; choose TQ2_0")
+        return "llama"
+    if not config.tie_word_embeddings:
+        raise ValueError(
+            "embedding and head are not tied, and the architecture bitnet has no head of its own; train with "
+            "tie_word_embeddings, or export a Hugging Face folder"
+        )
+    width = config.num_attention_heads * config.head_width
+    if width != config.hidden_size:
+        raise ValueError(
+            f"{config.num_attention_heads} heads of {config.head_width} are {width} wide and hidden_size is "
+            f"{config.hidden_size}; the architecture bitnet wants them equal. Train with head_dim = hidden_size / heads"
+        )
+    return "bitnet" if config.hidden_act == "silu" else "bitnet-b1.58"
+
+
+def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = None) -> dict[str, str]:
+    """The type of every matrix, by its name in the file without ".weight". Raises ValueError for rows that do not
+    fit."""
+    ours = config.tensor_shapes()
+    projections = {theirs: ours[f"{name}.weight"] for name, theirs in projection_names(config)}
+    tables = [theirs for _, theirs in table_names(config)]
+    if type not in NUMBERS:
+        shapes = projections | dict.fromkeys(tables, (config.vocab_size, config.hidden_size))
+        types = mixtures.tensor_types(type, {f"{name}.weight": shape for name, shape in shapes.items()})
+        types = {name.removesuffix(".weight"): kind for name, kind in types.items()}
+    else:
+        for name, (_, columns) in projections.items():
+            block = TYPES[NUMBERS[type]][1]
+            if columns % block:
+                fallback = "F16" if type in TERNARY or columns % 32 else "Q8_0"
+                raise ValueError(
+                    f"{name} has rows of {columns} weights, no multiple of {type}'s {block}; choose {fallback}, or "
+                    f"train with sizes that are multiples of {block}"
+                )
+        _, block, size = TYPES[NUMBERS[type]]
+        # Embedding and head keep six bits or more; beside I2_S they are F16.
+        table_type = "F16" if type == "I2_S" else "Q6_K" if 8 * size / block < 6.5 else type
+        types = dict.fromkeys(projections, type) | dict.fromkeys(tables, table_type)
+    for table in tables:
+        if embedding_type is not None:
+            types[table] = embedding_type
+        if types[table] not in NUMBERS or types[table] in TERNARY:
+            raise ValueError(f"embedding type {types[table]!r} is not one of F32, F16, BF16 and the block types")
+        for fallback in ("Q8_0", "F16"):
+            if config.hidden_size % TYPES[NUMBERS[types[table]]][1]:
+                types[table] = fallback
+    return types
+
+
+def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> dict[str, Any]:
+    return {
+        "general.architecture": arch,
+        "general.type": "model",
+        "general.name": name,
+        "general.file_type": FILE_TYPES[type],
+        "general.quantization_version": 2,
+        f"{arch}.vocab_size": config.vocab_size,
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.block_count": config.num_hidden_layers,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.attention.head_count": config.num_attention_heads,
+        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
+        f"{arch}.attention.key_length": config.head_width,
+        f"{arch}.attention.value_length": config.head_width,
+        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{arch}.rope.dimension_count": config.head_width,
+        f"{arch}.rope.freq_base": config.rope_theta,
+    }
+
+
+def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iterator[TensorToWrite]:
+    config, shapes = model.config, model.config.tensor_shapes()
+    scales: dict[str, Tensor] = {}  # from the one quantization that a weight gets when its turn comes, just before
+
+    def entry(
+        name: str, shape: tuple[int, ...], type: str, tensor: Callable[[Any], Tensor], ours: str
+    ) -> TensorToWrite:
+        def make() -> np.ndarray:
+            return tensor(model.get_submodule(ours)).contiguous().view(torch.uint8).flatten().numpy()
+
+        return TensorToWrite(name, shape, type, make)
+
+    def weight(type: str, name: str, module: Any) -> Tensor:
+        if config.quantizer == "none":
+            return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
+        codes, scales[name] = codes_and_scale(module)
+        return encode_ternary(rotary_rows(config, arch, name, codes.cpu()), float(scales[name]), type)
+
+    def scale(name: str, module: Any) -> Tensor:
+        return scales.pop(name).view(1).cpu()
+
+    for ours, theirs in table_names(config):
+        type = types[theirs]
+        yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(_table, type), ours)
+    for ours, theirs in norm_names(config):
+        shape = shapes[f"{ours}.weight"]
+        yield entry(f"{theirs}.weight", shape, "F32", lambda module: _floats(module.weight), ours)
+    for ours, theirs in projection_names(config):
+        type = types[theirs]
+        yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(weight, type, ours), ours)
+        if config.quantizer != "none" and type != "I2_S":
+            yield entry(f"{theirs}.scale", (1,), "F32", partial(scale, ours), ours)
+
+
+def _layer(name: str) -> int:
+    """The layer of a tensor, so that a file has its tensors in the order of use; -1 for those of no layer."""
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
+
+
+def encode(weight: Tensor, type: str) -> Tensor:
+    """A float matrix `[N, K]` in a type of file: its bytes or the tensor that has them."""
+    if type in FLOATS:
+        return weight.to(FLOATS[type])
+    return blocks.quantize(weight, type)
+
+
+def encode_ternary(codes: Tensor, scale: float, type: str) -> Tensor:
+    """Ternary codes int8 `[N, K]`, exactly: block scales are 1, and the scale of the matrix has a tensor of its own
+    (I2_S keeps it behind the codes)."""
+    if type in FLOATS:
+        return codes.to(FLOATS[type])
+    if type == "I2_S":
+        return pack_i2_s(codes, scale)
+    if type == "TQ1_0":
+        return ternary.pack_tq1(codes)
+    packed = pack_codes(codes, 2).view(codes.shape[0], -1, 64)  # TQ2_0's quants have our bit layout
+    one = torch.ones(*packed.shape[:2], 1, dtype=torch.float16).view(torch.uint8)
+    return torch.cat([packed, one], dim=-1)
+
+
+def _table(type: str, module: Any) -> Tensor:
+    """Embedding or head in a type of file."""
+    if isinstance(module, (PackedEmbedding, PackedLinear)):
+        columns = module.embedding_dim if isinstance(module, PackedEmbedding) else module.in_features
+        return encode((unpack_codes(module.packed_weight, 8, columns) * module.weight_scale).cpu(), type)
+    return encode(_floats(module.weight), type)
+
+
+def _floats(weight: Tensor) -> Tensor:
+    return weight.detach().float().cpu()

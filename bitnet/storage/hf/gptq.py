@@ -1,0 +1,75 @@
+"""Hugging Face folders in the layout of GPTQ checkpoints: qweight, qzeros, scales and g_idx for each projection.
+
+For models whose projections are all `GroupLinear` (GPTQ, AWQ and plain rounding in groups), which keep these very
+tensors (`bitnet/quant/grouped.py`). `quantization_config` says what they are: bits, group_size, desc_act, sym, and
+checkpoint_format "gptq" (zero points stored minus one) or "gptq_v2".
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bitnet.files import new_folder, write_atomic
+from bitnet.model import BitNetForCausalLM
+from bitnet.model.weight_only import GroupLinear
+from bitnet.storage.folders import CONFIG, MODEL
+from bitnet.storage.hf.card import CARD, Origin, model_card
+from bitnet.storage.hf.write import check_expressible, config_of
+from bitnet.storage.safetensors import save_tensors
+
+
+def write(
+    model: BitNetForCausalLM, folder: Path, tokenizer_files: Mapping[str, bytes], *, origin: Origin | None = None
+) -> None:
+    """Write the folder, whole or not at all; `origin` is what the model card says of the training.
+
+    Raises ValueError, with the reason and the alternative, for a model that is not quantized in groups or whose layers
+    the layout cannot hold, and OSError, also for a folder that exists.
+    """
+    layers = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    other = [name for name, module in layers.items() if not isinstance(module, GroupLinear)]
+    if other:
+        raise ValueError(
+            f"{other[0]} is no group-quantized layer; quantize with a gptq, awq or rtn method first: "
+            "bitnet quantize IN OUT --method gptq-4"
+        )
+    groups = [module for module in layers.values() if isinstance(module, GroupLinear)]
+    scaled = [name for name, module in zip(layers, groups, strict=True) if module.input_scale is not None]
+    if scaled:
+        raise ValueError(
+            f"{scaled[0]} divides its input by AWQ's scales, for which GPTQ's layout has no place; use gptq-4"
+        )
+    kinds = {(module.bits, module.group_size, module.version) for module in groups}
+    if len(kinds) > 1:
+        raise ValueError(f"the layers differ in bits, group size or version ({sorted(kinds)}); the layout names one")
+    check_expressible(model, "master")
+    bits, group_size, version = kinds.pop()
+    config = config_of(model, "master")
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "desc_act": any(not _in_order(module.g_idx) for module in groups),
+        "sym": all(map(_symmetric, groups)),
+        "true_sequential": True,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
+    with new_folder(folder, "GPTQ folder") as temporary:
+        save_tensors(temporary / MODEL, dict(model.state_dict()))
+        write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
+        weights = f"INT{bits} codes in groups of {group_size}, quantized after training (GPTQ's layout)"
+        card = model_card(model.config, weights, origin, package="the packages optimum and gptqmodel", readable=False)
+        write_atomic(temporary / CARD, card)
+        for name, content in tokenizer_files.items():
+            write_atomic(temporary / name, content)
+
+
+def _in_order(g_idx: torch.Tensor) -> bool:
+    return bool((g_idx[1:] >= g_idx[:-1]).all())
+
+
+def _symmetric(module: GroupLinear) -> bool:
+    """Whether the zero point is the middle of the codes everywhere."""
+    return bool((module.quantized().zero_point == 2 ** (module.bits - 1)).all())

@@ -1,0 +1,216 @@
+"""Any model on disk: `open_source(path)` finds out what a path holds, and reads its headers once.
+
+    a run folder of train.py, or one of its checkpoints        a GGUF file, or a folder with one
+    a folder of packed weights (bitnet export)                 a Hugging Face folder, or the name of a model on the hub
+    a folder of quantized weights (bitnet quantize)
+
+The kind is told from the contents: the magic bytes of a file, the keys of a config.json. Weights are read when
+`Source.model()`, `.latent()` or `.tensors()` asks for them. What runs a model is not known here: `bitnet/inference`
+puts a source on the fastest engine.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
+from bitnet.model.linear import codes_and_scale
+from bitnet.storage import folders
+from bitnet.storage.gguf import read as gguf_read
+from bitnet.storage.gguf.container import GGUFFile
+from bitnet.storage.hf import read as hf_read
+from bitnet.storage.hf.config import Form, parse_config
+from bitnet.storage.hf.write import TOKENIZER_FILES
+from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError, Tensors, load_json, open_tensors
+from bitnet.tokenizer import (
+    BaseTokenizer,
+    ChatTemplate,
+    chat_template_of_gguf,
+    find_chat_template,
+    from_gguf_metadata,
+    load_tokenizer,
+)
+
+Kind = Literal["run", "packed", "quantized", "hf", "gguf"]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model on disk, of which nothing but the headers was read."""
+
+    path: Path
+    """The GGUF file, or the folder of the tensors; of a run it is a checkpoint."""
+    kind: Kind
+    config: ModelConfig
+    """As the headers say. Two things only the weights tell, and `model().config` knows: whether a GGUF file is ternary,
+    and whether embedding and head of a Hugging Face folder differ after all."""
+    settings: dict[str, Any]
+    """All of config.json, or of a GGUF file's metadata."""
+    form: Form | None = None
+    """Of the weights of a Hugging Face folder."""
+    file: GGUFFile | None = None
+
+    @cached_property
+    def tokenizer(self) -> BaseTokenizer:
+        """Raises ValueError for one that is missing or damaged, or has more tokens than the model."""
+        if self.file is not None:
+            tokenizer = from_gguf_metadata(self.settings, str(self.path))
+        else:
+            tokenizer = load_tokenizer(self.path, own=self.kind != "hf", config=self.settings)
+        tokens, rows = tokenizer.vocab_size, self.config.vocab_size
+        if tokens > rows:
+            raise CheckpointError(
+                f"{self.path}: the tokenizer has {tokens} tokens and the model only {rows}; put the tokenizer there "
+                "that the model was trained with"
+            )
+        return tokenizer
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """None for a base model. Raises ValueError for a damaged one."""
+        if self.file is not None:
+            return chat_template_of_gguf(self.settings, self.tokenizer, str(self.path))
+        return find_chat_template(self.path, self.tokenizer)
+
+    def model(self, *, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
+        """The model as it is stored, in evaluation mode: latent floats in float32, or codes as they are, with float
+        embeddings where they are float.
+
+        `quantizer` gives latent floats another weight quantizer than the headers say: "ternary" for a ternary Hugging
+        Face folder whose config.json does not say so. Raises CheckpointError (a ValueError) for what is damaged or does
+        not fit the headers.
+        """
+        config = self.config
+        if quantizer is not None:
+            if self.kind != "run" and self.form not in ("dense", "master"):
+                raise ValueError(
+                    f"{self.path} holds no latent floats, which alone can become {quantizer!r}; leave it out"
+                )
+            config = config.replace(quantizer=quantizer)
+        if self.kind == "run":
+            return folders.load_latent(self.path, config, device)
+        if self.kind == "packed":
+            return folders.load_packed(self.path, config, device)
+        if self.kind == "quantized":
+            return folders.load_quantized(self.path, config, self.settings["quantization"]).to(device)
+        if self.file is not None:
+            return gguf_read.read_model(self.file, config).to(device)
+        assert self.form is not None
+        return hf_read.read_model(self.path, config, self.form).to(device)
+
+    def latent(self) -> BitNetForCausalLM:
+        """The model to go on training with, its projections BitLinear layers of latent floats.
+
+        Packed codes become latents that are quantized to the same codes and scale. Raises as `model` does, and
+        ValueError for weights that were quantized after training.
+        """
+        if self.kind == "quantized":
+            raise ValueError(
+                f"{self.path} was quantized after training and cannot be trained; give the model it was made from"
+            )
+        model = self.model()
+        if not model.is_packed and not model.head_is_packed:
+            return model
+        tensors: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PackedEmbedding):
+                tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
+            elif isinstance(module, PackedLinear):
+                codes, scale = codes_and_scale(module)
+                # Absmean of codes * s is s times their share of non-zeros. Divided by that share, the latents are
+                # quantized to these very codes and scale again.
+                if module.quantizer == "ternary":
+                    scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
+                tensors[f"{name}.weight"] = codes * scale
+        floats = {name: value for name, value in model.state_dict().items() if name in model.config.tensor_shapes()}
+        return BitNetForCausalLM.from_tensors(model.config, floats | tensors)
+
+    @contextmanager
+    def tensors(self) -> Iterator[Tensors]:
+        """The stored tensors under their stored names. Raises CheckpointError where there are no safetensors files."""
+        if self.file is not None:
+            raise CheckpointError(f"{self.path} is a GGUF file, which holds no safetensors; see its GGUFFile")
+        with open_tensors(self.path if self.kind == "hf" else self.path / MODEL) as tensors:
+            yield tensors
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
+        if self.file is None:
+            return {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        return self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
+
+
+def open_source(path: str | Path, *, which: str = "best") -> Source:
+    """What a path holds, headers read.
+
+    which: the checkpoint of a run folder, "best" or "last". Raises ValueError (CheckpointError is one) or OSError
+    naming what is wrong with the path.
+    """
+    path = find(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist; give a run of train.py, a model's folder, a GGUF file, or owner/name of the hub"
+        )
+    if path.is_file():
+        file = _gguf_file(path)
+        return Source(path, "gguf", gguf_read.read_config(file), file.metadata, file=file)
+    if not (path / CONFIG).is_file() or (path / "checkpoints").is_dir():
+        path = folders.resolve(path, which)
+    settings = load_json(path / CONFIG)
+    if isinstance(settings.get("model"), dict):
+        kind: Kind = "quantized" if "quantization" in settings else "packed" if settings.get("packed") else "run"
+        if kind == "run":
+            path = folders.resolve(path)  # which refuses a sharded checkpoint
+        return Source(path, kind, _config(path, settings["model"]), settings)
+    if "model_type" in settings or "architectures" in settings:
+        try:
+            config, form = parse_config(settings)
+        except ValueError as error:
+            raise CheckpointError(f"{path / CONFIG}: {error}") from error
+        return Source(path, "hf", config, settings, form)
+    raise CheckpointError(
+        f"{path / CONFIG} is neither of this project (no 'model') nor of a Hugging Face model (no 'model_type'); give "
+        "the folder of a whole model"
+    )
+
+
+def _config(folder: Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+
+
+def _gguf_file(path: Path) -> GGUFFile:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise CheckpointError(
+            f"{path} is a file and begins with {magic!r}, not with b'GGUF'; give a GGUF file, or the folder that holds "
+            "a model's config.json and *.safetensors"
+        )
+    return GGUFFile(path)
+
+
+def find(path: str | Path) -> Path:
+    """The local file or folder of a path; models named owner/name on the hub are downloaded.
+
+    A name whose first half is a folder here is a path with a slip in it, not one on the hub.
+    """
+    local = Path(path)
+    if not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not local.parent.exists():
+        return hf_read.download(str(path))
+    if local.is_dir() and not (local / CONFIG).is_file():
+        files = sorted(local.glob("*.gguf"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{local} holds several models ({names}); give one of these files")
+        return files[0] if files else local
+    return local

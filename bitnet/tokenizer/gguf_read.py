@@ -1,0 +1,280 @@
+"""The tokenizer inside a GGUF file, from its metadata: `from_gguf_metadata({"tokenizer.ggml.model": "llama", ...})`.
+
+    tokenizer.ggml.model "llama"   sentencepiece, as pieces, scores and types. A .model file with the same pieces is
+                                   written in memory, so that sentencepiece itself does the merging.
+    tokenizer.ggml.model "gpt2"    byte-level byte-pair encoding, as pieces, types and merges, and the name of the rule
+                                   that cuts a text into words ("pre-tokenizer"). Run by the `tokenizers` library.
+
+The rules are the regular expressions of the models' own tokenizer.json; each in turn cuts the words that the ones
+before have left. llama.cpp runs approximations of them, with which the ids agree but for rare characters: its `tekken`
+and `gpt-4o` know the case of a to z only and no combining marks, its `deepseek-llm` and `deepseek-coder` take wide
+spaces such as U+3000 for ordinary ones, and none takes the long s of U+017F for an s in a contraction.
+
+Where sentencepiece keeps U+2581 and a space apart only because `Tokenizer` spells the former in bytes, llama.cpp
+doesn't: there U+2581 in a text is a space.
+
+Token types (ggml's numbers, sentencepiece's too): 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer
+from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, import_tokenizers
+from bitnet.tokenizer.sentencepiece import Tokenizer
+
+T = TypeVar("T")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# Endings that several rules share: contractions, then symbols and whitespace.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+GPT2_RULE = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _SYMBOLS
+_QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _SYMBOLS
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = r"[^\r\n\p{L}\p{N}]?" + _UPPER + "*" + _LOWER + "+", r"[^\r\n\p{L}\p{N}]?" + _UPPER + "+" + _LOWER + "*"
+_SYMBOLS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
+_IDEOGRAPHS = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_PUNCTUATED = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r" ?[\p{P}\p{S}]+[\r\n]*|" + _SPACES
+)
+_SENTENCE_MARKS = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
+
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}$+<=>^~|]+", GPT2_RULE, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2_RULE,),
+    "smollm": (r"\p{N}", GPT2_RULE),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "qwen35": (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + _SPACES,),
+    "falcon": (r"[\p{P}$+<=>^~|`]+", GPT2_RULE, r"[0-9][0-9][0-9]"),
+    # The model's list of letters is that of cased letters without the mathematical alphabets.
+    "deepseek-llm": (
+        r"[\r\n]",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^\x{1D400}-\x{1D7CB}]]+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _IDEOGRAPHS,
+        r"\p{N}+",
+    ),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _IDEOGRAPHS, r"\p{N}"),
+    "deepseek-v3": (r"\p{N}{1,3}", r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _PUNCTUATED),
+    "tekken": ("|".join((*_CASED, r"\p{N}", _SYMBOLS_SLASH)),),
+    "gpt-4o": ("|".join((*(f"{case}{_CONTRACTION}?" for case in _CASED), r"\p{N}{1,3}", _SYMBOLS_SLASH)),),
+    "bloom": (_SENTENCE_MARKS,),
+    "viking": (_SENTENCE_MARKS, r"\p{N}"),
+    "seed-coder": (_CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|" + _SPACES,),
+}
+"""Name of a rule to its regular expressions (Oniguruma's syntax)."""
+
+_SAME_AS = {
+    "gpt-2": "phi-2 gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4 "
+    "jina-es jina-de jina-v2-es jina-v2-de",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 dbrx smaug-bpe chatglm-bpe glm4",
+    "qwen2": "deepseek-r1-qwen kormo megrez stablelm2 hunyuan grok-2",
+    "deepseek-v3": "hunyuan-dense",
+    "gpt-4o": "llama4 kanana2 minimax-m2",
+    "bloom": "poro-chat gpt3-finnish",
+}
+_RULE_OF = {name: name for name in PRE_TOKENIZERS} | {
+    name: rule for rule, names in _SAME_AS.items() for name in names.split()
+}
+# A word that is a piece as it stands is that piece, whatever the merges would make of it; and the begin of text token
+# is in front unless the file says otherwise.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+
+
+def rule_names(expressions: tuple[str, ...], whole_words: bool) -> list[str]:
+    """The names under which llama.cpp knows a rule, [] where it does not: first those that agree with `whole_words`,
+    whether a word that is a piece stays whole."""
+    wanted = tuple(map(_spelled_out, expressions))
+    for rule, known in PRE_TOKENIZERS.items():
+        if tuple(map(_spelled_out, known)) == wanted:
+            names = [rule, *_SAME_AS.get(rule, "").split()]
+            return sorted(names, key=lambda name: (name in _WHOLE_WORDS) != whole_words)  # keeps the order otherwise
+    return []
+
+
+def _spelled_out(regex: str) -> str:
+    """An expression with its characters as they are instead of by number."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})|\\x\{([0-9a-fA-F]+)\}", lambda found: chr(int(found[1] or found[2], 16)), regex)
+
+
+def from_gguf_metadata(metadata: Mapping[str, object], source: str = "GGUF file") -> BaseTokenizer:
+    """The tokenizer that a GGUF file's metadata describes: keys to values, arrays as lists.
+
+    Raises ValueError naming `source` where there is none, or one of a kind that is not supported.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    if model == "llama":
+        return _sentencepiece(metadata, source)
+    if model == "gpt2":
+        return _byte_level(metadata, source)
+    if model is None:
+        raise ValueError(f"{source} holds no tokenizer; give the folder of the original model, which has its files")
+    raise ValueError(
+        f"{source} has a tokenizer of the kind {model!r}; the supported ones are 'llama' (sentencepiece) and 'gpt2' "
+        "(byte-level). A tokenizer.json of the same model can be used instead"
+    )
+
+
+def _pieces(metadata: Mapping[str, object], source: str) -> tuple[list[str], list[int]]:
+    """Pieces and types, checked; an empty piece gets a name that no text has, as llama.cpp gives it one."""
+    pieces, types = _array(metadata, "tokens", str, source), _array(metadata, "token_type", int, source)
+    types = types or [NORMAL] * len(pieces)
+    if not pieces or len(types) != len(pieces):
+        raise ValueError(f"{source} has {len(pieces)} tokens and {len(types)} types of tokens; it is damaged")
+    pieces = [piece or f"[EMPTY_{i}]" for i, piece in enumerate(pieces)]
+    if len(set(pieces)) != len(pieces):
+        seen: set[str] = set()
+        twice = next(piece for piece in pieces if piece in seen or seen.add(piece))  # type: ignore[func-returns-value]
+        raise ValueError(f"{source} has the token {twice!r} twice; it is damaged")
+    # Some converters forget that these are no text.
+    plain = {NORMAL, USER_DEFINED}
+    types = [CONTROL if k in plain and p in END_OF_TEXT else k for p, k in zip(pieces, types, strict=True)]
+    return pieces, types
+
+
+def _array(metadata: Mapping[str, object], name: str, kind: type[T], source: str) -> list[T]:
+    value = metadata.get(f"tokenizer.ggml.{name}", [])
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise ValueError(f"{source}: tokenizer.ggml.{name} is not an array; it is damaged")
+    if not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{source}: tokenizer.ggml.{name} holds something else than {kind.__name__}; it is damaged")
+    return list(value)
+
+
+def _special_ids(metadata: Mapping[str, object], size: int) -> dict[str, int | None]:
+    """Ids of the special tokens by ggml's names; None for one that is absent or outside the vocabulary."""
+    ids = {}
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        ids[name] = value if isinstance(value, int) and 0 <= value < size else None
+    return ids
+
+
+def _ends(ids: Mapping[str, int | None]) -> tuple[int, ...]:
+    return tuple(i for i in (ids["eot"], ids["eom"]) if i is not None)
+
+
+def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceTokenizer:
+    library = import_tokenizers()
+    pieces, types = _pieces(metadata, source)
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if not isinstance(name, str) or name not in _RULE_OF:
+        raise ValueError(
+            f"{source} cuts texts into words by a rule named {name!r} that is not known here; use the tokenizer.json "
+            f"of the model. Known: {', '.join(sorted(_RULE_OF))}"
+        )
+    merges = []
+    for merge in _array(metadata, "merges", str, source):
+        cut = merge.find(" ", 1)
+        if cut < 0:
+            raise ValueError(f"{source} has the merge {merge!r}, which is not two pieces; it is damaged")
+        merges.append((merge[:cut], merge[cut + 1 :]))
+    try:
+        backend = library.Tokenizer(
+            library.models.BPE(
+                vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, ignore_merges=name in _WHOLE_WORDS
+            )
+        )
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{source}: its merges do not fit its tokens ({error}); it is damaged") from error
+    split = library.pre_tokenizers
+    backend.pre_tokenizer = split.Sequence(
+        [
+            *(split.Split(library.Regex(regex), "isolated") for regex in PRE_TOKENIZERS[_RULE_OF[name]]),
+            split.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = library.decoders.ByteLevel()
+    added = {kind: [piece for piece, k in zip(pieces, types, strict=True) if k == kind] for kind in set(types)}
+    backend.add_tokens([library.AddedToken(p, normalized=False) for p in added.get(USER_DEFINED, ())])
+    backend.add_special_tokens(
+        [library.AddedToken(p, normalized=False) for kind in (CONTROL, UNKNOWN) for p in added.get(kind, ())]
+    )
+    ids = _special_ids(metadata, len(pieces))
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", name in _WHOLE_WORDS)
+    return HuggingFaceTokenizer(
+        backend,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        unk_id=ids["unknown"],
+        pad_id=ids["padding"],
+        adds_bos=bool(adds_bos),
+        ends=_ends(ids),
+        source=source,
+    )
+
+
+def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
+    pieces, types = _pieces(metadata, source)
+    scores = _array(metadata, "scores", float, source) or [0.0] * len(pieces)
+    if len(scores) != len(pieces):
+        raise ValueError(f"{source} has {len(pieces)} tokens and {len(scores)} scores; it is damaged")
+    if any(score != score for score in scores):
+        raise ValueError(f"{source} has scores that are no numbers; it is damaged")
+    ids = _special_ids(metadata, len(pieces))
+    if ids["unknown"] is None:
+        ids["unknown"] = types.index(UNKNOWN) if UNKNOWN in types else 0
+    unknown = ids["unknown"]
+    for token_id, kind in ((unknown, UNKNOWN), (ids["bos"], CONTROL), (ids["eos"], CONTROL)):
+        if token_id is not None:
+            types[token_id] = kind
+    # sentencepiece has one unknown piece, and merges towards unused ones and undoes it, which llama.cpp does not.
+    types = [
+        CONTROL if kind == UNKNOWN and i != unknown else NORMAL if kind not in range(1, 7) or kind == UNUSED else kind
+        for i, kind in enumerate(types)
+    ]
+    names = {name: pieces[i] for name, i in ids.items() if i is not None}
+    proto = sentencepiece_proto(
+        pieces, scores, types, names, add_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    )
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", True))
+    return Tokenizer(proto, f"the tokenizer of {source}", adds_bos=adds_bos, ends=_ends(ids))
+
+
+def sentencepiece_proto(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    types: Sequence[int],
+    names: Mapping[str, str],
+    *,
+    add_dummy_prefix: bool,
+) -> bytes:
+    """A serialized sentencepiece model of byte-pair kind that leaves the text as it is, up to the dummy prefix.
+
+    `names` are the pieces that are "unknown", "bos", "eos" and "padding". Field numbers: sentencepiece_model.proto.
+    """
+    parts = []
+    for piece, score, kind in zip(pieces, scores, types, strict=True):
+        entry = _field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
+        parts.append(_field(1, entry))
+    trainer = _field(3, 2) + _field(35, BYTE in types)  # model_type BPE, byte_fallback
+    for number, name in ((45, "unknown"), (46, "bos"), (47, "eos"), (48, "padding")):
+        trainer += _field(number, names.get(name, "").encode())
+    normalizer = _field(1, b"identity") + _field(3, add_dummy_prefix) + _field(4, False) + _field(5, True)
+    return b"".join([*parts, _field(2, trainer), _field(3, normalizer)])
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """One protobuf field: a varint for a number, length-delimited for bytes."""
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

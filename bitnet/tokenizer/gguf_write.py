@@ -1,0 +1,134 @@
+"""A tokenizer as GGUF metadata, such that llama.cpp gives the same ids.
+
+llama.cpp's "llama" tokenizer joins the two neighbours whose piece has the highest score, as sentencepiece's byte-pair
+models do, and knows neither normalization nor other kinds of model: those are refused. One text it reads differently: a
+U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.json is `gguf_write_json.py`'s.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bitnet.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, gguf_write_json
+from bitnet.tokenizer.gguf_read import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+
+_BYTE_PAIR = 2  # sentencepiece's TrainerSpec.ModelType
+_ALTERNATIVE = "export without a tokenizer, or to a Hugging Face folder"
+
+
+def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The `tokenizer.*` metadata of a tokenizer, or those of another file, for `vocab_size` rows.
+
+    Rows of the embedding without a token get unused ones. Raises ValueError, with the reason and the alternative, for
+    a tokenizer that llama.cpp would run differently or that has more tokens than there are rows.
+    """
+    if isinstance(tokenizer, Mapping):
+        metadata = {key: value for key, value in tokenizer.items() if key.startswith("tokenizer.") and value != []}
+        if "tokenizer.ggml.tokens" not in metadata:
+            raise ValueError("the metadata hold no tokenizer.ggml.tokens; give those of a GGUF file with a tokenizer")
+    elif isinstance(tokenizer, Tokenizer):
+        metadata = _sentencepiece(tokenizer)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        metadata = gguf_write_json.metadata_of(tokenizer)
+    else:
+        raise ValueError(f"a {type(tokenizer).__name__} cannot be written into a GGUF file; {_ALTERNATIVE}")
+    # A model may have more rows than its tokenizer has tokens; llama.cpp wants a token for each.
+    missing = vocab_size - len(metadata["tokenizer.ggml.tokens"])
+    if missing < 0:
+        raise ValueError(
+            f"the tokenizer has {vocab_size - missing} tokens and the model {vocab_size} rows; it is another model's"
+        )
+    first = vocab_size - missing
+    padding: dict[str, list[Any]] = {
+        "tokens": [f"[PAD{i}]" for i in range(first, vocab_size)],
+        "scores": [-1e9] * missing,
+        "token_type": [UNUSED] * missing,
+    }
+    for name, values in padding.items():
+        if values and f"tokenizer.ggml.{name}" in metadata:
+            metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], *values]
+    return metadata
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
+    import sentencepiece
+
+    model_type = dict(_fields(_section(tokenizer.model_proto, 2))).get(3)
+    if model_type != _BYTE_PAIR:
+        raise ValueError(
+            f"the sentencepiece model is not of byte-pair kind, the only one llama.cpp runs; {_ALTERNATIVE}"
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
+    # A text that shows every change: runs of spaces, a ligature that NFKC would split, a space at the end.
+    if processor.normalize("a  \ufb01 ").lstrip("\u2581") != "a\u2581\u2581\ufb01\u2581":
+        raise ValueError(f"the sentencepiece model normalizes its text, which llama.cpp does not; {_ALTERNATIVE}")
+    ids = range(tokenizer.vocab_size)
+    pieces = [processor.id_to_piece(i) for i in ids]
+    if sum(map(processor.is_byte, ids)) != 256:
+        raise ValueError(
+            "the sentencepiece model has no byte pieces, so llama.cpp could not encode every text; train one with "
+            f"byte fallback, or {_ALTERNATIVE}"
+        )
+    user_defined = _user_defined(tokenizer.model_proto)
+
+    def kind(i: int) -> int:
+        if processor.is_unknown(i):
+            return UNKNOWN
+        if processor.is_control(i):
+            return CONTROL
+        if processor.is_byte(i):
+            return BYTE
+        if processor.is_unused(i):
+            return UNUSED
+        return USER_DEFINED if i in user_defined else NORMAL
+
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [float(processor.get_score(i)) for i in ids],
+        "tokenizer.ggml.token_type": [kind(i) for i in ids],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.unknown_token_id": tokenizer.unk_id,
+        "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": tokenizer.adds_space_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+    }
+    if tokenizer.pad_id is not None:
+        metadata["tokenizer.ggml.padding_token_id"] = tokenizer.pad_id
+    return metadata
+
+
+def _user_defined(proto: bytes) -> set[int]:
+    """Ids of user-defined pieces, the one kind that the sentencepiece library does not tell."""
+    entries = (value for number, value in _fields(proto) if number == 1)
+    return {i for i, entry in enumerate(entries) if (3, USER_DEFINED) in _fields(entry)}
+
+
+def _section(proto: bytes, number: int) -> bytes:
+    return next((value for field, value in _fields(proto) if field == number), b"")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of a protobuf message: int for a varint, bytes for everything else."""
+    offset = 0
+
+    def varint() -> int:
+        nonlocal offset
+        value = shift = 0
+        while True:
+            byte = data[offset]
+            offset, value, shift = offset + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return value
+
+    while offset < len(data):
+        key = varint()
+        if key & 7 == 0:
+            yield key >> 3, varint()
+            continue
+        # Wire types: 1 and 5 are of fixed length, 2 has its length in front.
+        size = {1: 8, 5: 4}.get(key & 7) or varint()
+        yield key >> 3, data[offset : offset + size]
+        offset += size

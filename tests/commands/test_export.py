@@ -1,0 +1,163 @@
+"""bitnet export and quantize as a user runs them: round trips between all forms, and refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet.__main__ import main
+from bitnet.inference.loading import open_model
+from bitnet.kernels import blocks
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
+from bitnet.storage.safetensors import load_tensors
+from bitnet.storage.source import open_source
+from bitnet.tokenizer import train_tokenizer
+from bitnet.training.checkpoint import save_checkpoint
+from bitnet.training.optimizer import OptimConfig, Optimizer
+
+CONFIG = ModelConfig(
+    vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+TEXT = "".join(f"The {i}th line says that {i} is followed by {i + 1}.\n" for i in range(800))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one checkpoint: `ternary`, `float` and `plain` (float without sub-norms)."""
+    root = tmp_path_factory.mktemp("export")
+    (root / "text.txt").write_text(TEXT)
+    tokenizer = train_tokenizer([TEXT], 300, threads=1)
+    shapes = {
+        "ternary": CONFIG,
+        "float": CONFIG.replace(quantizer="none"),
+        "plain": CONFIG.replace(quantizer="none", sub_norm=False),
+    }
+    for name, config in shapes.items():
+        torch.manual_seed(0)
+        model = BitNetForCausalLM(config.replace(vocab_size=tokenizer.vocab_size))
+        save_checkpoint(
+            root / name, model=model, optimizer_state=Optimizer(model, OptimConfig()).state(), state={"step": 1},
+            config={"model": json.loads(json.dumps(model.config.__dict__))}, tokenizer=tokenizer.model_proto, best=True,
+        )  # fmt: skip
+    return root
+
+
+def codes(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Codes and scale of every ternary matrix of a model, quantized now if it holds latent floats."""
+    model = open_source(path).model()
+    model.pack(embeddings=False)
+    return {n: (m.codes(), m.weight_scale) for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+
+
+def equal(a: Path, b: Path) -> None:
+    first, second = codes(a), codes(b)
+    assert list(first) == list(second)
+    assert len(first) == 14
+    for name in first:
+        assert torch.equal(first[name][0], second[name][0]), name
+        assert torch.equal(first[name][1].view(-1), second[name][1].view(-1)), name
+
+
+def embedding(path: Path) -> torch.Tensor:
+    return open_source(path).model().model.embed_tokens.weight
+
+
+def test_codes_and_scales_survive_a_round_trip_through_every_form(folder: Path, tmp_path: Path) -> None:
+    steps = [
+        ("a", ["--to", "hf"]), ("b", ["--to", "hf", "--form", "packed-inverse"]), ("c.gguf", ["--to", "gguf"]),
+        ("d", ["--to", "hf"]), ("e.gguf", ["--to", "gguf", "--type", "TQ1_0"]),
+        ("f.gguf", ["--to", "gguf", "--type", "I2_S"]), ("g", []),
+    ]  # fmt: skip
+    source = folder / "ternary"
+    for name, options in steps:
+        assert main(["export", str(source), str(tmp_path / name), *options]) == 0
+        equal(folder / "ternary", tmp_path / name)
+        source = tmp_path / name
+    ids = open_source(folder / "ternary").tokenizer.encode(TEXT[:200])
+    assert open_source(tmp_path / "g").tokenizer.encode(TEXT[:200]) == ids
+    assert open_source(tmp_path / "f.gguf").tokenizer.encode(TEXT[:200]) == ids
+
+
+def test_latent_weights_and_embeddings_survive_as_floats(folder: Path, tmp_path: Path) -> None:
+    assert main(["export", str(folder / "ternary"), str(tmp_path / "m"), "--to", "hf", "--form", "master"]) == 0
+    before, after = (open_source(p).model().state_dict() for p in (folder / "ternary", tmp_path / "m"))
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["export", str(folder / "ternary"), str(tmp_path / "p"), "--to", "hf"]) == 0
+    assert torch.equal(embedding(tmp_path / "p"), embedding(folder / "ternary"))
+
+
+def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path: Path) -> None:
+    assert main(["export", str(folder / "plain"), str(tmp_path / "q.gguf"), "--to", "gguf", "--type", "Q5_K"]) == 0
+    before, after = (open_source(path).model().model.layers[1].mlp for path in (folder / "plain", tmp_path / "q.gguf"))
+    for name in ("gate_proj", "down_proj"):
+        weight = getattr(before, name).weight.detach()
+        stored = blocks.dequantize(blocks.quantize(weight, "Q5_K"), "Q5_K")
+        assert torch.equal(getattr(after, name).weight, stored)
+    assert open_model(tmp_path / "q.gguf")(torch.arange(20)[None]).isfinite().all()
+
+
+def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path: Path) -> None:
+    arguments = [str(folder / "plain"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
+    assert main(["quantize", *arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
+    assert main(["export", str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
+    assert "INT4 codes in groups of 64, quantized after training" in (tmp_path / "hf" / "README.md").read_text()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    about = config["quantization_config"]
+    assert (config["model_type"], about["bits"], about["group_size"], about["sym"]) == ("llama", 4, 64, False)
+    tensors = load_tensors(tmp_path / "hf" / "model.safetensors")
+    module = open_source(tmp_path / "q").model().model.layers[1].mlp.down_proj
+    stem = "model.layers.1.mlp.down_proj"
+    # An independent reader of the layout: eight codes to a word of qweight along K, of qzeros along N, zero - 1.
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    q = (tensors[f"{stem}.qweight"][:, None] >> shifts[:, None] & 15).flatten(0, 1)
+    zero = (tensors[f"{stem}.qzeros"][:, :, None] >> shifts & 15).flatten(1) + 1
+    groups = tensors[f"{stem}.g_idx"].long()
+    weight = (q - zero[groups]) * tensors[f"{stem}.scales"].float()[groups]
+    assert torch.equal(weight.t(), module.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("float", [], "has no packed form"),
+        ("float", ["--to", "gptq"], "is no group-quantized layer"),
+        ("ternary", ["--to", "gguf", "--type", "Q4_K"], "would quantize ternary weights again"),
+        ("ternary", ["--to", "gguf", "--type", "Q9"], "'Q9' is unknown"),
+        ("ternary", ["--form", "master"], "--form master has no effect on --to packed"),
+        ("ternary", ["--to", "hf", "--type", "F16"], "--type F16 has no effect on --to hf"),
+        ("nothing", [], "does not exist"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, source: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(folder / source), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gptq-4"], "no 'data' section"),
+        (["--method", "gptq-7"], "'gptq-7' is unknown"),
+        ([], "--list has the names"),
+        (["--method", "rtn-int4", "--group-size", "100"], "group_size 100 does not divide"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused_with_the_reason(
+    folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(folder / "plain"), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_of_methods_and_a_packed_source(folder: Path, tmp_path: Path, capsys) -> None:
+    assert main(["quantize", "--list"]) == 0
+    assert "gptq-4" in capsys.readouterr().out
+    assert main(["quantize", str(folder / "ternary"), str(tmp_path / "out"), "--method", "rtn-int4"]) == 2
+    assert "trained with ternary weights" in capsys.readouterr().err

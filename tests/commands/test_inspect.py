@@ -1,0 +1,163 @@
+"""bitnet inspect: every kind of file, as text and as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bitnet.__main__ import main
+from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.quant import quantize_ternary
+from bitnet.storage.folders import save_packed
+from bitnet.storage.gguf import write as gguf_write
+from bitnet.storage.hf import write as hf_write
+from tests.builders import save_run
+
+CONFIG = ModelConfig(
+    vocab_size=300, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> BitNetForCausalLM:
+    return BitNetForCausalLM(CONFIG).eval()
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:
+    assert main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def tensor(result: dict, name: str) -> dict:
+    return next(row for row in result["tensors"] if row["name"] == name)
+
+
+def expected(model: BitNetForCausalLM, name: str) -> tuple[float, float]:
+    """Scale and share of zeros of a projection."""
+    codes, scale = quantize_ternary(model.get_submodule(name).weight.detach())
+    return float(scale), float((codes == 0).float().mean())
+
+
+GGUF = "GGUF version 3"
+KINDS = {
+    "TQ2_0": (lambda folder, model: gguf_write.write(model, folder, "TQ2_0", embedding_type="F16"), 66 / 32, GGUF),
+    "TQ1_0": (lambda folder, model: gguf_write.write(model, folder, "TQ1_0", embedding_type="F16"), 54 / 32, GGUF),
+    "I2_S": (lambda folder, model: gguf_write.write(model, folder, "I2_S"), 2, GGUF),
+    "F16": (lambda folder, model: gguf_write.write(model, folder, "F16"), 16, GGUF),
+    "packed": (lambda folder, model: save_packed(folder, model.pack(), b""), 2, "packed model"),
+    "hf packed": (lambda folder, model: hf_write.write(model, folder, "packed"), 2, "Hugging Face model, packed"),
+    "hf inverse": (lambda folder, model: hf_write.write(model, folder, "packed-inverse"), 2,
+                   "Hugging Face model, packed-inverse"),
+    "hf master": (lambda folder, model: hf_write.write(model, folder, "master"), 32, "Hugging Face model, master"),
+    "run": (save_run, 32, "run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_and_zeros_of_every_kind(tmp_path, capsys, model, kind):
+    write, bits, title = KINDS[kind]
+    wanted = {layer: expected(model, f"model.layers.{layer}.mlp.down_proj") for layer in (0, 1)}
+    projections = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("_proj"))
+    total = model.num_parameters()
+    path = tmp_path / "model"
+    write(path, model)
+    result = shown(capsys, path)
+    assert result["kind"] == title
+    assert result["ternary_parameters"] == projections
+    assert result["parameters"] == total
+    for layer, (scale, zeros) in wanted.items():
+        names = [r["name"] for r in result["tensors"] if "down" in r["name"] and f".{layer}." in r["name"]]
+        assert len(names) == 1
+        row = tensor(result, names[0])
+        assert row["shape"] == [256, 512]
+        assert row["scale"] == pytest.approx(scale, rel=1e-6)
+        assert row["zeros"] == pytest.approx(zeros)
+        assert row["bits_per_weight"] == pytest.approx(bits, abs=0.01)  # a scale or two on top
+    assert sum(t["parameters"] for t in result["types"].values()) == total
+    assert sum(t["bytes"] for t in result["types"].values()) == result["bytes"]
+    assert result["bits_per_weight"] == pytest.approx(8 * result["bytes"] / total)
+
+
+def test_a_quantized_model_is_counted_by_its_projections(tmp_path, capsys, model):
+    """All tensors of a projection are one, whatever they are called."""
+    from dataclasses import asdict
+
+    state = {n: v for n, v in model.state_dict().items() if "_proj" not in n}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            rows, columns = module.weight.shape
+            state[f"{name}.codes"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            state[f"{name}.scales"] = torch.zeros(rows, columns // 64, dtype=torch.float16)
+    save_file(state, tmp_path / "model.safetensors")
+    about = {"model": asdict(CONFIG.replace(quantizer="none")), "quantization": {"method": "rtn-int4", "modules": {}}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    result = shown(capsys, tmp_path)
+    assert result["kind"] == "quantized model"
+    assert result["parameters"] == model.num_parameters()
+    row = tensor(result, "model.layers.1.mlp.down_proj")
+    assert (row["type"], row["shape"], row["bits_per_weight"]) == ("rtn-int4", [256, 512], 4.25)
+
+
+def test_text(tmp_path, capsys, model):
+    gguf_write.write(model, tmp_path / "x.gguf", "TQ2_0", embedding_type="F16")
+    assert main(["inspect", str(tmp_path / "x.gguf")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("GGUF version 3: 1,")
+    assert "parameters are ternary" in lines[1]
+    scale, zeros = expected(model, "model.layers.1.self_attn.k_proj")
+    row = next(line for line in lines if line.startswith("blk.1.attn_k.weight")).split()
+    assert row[1:] == ["TQ2_0", "128", "x", "256", "2.06", f"{scale:.6g}", f"{zeros:.1%}"]
+    assert ["general.architecture", "bitnet"] in [line.split() for line in lines]
+    assert max(map(len, lines)) <= 120
+
+
+def test_codes_are_counted(tmp_path, capsys, model):
+    gguf_write.write(model, tmp_path / "x.gguf", "TQ1_0", embedding_type="F16")
+    result = shown(capsys, tmp_path / "x.gguf", "--histogram", "blk.0.ffn_up.weight")
+    codes, _ = quantize_ternary(model.model.layers[0].mlp.up_proj.weight.detach())
+    assert [(b["low"], b["count"]) for b in result["histogram"]] == [
+        (value, int((codes == value).sum())) for value in (-1, 0, 1)
+    ]
+
+
+def test_floats_are_counted_in_bins(tmp_path, capsys):
+    weight = torch.randn(64, 64)
+    save_file({"w": weight, "n": torch.ones(5), "empty": torch.zeros(0, 4)}, tmp_path / "x.safetensors")
+    result = shown(capsys, tmp_path / "x.safetensors", "--histogram", "w")
+    assert result["kind"] == "safetensors"
+    assert sum(b["count"] for b in result["histogram"]) == weight.numel()
+    middle = result["histogram"][8]
+    assert middle["count"] == int(((weight >= middle["low"]) & (weight < middle["high"])).sum())
+    assert shown(capsys, tmp_path / "x.safetensors", "--histogram", "n")["histogram"] == [
+        {"low": 1.0, "high": 1.0, "count": 5}
+    ]
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "empty"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "w"]) == 0
+    assert capsys.readouterr().out.count("#") > 40
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "does not exist"),
+        (b"hello", [], "begins with b'hell'"),
+        (b"GGUF", [], "is no GGUF file"),
+        (b"GGUF\3\0\0\0" + bytes(16), ["--histogram", "w"], "has no tensor 'w'"),
+    ],
+)
+def test_errors(tmp_path, capsys, content, arguments, message):
+    path = tmp_path / "x"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["inspect", str(path), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_safetensors_file(tmp_path, capsys):
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
+    assert "is not a complete safetensors file" in capsys.readouterr().err

@@ -1,0 +1,159 @@
+"""The command line as a whole: the table, help without torch, one rule of exit codes, pipes, and terminals."""
+
+import importlib
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bitnet.__main__ import COMMANDS, execute, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded_after(arguments: list[str]) -> tuple[str, set[str]]:
+    """What a fresh process prints for these arguments, and the modules that it has imported."""
+    code = (
+        "import sys, contextlib\nfrom bitnet.__main__ import main\n"
+        f"with contextlib.suppress(SystemExit): main({arguments!r})\n"
+        "print('\\n@@' + ' '.join(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text, _, modules = out.rpartition("\n@@")
+    return text, set(modules.split())
+
+
+def command(run) -> types.ModuleType:
+    """A command whose work is this function."""
+
+    @dataclass(frozen=True)
+    class Options:
+        number: int = 0
+
+    module = types.ModuleType("command", "A command.")
+    module.Options, module.run = Options, run
+    return module
+
+
+def test_the_table_is_printed_without_torch():
+    text, modules = loaded_after(["--help"])
+    assert all(name in text for name in COMMANDS)
+    assert not modules & {"torch", "numpy", "tyro"}
+
+
+@pytest.mark.parametrize("name", set(COMMANDS) - {"train"})  # whose help shows the values of a preset
+def test_help_of_a_command_needs_no_torch(name):
+    text, modules = loaded_after([name, "--help"])
+    assert f"usage: bitnet {name}" in text
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize("name", set(COMMANDS) - {"train"})
+def test_every_command_says_what_it_does(name):
+    module = importlib.import_module(f"bitnet.commands.{name}")
+    assert module.__doc__
+    assert callable(module.run)
+    assert hasattr(module, "Options") or hasattr(module, "parse")
+
+
+def test_an_unknown_command_names_the_near_one(capsys):
+    assert main(["trian"]) == 2
+    assert "'trian' is no command of bitnet; did you mean 'train'?" in capsys.readouterr().err
+    assert main(["zzz"]) == 2
+    assert "choose one of train, generate" in capsys.readouterr().err
+
+
+def test_without_a_command_the_table_is_the_answer(capsys):
+    assert main([]) == 2
+    assert "consolidate" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("bitnet 0.")
+
+
+def raising(error: BaseException):
+    def run(options):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "message"),
+    [
+        (lambda options: None, 0, ""),
+        (lambda options: 1, 1, ""),
+        (lambda options: 143, 143, ""),
+        (raising(ValueError("size is 3; give 4")), 2, "error: size is 3; give 4\n"),
+        (raising(FileNotFoundError(2, "No such file", "x")), 2, "error: [Errno 2] No such file: 'x'\n"),
+        (raising(KeyboardInterrupt()), 130, ""),
+    ],
+)
+def test_exit_codes(run, code, message, capsys):
+    assert execute(command(run), "bitnet command", []) == code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", message)
+
+
+def test_an_option_that_is_none_ends_with_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        execute(command(raising(AssertionError)), "bitnet command", ["--nubmer", "1"])
+    assert ended.value.code == 2
+    assert "--number" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="ours"):
+        execute(command(raising(RuntimeError("ours"))), "bitnet command", [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "nowhere", "--prompt", "x"],
+        ["evaluate", "nowhere"],
+        ["evaluate"],
+        ["quantize", "nowhere"],
+        ["quantize", "nowhere", "out", "--method", "nonsense"],
+        ["compare", "nowhere"],
+        ["export", "nowhere", "out"],
+        ["export", "nowhere", "out", "--type", "F16"],
+        ["inspect", "nowhere"],
+        ["bench", "nowhere"],
+        ["bench", "--preset", "nonsense"],
+        ["formats", "1", "--params", "-1"],
+        ["consolidate", "nowhere"],
+        ["consolidate"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_ends_with_2_and_one_line(arguments, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bitnet", "quantize", "--list"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
+def test_a_terminal_that_lacks_a_character_sees_a_question_mark():
+    result = subprocess.run(
+        [sys.executable, "-m", "bitnet", "formats", "3.1416"],
+        cwd=ROOT,
+        capture_output=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii"},
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"INT8 ?4" in result.stdout

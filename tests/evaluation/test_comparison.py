@@ -1,0 +1,170 @@
+"""The comparison: its measures by their definitions, twins, going on after an interruption, and a whole small run."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train as trainer
+from bitnet import plots
+from bitnet.__main__ import main
+from bitnet.evaluation import comparison
+from bitnet.evaluation.agreement import Reference
+from bitnet.evaluation.comparison import layer_outputs, measure_in_child
+from bitnet.evaluation.twins import find_twins
+from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.training import config as recipes
+
+CONFIG = ModelConfig(
+    vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=32, quantizer="none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ternary run and its float twin, trained for a few steps, and a run that is no twin."""
+    root = tmp_path_factory.mktemp("compare")
+    text = root / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i:02}.txt").write_text(f"Number {i} is followed by {i + 1}; twice {i} is {2 * i}.\n" * 12)
+    config = recipes.TrainConfig(
+        model=CONFIG.replace(quantizer="ternary"), data=recipes.DataConfig(str(text), cache=str(root / "data")),
+        out=str(root / "runs" / "a"), steps=12, batch_size=4, eval_every=12, sample_every=0, compile="off", wandb="off",
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    for name, changes in {
+        "a": {},
+        "b-float": {"model": config.model.replace(quantizer="none")},
+        "c-longer": {"steps": 13, "model": config.model.replace(quantizer="binary")},
+    }.items():
+        trainer.train(dataclasses.replace(config, out=str(root / "runs" / name), **changes))
+    return root / "runs"
+
+
+def test_twins_are_the_runs_that_differ_in_the_quantizer_only(runs: Path) -> None:
+    assert find_twins(runs / "a") == {"ternary": runs / "a", "none": runs.resolve() / "b-float"}
+    assert find_twins(runs / "c-longer") == {"binary": runs / "c-longer"}
+
+
+def test_scores_are_what_their_definitions_say() -> None:
+    torch.manual_seed(1)
+    model, other = BitNetForCausalLM(CONFIG).eval(), BitNetForCausalLM(CONFIG).eval()
+    for network in (model, other):
+        network.model.embed_tokens.weight.data.mul_(8)
+    labels = torch.randint(300, (3, 1, 16))
+    labels[2, 0, 9:] = -100
+    windows = [(torch.randint(300, (1, 16)), labels[i]) for i in range(3)]
+    score = Reference(model, windows, 300).score(other)
+
+    p, q = ([network(ids)[0].double().log_softmax(-1) for ids, _ in windows] for network in (model, other))
+    keep = [window[1][0] != -100 for window in windows]
+    losses = [F.nll_loss(q[i], windows[i][1][0], ignore_index=-100, reduction="none")[keep[i]] for i in range(3)]
+    flat_p, flat_q = (torch.cat([x[i][keep[i]] for i in range(3)]) for x in (p, q))
+    assert score.loss == pytest.approx(float(torch.cat(losses).mean().detach()), rel=1e-5)
+    assert score.kl == pytest.approx(
+        float(F.kl_div(flat_q, flat_p, log_target=True, reduction="batchmean").detach()), rel=1e-4
+    )
+    assert score.top1 == pytest.approx(float((flat_p.argmax(1) == flat_q.argmax(1)).double().mean()))
+    floats = [F.nll_loss(p[i], windows[i][1][0], ignore_index=-100, reduction="none")[keep[i]] for i in range(3)]
+    gaps = [a - b for a, b in zip(losses, floats, strict=True)]
+    assert score.gap == pytest.approx(float(torch.cat(gaps).mean().detach()), rel=1e-4)
+    for parts, mean, error in ((losses, score.loss, score.error), (gaps, score.gap, score.gap_error)):
+        residuals = torch.stack([(part - mean).sum() for part in parts])
+        assert error == pytest.approx(math.sqrt(float(residuals.square().sum().detach()) * 3 / 2) / 41, rel=1e-4)
+    same = Reference(model, windows, 300).score(model)
+    assert (same.gap, same.kl, same.top1) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1.0)
+
+
+def test_layer_errors_compare_the_residual_stream_behind_each_layer() -> None:
+    model = BitNetForCausalLM(CONFIG).eval()
+    outputs = layer_outputs(model, torch.arange(8)[None])
+    assert [list(o.shape) for o in outputs] == [[8, 256]] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.norm(outputs[-1]), model.model(torch.arange(8)[None])[0])
+
+
+METHODS = ("bf16", "rtn-int8", "w8a8-dynamic", "gptq-4", "gguf-q4_0")
+
+
+def test_a_whole_comparison_and_going_on_with_it(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        str(runs / "a"), "--methods", *METHODS, "--tokens", "512", "--calibration-tokens", "512", "--out", str(out),
+        "--no-speed",
+    ]  # fmt: skip
+    original, calls = comparison.quantize_model, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(comparison, "quantize_model", interrupted)
+    assert main(["compare", *command]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(["compare", *command]) == 0
+    assert calls == [*METHODS[:3], *METHODS[2:]]  # the two finished ones were not done again
+
+    rows = {row["name"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
+    assert list(rows) == ["float32", "b1.58", *METHODS]
+    text = capsys.readouterr().out
+    assert all(name in text for name in rows)
+    assert rows["float32"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert rows["float32"]["top1"] == 1
+    assert 0 < rows["rtn-int8"]["kl"] < rows["gguf-q4_0"]["kl"]
+    assert rows["b1.58"]["kernel"] == rows["w8a8-dynamic"]["kernel"] == "native"
+    assert rows["gptq-4"]["kernel"] == "dequantizes"
+    assert rows["b1.58"]["effective_bits"] == pytest.approx(2, abs=0.01)
+    assert rows["gguf-q4_0"]["effective_bits"] == pytest.approx(4.5)
+    assert rows["b1.58"]["file_mb"] < rows["bf16"]["file_mb"] < rows["float32"]["file_mb"]
+    assert len(rows["gptq-4"]["layer_errors"]) == 2
+    assert rows["gptq-4"]["layer_errors"][-1] < 0.5
+    with open(out / "table.csv", newline="") as file:
+        assert [line["name"] for line in csv.DictReader(file)] == list(rows)
+    assert (out / "table.md").read_text().count("\n") == len(rows) + 2
+    for picture in ("size", "layers", "weights", "activations"):
+        assert (out / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((out / "models").iterdir())
+
+    assert main(["compare", *command[:-1], "--tokens", "256"]) == 2
+    assert "comparison with other settings" in capsys.readouterr().err
+
+
+def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
+    measured = measure_in_child(runs / "a", 1)
+    assert measured["prefill"] > 0
+    assert measured["decode"] > 0
+    with pytest.raises(ValueError, match="could not be measured"):
+        measure_in_child(runs / "nothing", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model was given"),
+        (["{runs}/c-longer"], "is no float model"),
+        (["{runs}/a", "--methods", "gptq-5"], "method 'gptq-5' is unknown"),
+        (["{runs}/nothing"], "does not exist"),
+    ],
+)
+def test_bad_input(runs: Path, tmp_path: Path, arguments: list[str], message: str, capsys) -> None:
+    arguments = [a.replace("{runs}", str(runs)) for a in arguments]
+    assert main(["compare", *arguments, "--out", str(tmp_path / "out"), "--no-speed", "--tokens", "64"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_labels_of_a_scatter_do_not_cover_each_other(tmp_path: Path) -> None:
+    points = [plots.Point(f"method {i}", "gguf", 1 + i / 100, 10 + i / 50, 0.1) for i in range(12)]
+    points.append(plots.Point("broken", "native", 1, math.inf))
+    plots.draw_scatter(points, tmp_path / "p.png", xlabel="MB", title="t")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,113 @@
+"""Held-out loss by its definition, and the command that compares runs."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bitnet.__main__ import main
+from bitnet.data.corpus import open_corpus
+from bitnet.data.tokens import TokenArray
+from bitnet.data.tokens_write import tokenize_corpus
+from bitnet.evaluation.loss import Evaluation, evaluate
+from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.tokenizer import train_tokenizer
+from bitnet.training.checkpoint import save_checkpoint
+
+CONFIG = PRESETS["tiny"].replace(vocab_size=300, quantizer="none")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return BitNetForCausalLM(CONFIG)
+
+
+def tokens(count: int) -> TokenArray:
+    return TokenArray([np.random.default_rng(0).integers(300, size=count).astype(np.uint16)])
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(100, 2), (97, 3), (33, 4), (17, 8), (2, 8)])
+def test_every_token_counts_once_whatever_the_batch(model, count, batch_size):
+    array = tokens(count)
+    result = evaluate(model, array, context=16, bytes_per_token=2.0, batch_size=batch_size)
+    total = 0.0
+    for start in range(0, count - 1, 16):
+        window = torch.from_numpy(array.read(start, min(17, count - start)).astype(np.int64))
+        with torch.no_grad():
+            total += float(F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="sum"))
+    assert result.tokens == count - 1
+    assert result.loss == pytest.approx(total / (count - 1), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) / 2.0)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+def test_the_standard_error_is_that_of_a_mean_of_windows(model):
+    array = tokens(16 * 50 + 1)
+    result = evaluate(model, array, context=16, bytes_per_token=2.0)
+    means = []
+    for start in range(0, 800, 16):
+        window = torch.from_numpy(array.read(start, 17).astype(np.int64))
+        with torch.no_grad():
+            means.append(float(F.cross_entropy(model(window[None, :-1])[0], window[1:])))
+    assert result.standard_error == pytest.approx(np.std(means, ddof=1) / math.sqrt(50), rel=1e-4)
+
+
+def test_a_part_of_the_split_and_the_mode_of_the_model(model):
+    model.train()
+    result = evaluate(model, tokens(1000), context=16, bytes_per_token=2.0, batch_size=4, max_tokens=130)
+    assert result.tokens == 128
+    assert model.training
+    model.eval()
+    evaluate(model, tokens(20), context=16, bytes_per_token=2.0)
+    assert not model.training
+
+
+def test_perplexity_of_an_overflowing_loss_is_infinite():
+    assert Evaluation(1e4, 0.0, 1.0, 1).perplexity == math.inf
+
+
+def test_command_line_compares_runs(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i} cats see the {i * 7 % 100} dogs." for i in range(400)))
+    tokenizer = train_tokenizer(open_corpus(text).documents(), 300)
+    tokenize_corpus(open_corpus(text), tokenizer, tmp_path / "data", val_fraction=0.1)
+    for name, quantizer in (("ternary", "ternary"), ("twin", "none")):
+        torch.manual_seed(0)
+        model = BitNetForCausalLM(CONFIG.replace(quantizer=quantizer))
+        config = {
+            "model": dataclasses.asdict(model.config), "context": 32,
+            "data": {"corpus": str(text), "max_bytes": None, "val_fraction": 0.1, "cache": str(tmp_path / "data")},
+        }  # fmt: skip
+        save_checkpoint(
+            tmp_path / name, model=model, optimizer_state={}, state={"step": 1}, config=config,
+            tokenizer=tokenizer.model_proto, best=True,
+        )  # fmt: skip
+    picture = tmp_path / "loss.png"
+    (tmp_path / "twin" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n{"step": 2, "lo')
+    assert main(["evaluate", str(tmp_path / "ternary"), str(tmp_path / "twin"), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    header, ternary, twin = capsys.readouterr().out.splitlines()
+    assert "gap" in header
+    assert "ternary" in ternary
+    assert twin.endswith("+0.00%")
+    gap = float(ternary.split()[-1].rstrip("%"))
+    losses = [float(line.split()[2]) for line in (ternary, twin)]
+    assert gap == pytest.approx(100 * (losses[0] / losses[1] - 1), abs=0.01)
+
+
+def test_command_line_errors(tmp_path, capsys):
+    assert main(["evaluate"]) == 2
+    assert "no run was given" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "nothing")]) == 2
+    assert "nothing does not exist" in capsys.readouterr().err
+    torch.manual_seed(0)
+    save_checkpoint(
+        tmp_path / "foreign", model=BitNetForCausalLM(CONFIG), optimizer_state={}, state={"step": 1},
+        config={"model": dataclasses.asdict(CONFIG)}, tokenizer=b"", best=True,
+    )  # fmt: skip
+    assert main(["evaluate", str(tmp_path / "foreign")]) == 2
+    assert "no 'data' section" in capsys.readouterr().err

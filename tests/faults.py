@@ -1,0 +1,48 @@
+"""Faults provoked in a training run: a signal, a full disk, a gradient that is no number."""
+
+import os
+import signal
+
+import pytest
+
+import train as trainer
+from bitnet.storage import safetensors as safetensors_files
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Deliver a SIGINT to this very process while the given step runs."""
+    original = trainer.Run.train_step
+
+    def train_step(self):
+        if self.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(trainer.Run, "train_step", train_step)
+
+
+def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let every checkpoint of this step fail as on a full disk."""
+    original = safetensors_files.save_file
+
+    def save_file(tensors, path, **options):
+        if f"step-{step:08d}" in str(path):
+            raise OSError(28, "No space left on device")
+        original(tensors, path, **options)
+
+    monkeypatch.setattr(safetensors_files, "save_file", save_file)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at: int, factor: float, times: int = 1) -> None:
+    """Multiply the gradient of a step's batch, the first `times` times that it comes up."""
+    original, left = trainer.Run.forward_backward, [times]
+
+    def poisoned(self, batch):
+        loss = original(self, batch)
+        if batch == at and left[0]:
+            left[0] -= 1
+            for parameter in self.model.parameters():
+                parameter.grad *= factor
+        return loss
+
+    monkeypatch.setattr(trainer.Run, "forward_backward", poisoned)

@@ -1,0 +1,364 @@
+"""Sampling, the decode loop, and the text it makes."""
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from bitnet.inference.generation import (
+    FILLER,
+    GenerationStats,
+    SamplingConfig,
+    TextStream,
+    generate,
+    limit_new_tokens,
+    sample,
+)
+from bitnet.model import pack
+from bitnet.tokenizer import Tokenizer
+from tests.builders import expected_text, generate_ids, tiny_model
+
+GREEDY = SamplingConfig(temperature=0)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Sampling
+
+
+def brute_force(logits: list[float], s: SamplingConfig, seen: set[int]) -> list[float]:
+    """The distribution of one token, straight from the definitions, in Python floats."""
+    r = s.repetition_penalty
+    logits = [(x / r if x > 0 else x * r) if i in seen else x for i, x in enumerate(logits)]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    kept = order[: s.top_k] if s.top_k else order
+    top = logits[order[0]]
+    weight = {i: torch.tensor((logits[i] - top) / s.temperature).double().exp().item() for i in kept}
+    if s.top_p < 1:
+        total = sum(weight.values())
+        size = next(n for n in range(1, len(kept) + 1) if sum(weight[i] for i in kept[:n]) >= s.top_p * total)
+        kept = kept[:size]
+    kept = [i for i in kept if weight[i] >= s.min_p]
+    total = sum(weight[i] for i in kept)
+    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SamplingConfig(),
+        SamplingConfig(temperature=0.5),
+        SamplingConfig(temperature=1.7, top_k=5),
+        SamplingConfig(top_k=1),
+        SamplingConfig(top_k=100),
+        SamplingConfig(top_p=0.6),
+        SamplingConfig(top_p=0.999),
+        SamplingConfig(top_p=1e-9),
+        SamplingConfig(min_p=0.2),
+        SamplingConfig(min_p=1.0),
+        SamplingConfig(repetition_penalty=2.0),
+        SamplingConfig(0.8, 9, 0.9, 0.03, 1.3),
+        SamplingConfig(0.7, 0, 0.8, 0.1, 0.5),
+    ],
+    ids=str,
+)
+def test_sampling_has_the_distribution_of_the_definitions(config):
+    V, draws = 16, 20_000
+    logits = 1.5 * torch.randn(2, V)
+    seen = torch.rand(2, V) < 0.4
+    for row in range(2):
+        ids = sample(logits[row].expand(draws, V), config, seeded(), seen[row].expand(draws, V))
+        expected = torch.tensor(brute_force(logits[row].tolist(), config, set(seen[row].nonzero().flatten().tolist())))
+        assert ids.dtype == torch.int64
+        counts = torch.bincount(ids, minlength=V)
+        assert not counts[expected == 0].any(), "a token was drawn that the filters exclude"
+        allowed = expected > 0
+        chi_square = ((counts - draws * expected)[allowed] ** 2 / (draws * expected[allowed])).sum().item()
+        freedom = int(allowed.sum()) - 1
+        assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5, f"counts {counts.tolist()}, expected {expected}"
+
+
+def test_rows_of_a_batch_are_filtered_on_their_own():
+    # Row 0 is nearly certain, row 1 uniform: their nuclei have different sizes.
+    logits = torch.stack([torch.tensor([0.0, 20.0] + [0.0] * 8), torch.zeros(10)]).repeat(2000, 1)
+    ids = sample(logits, SamplingConfig(top_p=0.95), seeded()).view(-1, 2)
+    assert set(ids[:, 0].tolist()) == {1}
+    assert set(ids[:, 1].tolist()) == set(range(10))
+
+
+def test_ties_go_to_the_lowest_ids():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 3.0]])
+    assert sample(logits, GREEDY, None).tolist() == [1]
+    many = logits.expand(500, -1)
+    assert set(sample(many, SamplingConfig(top_k=2), seeded()).tolist()) == {1, 2}
+    assert set(sample(many, SamplingConfig(top_k=1), seeded()).tolist()) == {1}
+    # Four tokens of a quarter each, the rest negligible: three of them reach 0.7 of the mass, two do not.
+    quarters = torch.full((500, 300), -60.0)
+    quarters[:, [7, 99, 100, 250]] = 0.0
+    assert set(sample(quarters, SamplingConfig(top_p=0.7), seeded()).tolist()) == {7, 99, 100}
+
+
+def test_top_p_stops_at_the_token_that_reaches_it():
+    # Two halves, exactly: one of them has a mass of 0.5, and more than 0.5 takes both.
+    logits = torch.tensor([[0.0, 0.0]]).expand(200, 2)
+    assert set(sample(logits, SamplingConfig(top_p=0.5), seeded()).tolist()) == {0}
+    assert set(sample(logits, SamplingConfig(top_p=0.51), seeded()).tolist()) == {0, 1}
+
+
+def test_repetition_penalty_by_hand():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.5]])
+    penalty = SamplingConfig(temperature=0, repetition_penalty=2.0)
+    assert sample(logits, penalty, None, torch.tensor([[True, False, False, False]])).tolist() == [1]  # 2 / 2 < 1.5
+    negative = torch.tensor([[-5.0, -9.0, -1.0, -1.5]])
+    assert sample(negative, penalty, None, torch.tensor([[False, False, True, False]])).tolist() == [3]  # -1 * 2 < -1.5
+    assert sample(logits, penalty, None).tolist() == [0]
+
+
+def test_extreme_logits_and_inputs_stay_as_they_are():
+    logits = torch.tensor([[3e38, -3e38, 0.0, 2.9e38]])
+    before, seen = logits.clone(), torch.tensor([[False, True, True, False]])
+    config = SamplingConfig(temperature=1e-5, top_p=0.99, repetition_penalty=1.5)
+    assert sample(logits, config, seeded(), seen).tolist() == [0]
+    assert torch.equal(logits, before)
+    assert seen.tolist() == [[False, True, True, False]]
+    assert sample(torch.tensor([[1.0, 2.0, float("-inf")]]), SamplingConfig(min_p=0.9), seeded()).tolist() == [1]
+    assert sample(logits.to(torch.bfloat16), SamplingConfig(), seeded()).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+        ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is {value}; give"):
+        SamplingConfig(**{field: value})
+
+
+# The decode loop
+
+
+@pytest.mark.parametrize("quantizer", ["none", "ternary"])
+def test_greedy_is_the_argmax_of_full_forward_passes(quantizer):
+    model = tiny_model(quantizer)
+    if quantizer == "ternary":
+        pack(model)
+    prompt = torch.randint(0, 512, (2, 7))
+    new = generate_ids(model, prompt, 30)
+    assert new.shape == (2, 30)
+    ids = torch.cat([prompt, new], 1)
+    equal = 0
+    with torch.inference_mode():
+        for t in range(7, ids.shape[1]):
+            logits = model(ids[:, :t])[:, -1]  # no cache
+            equal += int((logits.argmax(-1) == ids[:, t]).sum())
+            # Cached and whole passes differ by rounding, and rounding may flip an int8 activation: what was chosen is
+            # among the best by a margin that a wrong position or mask would exceed by far.
+            lead = logits.amax(-1) - logits.gather(-1, ids[:, t : t + 1])[:, 0]
+            assert (lead <= (1e-4 if quantizer == "none" else 0.1 * logits.std())).all(), f"token {t}: {lead}"
+    assert equal >= (60 if quantizer == "none" else 54)
+
+
+def test_float64_greedy_equals_the_loop_without_cache():
+    model = tiny_model("none").double()
+    prompt = torch.randint(0, 512, (1, 5))
+    ids = prompt
+    with torch.inference_mode():
+        for _ in range(40):
+            ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(generate_ids(model, prompt, 40), ids[:, 5:])
+
+
+def test_the_seed_decides():
+    model = pack(tiny_model())
+    prompt = torch.randint(0, 512, (3, 4))
+    config = SamplingConfig(temperature=1.5, top_p=0.95)
+    first = generate_ids(model, prompt, 12, config, seed=1)
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert torch.equal(generate_ids(model, prompt, 12, config, seed=1), first)
+    assert not torch.equal(generate_ids(model, prompt, 12, config, seed=2), first)
+
+
+def test_samples_of_one_prompt_differ():
+    prompt = torch.tensor([[1, 2, 3]]).expand(4, -1)
+    rows = generate_ids(tiny_model(), prompt, 8, SamplingConfig(1.0), seed=0).tolist()
+    assert len({tuple(row) for row in rows}) == 4
+
+
+def test_greedy_rows_do_not_depend_on_their_neighbours():
+    model = tiny_model("none").double()
+    prompt = torch.randint(0, 512, (3, 6))
+    together = generate_ids(model, prompt, 10)
+    assert torch.equal(together, torch.cat([generate_ids(model, row[None], 10) for row in prompt]))
+
+
+def test_repetition_penalty_counts_prompt_and_generated_tokens():
+    # Under a huge penalty every token of a float model's text is new, as long as one is left.
+    model = tiny_model("none", vocab_size=40)
+    prompt = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
+    ids = torch.cat([prompt, generate_ids(model, prompt, 20, SamplingConfig(0, repetition_penalty=1e6))], 1)
+    with torch.inference_mode():
+        for row, t in itertools.product(range(2), range(4, 24)):
+            logits = model(ids[row : row + 1, :t])[0, -1]
+            unseen = [i for i in range(40) if i not in ids[row, :t].tolist()]
+            if (logits[unseen] > 1e-3).any():
+                assert ids[row, t] in unseen
+
+
+def test_rows_end_at_eos_and_then_yield_filler():
+    model = tiny_model("none").double()
+    prompt = torch.randint(0, 512, (2, 5))
+    free = generate_ids(model, prompt, 30)
+    # A token of row 0's text that row 1 meets later or never.
+    position, eos = next((i, t) for i, t in enumerate(free[0].tolist()) if t not in free[1, : i + 1])
+    stats = GenerationStats()
+    ended = generate_ids(model, prompt, 30, eos_id=eos, stats=stats)
+    assert ended[0, : position + 1].tolist() == free[0, : position + 1].tolist()
+    assert set(ended[0, position + 1 :].tolist()) == {FILLER}
+    assert torch.equal(ended[1], free[1][: ended.shape[1]])
+    assert stats.new_tokens == int((ended != FILLER).sum())
+    alone = generate_ids(model, prompt[:1], 30, eos_id=eos)
+    assert alone.tolist() == [free[0, : position + 1].tolist()]  # stops when all rows have
+    # Of several ends the first one counts.
+    later = free[0, position + 1 :].tolist()
+    several = generate_ids(model, prompt[:1], 30, eos_id=(*later, eos))
+    assert several.shape[1] <= position + 1
+    assert int(several[0, -1]) in {*later, eos}
+    assert not {*later, eos} & set(several[0, :-1].tolist())
+    assert torch.equal(generate_ids(model, prompt, 30, eos_id=()), free)
+
+
+def test_padded_rows_of_the_head_are_never_drawn():
+    config = SamplingConfig(temperature=50.0, repetition_penalty=1.1)
+    new = generate_ids(tiny_model(), torch.tensor([[5]] * 8), 20, config, vocab_size=10)
+    assert int(new.max()) < 10
+
+
+def test_generation_fills_the_positions_and_no_more():
+    model = tiny_model(max_position_embeddings=32)
+    assert generate_ids(model, torch.ones(1, 20, dtype=torch.int64), 100).shape == (1, 12)
+    assert generate_ids(model, torch.ones(1, 31, dtype=torch.int64), 100).shape == (1, 1)
+    assert limit_new_tokens(model.config, 20, 100) == 12
+    assert limit_new_tokens(model.config, 20, 12) == 12
+    with pytest.raises(
+        ValueError, match=r"prompt of 32 tokens leaves no room in a model of 32 positions; .* 31 tokens"
+    ):
+        generate_ids(model, torch.ones(1, 32, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), {}, "prompt has no tokens"),
+        (torch.zeros(4, dtype=torch.int64), {}, r"int64 of shape \[4\]; give int64 \[batch, tokens\]"),
+        (torch.zeros(1, 4), {}, "float32 of shape"),
+        (torch.tensor([[1, 512]]), {}, r"token id 512 is outside the model's vocabulary \(0 to 511\)"),
+        (torch.tensor([[-1, 5]]), {}, "token id -1 is outside"),
+        (torch.tensor([[1]]), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (torch.tensor([[1]]), {"seed": -5}, "seed is -5"),
+        (torch.tensor([[1]]), {"vocab_size": 513}, "vocab_size is 513; the model's is 512"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(ids, changes, message):
+    arguments = {"max_new_tokens": 5, "sampling": GREEDY, "seed": 0, **changes}
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(), ids, **arguments)
+
+
+def test_a_diverged_model_is_named():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite after 2 tokens"):
+        generate_ids(model, torch.tensor([[1, 2]]), 5)
+
+
+def test_consumers_do_not_run_in_inference_mode():
+    for _ in generate(tiny_model(), torch.tensor([[1, 2]]), max_new_tokens=3, sampling=GREEDY, seed=0):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_stats_count_tokens_and_bytes():
+    model = tiny_model()
+    config = model.config
+    stats = GenerationStats()
+    generate_ids(pack(model), torch.ones(3, 5, dtype=torch.int64), 7, stats=stats)
+    assert (stats.prompt_tokens, stats.new_tokens, stats.decode_tokens, stats.decode_steps) == (15, 21, 18, 6)
+    assert stats.prefill_seconds > 0
+    assert stats.decode_rate == pytest.approx(18 / stats.decode_seconds)
+    assert stats.prefill_rate == pytest.approx(15 / stats.prefill_seconds)
+    # By hand: every row of q, k, v, o, gate, up and down fits one block of 32 bytes; a float32 scale per matrix.
+    packed = config.num_hidden_layers * ((64 + 32 + 32 + 64 + 128 + 128 + 64) * 32 + 7 * 4)
+    norms = 4 * (config.num_hidden_layers * (64 + 64 + 64 + 128) + 64)
+    weights = packed + norms + 4 * 512 * 64  # the embedding once, as the head
+    cached = [2 * config.num_hidden_layers * 3 * 32 * 4 * length for length in range(6, 12)]
+    assert stats.bytes_read == 6 * weights + sum(cached)
+    assert stats.bandwidth == pytest.approx(stats.bytes_read / stats.decode_seconds / 1e9)
+    assert stats.bytes_per_token == stats.bytes_read / 18
+    assert re.fullmatch(r"prefill 15 tokens \d+ tok/s \| decode 21 tokens \d+ tok/s \d+\.\d\d GB/s", str(stats))
+    assert "decode 0 tokens 0 tok/s 0.00 GB/s" in str(GenerationStats())
+
+
+def test_weight_bytes_leave_out_an_untied_embedding_table():
+    tied, untied = (tiny_model(tie_word_embeddings=tie) for tie in (True, False))
+    assert tied.weight_bytes() == untied.weight_bytes() == sum(4 * p.numel() for p in tied.parameters())
+
+
+STOPS = [[], ["\n\n"], ["."], ["abcd", "bc"], ["cd", "abcd", "bcd"], ["dé\n", "€"], ["aab"], ["🙂🙃"], ["absent"]]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=repr)
+@pytest.mark.parametrize(
+    "text", ["xx abcd yy", "aaab", "aaabab\n\nc", "d\né. dé €", "🙂🙂🙃 end", "no match at al", "ends with ab", ""]
+)
+def test_stop_strings_across_any_token_borders(tokenizer, text, stop):
+    # As the tokenizer cuts it, and one byte per token: every stop string then spans several tokens.
+    as_encoded = tokenizer.encode(text)
+    as_bytes = [tokenizer._byte_ids[b] for b in text.encode()]
+    for ids in (as_encoded, as_bytes):
+        stream = TextStream(tokenizer, stop)
+        assert "".join([*map(stream.push, ids), stream.close()]) == expected_text(text, stop)
+
+
+def test_text_comes_as_soon_as_it_is_certain(tokenizer):
+    stream = TextStream(tokenizer, stop=["END"])
+    byte = tokenizer._byte_ids
+    pieces = [stream.push(byte[b]) for b in "aENé".encode()]
+    assert pieces == ["a", "", "", "", "ENé"]  # "EN" could become END, half of "é" could be anything
+    assert [stream.push(byte[b]) for b in b"EN"] == ["", ""]
+    assert not stream.finished
+    assert stream.close() == "EN"
+    assert stream.finished
+    assert stream.push(byte[65]) == stream.close() == ""
+
+
+def test_end_of_text_and_filler_close_the_stream(tokenizer):
+    for end in (tokenizer.eos_id, FILLER):
+        stream = TextStream(tokenizer, stop=["tt"])
+        text = "".join(stream.push(i) for i in [*tokenizer.encode("it"), end, *tokenizer.encode("more")])
+        assert (text, stream.finished) == ("it", True)
+
+
+def test_every_end_of_a_turn_closes_the_stream(tokenizer):
+    chatty = Tokenizer(tokenizer.model_proto, ends=(40, 41))
+    for end in (chatty.eos_id, 40, 41):
+        stream = TextStream(chatty)
+        text = "".join(stream.push(i) for i in [*chatty.encode("it"), end, *chatty.encode("more")])
+        assert (text, stream.finished) == ("it", True)
+
+
+def test_an_unfinished_character_is_replaced(tokenizer):
+    stream = TextStream(tokenizer)
+    assert stream.push(tokenizer._byte_ids[0xE2]) + stream.close() == "\ufffd"
+
+
+def test_bad_stop_strings(tokenizer):
+    with pytest.raises(ValueError, match="stop string is empty"):
+        TextStream(tokenizer, ["a", ""])
+    with pytest.raises(TypeError, match="one string"):
+        TextStream(tokenizer, "ab")

@@ -1,0 +1,94 @@
+"""The Triton kernels without a GPU: their interpreter, the ahead-of-time compiler, and the choice of the backend.
+
+TRITON_INTERPRET counts when Triton is imported, and another test of this process may have imported it, so the tests in
+`triton_kernels.py`, `triton_model.py` (interpreted) and `triton_compiled.py` run in processes of their own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet import kernels
+from bitnet.kernels import reference, triton
+from tests import ROOT, oracles
+
+HERE = Path(__file__).parent
+
+
+def run_apart(file: str, *options: str, interpret: bool) -> str:
+    """Run one test file in a process of its own and return what pytest printed; fails with it where a test failed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BITNET_"))}
+    environment["TRITON_INTERPRET"] = "1" if interpret else "0"
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-o", "addopts=", "-q", "--strict-markers", "-rs"]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def passed(output: str) -> int:
+    found = re.search(r"(\d+) passed", output)
+    assert found, output
+    assert "skipped" not in output, output
+    return int(found[1])
+
+
+@pytest.mark.parametrize(
+    ("file", "at_least"), [("triton_kernels.py", 100), ("triton_products.py", 80), ("triton_model.py", 15)]
+)
+def test_interpreted(file: str, at_least: int) -> None:
+    oracles.folder_of("triton")
+    assert passed(run_apart(file, interpret=True)) >= at_least
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiled_ahead_of_time(target: str) -> None:
+    oracles.folder_of("triton")
+    assert passed(run_apart("triton_compiled.py", "-k", target, interpret=False)) >= 20
+
+
+# The choice of the backend, on a machine without a GPU
+
+
+def test_cpu_tensors_never_go_to_triton_by_themselves() -> None:
+    with kernels.use_backend("auto"):
+        assert kernels.select_backend(torch.ones(2, 8)) is not triton
+
+
+@pytest.mark.skipif(triton.interpreted(), reason="the interpreter takes CPU tensors")
+def test_an_explicit_request_for_cpu_tensors_raises() -> None:
+    match = r"cuda tensors.*on cpu" if triton.available() else "not installed"
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match=match):
+        kernels.fake_quant_linear(torch.ones(2, 8), torch.ones(3, 8), None, "ternary")
+
+
+def test_without_triton_a_request_raises_and_the_automatic_choice_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "available", lambda: False)
+    x = torch.ones(2, 8)
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match="Triton is not installed"):
+        kernels.select_backend(x)
+    kernels._warn_without_triton.cache_clear()
+    try:
+
+        class OnGpu:
+            device = torch.device("cuda")
+
+        with kernels.use_backend("auto"):
+            with pytest.warns(RuntimeWarning, match="pip install triton"):
+                assert kernels.select_backend(OnGpu()) is reference  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert kernels.select_backend(OnGpu()) is reference  # type: ignore[arg-type]
+    finally:
+        kernels._warn_without_triton.cache_clear()
+
+
+def test_importing_the_package_does_not_import_the_kernels() -> None:
+    code = "import sys, bitnet.kernels.triton; assert 'bitnet.kernels.triton.language' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

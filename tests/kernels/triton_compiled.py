@@ -1,0 +1,191 @@
+"""Every kernel compiled ahead of time for GPUs that are not there. Run by `test_triton.py`, once for each target.
+
+What is compiled is what a call would launch, recorded. The code may spill no register and must hold the instructions
+that the kernel was written for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from bitnet.kernels.triton import activations, attention, language, product, weights
+from bitnet.kernels.triton import project as one_token
+from bitnet.kernels.triton.language import Launch, record
+from bitnet.quant import packed_width
+from tests.kernels.triton_aot import SHARED_MEMORY, TARGETS, Compiled, compile_launch
+
+assert not language.INTERPRETED, "run by test_triton.py, without the interpreter"
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+
+
+# What the code must hold: integer dot products of four, and int8 matrix instructions.
+DOT4 = {"sm_80": r"^IDP\.4A", "sm_90": r"^IDP\.4A", "gfx942": r"^v_dot4_i32_i8"}
+MATRIX = {"sm_80": r"^IMMA\.16832\.S8\.S8", "sm_90": r"^IGMMA", "gfx942": r"^v_mfma_i32_\d+x\d+x\d+_i8"}
+FLOAT_MATRIX = {"sm_80": r"^HMMA.*BF16", "sm_90": r"^HGMMA|^HMMA.*BF16", "gfx942": r"^v_mfma_f32_\d+x\d+x\d+.*bf16"}
+MULTIPLY = {"sm_80": r"^(IDP|IMMA)", "sm_90": r"^(IDP|IMMA|IGMMA)", "gfx942": r"^v_(dot|mfma)"}
+
+
+def multiply(M: int, N: int, K: int, bits: int, algorithm: str, **changes: int) -> Callable[[], object]:
+    """A product with everything that an epilogue may have."""
+
+    def call() -> object:
+        width = activations.padded(K)
+        plan = dataclasses.replace(product.choose(M, N, K, bits, CPU, algorithm), **changes)
+        return product.product(
+            torch.empty(M, width, dtype=torch.int8), torch.empty(M), torch.empty(M, dtype=torch.int32),
+            torch.empty(N, packed_width(K, bits), dtype=torch.uint8), torch.empty(N), torch.empty(N, dtype=BF16),
+            torch.empty(M, N, dtype=BF16), bits=bits, in_features=K, dtype=BF16, plan=plan,
+            constant=True,
+        )  # fmt: skip
+
+    return call
+
+
+def quantize(M: int, K: int, norm: bool, gate: str = "none") -> Callable[[], object]:
+    def call() -> object:
+        x = torch.empty(M, K if gate == "none" else 2 * K, dtype=BF16)
+        return activations.quantize_activations(x, torch.empty(K) if norm else None, 1e-5, gate)
+
+    return call
+
+
+def attend(H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16) -> Callable[[], object]:
+    def call() -> object:
+        qkv, cache = torch.empty(1, 1, (H + 2 * G) * D, dtype=dtype), torch.empty(1, G, 4096, D, dtype=dtype)
+        table, start = torch.empty(4096, D), torch.empty(1, dtype=torch.int32)
+        parts = attention.AttentionParts(1, H, G, D, 4096, CPU)
+        return attention.attend(qkv, table, table, start, cache, cache, H, parts)
+
+    return call
+
+
+def project(N: int, K: int, gate: str = "none", norm: bool = True, bits: int = 2) -> Callable[[], object]:
+    def call() -> object:
+        return one_token.project(
+            torch.empty(1, K if gate == "none" else 2 * K, dtype=BF16), torch.empty(K) if norm else None,
+            torch.empty(N, packed_width(K, bits), dtype=torch.uint8), torch.empty(N), torch.empty(1, N, dtype=BF16),
+            bits=bits, in_features=K, eps=1e-5, gate=gate, dtype=BF16,
+        )  # fmt: skip
+
+    return call
+
+
+def rotate() -> object:
+    qkv, cache = torch.empty(1, 9, 30 * 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=BF16)
+    table = torch.empty(4096, 128)
+    return attention.rotate(qkv, table, table, torch.empty(1, dtype=torch.int32), cache, cache, 20)
+
+
+def embed() -> object:
+    packed, scale = torch.empty(1000, 2560, dtype=torch.uint8), torch.empty(1000, 1)
+    return attention.embed(torch.empty(1, dtype=torch.int64), packed, scale, 2560, BF16)
+
+
+# 2B-4T's shapes: calls, and the pattern that the first launch must hold.
+CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
+    "norm and quantize": (quantize(1, 2560, True), None),
+    "gate, norm, quantize": (quantize(9, 6912, True, "relu2"), None),
+    "silu, quantize": (quantize(9, 6912, False, "silu"), None),
+    "ternary, packed": (lambda: weights.quantize_ternary(torch.empty(2560, 6912)), None),
+    "ternary, codes": (lambda: weights.quantize_ternary(torch.empty(2560, 6912, dtype=BF16), packed=False), None),
+    "unpack": (lambda: weights.unpack(torch.empty(9, 640, dtype=torch.uint8), 2, 2560), None),
+    "dequantize": (lambda: weights.dequantize(torch.empty(9, 2560, dtype=torch.int8), torch.ones(9), 2560, BF16), None),
+    "select": (multiply(1, 2560, 2560, 2, "select"), None),
+    "four lanes": (multiply(1, 2560, 2560, 2, "four_lanes"), None),
+    "dot4, 1 token": (multiply(1, 2560, 2560, 2, "dot4"), DOT4),
+    "dot4, 4 tokens": (multiply(4, 2560, 2560, 2, "dot4"), DOT4),
+    "dot4, 4 bits": (multiply(1, 2560, 2560, 4, "dot4"), DOT4),
+    "dot4, head": (multiply(1, 128256, 2560, 8, "dot4"), DOT4),
+    "tensor core, 8 tokens": (multiply(8, 2560, 2560, 2, "tensor_core"), MATRIX),
+    "tensor core, 64 tokens, whole": (multiply(64, 2560, 2560, 2, "tensor_core", split=1), MATRIX),
+    "tensor core, 512 tokens": (multiply(512, 13824, 2560, 2, "tensor_core"), MATRIX),
+    "tensor core, head": (multiply(8, 128256, 2560, 8, "tensor_core"), MATRIX),
+    "dense, training": (multiply(2048, 2560, 2560, 2, "dense"), None),
+    "attend": (attend(), FLOAT_MATRIX),
+    "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),
+    "attend, heads of 96": (attend(16, 16, 96), FLOAT_MATRIX),
+    "attend, heads of 256": (attend(8, 2, 256), FLOAT_MATRIX),
+    "attend, heads of 256, float32": (attend(8, 2, 256, torch.float32), None),
+    "one token, qkv": (project(3840, 2560), DOT4),
+    "one token, gate and up": (project(13824, 2560), DOT4),
+    "one token, down": (project(2560, 6912, "relu2"), DOT4),
+    "one token, down, silu": (project(1536, 4096, "silu"), DOT4),
+    "one token, 4 bits": (project(2560, 2560, "none", False, 4), DOT4),
+    "rotate": (rotate, None),
+    "embed": (embed, None),
+}  # fmt: skip
+
+
+def launches(call: Callable[[], object], assembly: str, dependent: bool = False) -> list[Launch]:
+    with record(assembly, dependent=dependent) as recorded:
+        call()
+    return recorded
+
+
+@cache
+def compiled(target: str, case: str) -> list[Compiled]:
+    return [
+        compile_launch(launch, target) for launch in launches(CASES[case][0], TARGETS[target][1], target == "sm_90")
+    ]
+
+
+def problems(code: Compiled, target: str, expected: str | None = None) -> list[str]:
+    """What is wrong with a kernel's machine code."""
+    found = [f"{code.spills} spilled registers"] if code.spills else []
+    if code.shared > SHARED_MEMORY[target]:
+        found.append(f"{code.shared} bytes of shared memory")
+    if expected and not code.count(expected):
+        found.append(f"no instruction matches {expected}")
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills_to_the_expected_instructions(target: str, case: str) -> None:
+    first, *others = compiled(target, case)
+    expected = CASES[case][1]
+    assert problems(first, target, expected[target] if expected else None) == []
+    assert [problem for code in others for problem in problems(code, target)] == []
+    if case.startswith("dense"):  # the second launch is the product
+        assert problems(others[0], target, MATRIX[target]) == []
+    if case in ("select", "four lanes"):  # additions and subtractions only
+        assert first.count(MULTIPLY[target]) == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("case", "limit"), [("dot4, 1 token", 1.15), ("four lanes", 3.5)])
+def test_instructions_per_weight(target: str, case: str, limit: float) -> None:
+    """All instructions of the program, beginning and end included, over the weights that a thread takes."""
+    (launch,) = launches(CASES[case][0], TARGETS[target][1])
+    weights_a_thread = launch.constants["ROWS"] * 2560 / 32
+    (code,) = compiled(target, case)
+    assert sum(code.opcodes.values()) / weights_a_thread < limit
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["tensor core, 8 tokens", "four lanes"])
+def test_the_portable_branches_compile_too(target: str, case: str) -> None:
+    """That of dot4 is compiled below."""
+    code = compile_launch(launches(CASES[case][0], "none")[0], target)
+    assert problems(code, target) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_missing_instruction_is_found(target: str) -> None:
+    code = compile_launch(launches(CASES["dot4, 4 bits"][0], "none")[0], target)  # without inline assembly
+    assert problems(code, target, DOT4[target]) == [f"no instruction matches {DOT4[target]}"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_spill_is_found(target: str) -> None:
+    amd = target == "gfx942"
+    case, few_registers = (
+        ("tensor core, 64 tokens, whole", {"waves_per_eu": 8}) if amd else ("dot4, 4 tokens", {"maxnreg": 32})
+    )
+    (launch,) = launches(CASES[case][0], TARGETS[target][1])
+    code = compile_launch(dataclasses.replace(launch, options={**launch.options, **few_registers}), target)
+    assert [problem for problem in problems(code, target) if "spilled" in problem]

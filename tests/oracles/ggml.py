@@ -1,0 +1,47 @@
+"""The real ggml through ctypes, as an oracle: the quantizers and dequantizers of its block types.
+
+The library is that of the package libggml-python.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitnet.quant.blocks import TYPES, row_bytes
+from tests import oracles
+
+
+@functools.cache
+def library(path: Path | None = None) -> Any:
+    """The loaded library, of a file or of the package; skips or fails the test where that is not installed."""
+    library = ctypes.CDLL(str(path or next(oracles.folder_of("libggml").glob("lib*/libggml-base.so"))))
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    return library
+
+
+def quantize(x: Tensor, kind: str, importance: Tensor | None, path: Path | None = None) -> Tensor:
+    """Rows float32 `[N, K]` to rows of bytes, on one thread, by the package's library or the one of a file."""
+    x, out = x.contiguous(), torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
+    weight = None if importance is None else importance.data_ptr()
+    size = library(path).ggml_quantize_chunk(
+        TYPES[kind].number, x.data_ptr(), out.data_ptr(), 0, len(x), x.shape[1], weight
+    )  # fmt: skip
+    assert size == out.numel()
+    return out
+
+
+def dequantize(data: Tensor, kind: str) -> Tensor:
+    """Rows of bytes to float32 `[N, K]`."""
+    name = kind.lower() if kind[0] != "Q" or kind[-1] != "K" else kind.replace("Q", "q")
+    function = getattr(library(), f"dequantize_row_{name}")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    data, columns = data.contiguous(), data.shape[1] // TYPES[kind].bytes * TYPES[kind].block_size
+    out = torch.zeros(len(data), columns)
+    function(data.data_ptr(), out.data_ptr(), out.numel())
+    return out

@@ -1,0 +1,113 @@
+"""Ternary and binary weights, by hand and against the formula."""
+
+import math
+
+import pytest
+import torch
+
+from bitnet.quant import (
+    absmean_scale,
+    fake_quantize_binary,
+    fake_quantize_ternary,
+    quantize_binary,
+    quantize_ternary,
+)
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def test_ternary_by_hand_with_ties() -> None:
+    # mean(|W|) = 1: the ratios are the values, so 0.5 and 1.5 are exact ties. Half to even: 0.5 -> 0, 1.5 -> 2 -> 1.
+    weight = torch.tensor([[0.5, -0.5, 1.5, -1.5], [0.51, -0.51, 0.49, -0.49], [2.0, -2.0, 0.0, 2.0]])
+    assert weight.abs().mean() == 1.0
+    codes, scale = quantize_ternary(weight)
+    assert scale == 1.0
+    assert scale.dtype == torch.float32
+    assert scale.shape == ()
+    assert codes.tolist() == [[0, 0, 1, -1], [1, -1, 0, 0], [1, -1, 0, 1]]
+    assert codes.dtype == torch.int8
+
+
+def test_ternary_scale_is_the_mean_of_the_whole_matrix() -> None:
+    codes, scale = quantize_ternary(torch.tensor([[4.0, 0.0], [-1.0, 1.0]]))
+    assert scale == 1.5
+    assert codes.tolist() == [[1, 0], [-1, 1]]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (1,), (2, 3, 4)])
+def test_ternary_of_zeros(shape: tuple[int, ...]) -> None:
+    codes, scale = quantize_ternary(torch.zeros(shape))
+    assert scale == torch.tensor(1e-5)
+    assert not codes.any()
+    assert not fake_quantize_ternary(torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize(("value", "code"), [(3.0, 1), (-3.0, -1), (1e-4, 1), (4e-6, 0), (-1e-40, 0), (1e30, 1)])
+def test_ternary_of_one_element(value: float, code: int) -> None:
+    codes, scale = quantize_ternary(torch.tensor([value]))
+    assert codes.tolist() == [code]
+    assert scale == torch.tensor(max(abs(value), 1e-5))
+
+
+@pytest.mark.parametrize("quantizer", [quantize_ternary, quantize_binary])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_master_dtype_is_quantized_in_float32(quantizer, dtype: torch.dtype) -> None:
+    weight = torch.randn(33, 65).to(dtype)
+    codes, scale = quantizer(weight)
+    expected_codes, expected_scale = quantizer(weight.float())
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, expected_scale)
+    assert scale.dtype == torch.float32
+    assert codes.dtype == torch.int8
+
+
+def test_half_precision_sum_does_not_overflow() -> None:
+    weight = torch.full((512, 512), 100.0, dtype=torch.float16)  # the sum, 2.6e7, is inf in float16
+    codes, scale = quantize_ternary(weight)
+    assert scale == 100.0
+    assert (codes == 1).all()
+
+
+@pytest.mark.parametrize(("fake", "quantizer"), [(fake_quantize_ternary, quantize_ternary),
+                                             (fake_quantize_binary, quantize_binary)])  # fmt: skip
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7,), (5, 9), (2, 3, 5)])
+def test_fake_quantize_is_codes_times_scale(fake, quantizer, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape).to(dtype)
+    before = weight.clone()
+    codes, scale = quantizer(weight)
+    assert codes.shape == weight.shape
+    result = fake(weight)
+    assert result.dtype == dtype
+    assert torch.equal(result, (codes.float() * scale).to(dtype))
+    assert torch.equal(weight, before)
+
+
+def test_absmean_is_not_idempotent() -> None:
+    weight = torch.randn(512, 512)
+    once = fake_quantize_ternary(weight)
+    nonzero = (once != 0).float().mean()
+    # P(|w| > gamma / 2) for a Gaussian, gamma = sqrt(2 / pi).
+    assert nonzero.item() == pytest.approx(1 - math.erf(math.sqrt(2 / math.pi) / 2 / math.sqrt(2)), abs=5e-3)
+    assert nonzero.item() == pytest.approx(0.69, abs=5e-3)
+    torch.testing.assert_close(absmean_scale(once), absmean_scale(weight) * nonzero)
+    # The codes of the second pass are the same: it is the scale that shrinks.
+    assert torch.equal(quantize_ternary(once)[0], quantize_ternary(weight)[0])
+
+
+def test_binary_by_hand_around_the_mean() -> None:
+    weight = torch.tensor([[1.0, 3.0], [2.0, 2.0]])  # mean 2: two entries equal to it
+    codes, scale = quantize_binary(weight)
+    assert codes.tolist() == [[-1, 1], [1, 1]]
+    assert scale == 2.0
+    assert scale.dtype == torch.float32
+
+
+def test_binary_sign_of_zero_is_plus_one() -> None:
+    codes, scale = quantize_binary(torch.tensor([0.0, -0.0, 1.0, -1.0]))
+    assert codes.tolist() == [1, 1, 1, -1]
+    assert scale == 0.5
+    codes, scale = quantize_binary(torch.zeros(3, 3))
+    assert (codes == 1).all()
+    assert scale == 0.0
+    assert not fake_quantize_binary(torch.zeros(3, 3)).any()

@@ -1,0 +1,193 @@
+"""tokenizer.json tokenizers against transformers' own loading of the same folders."""
+
+import json
+import pickle
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models
+
+from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from tests import oracles
+from tests.vocabularies import BACKENDS, NASTY, byte_level, foreign_model, random_texts, stdlib_text, stdlib_tokenizer
+
+TEXTS = [*NASTY, *random_texts(7, 100), stdlib_text()[:5000]]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def folder(request, tmp_path_factory):
+    """A folder as transformers writes it, and its own tokenizer."""
+    transformers = oracles.require("transformers")
+    backend = BACKENDS[request.param]()
+    path = tmp_path_factory.mktemp("hf")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    theirs.save_pretrained(path)
+    # Not transformers' rewriting of the backend but the file as it is, which is what both now read.
+    backend.save(str(path / "tokenizer.json"))
+    return path, transformers.PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def test_ids_and_texts_are_those_of_transformers(folder):
+    path, theirs = folder
+    ours = load_tokenizer(path)
+    assert isinstance(ours, HuggingFaceTokenizer)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (len(theirs), theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.adds_bos == (theirs("a").input_ids[0] == ours.bos_id)
+    assert not any(ours.encode(text) != load_tokenizer(path / "tokenizer.json").encode(text) for text in TEXTS[:5])
+    for text in TEXTS:
+        expected = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, special=True) == expected
+        if not any(special in text for special in ours.specials):
+            assert ours.encode(text) == expected
+        decoded = theirs.decode(expected, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode(expected) == decoded
+        stream = StreamDecoder(ours)
+        assert "".join(map(stream.push, expected)) + stream.flush() == decoded
+    threads = ours.encode_batch(TEXTS, threads=2)
+    assert threads == ours.encode_batch(TEXTS) == [ours.encode(text) for text in TEXTS]
+
+
+def test_random_ids_stream_as_they_decode(folder):
+    ours = load_tokenizer(folder[0])
+    rng = random.Random(1)
+    for _ in range(100):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(20))]
+        stream = StreamDecoder(ours)
+        assert "".join(map(stream.push, ids)) + stream.flush() == ours.decode(ids)
+
+
+def test_special_tokens_count_only_when_asked(folder):
+    ours = load_tokenizer(folder[0])
+    text = "a</s> b<s>"
+    assert not {ours.bos_id, ours.eos_id} & set(ours.encode(text))
+    if "metaspace" not in str(ours._backend.decoder).lower():  # which has no token for "<"
+        assert ours.decode(ours.encode(text)) == text
+    ids = ours.encode(text, special=True)
+    assert (ids.count(ours.bos_id), ids.count(ours.eos_id)) == (1, 1)
+    assert not {ours.bos_id, ours.eos_id} & set(ours.encode(text))  # asking has left nothing behind
+    assert ours.encode("a", bos=True, eos=True) == [ours.bos_id, *ours.encode("a"), ours.eos_id]
+    assert ours.decode([ours.bos_id, ours.eos_id]) == ""
+
+
+def test_save_pickle_and_fingerprint(folder, tmp_path):
+    ours = load_tokenizer(folder[0])
+    again = pickle.loads(pickle.dumps(ours))
+    ours.save(tmp_path / "new" / "tokenizer.json")
+    saved = load_tokenizer(tmp_path / "new" / "tokenizer.json")
+    text = NASTY[7]
+    assert ours.encode(text) == again.encode(text) == saved.encode(text)
+    assert ours.fingerprint == again.fingerprint
+    assert (again.eos_ids, again.adds_bos) == (ours.eos_ids, ours.adds_bos)
+    assert load_tokenizer(folder[0]).fingerprint == ours.fingerprint
+
+
+def files(path, backend, **contents) -> HuggingFaceTokenizer:
+    backend.save(str(path / "tokenizer.json"))
+    for name, content in contents.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return HuggingFaceTokenizer.load(path)
+
+
+def test_where_the_special_tokens_are_named(tmp_path):
+    backend = byte_level(False)
+    ours = files(tmp_path, backend)
+    assert (ours.bos_id, ours.eos_id, ours.adds_bos) == (None, None, False)
+    assert ours.eos_ids == (2,)  # <|im_end|>, by its name
+    assert ours.encode("a", bos=True, eos=True) == ours.encode("a")
+    ours = files(tmp_path, backend, config={"eos_token_id": 1, "bos_token_id": 0})
+    assert (ours.bos_id, ours.eos_id, ours.eos_ids) == (0, 1, (1, 2))
+    ours = files(tmp_path, backend, generation_config={"eos_token_id": [3, 1]})
+    assert (ours.eos_id, ours.eos_ids) == (3, (3, 1, 2))
+    ours = files(tmp_path, backend, special_tokens_map={"eos_token": "</s>", "pad_token": {"content": "<pad>"}})
+    assert (ours.eos_id, ours.pad_id, ours.eos_ids) == (1, 3, (1, 3, 2))
+    config = {"eos_token": "<|im_end|>", "bos_token": None, "add_bos_token": True}
+    ours = files(tmp_path, backend, tokenizer_config=config)
+    assert (ours.eos_id, ours.bos_id, ours.adds_bos) == (2, None, False)
+    ours = files(tmp_path, backend, tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
+    assert (ours.bos_id, ours.adds_bos) == (0, True)
+
+
+def test_truncation_and_padding_of_a_file_do_not_apply(tmp_path):
+    backend = byte_level(True)
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    ours = files(tmp_path, backend)
+    assert ours.decode(ours.encode("more than four tokens, surely")) == "more than four tokens, surely"
+    assert ours.encode("") == []
+
+
+def test_folders_and_files_are_told_apart(tmp_path):
+    model = stdlib_tokenizer(400)
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json and no tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    model.save(tmp_path / "tokenizer.model")
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        assert isinstance(load_tokenizer(path), Tokenizer)
+    byte_level(False).save(str(tmp_path / "tokenizer.json"))
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+    with pytest.raises(ValueError, match=r"no tokenizer file .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_sentencepiece_model_parses_special_tokens_when_asked():
+    for model in (foreign_model(), stdlib_tokenizer(400)):
+        assert model.specials == {"<unk>": 0, "<s>": 1, "</s>": 2}
+        hello, more = model.encode("hello"), model.encode(" more")
+        assert model.encode("<s>hello</s> more", special=True) == [1, *hello, 2, *more]
+        assert model.encode("<s>", special=True) == [1]
+        assert model.encode("", special=True) == []
+        assert not {1, 2} & set(model.encode("<s>hello</s>"))
+        ended = Tokenizer(model.model_proto, adds_bos=False, ends=(7,))
+        again = pickle.loads(pickle.dumps(ended))
+        assert (again.eos_ids, again.adds_bos) == ((2, 7), False)
+
+
+def test_errors_name_the_file_and_the_remedy(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for content in (b"", b"{}", b"[1]", b"\xff", b'{"model": {"type": "BPE"}}', b"null", b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json"):
+            load_tokenizer(path)
+    wordpiece = tokenizers.Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    wordpiece.decoder = decoders.WordPiece()
+    with pytest.raises(ValueError, match=r"decodes with WordPiece; byte-level"):
+        files(tmp_path, wordpiece)
+    with pytest.raises(ValueError, match="decodes with None"):
+        files(tmp_path, tokenizers.Tokenizer(models.BPE({"a": 0}, [])))
+    far = tokenizers.Tokenizer(models.BPE({"a": 4_000_000_000, "b": 1}, []))
+    far.decoder = decoders.ByteLevel()
+    with pytest.raises(ValueError, match="2 tokens and ids up to 4000000000"):
+        HuggingFaceTokenizer(far)
+    with pytest.raises(ValueError, match="bos_id is 100000"):
+        files(tmp_path, byte_level(False), config={"bos_token_id": 100_000})
+    ours = byte_level(False)
+    ours = HuggingFaceTokenizer(ours)
+    with pytest.raises(ValueError, match="surrogate"):
+        ours.encode("bad \ud800 text")
+    with pytest.raises(TypeError, match="encode_batch takes a list"):
+        ours.encode_batch("abc")
+    for bad in (-1, ours.vocab_size):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside"):
+            ours.id_to_piece(bad)
+
+
+def test_mutated_files_give_our_errors_only(tmp_path):
+    text = byte_level(True).to_str().encode()
+    rng = random.Random(0)
+    path = tmp_path / "tokenizer.json"
+    head = text[: text.index(b'"vocab"')]
+    for _ in range(150):
+        data = bytearray(text)
+        for _ in range(rng.choice((1, 3, 10))):
+            place = rng.randrange(rng.choice((len(head), len(text))))
+            if rng.random() < 0.5:
+                data[place] = rng.randrange(256)
+            else:
+                del data[place : place + rng.choice((1, 2, 40))]
+        path.write_bytes(data)
+        try:
+            ours = load_tokenizer(path)
+            ours.decode(ours.encode("some text <s> \u00e9", special=True))
+        except ValueError:
+            pass

@@ -1,0 +1,69 @@
+"""Runs several training runs, one behind the other, in the processes that torchrun started: for test_distributed.py.
+
+    torchrun --standalone --nproc-per-node 2 tests/training/distributed_worker.py runs.json
+
+runs.json is a list of {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null},
+with "muon" a file for the weights and moments after some steps of Muon alone.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+import train as trainer
+from bitnet.model import BitNetForCausalLM
+from bitnet.training import config as recipes
+from bitnet.training import processes, sharding
+from bitnet.training.optimizer import Optimizer
+from bitnet.training.processes import World
+from bitnet.training.sharding import full_tensor, shard_like
+
+
+def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Tensor]:
+    """Weights and moments of a model, sharded or whole, after three steps on gradients from a seed."""
+    torch.manual_seed(0)
+    model = BitNetForCausalLM(config.model)
+    if world.strategy == "fsdp":
+        sharding.shard(model, torch.device("cpu"))
+    optimizer, generator = Optimizer(model, config.optim), torch.Generator().manual_seed(1)
+    for step in range(3):
+        optimizer.set_schedule(step, 10)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = shard_like(parameter, gradient)
+        optimizer.step()
+    found = dict(model.state_dict()) | optimizer.state()
+    return {name: full_tensor(value.detach()).clone() for name, value in found.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    trainer.stop = lambda: None  # one process group for all runs
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        config = recipes.TrainConfig.from_dict(job["config"])
+        if job.get("muon"):
+            world = processes.start("fsdp", torch.device("cpu"), 1)
+            found = muon_steps(config, world)
+            if world.is_first:
+                torch.save(found, job["muon"])
+            continue
+        original = trainer.Run.train_step
+
+        def train_step(self, job=job, original=original):
+            if self.step == 2 and job["hang"] == self.world.rank:
+                time.sleep(600)
+            return original(self)
+
+        trainer.Run.train_step = train_step
+        trainer.train(config, job["resume"])
+        trainer.Run.train_step = original
+    processes.stop()
+    processes.exit_process(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Several processes on gloo: the loss curve of one process, checkpoints that change their number, ranks that hang."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as trainer
+from bitnet import machine
+from bitnet.storage.folders import resolve
+from bitnet.storage.source import open_source
+from bitnet.training import config as recipes
+from bitnet.training.processes import World, _own_part, start
+from bitnet.training.reporter import read_metrics
+from bitnet.training.sharding import shard_like
+from bitnet.training.shards import read_shards, read_whole, write_shards
+from tests import ROOT
+from tests.builders import SMALL, configuration, losses, tensors, torchrun
+from tests.training.distributed_worker import muon_steps
+
+LONG = bool(os.environ.get("BITNET_LONG"))  # also what takes minutes
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> Path:
+    """A corpus of twenty words in any order."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne") for b in ("ra", "su", "to", "vi", "we")]
+    folder = tmp_path_factory.mktemp("corpus") / "words"
+    folder.mkdir()
+    for part in range(40):
+        picks = torch.randint(len(vocabulary), (300,), generator=generator).tolist()
+        (folder / f"{part:02}.txt").write_text(" ".join(vocabulary[i] for i in picks) + "\n")
+    return folder
+
+
+def curve(tmp_path: Path, words: Path, **changes) -> recipes.TrainConfig:
+    """A run long enough that curves could part."""
+    defaults = {"optim": recipes.OptimConfig(lr=5e-4, warmup_steps=2), "steps": 50, "batch_size": 8, "eval_every": 50}
+    return configuration(tmp_path, words, **{**defaults, **changes})
+
+
+def nudged(config: recipes.TrainConfig, towards: float) -> recipes.TrainConfig:
+    """A run whose first weights are each moved to the next float towards infinity or minus infinity."""
+    run = trainer.Run(config, False)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.copy_(parameter.nextafter(torch.full_like(parameter, towards)))
+    return trainer._carry_out(run, World()).config
+
+
+def difference(found: recipes.TrainConfig, expected: recipes.TrainConfig) -> torch.Tensor:
+    """Relative difference of two curves, step by step."""
+    return (losses(found) / losses(expected) - 1).abs()
+
+
+def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, words):
+    base = curve(tmp_path, words)
+    twin = dataclasses.replace(base, model=base.model.replace(quantizer="none"))
+    muon = recipes.OptimConfig(optimizer="muon", lr=5e-4, warmup_steps=2)
+    fading = dataclasses.replace(base, float_start=0.2, ramp=0.2, steps=20, optim=muon)
+
+    def named(config: recipes.TrainConfig, name: str, **changes) -> recipes.TrainConfig:
+        return dataclasses.replace(config, out=str(tmp_path / name), **changes)
+
+    one = {
+        name: trainer.train(named(config, f"one-{name}")).config
+        for name, config in (("ternary", base), ("float", twin), ("fading", fading))
+    }
+    # What one process makes of another order of its sums, and of other last bits of its weights: a code that flips
+    # stays flipped, and no more can be asked of several processes.
+    parts = {n: trainer.train(named(base, f"parts-{n}", micro_batches=n)).config for n in (2, 4)}
+    others = [*parts.values(), *(nudged(named(base, f"nudged{sign}"), float(sign)) for sign in ("inf", "-inf"))]
+    noise = max(float(difference(other, one["ternary"]).max()) for other in others)
+    assert 0 < noise < 5e-3
+
+    two = [
+        named(base, "ddp", parallel="ddp"),
+        named(base, "fsdp", parallel="fsdp"),
+        named(twin, "float", parallel="fsdp"),
+        named(fading, "fading", parallel="fsdp"),
+    ]
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(c)} for c in two])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("training  50 steps") == 3  # the first process alone prints
+
+    # Two processes' checkpoint, resumed by four (sharded), by one, and by one from the converted form.
+    half = dataclasses.replace(two[1], out=str(tmp_path / "half"), steps=60)
+    for copy in (half.out, str(tmp_path / "alone")):
+        shutil.copytree(two[1].out, copy)
+    four = [
+        named(base, "ddp-4", parallel="ddp", micro_batches=2),
+        named(base, "fsdp-4", parallel="fsdp"),
+        named(twin, "float-4", parallel="ddp"),
+    ]
+    jobs = [{"config": dataclasses.asdict(c)} for c in four] + [{"config": dataclasses.asdict(half), "resume": True}]
+    result = torchrun(4, tmp_path, jobs)
+    assert result.returncode == 0, result.stderr
+
+    # Sums of two parts are the same in either order, so here not a bit may differ.
+    assert torch.equal(losses(two[0]), losses(parts[2]))
+    for config in (two[0], two[1], four[0], four[1]):
+        error = difference(config, one["ternary"])
+        assert float(error[:5].max()) < 1e-5, error
+        assert float(error.max()) < 4 * noise, (error, noise)
+        assert float(losses(config)[-1]) < 0.97 * float(losses(config)[0])
+    # Without codes nothing flips: the order of float32 sums is all there is.
+    for config in (two[2], four[2]):
+        assert float(difference(config, one["float"]).max()) < 16 * torch.finfo(torch.float32).eps
+    assert float(difference(two[3], one["fading"]).max()) < 5e-3
+
+    # The safetensors form of a sharded run is the model of one process.
+    whole = open_source(resolve(two[1].out)).model().state_dict()
+    for name, value in open_source(resolve(one["ternary"].out)).model().state_dict().items():
+        assert whole[name].shape == value.shape
+        assert float((whole[name] - value).norm() / value.norm()) < 0.05, name
+
+    alone = trainer.train(
+        dataclasses.replace(two[1], out=str(tmp_path / "alone"), steps=60, parallel="auto"), resume=True
+    )
+    ends = [losses(dataclasses.replace(alone.config, out=out))[50:] for out in (half.out, alone.config.out)]
+    assert float((ends[0] / ends[1] - 1).abs().max()) < 1e-3, ends
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, words, processes):
+    base = curve(tmp_path, words, optim=recipes.OptimConfig(optimizer="muon", lr=1e-2, warmup_steps=2))
+    config = dataclasses.replace(base, model=base.model.replace(intermediate_size=91))  # which they do not divide
+    path = tmp_path / "weights.pt"
+    result = torchrun(processes, tmp_path, [{"config": dataclasses.asdict(config), "muon": str(path)}])
+    assert result.returncode == 0, result.stderr
+    found, expected = torch.load(path, weights_only=True), muon_steps(config, World())
+    assert found.keys() == expected.keys()
+    matrices = [name for name in expected if "_proj.weight" in name]
+    assert len(matrices) == 2 * 7 * config.model.num_hidden_layers
+    for name in matrices:  # the rest is AdamW's
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
+def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
+    if reason := machine._compile_failure(torch.device("cpu")):
+        pytest.skip(reason)
+    base = curve(tmp_path, words, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
+    eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config)} for config in (eager, compiled)])
+    assert result.returncode == 0, result.stderr
+    assert ", compiled," in result.stdout
+    error = difference(compiled, eager)
+    assert float(error[:12].max()) < 16 * torch.finfo(torch.float32).eps, error  # in 16 bit, and while codes fade in
+    assert float(error.max()) < 5e-3, error
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if LONG else ["fsdp"])
+def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, words, strategy):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+        "--monitor-interval", "0.1", str(ROOT / "train.py"), *SMALL, "--parallel", strategy, "--steps", "80",
+        "--data.corpus", str(words), "--eval-every", "10", "--eval-tokens", "64", "--batch-size", "2",
+        "--log-every", "1", "--dtype", "float32", "--resume", "auto", "--out",
+    ]  # fmt: skip
+    options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    straight = subprocess.run([*command, "straight"], capture_output=True, timeout=300, **options)
+    assert straight.returncode == 0, straight.stderr
+
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen([*command, "broken"], stdout=log, stderr=log, **options)
+        while process.poll() is None and len(read_metrics(metrics)) < 25:  # behind the checkpoint of step 20
+            time.sleep(0.01)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(workers) == 2, log.read()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        process.wait(timeout=300)
+        log.seek(0)
+        said = log.read()
+    assert process.returncode == 0, said
+    assert said.count("training  80 steps") == 2  # started again
+    assert said.count("step      1/80") == 1  # and gone on with
+    assert resolve(tmp_path / "broken").name == "step-00000080"
+    expected, found = tensors(tmp_path / "straight"), tensors(tmp_path / "broken")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # two processes add the same two parts whenever they are started
+        assert torch.equal(value, found[name]), name
+    rows = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("straight", "broken")
+    ]
+    assert len(rows[0]) == 80
+    assert rows[0] == rows[1]
+
+
+def test_each_start_has_a_part_of_the_store_of_its_own():
+    store = torch.distributed.HashStore()
+
+    def begin(ranks: range) -> list:
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(lambda rank: _own_part(store, rank, 3, 5), ranks))
+
+    parts = []
+    for value in ("first", "second"):  # the second one finds what the first one has left
+        stores = begin(range(3))
+        assert not stores[0].check(["address"])
+        stores[0].set("address", value)
+        assert [other.get("address") for other in stores] == [value.encode()] * 3
+        parts.append(stores[0])
+    assert parts[0].get("address") == b"first"
+    with pytest.raises(RuntimeError, match=r"process 0 waited in vain for others at the start: \[1, 2\]"):
+        _own_part(store, 0, 3, 0.1)
+    with pytest.raises(RuntimeError, match=r"process 2 waited in vain for others at the start: \[0\]"):
+        _own_part(store, 2, 3, 0.1)
+
+
+def test_a_hung_process_ends_the_run(tmp_path, words):
+    config = curve(tmp_path, words, out=str(tmp_path / "run"), steps=5, parallel="ddp", timeout_minutes=4 / 60)
+    trainer.prepare_data(config, None)
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config), "hang": 1}])
+    assert result.returncode != 0
+    assert "imeout" in result.stderr or "imed out" in result.stderr
+
+
+def test_one_process_needs_no_group():
+    world = start("auto", torch.device("cpu"), 1)
+    assert world == World()
+    values = torch.arange(3.0)
+    assert torch.equal(world.sum(values.clone()), values)
+    assert world.broadcast("x") == "x"
+    world.barrier("nothing")
+    assert torch.equal(shard_like(torch.zeros(3), values), values)
+    with pytest.raises(ValueError, match="torchrun"):
+        start("fsdp", torch.device("cpu"), 1)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, words):
+    config = curve(tmp_path, words, batch_size=8, micro_batches=2)
+    with pytest.raises(ValueError, match=r"batch_size 8 cannot be shared by 3 processes.*multiple of 6"):
+        trainer.Run(config, False, World(0, 3, "ddp"))
+
+
+def test_damaged_shards_are_explained(tmp_path):
+    tensors = {"model.a": torch.arange(6.0).view(2, 3), "optimizer.a.step": torch.tensor(3.0)}
+    write_shards(tmp_path / "shards", tensors)
+    assert torch.equal(read_whole(tmp_path / "shards", "model.")["a"], tensors["model.a"])
+    assert float(read_whole(tmp_path / "shards", "optimizer.")["a.step"]) == 3
+    with pytest.raises(ValueError, match=r"cannot be read.*another checkpoint"):
+        read_shards(tmp_path / "shards", {"model.b": torch.zeros(2)})
+    (tmp_path / "shards" / ".metadata").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot be read.*another checkpoint"):
+        read_whole(tmp_path / "shards", "model.")

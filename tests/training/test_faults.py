@@ -1,0 +1,168 @@
+"""What can go wrong in a run, provoked: NaN, spikes, damaged checkpoints, no time left, a step that hangs, kill -9."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train as trainer
+from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, resolve
+from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.training.reporter import read_metrics
+from tests.builders import ROOT, SMALL, configuration, tensors
+from tests.faults import poison
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, capsys, factor):
+    poison(monkeypatch, 5, factor)
+    run = trainer.train(configuration(tmp_path, corpus, on_nan="skip"))
+    assert run.step == 8
+    assert "step 5: the loss is" in capsys.readouterr().err
+    assert all(bool(v.isfinite().all()) for v in tensors(run.folder).values())
+    assert [row["step"] for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row] == [*range(1, 9)]
+
+
+def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, capsys):
+    poison(monkeypatch, 18, 1e4, times=100)
+    batches = []
+    original = trainer.Run.forward_backward
+
+    def seen(self, batch):
+        batches.append(batch)
+        return original(self, batch)
+
+    monkeypatch.setattr(trainer.Run, "forward_backward", seen)
+    run = trainer.train(configuration(tmp_path, corpus, steps=24, eval_every=16, on_spike="rewind"))
+    assert "rewinding" in capsys.readouterr().err
+    assert batches == [*range(19), *range(19, 27)]  # from step 16 again, on the batches behind the bad one
+    assert run.step == 24
+    assert run.data_shift == 3
+    rows = [row["step"] for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row]
+    assert rows == [*range(1, 25)]
+    # The jump is in the checkpoint: a resumed run reads the same batches.
+    again = trainer.Run(run.config, resume=True)
+    assert again.data_shift == 3
+
+
+def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(
+        trainer.Run, "forward_backward", lambda self, batch: [p.grad for p in self.model.parameters()] and math.nan
+    )
+    with pytest.raises(trainer.Diverged, match="after 10 remedies in a row"):
+        trainer.train(configuration(tmp_path, corpus, steps=50, eval_every=50, on_nan="skip"))
+
+
+@pytest.mark.parametrize("file", [MODEL, OPTIMIZER, STATE])
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, corpus, capsys, file):
+    run = trainer.train(configuration(tmp_path, corpus, steps=8))
+    end = tensors(run.folder)
+    path = run.folder / "checkpoints" / "step-00000008" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = trainer.Run(run.config, resume=True)
+    assert again.step == 4
+    assert "step-00000008 is damaged" in capsys.readouterr().err
+    again = trainer.train(run.config, resume=True)
+    assert again.step == 8
+    for name, value in tensors(run.folder).items():
+        assert torch.equal(value, end[name]), name
+    (run.folder / "checkpoints" / "step-00000004" / file).unlink()
+    path = run.folder / "checkpoints" / "step-00000008" / file
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
+        trainer.Run(run.config, resume=True)
+
+
+def test_it_saves_before_the_time_runs_out(tmp_path, corpus, capsys):
+    run = trainer.train(configuration(tmp_path, corpus, steps=10**6, eval_every=10**6, max_minutes=2 / 60))
+    assert 0 < run.step < 10**6
+    assert load_json(resolve(run.folder) / STATE)["step"] == run.step
+    assert f"stopped at step {run.step}" in capsys.readouterr().out
+    assert time.perf_counter() - run.started < 4
+
+
+def test_a_step_that_hangs_ends_the_program_with_its_stack(tmp_path):
+    code = "import train, time\nwith train.watchdog(0.3 / 60):\n    time.sleep(30)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=25)
+    assert result.returncode == 1
+    assert "Timeout" in result.stderr
+    assert 'File "<string>", line 3' in result.stderr
+
+
+def test_weight_statistics_are_logged(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus))
+    rows = [row for row in read_metrics(run.folder / "metrics.jsonl") if "zero_fraction" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    for row in rows:
+        assert 0.2 < row["zero_fraction"] < 0.5  # 0.31 for Gaussian weights
+        assert 0 < row["flip_fraction"] < 0.5
+        assert 0 < row["latent_magnitude"] < 0.1
+
+
+def test_resume_auto_needs_a_folder_and_begins_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="give --out"):
+        trainer.parse(["--resume", "auto"])
+    config, resume = trainer.parse(["--resume", "auto", "--preset", "tiny", "--out", str(tmp_path / "new")])
+    assert (config.out, resume) == (str(tmp_path / "new"), False)
+
+
+KILLS = int(os.environ.get("BITNET_KILLS", "2"))  # of one run; 20 take minutes
+
+
+def test_kills_at_random_moments_change_nothing(tmp_path, corpus):
+    arguments = [
+        *SMALL, "--data.corpus", str(corpus), "--steps", str(20 * KILLS), "--eval-every", "3", "--eval-tokens", "64",
+        "--batch-size", "2", "--log-every", "1", "--dtype", "float32",
+    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--resume", "auto", "--out"]
+    straight = subprocess.run([*command, "straight"], cwd=tmp_path, capture_output=True, text=True)
+    assert straight.returncode == 0, straight.stderr
+    rng, kills = random.Random(0), 0
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    while True:
+        process = subprocess.Popen([*command, "broken"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        before = metrics.read_bytes() if metrics.exists() else b""
+        while process.poll() is None and (metrics.read_bytes() if metrics.exists() else b"") == before:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)
+        if kills < KILLS and process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills >= 1
+    end, expected = tensors(tmp_path / "broken"), tensors(tmp_path / "straight")
+    assert end.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, end[name]), name
+    rows = [
+        [row["loss"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in row]
+        for name in ("straight", "broken")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_recomputation_chunks_and_int8_products_give_the_same_gradients(tmp_path, corpus):
+    base = configuration(tmp_path, corpus, product="float")
+    found = []
+    for number, changes in enumerate([{}, {"recompute": True}, {"loss_chunk": 24}, {"product": "int8"}]):
+        run = trainer.Run(dataclasses.replace(base, out=str(tmp_path / str(number)), **changes), False)
+        run._switch_quantizers()
+        loss = run.forward_backward(0)
+        found.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
+    assert torch.equal(found[0][1], found[1][1])
+    for loss, gradient in found[2:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        # Rounding may flip a code of an activation.
+        assert float((gradient - found[0][1]).norm() / found[0][1].norm()) < 5e-3

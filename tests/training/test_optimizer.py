@@ -1,0 +1,91 @@
+"""The schedule by hand, the groups of parameters, and an optimizer's state there and back."""
+
+import math
+
+import pytest
+import torch
+
+from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.training.optimizer import OptimConfig, Optimizer, clip_gradients, schedule
+
+
+def test_two_stage_schedule_by_hand():
+    config = OptimConfig(lr=1.5e-3, lr_second=1.0e-3, warmup_steps=10, weight_decay=0.1, decay="linear")
+    total = 1000
+    assert schedule(0, total, config) == (0.1 * 1.0, 0.1)
+    assert schedule(9, total, config) == (pytest.approx(0.991), 0.1)
+    assert schedule(499, total, config) == (pytest.approx(0.501), 0.1)
+    # Half-way the peak drops from 1.5e-3 to 1e-3 and the weight decay to 0.
+    assert schedule(500, total, config) == (pytest.approx(0.5 / 1.5), 0.0)
+    assert schedule(999, total, config)[0] == pytest.approx(0.001 / 1.5)
+
+
+def test_one_stage_keeps_its_weight_decay():
+    config = OptimConfig(lr=1e-3, warmup_steps=1, decay="cosine", lr_min_ratio=0.1)
+    multipliers = [schedule(step, 100, config) for step in range(101)]
+    assert all(decay == 0.1 for _, decay in multipliers)
+    assert multipliers[50][0] == pytest.approx(0.55)
+    assert multipliers[100][0] == pytest.approx(0.1)
+    assert schedule(77, 100, OptimConfig(decay="constant", warmup_steps=1))[0] == 1.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_groups_decay_matrices_only(name):
+    model = BitNetForCausalLM(PRESETS["tiny"].replace(tie_word_embeddings=False))
+    optimizer = Optimizer(model, OptimConfig(optimizer=name))
+    optimizer.set_schedule(50, 100)
+    decayed = {optimizer.names[p] for g in optimizer._groups() if g["weight_decay"] > 0 for p in g["params"]}
+    everything = {optimizer.names[p] for g in optimizer._groups() for p in g["params"]}
+    assert everything == {name for name, _ in model.named_parameters()}
+    assert decayed == {name for name, _ in model.named_parameters() if name.endswith("_proj.weight")}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_round_trip_continues_bit_for_bit(name):
+    def make():
+        torch.manual_seed(0)
+        model = BitNetForCausalLM(PRESETS["tiny"])
+        return model, Optimizer(model, OptimConfig(optimizer=name, warmup_steps=1))
+
+    def step(model, optimizer, index):
+        ids = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(index))
+        model(ids).square().mean().backward()
+        optimizer.set_schedule(index, 10)
+        optimizer.step()
+
+    straight, optimizer = make()
+    for index in range(4):
+        step(straight, optimizer, index)
+    first, optimizer = make()
+    for index in range(2):
+        step(first, optimizer, index)
+    weights = {k: v.clone() for k, v in first.state_dict().items()}
+    state = {k: v.clone() for k, v in optimizer.state().items()}
+    second, optimizer = make()
+    second.load_state_dict(weights)
+    optimizer.load_state(state)
+    for index in range(2, 4):
+        step(second, optimizer, index)
+    for key, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_state_of_another_model_is_refused():
+    optimizer = Optimizer(BitNetForCausalLM(PRESETS["tiny"]), OptimConfig())
+    with pytest.raises(ValueError, match=r"model\.layers\.99"):
+        optimizer.load_state({"model.layers.99.weight.exp_avg": torch.zeros(1)})
+
+
+def test_clip_gradients_scales_and_reports():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
+    assert clip_gradients([weight], 0) == 5.0
+    assert weight.grad.norm() == 5.0
+    assert clip_gradients([weight], 1.0) == 5.0
+    assert math.isclose(float(weight.grad.norm()), 1.0, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"optimizer": "sgd"}, {"decay": "step"}, {"lr": 0.0}, {"lr_second": -1.0}])
+def test_bad_configuration_names_the_value(bad):
+    with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
+        OptimConfig(**bad)

@@ -1,0 +1,348 @@
+"""train.py as a user runs it: resuming, stopping, diverging, and every bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as trainer
+from bitnet import machine
+from bitnet.evaluation.loss import Evaluation, evaluate
+from bitnet.kernels import FadingProduct, float_linear
+from bitnet.model import PRESETS, bit_linears
+from bitnet.storage.folders import MODEL, STATE, resolve
+from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
+from bitnet.training import config as recipes
+from bitnet.training.reporter import Tracker, read_metrics
+from tests import ROOT, oracles
+from tests.builders import SMALL, configuration, tensors
+from tests.faults import fill_disk_at, stop_after
+
+
+@pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
+    if compiled == "on" and (reason := machine._compile_failure(torch.device("cpu"))):
+        pytest.skip(reason)
+    optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
+    config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
+    trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
+
+    stop_after(monkeypatch, 3)
+    stopped = trainer.train(dataclasses.replace(config, out=str(tmp_path / "broken")))
+    monkeypatch.undo()
+    assert stopped.step == 3
+    assert stopped.stop_signal == signal.SIGINT
+    trainer.train(dataclasses.replace(config, out=str(tmp_path / "broken")), resume=True)
+
+    straight, broken = tensors(tmp_path / "straight"), tensors(tmp_path / "broken")
+    assert straight.keys() == broken.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, broken[name]), name
+    metrics = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "broken")]
+    for left, right in zip(*metrics, strict=True):
+        clock = {"seconds", "tokens_per_second"}
+        assert {k: v for k, v in left.items() if k not in clock} == {k: v for k, v in right.items() if k not in clock}
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path, corpus):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer.train(configuration(tmp_path, corpus, steps=3, seed=seed, out=str(tmp_path / name)))
+    a, b, c = (tensors(tmp_path / name)["model.norm.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_micro_batches_accumulate_the_same_gradient(tmp_path, corpus):
+    gradients = []
+    for parts in (1, 2, 4):
+        run = trainer.Run(configuration(tmp_path, corpus, micro_batches=parts, out=str(tmp_path / str(parts))), False)
+        loss = run.forward_backward(0)
+        gradients.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
+    for loss, gradient in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-5)
+        torch.testing.assert_close(gradient, gradients[0][1], rtol=1e-3, atol=1e-6)
+
+
+def test_it_learns_and_writes_everything(tmp_path, corpus):
+    config = configuration(tmp_path, corpus, steps=60, eval_every=30, optim=recipes.OptimConfig(lr=1e-2))
+    run = trainer.train(config)
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.6 * losses[0]
+    assert [row["step"] for row in rows if "val_loss" in row] == [30, 60]
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run.folder / "config.json").read_text())["steps"] == 60
+    (data,) = run.data.corpora.values()
+    val = data.split("val")
+    result = evaluate(run.model, val, context=32, bytes_per_token=data.bytes_per_token("val"))
+    assert result.tokens == len(val) - 1
+    assert result.loss == pytest.approx(rows[-1]["whole_val_loss"], rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    # Bits per byte by its definition: all bits over all bytes of the held-out text.
+    data_bytes = data.meta["splits"]["val"]["bytes"]
+    assert result.bits_per_byte == pytest.approx(result.loss * len(val) / math.log(2) / data_bytes, rel=1e-6)
+
+
+def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
+    run = trainer.Run(configuration(tmp_path, corpus, float_start=0.5), False)
+    run.train_step()
+    assert all(layer.product is float_linear for _, layer in bit_linears(run.model))
+    run.step = 4
+    run.train_step()
+    assert not any(layer.product is float_linear for _, layer in bit_linears(run.model))
+
+
+def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
+    run = trainer.Run(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5), False)
+    strengths = []
+    for run.step in range(8):
+        run._switch_quantizers()
+        _, layer = next(bit_linears(run.model))
+        strengths.append(
+            (
+                layer.product is not float_linear,
+                float(layer.product.strength) if isinstance(layer.product, FadingProduct) else None,
+            )
+        )
+    fading = [(True, pytest.approx(s)) for s in (0.2, 0.4, 0.6, 0.8)]
+    assert strengths == [(False, None), (False, None), *fading, (True, None), (True, None)]
+    with pytest.raises(ValueError, match=r"ramp is 0\.6"):
+        configuration(tmp_path, corpus, float_start=0.5, ramp=0.6)
+
+
+def test_init_starts_from_the_weights_shape_and_tokenizer_of_another_run(tmp_path, corpus):
+    configuration_of = configuration(tmp_path, corpus, steps=4, eval_every=4)
+    twin = dataclasses.replace(
+        configuration_of, model=configuration_of.model.replace(quantizer="none"), out=str(tmp_path / "float")
+    )
+    source = trainer.train(twin)
+    wanted = dataclasses.replace(
+        configuration_of,
+        model=configuration_of.model.replace(hidden_size=32, num_attention_heads=2, num_key_value_heads=2),
+        init=twin.out,
+        out=str(tmp_path / "converted"),
+    )
+    run = trainer.Run(wanted, False)
+    assert run.config.model == source.config.model.replace(quantizer="ternary")
+    assert run.tokenizer.fingerprint == source.tokenizer.fingerprint
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], value), name
+
+
+def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp_path, corpus, monkeypatch):
+    losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
+
+    def validate(self, whole):
+        return Evaluation(losses[self.step, whole], 0.0, 1.0, tokens=1)
+
+    monkeypatch.setattr(trainer.Run, "validate", validate)
+    run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
+    # Step 2 belongs to the warm start, and the whole split's 0.5 at the end is no match for the parts before.
+    assert resolve(run.folder, "best").name == "step-00000006"
+    assert resolve(run.folder, "last").name == "step-00000008"
+    assert run.best_loss == 2.0
+
+
+def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, monkeypatch, capsys):
+    config = configuration(tmp_path, corpus)
+    original = trainer.Run.forward_backward
+
+    def poisoned(self, step):
+        loss = original(self, step)
+        if step == 5:
+            self.model.model.norm.weight.grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(trainer.Run, "forward_backward", poisoned)
+    monkeypatch.setattr(trainer, "parse", lambda argv: (config, False))
+    assert trainer.main([]) == 1
+    message = capsys.readouterr().err
+    assert "step 5" in message
+    assert "--optim.lr" in message
+    saved = resolve(tmp_path / "run")
+    assert saved.name == "step-00000004"
+    assert all(bool(v.isfinite().all()) for v in load_tensors(saved / MODEL).values())
+
+
+def test_a_full_disk_in_mid_run_warns_and_goes_on(tmp_path, corpus, monkeypatch, capsys):
+    fill_disk_at(monkeypatch, 4)
+    run = trainer.train(configuration(tmp_path, corpus))
+    assert "No space left" in capsys.readouterr().err
+    assert resolve(run.folder).name == "step-00000008"
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_earlier_checkpoint_stays(tmp_path, corpus, monkeypatch):
+    fill_disk_at(monkeypatch, 8)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train(configuration(tmp_path, corpus))
+    assert resolve(tmp_path / "run").name == "step-00000004"
+
+
+def test_metrics_on_a_full_disk_warn_once(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path, {}, "off")
+    tracker.path = tmp_path / "nowhere" / "metrics.jsonl"  # cannot be opened
+    monkeypatch.setattr("bitnet.training.reporter.draw_loss", full)
+    for step in range(3):
+        tracker.log(step, loss=1.0)
+        tracker.draw()
+    assert capsys.readouterr().err.count("metrics are not being written") == 1
+
+
+def test_a_run_whose_first_save_failed_can_start_again(tmp_path, corpus):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert trainer.train(configuration(tmp_path, corpus, steps=2)).step == 2
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, corpus, capsys):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assert trainer.train(run.config, resume=True).step == 4
+    assert "is finished: 4 of 4 steps" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_resume_refuses_what_would_mix_two_runs(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    with pytest.raises(ValueError, match="is a checkpoint; --resume takes its run folder"):
+        trainer.parse(["--resume", str(resolve(run.folder))])
+    for override in (["--out", "elsewhere"], ["--model.quantizer", "none"], ["--model.hidden-size", "128"]):
+        with pytest.raises(ValueError, match="use --like"):
+            trainer.parse(["--resume", str(run.folder), *override])
+    with pytest.raises(ValueError, match="at step 4 already"):
+        trainer.train(dataclasses.replace(run.config, steps=3), resume=True)
+    muon = dataclasses.replace(run.config, steps=6, optim=dataclasses.replace(run.config.optim, optimizer="muon"))
+    with pytest.raises(ValueError, match="was not left by"):
+        trainer.train(muon, resume=True)
+
+
+def test_minutes_on_resume_are_added(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, steps=4))
+    before = tensors(run.folder)
+    more = trainer.Run(dataclasses.replace(run.config, steps=100), resume=True)
+    assert more.steps_for(0.01) >= 1
+    # Timing steps leave no trace in weights and moments.
+    assert more.step == 4
+    for name, value in more.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in more.optimizer.state().items():
+        assert torch.equal(value, before[f"optimizer.{name}"]), name
+
+
+def test_resume_refuses_a_changed_corpus(tmp_path, corpus):
+    text = tmp_path / "text.txt"
+    lines = "".join(p.read_text() for p in sorted(corpus.iterdir()))
+    text.write_text(lines)
+    config = configuration(tmp_path, text, steps=2)
+    trainer.train(config)
+    text.write_text(lines.replace("cat", "cow"))
+    with pytest.raises(CheckpointError, match="corpus has changed"):
+        trainer.train(dataclasses.replace(config, steps=4), resume=True)
+
+
+def test_minutes_become_steps(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, minutes=0.02, eval_every=10_000))
+    assert run.config.minutes is None
+    assert run.step == run.config.steps >= 1
+    assert json.loads((run.folder / "config.json").read_text())["steps"] == run.config.steps
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.corpus", "missing.txt"], "missing.txt"),
+        (["--data.corpus", "empty.txt"], "empty"),
+        (["--data.corpus", "latin1.txt"], "UTF-8"),
+        (["--data.corpus", "short.txt"], "vocab"),
+        (
+            ["--data.corpus", "few.txt", "--model.vocab-size", "280", "--model.max-position-embeddings", "512"],
+            "context",
+        ),
+        (["--data.corpus", "text.txt", "--model.vocab-size", "30000"], "30000"),
+        (["--data.corpus", "text.txt", "--context", "1000"], "1000"),
+        (["--model.num-attention-heads", "7"], "7"),
+        (["--model.num-key-value-heads", "3"], "3"),
+        (["--batch-size", "8", "--micro-batches", "3"], "3"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--device", "cuda:77", "--data.corpus", "text.txt"], "cuda:77"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_an_error_without_a_traceback(tmp_path, corpus, arguments, message):
+    text = "".join(p.read_text() for p in sorted(corpus.iterdir()))
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "few.txt").write_text("the cat sees the dog. " * 4)
+    (tmp_path / "latin1.txt").write_bytes(text.encode() + b"caf\xe9 au lait\n")
+    preset = SMALL[2:] if "--resume" in arguments else SMALL
+    result = run_cli(*preset, *arguments, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr + result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path, corpus):
+    config = configuration(tmp_path, corpus, steps=2)
+    trainer.train(config)
+    with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume"):
+        trainer.train(config)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus):
+    arguments = [*SMALL, "--data.corpus", str(corpus), "--out", "run", "--steps", "100000", "--eval-every", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.time() + 60
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    step = load_json(resolve(tmp_path / "run") / STATE)["step"]
+    assert f"stopped at step {step}" in output
+
+    result = run_cli("--resume", "run", "--steps", str(step + 2), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert resolve(tmp_path / "run").name == f"step-{step + 2:08d}"
+
+
+def test_like_takes_the_configuration_but_not_the_weights(tmp_path, corpus):
+    trainer.train(configuration(tmp_path, corpus, steps=2))
+    config, resume = trainer.parse(["--like", str(tmp_path / "run"), "--model.quantizer", "none", "--out", "twin"])
+    assert not resume
+    assert config.model == PRESETS["tiny"].replace(
+        vocab_size=300, max_position_embeddings=32, num_hidden_layers=1, quantizer="none"
+    )
+    assert (config.steps, config.out) == (2, "twin")
+
+
+def test_configuration_survives_its_json(tmp_path, corpus):
+    for config in (*recipes.PRESETS.values(), configuration(tmp_path, corpus)):
+        assert recipes.TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_wandb_offline_writes_a_run(tmp_path, corpus, monkeypatch):
+    oracles.require("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = trainer.train(configuration(tmp_path, corpus, steps=2, wandb="offline"))
+    assert list((run.folder / "wandb").glob("offline-run-*"))
