@@ -5,11 +5,13 @@ fsdp    every process has 1 / W of each parameter, gradient and moment (`bitnet/
 """
 
 import atexit
+import contextlib
 import datetime
 import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -53,6 +55,15 @@ class World:
                 dist.monitored_barrier(_host_group(), wait_all_ranks=True)
             except RuntimeError as error:
                 raise RuntimeError(f"process {self.rank} waited in vain for others at {what}: {error}") from error
+
+    @contextlib.contextmanager
+    def first_alone(self, what: str) -> Iterator[None]:
+        """Let the first process run the block before the others do, which then find done what it has left on disk."""
+        if not self.is_first:
+            self.barrier(what)
+        yield
+        if self.is_first:
+            self.barrier(what)
 
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on every process."""
