@@ -149,7 +149,7 @@ def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, words, processe
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
 def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
-    if reason := machine._compile_failure(torch.device("cpu")):
+    if reason := machine.compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     base = curve(tmp_path, words, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
     eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))

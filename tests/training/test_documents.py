@@ -157,7 +157,7 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):
 
 
 def test_a_compiled_step_is_masked_too(tmp_path, corpus):
-    if reason := machine._compile_failure(torch.device("cpu")):
+    if reason := machine.compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     found = []
     for compiled in ("off", "on"):

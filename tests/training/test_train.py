@@ -30,7 +30,7 @@ from tests.faults import fill_disk_at, stop_after
 
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
-    if compiled == "on" and (reason := machine._compile_failure(torch.device("cpu"))):
+    if compiled == "on" and (reason := machine.compile_failure(torch.device("cpu"))):
         pytest.skip(reason)
     optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
     config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
