@@ -18,6 +18,7 @@ from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training import config as recipes
 from bitnet.training.processes import World
 from bitnet.training.reporter import read_metrics
+from bitnet.training.step import Trainer
 from tests import oracles
 from tests.builders import configuration, tensors
 from tests.conversations import chat, write_chats
@@ -60,7 +61,7 @@ def chat_configuration(tmp_path, chats, **changes) -> recipes.TrainConfig:
     return configuration(tmp_path, chats, **{**defaults, **changes})
 
 
-def gradient(run: trainer.Run) -> torch.Tensor:
+def gradient(run: Trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
 
 
