@@ -275,7 +275,7 @@ class Progress:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has begun and can be gone on with."""
+    """Whether a run has a checkpoint to continue from."""
     return (run / "checkpoints" / INDEX).exists()
 
 

@@ -82,7 +82,7 @@ def _host_group() -> Any:
 
 
 def host_group(timeout_minutes: float) -> Any:
-    """Another group of all processes, on gloo, for what a thread says beside the training; all must ask for it."""
+    """Another group of all processes, on gloo, for a thread that works beside the training; all must ask for it."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
