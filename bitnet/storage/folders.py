@@ -129,10 +129,14 @@ def load_packed(folder: Path, config: ModelConfig, device: torch.device | str = 
 def load_quantized(folder: Path, config: ModelConfig, quantization: object) -> BitNetForCausalLM:
     """A quantized model. Raises CheckpointError where the tensors are not those of the description."""
     try:
+        if config.quantizer != "none":
+            raise ValueError(
+                f"its quantizer is {config.quantizer!r}, and only float models are quantized after training"
+            )
         with open_tensors(folder / MODEL) as tensors:
             _check_layers(tensors, config)
             return build_quantized(config, quantization, tensors.read_all())  # type: ignore[arg-type]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.model import ModelConfig
+from bitnet.storage.folders import STATE
+from bitnet.storage.safetensors import CheckpointError, load_json
 
 CARD = "README.md"
 UNKNOWN = "unknown: the exported model carried no record of it"
@@ -58,10 +60,12 @@ class Origin:
 def origin_of(checkpoint: Path, config: dict[str, Any]) -> Origin:
     """What a checkpoint folder of train.py, whose config.json is `config`, and its run know; all unknown for any other
     folder or a damaged file."""
-    state = _object(checkpoint / "state.json")
-    if not {"data", "optim", "steps"} <= config.keys() or not isinstance(state.get("step"), int):
+    try:
+        step = load_json(checkpoint / STATE, {"step": (int,)})["step"]
+    except CheckpointError:
         return Origin()
-    step = state["step"]
+    if not {"data", "optim", "steps"} <= config.keys():
+        return Origin()
     return Origin(*(_known(part, of, step) for part, of in ((_data, config), (_recipe, config), (_loss, checkpoint))))
 
 
@@ -181,11 +185,3 @@ def _name(path: str) -> str:
     path, equals, share = str(path).partition("=")
     name = re.sub(r"[^\w .@+-]", "", path.rstrip("/").rpartition("/")[2]) or "?"
     return f"`{name}`" + (f" ({share} of the sequences)" if equals else "")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
