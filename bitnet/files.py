@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+JsonObject = dict[str, Any]
+"""Of a JSON file or a file's metadata: whoever reads a value checks it."""
 JSON_LIMIT = 64 * 2**20
 
 
@@ -64,7 +66,7 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The object in a JSON file. Raises FileNotFoundError, and ValueError, naming the file, for one that is damaged,
     larger than `JSON_LIMIT` bytes, or holds something else."""
     if path.exists() and not path.is_file():  # a pipe would be waited for

@@ -12,15 +12,15 @@ tokenizer; loss and perplexity compare only models that share one.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet.data.feed import Feed
 from bitnet.data.tokens import IGNORE_INDEX, TokenArray, iter_eval_batches
 from bitnet.evaluation.texts import open_held_out, run_config
+from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
@@ -49,7 +49,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     tokens: TokenArray,
     *,
     context: int,
@@ -70,7 +70,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_batches(
-    model: Any,
+    model: LanguageModel,
     batches: Iterable[tuple[Tensor, ...]],
     *,
     batch_size: int,
@@ -80,9 +80,9 @@ def evaluate_batches(
     """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
     some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`."""
     device = model.device
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
+    in_training = model if isinstance(model, nn.Module) and model.training else None
+    if in_training is not None:
+        in_training.eval()
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
     for input_ids, labels, *documents in batches:
@@ -99,8 +99,8 @@ def evaluate_batches(
                 losses = cross_entropy(model(input_ids), labels, "none")
         window_losses.append(losses.sum(1).double().cpu())
         window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
-    if was_training:
-        model.train()
+    if in_training is not None:
+        in_training.train()
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
     # Rows that only filled up a batch are no windows.
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -110,7 +110,12 @@ def evaluate_batches(
 
 
 def evaluate_feed(
-    model: Any, feed: Feed, *, batch_size: int = 8, max_tokens: int | None = None, dtype: torch.dtype = torch.float32
+    model: LanguageModel,
+    feed: Feed,
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Evaluate on the held-out parts of a feed, all of each, or of `max_tokens` tokens the share of each.
 

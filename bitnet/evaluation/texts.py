@@ -1,7 +1,6 @@
 """What a model is evaluated and calibrated on."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from bitnet.data.feed import DataConfig, Feed, TextFeed, open_feed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import iter_eval_batches
+from bitnet.files import JsonObject
 from bitnet.storage.safetensors import CONFIG, CheckpointError
 from bitnet.storage.source import Source
 from bitnet.tokenizer.chat import require
@@ -41,7 +41,7 @@ def open_text(source: Source, text: str | None = None, context: int | None = Non
 
 def _data_of(source: Source, text: str | None, context: int | None) -> tuple[DataConfig, int]:
     """What to read, and in windows of how many tokens."""
-    config: dict[str, Any] = {}
+    config: JsonObject = {}
     if source.kind == "run":
         config = source.settings if text else run_config(source)
     try:
@@ -57,7 +57,7 @@ def _data_of(source: Source, text: str | None, context: int | None) -> tuple[Dat
     return data, min(context or trained, positions)
 
 
-def run_config(source: Source) -> dict[str, Any]:
+def run_config(source: Source) -> JsonObject:
     """The training configuration of a run. Raises CheckpointError where it isn't one."""
     if not isinstance(source.settings.get("data"), dict):
         raise CheckpointError(f"{source.path / CONFIG} has no 'data' section; is it a run of train.py?")

@@ -16,11 +16,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 
-from bitnet.files import new_folder, write_atomic
+from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedLinear
 from bitnet.model.quantized import build_quantized, describe_quantized
@@ -40,7 +39,7 @@ INDEX, SHARDS, TOKENIZER = "index.json", "shards", "tokenizer.model"
 OPTIMIZER, STATE, CHECKSUMS = "optimizer.safetensors", "state.json", "checksums.json"
 
 
-def read_index(run: Path) -> dict[str, Any]:
+def read_index(run: Path) -> JsonObject:
     """Names of checkpoints in a run: last, best and kept, a list; {} for a run without one."""
     path = run / "checkpoints" / INDEX
     names = dict.fromkeys(("last", "best"), (str, NoneType))
@@ -161,7 +160,7 @@ def save_quantized(model: BitNetForCausalLM, folder: Path, method: str, tokenize
 
 
 def _save(
-    folder: Path, what: str, model: BitNetForCausalLM, about: dict[str, Any], tokenizer: bytes | Mapping[str, bytes]
+    folder: Path, what: str, model: BitNetForCausalLM, about: JsonObject, tokenizer: bytes | Mapping[str, bytes]
 ) -> None:
     with new_folder(folder, what) as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitnet.files import read_json
+from bitnet.files import JsonObject, read_json
 
 CONFIG, MODEL, MODEL_PARTS = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -34,7 +33,7 @@ class CheckpointError(ValueError):
     """A model's file that is missing, damaged, or made for another model; the message says which and what to do."""
 
 
-def load_json(path: Path, kinds: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
+def load_json(path: Path, kinds: Mapping[str, tuple[type, ...]] | None = None) -> JsonObject:
     """A JSON object from a file.
 
     kinds: the types that fields may have, by name; `NoneType` is among them where one may be missing. Raises

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
 from bitnet.storage.folders import STATE
 from bitnet.storage.safetensors import CheckpointError, load_json
@@ -57,7 +58,7 @@ class Origin:
     loss: str | None = None
 
 
-def origin_of(checkpoint: Path, config: dict[str, Any]) -> Origin:
+def origin_of(checkpoint: Path, config: JsonObject) -> Origin:
     """What a checkpoint folder of train.py, whose config.json is `config`, and its run know; all unknown for any other
     folder or a damaged file."""
     try:
@@ -130,7 +131,7 @@ def _known(sentence: Callable[[Any, int], str | None], of: Any, step: int) -> st
         return None
 
 
-def _data(config: dict[str, Any], step: int) -> str:
+def _data(config: JsonObject, step: int) -> str:
     data = config["data"]
     if data.get("chat"):
         return f"conversations, of which the answers count: {_name(data['chat'])}"
@@ -139,7 +140,7 @@ def _data(config: dict[str, Any], step: int) -> str:
     return found + (f", the first {data['max_bytes']:,} bytes" if data.get("max_bytes") else "")
 
 
-def _recipe(config: dict[str, Any], step: int) -> str:
+def _recipe(config: JsonObject, step: int) -> str:
     optim, model = config["optim"], config["model"]
     window = config.get("context") or model["max_position_embeddings"]
     rates = [("learning rate", "lr"), ("of embedding, head and norms", "lr_rest"), ("of the second half", "lr_second")]
@@ -166,7 +167,7 @@ def _loss(checkpoint: Path, step: int) -> str | None:
     metrics = checkpoint.parent.parent / "metrics.jsonl"
     if not metrics.is_file() or metrics.stat().st_size > METRICS_LIMIT:
         return None
-    row: dict[str, Any] = {}
+    row: JsonObject = {}
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         each = json.loads(line)
         if each.get("step") == step:

@@ -15,11 +15,10 @@ compared with the original before it is given out. The one text that it reads di
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from bitnet.files import new_folder, write_atomic
+from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
@@ -139,11 +138,11 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
             )
 
 
-def config_of(model: BitNetForCausalLM, form: str) -> dict[str, Any]:
+def config_of(model: BitNetForCausalLM, form: str) -> JsonObject:
     """The contents of config.json: every field written, since the classes' defaults are other models'."""
     config = model.config
     floats = model.model.norm.weight.dtype
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "architectures": ["BitNetForCausalLM" if config.sub_norm else "LlamaForCausalLM"],
         "model_type": "bitnet" if config.sub_norm else "llama",
         "vocab_size": config.vocab_size,
