@@ -24,6 +24,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
+from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import TokenArray
 from bitnet.files import write_atomic
@@ -98,14 +99,16 @@ def child(config: recipes.TrainConfig, steps: int) -> dict[str, float]:
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, 1 << 17, dtype=np.uint16)
     data: Any = Mixture({"random": SimpleNamespace(split=lambda _: TokenArray([ids]))}, (1,))  # type: ignore[dict-item]
     tokenizer: Any = SimpleNamespace(vocab_size=config.model.vocab_size, encode=lambda *_, **__: [1])
-    trainer.prepare_data = lambda *_: (data, tokenizer)
-    run = trainer.Run(config, resume=False)
+    trainer.open_feed = lambda *_, window, batch_size, **__: TextFeed(
+        data, tokenizer, None, window, batch_size=batch_size
+    )
+    run = trainer.prepare(config)
     found = estimate(run.workload)
     for _ in range(steps - 1):
-        run.train_step()
+        run.step()
     codes = weight_codes(run.model)  # which a step is surrounded by when statistics are due
     reset_peak_memory()
-    run.train_step()
+    run.step()
     weight_statistics(run.model, codes, run.world)
     run.batches.close()
     return {

@@ -1,11 +1,16 @@
-"""Writing files so that a crash or a full disk never leaves half of one."""
+"""Files that are written whole or not at all, and JSON objects, read with the reason where one cannot be."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+JsonObject = dict[str, Any]
+"""Of a JSON file or a file's metadata: whoever reads a value checks it."""
+JSON_LIMIT = 64 * 2**20
 
 
 @contextmanager
@@ -59,3 +64,19 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
         raise OSError(f"the {what} was not written to {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path) -> JsonObject:
+    """The object in a JSON file. Raises FileNotFoundError, and ValueError, naming the file, for one that is damaged,
+    larger than `JSON_LIMIT` bytes, or holds something else."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes; a file of this name has a few thousand")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+    return value

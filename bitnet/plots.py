@@ -30,7 +30,7 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
     canvas.print_png(path)
 
 
-def draw_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw_loss(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Training and validation loss over steps for one or several runs, as a PNG."""
     with _figure(path) as axes:
         for index, (name, rows) in enumerate(runs.items()):

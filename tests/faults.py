@@ -5,20 +5,20 @@ import signal
 
 import pytest
 
-import train as trainer
 from bitnet.storage import safetensors as safetensors_files
+from bitnet.training.step import Trainer
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Deliver a SIGINT to this very process while the given step runs."""
-    original = trainer.Run.train_step
+    original = Trainer.step
 
     def train_step(self):
-        if self.step == step - 1:
+        if self.progress.step == step - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(trainer.Run, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "step", train_step)
 
 
 def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -35,7 +35,7 @@ def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, factor: float, times: int = 1) -> None:
     """Multiply the gradient of a step's batch, the first `times` times that it comes up."""
-    original, left = trainer.Run.forward_backward, [times]
+    original, left = Trainer.forward_backward, [times]
 
     def poisoned(self, batch):
         loss = original(self, batch)
@@ -45,4 +45,4 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, factor: float, times: int =
                 parameter.grad *= factor
         return loss
 
-    monkeypatch.setattr(trainer.Run, "forward_backward", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)

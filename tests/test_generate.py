@@ -221,7 +221,7 @@ def test_damaged_checkpoints_are_named(call, checkpoint, tmp_path):
 
     whole = next((checkpoint / "checkpoints").glob("step-*"))
     config = json.loads((whole / "config.json").read_text())
-    config["model"]["vocab_size"] = 256
+    config["model"]["vocab_size"] = 1024
     cases = [
         (tmp_path / "nowhere", "nowhere does not exist"),
         (tmp_path, "holds no checkpoint"),

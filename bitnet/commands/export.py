@@ -11,12 +11,13 @@ of the latent weights, or from the file as they are. What a target cannot expres
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
+
+from bitnet.files import JsonObject
 
 if TYPE_CHECKING:
     from bitnet.storage.source import Source
@@ -84,7 +85,7 @@ def run(options: Options) -> None:
     print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
 
 
-def _vocabulary(source: Source) -> BaseTokenizer | Mapping[str, Any]:
+def _vocabulary(source: Source) -> BaseTokenizer | JsonObject:
     """What to write the vocabulary of a GGUF file from: the source that knows most about it."""
     from bitnet.storage.folders import TOKENIZER
     from bitnet.tokenizer import Tokenizer

@@ -12,11 +12,11 @@ tensor occupies, scales included.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from bitnet.console import table
+from bitnet.files import JsonObject
 
 BAR = 40
 
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
         print_histogram(options.histogram, result["histogram"])
 
 
-def print_report(result: dict[str, Any]) -> None:
+def print_report(result: JsonObject) -> None:
     print(
         f"{result['kind']}: {result['parameters']:,} parameters, {result['bytes']:,} bytes of tensors, "
         f"{result['bits_per_weight']:.2f} bits a weight"
@@ -84,6 +84,6 @@ def print_histogram(name: str, bins: list[dict[str, float]]) -> None:
     print(f"\n{name}\n{table(rows)}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value.replace("\n", "\\n")
     return text if len(text) <= 80 else f"{text[:77]}..."

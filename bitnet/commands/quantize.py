@@ -74,8 +74,8 @@ def run(options: Options) -> None:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
     ids = None
     if METHODS[options.method].needs_calibration:
-        mixture, context = open_text(source, options.text, options.context)
-        ids = calibration_sequences(mixture, context, options.calibration_tokens)
+        feed = open_text(source, options.text, options.context)
+        ids = calibration_sequences(feed.mixture, feed.window, options.calibration_tokens)
     start = time.perf_counter()
     chosen = drivers.Options(
         group_size=options.group_size,

@@ -28,7 +28,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ import torch
 from bitnet.data.corpus import read_json_lines, sha256_of
 from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
-from bitnet.files import write_atomic
+from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer import ChatTemplate
 
 FORMAT_VERSION = 1
@@ -67,7 +66,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _messages(record: Any, where: str) -> list[dict[str, str]]:
+def _messages(record: object, where: str) -> list[dict[str, str]]:
     """The messages of a line, in our words."""
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         found, role_key, text_key = record["messages"], "role", "content"
@@ -167,7 +166,7 @@ def tokenize_chats(
     return TokenizedChats(folder)
 
 
-def _write(folder: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+def _write(folder: Path, arrays: dict[str, np.ndarray], meta: JsonObject) -> None:
     """Write a folder whole or not at all; one that another program finished first stays."""
     work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     work.mkdir(parents=True)
@@ -202,7 +201,7 @@ class TokenizedChats:
         self.folder = folder
         self._packed: dict[tuple[str, int], ChatRows] = {}
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.meta: JsonObject = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             for name, file in _ARRAYS.items():
                 setattr(self, name, np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
             whole = len(self.tokens) == len(self.loss_mask) == self.starts[-1] and len(self.held_out) + 1 == len(

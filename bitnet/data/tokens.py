@@ -7,10 +7,11 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+
+from bitnet.files import JsonObject
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100  # label that cross_entropy skips
@@ -46,7 +47,7 @@ class TokenArray:
 class TokenizedCorpus:
     """A folder written by `tokenize_corpus`. Attributes: `folder`, `meta` (the contents of meta.json)."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any]):
+    def __init__(self, folder: Path, meta: JsonObject):
         self.folder = folder
         self.meta = meta
 
@@ -79,7 +80,7 @@ class TokenizedCorpus:
                 raise ValueError(f"{str(folder / name)!r} {state}, meta.json says {size} bytes; {remedy}")
         return cls(folder, meta)
 
-    def _entry(self, split: str) -> dict[str, Any]:
+    def _entry(self, split: str) -> JsonObject:
         if split not in self.meta["splits"]:
             raise ValueError(f"there is no split {split!r}: the splits are {', '.join(self.meta['splits'])}")
         return self.meta["splits"][split]

@@ -27,14 +27,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from bitnet.console import progress_bar
 from bitnet.data.corpus import Corpus, sha256_of
 from bitnet.data.tokens import FORMAT_VERSION, TokenizedCorpus
-from bitnet.files import write_atomic
+from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer import BaseTokenizer
 
 JOURNAL = "journal.json"  # in a folder that is being written: how far it is complete
@@ -158,7 +158,7 @@ def _write_splits(
     workers: int,
     shard_tokens: int,
     progress: bool,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonObject]:
     writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
     bar = progress_bar(title=f"tokenizing {corpus.name}", total=corpus.total_bytes, unit="B", enabled=progress)
     bos = [] if tokenizer.bos_id is None or not tokenizer.adds_bos else [tokenizer.bos_id]
@@ -186,7 +186,7 @@ def _write_splits(
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def _read_journal(folder: Path, writers: dict[str, _ShardWriter], settings: dict[str, Any]) -> int:
+def _read_journal(folder: Path, writers: dict[str, _ShardWriter], settings: JsonObject) -> int:
     """Return the writers to the last flush of a killed call, and the number of documents written by then."""
     try:
         journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
@@ -261,7 +261,7 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self._folder, self._split, self._dtype, self._limit = folder, split, dtype, shard_tokens
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[JsonObject] = []
         self._file: IO[bytes] | None = None
         self._documents = self._bytes = 0
 
@@ -281,14 +281,14 @@ class _ShardWriter:
             if self._shards[-1]["tokens"] == self._limit:
                 self._close_file()
 
-    def flush(self) -> dict[str, Any]:
+    def flush(self) -> JsonObject:
         """Write everything to disk, and return the state from which `resume` continues."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"documents": self._documents, "bytes": self._bytes, "shards": self._shards}
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def resume(self, state: JsonObject) -> None:
         """Return to a state that `flush` gave, cutting off what was written after it. OSError for shorter files."""
         for shard in state["shards"]:
             path, size = self._folder / shard["file"], shard["tokens"] * self._dtype.itemsize
@@ -308,7 +308,7 @@ class _ShardWriter:
             self._file.close()
             self._file = None
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> JsonObject:
         """Finish; the split's entry in meta.json."""
         self._close_file()
         tokens = sum(shard["tokens"] for shard in self._shards)

@@ -1,9 +1,8 @@
 """How far a model's predictions are from a float model's, window by window."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,9 @@ from torch import Tensor, nn
 
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.loss import ratio_and_error
+
+Predictor = Callable[[Tensor], Tensor]
+"""A model: token ids int64 `[B, T]` to logits `[B, T, V]`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Reference:
             self.logp[at : at + len(logp)] = logp.numpy()
             at += len(logp)
 
-    def score(self, model: Any) -> Score:
+    def score(self, model: Predictor) -> Score:
         """Score a model of the same vocabulary."""
         losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
         for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
@@ -65,7 +67,7 @@ class Reference:
 
 
 @torch.inference_mode()
-def predictions(model: Any, windows: list[tuple[Tensor, Tensor]], vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+def predictions(model: Predictor, windows: list[tuple[Tensor, Tensor]], vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities float32 `[T, vocab]` and labels `[T]` of each window, tokens without a label left out."""
     for ids, labels in windows:
         logits = model(ids)[0, :, :vocab].float()

@@ -115,7 +115,8 @@ class Comparison:
         # The largest power of two up to 128 that divides the rows of every projection.
         sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
         self.group_size = options.group_size or math.gcd(128, *sizes)
-        mixture, self.context = open_text(source, options.text, options.context)
+        feed = open_text(source, options.text, options.context)
+        mixture, self.context = feed.mixture, feed.window
         windows = max(1, options.tokens // self.context)
         self.windows = held_out_windows(mixture, self.context, windows)
         self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)

@@ -12,22 +12,19 @@ tokenizer; loss and perplexity compare only models that share one.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from bitnet.data.chats import TokenizedChats, tokenize_chats
-from bitnet.data.mixture import Mixture, document_borders
+from bitnet.data.feed import Feed
 from bitnet.data.tokens import IGNORE_INDEX, TokenArray, iter_eval_batches
-from bitnet.evaluation.texts import open_text, run_config
+from bitnet.evaluation.texts import open_held_out, run_config
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import cross_entropy
-from bitnet.storage.source import Source, open_source
-from bitnet.tokenizer.chat import require
+from bitnet.storage.source import open_source
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     tokens: TokenArray,
     *,
     context: int,
@@ -73,7 +70,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_batches(
-    model: Any,
+    model: LanguageModel,
     batches: Iterable[tuple[Tensor, ...]],
     *,
     batch_size: int,
@@ -83,9 +80,9 @@ def evaluate_batches(
     """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
     some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`."""
     device = model.device
-    was_training = getattr(model, "training", False)
-    if was_training:
-        model.eval()
+    in_training = model if isinstance(model, nn.Module) and model.training else None
+    if in_training is not None:
+        in_training.eval()
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
     for input_ids, labels, *documents in batches:
@@ -102,8 +99,8 @@ def evaluate_batches(
                 losses = cross_entropy(model(input_ids), labels, "none")
         window_losses.append(losses.sum(1).double().cpu())
         window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
-    if was_training:
-        model.train()
+    if in_training is not None:
+        in_training.train()
     sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
     # Rows that only filled up a batch are no windows.
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -112,54 +109,34 @@ def evaluate_batches(
     return Evaluation(loss, error, bits, int(counts.sum()))
 
 
-def evaluate_mixture(
-    model: Any,
-    mixture: Mixture,
+def evaluate_feed(
+    model: LanguageModel,
+    feed: Feed,
     *,
-    context: int,
     batch_size: int = 8,
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Evaluate on the held-out parts of all corpora of a mixture, of `max_tokens` tokens on the share of each.
+    """Evaluate on the held-out parts of a feed, all of each, or of `max_tokens` tokens the share of each.
 
-    The loss is the mean of the corpora's, by their shares of the training samples, and bits per byte is that loss over
-    the bytes of an average token in these shares.
+    The loss of several corpora is their mean by their shares of the training samples, and bits per byte is that loss
+    over the bytes of an average token in these shares.
     """
-    parts = {}
-    for name, share in mixture.shares.items():
-        corpus = mixture.corpora[name]
-        parts[name] = evaluate(
-            model,
-            corpus.split("val"),
-            context=context,
-            bytes_per_token=corpus.bytes_per_token("val"),
-            batch_size=batch_size,
-            max_tokens=None if max_tokens is None else round(share * max_tokens),
-            dtype=dtype,
+    held_out = feed.held_out(batch_size, max_tokens)
+    parts = {
+        part.name: evaluate_batches(
+            model, part.batches, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype
         )
+        for part in held_out
+    }
     if len(parts) == 1:
         return next(iter(parts.values()))
-    shares = [(share, parts[name]) for name, share in mixture.shares.items()]
-    loss = sum(share * part.loss for share, part in shares)
-    error = math.hypot(*(share * part.standard_error for share, part in shares))
-    bits = loss / math.log(2) / mixture.bytes_per_token("val")
-    return Evaluation(loss, error, bits, sum(part.tokens for _, part in shares), parts)
-
-
-def evaluate_chats(
-    model: Any,
-    chats: TokenizedChats,
-    *,
-    context: int,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Evaluation:
-    """Evaluate on the answers of held-out conversations, in rows of which `max_tokens` tokens are read, or all."""
-    max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
-    batches = chats.rows("val", context).batches(batch_size, max_batches)
-    return evaluate_batches(model, batches, batch_size=batch_size, dtype=dtype)
+    pairs = [(part.share, parts[part.name]) for part in held_out]
+    loss = sum(share * result.loss for share, result in pairs)
+    error = math.hypot(*(share * result.standard_error for share, result in pairs))
+    bytes_per_token = sum(part.share * (part.bytes_per_token or 0.0) for part in held_out)
+    bits = loss / math.log(2) / bytes_per_token
+    return Evaluation(loss, error, bits, sum(result.tokens for _, result in pairs), parts)
 
 
 def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
@@ -180,21 +157,11 @@ def evaluate_model(
     Raises CheckpointError or ValueError for a model or corpus that isn't there.
     """
     source = open_source(path)
-    config = run_config(source) if source.kind == "run" else None  # before anything large is read
-    model = open_model(source, device=device, pack=config is None)
-    if config and text is None and config["data"].get("chat"):
-        return model.config.quantizer, _evaluate_answers(source, model, dtype)
-    mixture, context = open_text(source, text)
-    if config and config["data"].get("document_mask") and isinstance(model, BitNetForCausalLM):
-        model.document_ids = document_borders(source.tokenizer)
-    result = evaluate_mixture(model, mixture, context=context, dtype=dtype)
-    return model.config.quantizer, result
-
-
-def _evaluate_answers(source: Source, model: LanguageModel, dtype: torch.dtype) -> Evaluation:
-    """A run of conversations, on the answers of its held-out ones."""
-    config, template = run_config(source), require(source.chat_template, source.path)
-    data = config["data"]
-    chats = tokenize_chats(data["chat"], template, data["cache"], val_fraction=data["val_fraction"])
-    context = config.get("context") or model.config.max_position_embeddings
-    return evaluate_chats(model, chats, context=context, dtype=dtype)
+    is_run = source.kind == "run"
+    if is_run:
+        run_config(source)  # before anything large is read
+    model = open_model(source, device=device, pack=not is_run)
+    feed = open_held_out(source, text)
+    if is_run and isinstance(model, BitNetForCausalLM):
+        model.document_ids = feed.document_ids
+    return model.config.quantizer, evaluate_feed(model, feed, dtype=dtype)

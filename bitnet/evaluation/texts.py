@@ -1,45 +1,63 @@
-"""The texts that a model is evaluated and calibrated on."""
+"""What a model is evaluated and calibrated on."""
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.data.corpus import open_corpora
-from bitnet.data.mixture import Mixture, tokenize_mixture
+from bitnet.data.feed import DataConfig, Feed, TextFeed, open_feed
+from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import iter_eval_batches
+from bitnet.files import JsonObject
 from bitnet.storage.safetensors import CONFIG, CheckpointError
 from bitnet.storage.source import Source
+from bitnet.tokenizer.chat import require
 
-DEFAULT_DATA = {"corpus": None, "max_bytes": None, "cache": "data", "val_fraction": 0.05}
-"""What `open_text` takes for a model that is no run."""
+UNTRAINED_WINDOW = 512
+"""Most tokens in a window of a model that is no run, which does not say what it was trained with."""
 
 
-def open_text(source: Source, text: str | None = None, context: int | None = None) -> tuple[Mixture, int]:
-    """The corpora that a model is evaluated and calibrated on, in its tokens, and the tokens of a window.
+def open_held_out(source: Source, text: str | None = None, context: int | None = None) -> Feed:
+    """What a model is evaluated on, in its tokens: texts or conversations that a run was trained with, or `text`, a
+    corpus, which another model needs.
 
-    They are those that a run was trained with, unless given; another model needs `text`, and its windows have at most
-    512 tokens. Raises CheckpointError or ValueError for a corpus that isn't there.
+    context: tokens of a window, if not those of the run's training. Raises CheckpointError or ValueError for data that
+    isn't there.
     """
-    config: dict[str, Any] = {}
+    data, window = _data_of(source, text, context)
+    template = require(source.chat_template, source.path) if data.chat else source.chat_template
+    return open_feed(data, source.tokenizer, template, window=window)
+
+
+def open_text(source: Source, text: str | None = None, context: int | None = None) -> TextFeed:
+    """`open_held_out` of a model that reads texts. Raises ValueError where a run of conversations is given no text."""
+    if _data_of(source, text, context)[0].chat:
+        raise ValueError(f"{source.path} was trained on conversations; give a text with --text, e.g. sotu")
+    feed = open_held_out(source, text, context)
+    assert isinstance(feed, TextFeed)
+    return feed
+
+
+def _data_of(source: Source, text: str | None, context: int | None) -> tuple[DataConfig, int]:
+    """What to read, and in windows of how many tokens."""
+    config: JsonObject = {}
     if source.kind == "run":
         config = source.settings if text else run_config(source)
-    data = dict(config.get("data") or DEFAULT_DATA)
+    try:
+        data = DataConfig.from_dict(config["data"]) if config.get("data") else None
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{source.path / CONFIG} is not a run's configuration: {error}") from error
     if text is not None:
-        data.update(corpus=text, max_bytes=None)
-    elif data.get("chat"):
-        raise ValueError(f"{source.path} was trained on conversations; give a text with --text, e.g. sotu")
-    if data["corpus"] is None:
+        data = dataclasses.replace(data or DataConfig(), corpus=text, chat=None, max_bytes=None)
+    if data is None:
         raise ValueError(f"{source.path} does not say what text it was trained on; give one with --text, e.g. sotu")
-    corpora, weights = open_corpora(data["corpus"], max_bytes=data["max_bytes"])
-    mixture = tokenize_mixture(corpora, weights, source.tokenizer, data["cache"], val_fraction=data["val_fraction"])
     positions = source.config.max_position_embeddings
-    trained = (config.get("context") or positions) if config else 512
-    return mixture, min(context or trained, positions)
+    trained = (config.get("context") or positions) if config else UNTRAINED_WINDOW
+    return data, min(context or trained, positions)
 
 
-def run_config(source: Source) -> dict[str, Any]:
+def run_config(source: Source) -> JsonObject:
     """The training configuration of a run. Raises CheckpointError where it isn't one."""
     if not isinstance(source.settings.get("data"), dict):
         raise CheckpointError(f"{source.path / CONFIG} has no 'data' section; is it a run of train.py?")

@@ -1,12 +1,12 @@
 """Models quantized after training: layers with static INT8 activations, and building a model from its description."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitnet import kernels
+from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.weight_only import (
@@ -86,7 +86,7 @@ class StaticInt8Linear(StoredLayer):
         y = (product - zero * self.weight_sum).float() * self.activation_scale * self.weight_scale.view(-1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {"bias": self.bias is not None}
 
 
@@ -111,7 +111,7 @@ def cache_weights(model: nn.Module, enabled: bool = True) -> None:
             module.cache_weight = enabled
 
 
-def describe(module: nn.Module) -> dict[str, Any] | None:
+def describe(module: nn.Module) -> JsonObject | None:
     """Plain JSON about a quantized module, or None for any other."""
     if isinstance(module, StoredLayer):
         return module.description()
@@ -127,11 +127,11 @@ def describe(module: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def build(description: dict[str, Any]) -> nn.Module:
+def build(description: JsonObject) -> nn.Module:
     """An empty module from its `describe`. Raises ValueError for a kind or options that do not exist."""
     options = dict(description)
     name = options.pop("kind", None)
-    kinds: dict[str, Any] = {**KINDS, "PackedLinear": PackedLinear, "PackedEmbedding": PackedEmbedding}
+    kinds: JsonObject = {**KINDS, "PackedLinear": PackedLinear, "PackedEmbedding": PackedEmbedding}
     if name not in kinds:
         raise ValueError(f"quantized layers of kind {name!r} are unknown; was this written by a newer version?")
     try:
@@ -140,16 +140,14 @@ def build(description: dict[str, Any]) -> nn.Module:
         raise ValueError(f"a {name} cannot be built from {description}: {error}") from None
 
 
-def describe_quantized(model: BitNetForCausalLM, method: str) -> dict[str, Any]:
+def describe_quantized(model: BitNetForCausalLM, method: str) -> JsonObject:
     """Plain JSON from which `build_quantized` makes the model's modules again: the method's name, and every quantized
     module under its name."""
     named = ((name, describe(module)) for name, module in model.named_modules())
     return {"method": method, "modules": {name: about for name, about in named if about is not None}}
 
 
-def build_quantized(
-    config: ModelConfig, description: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> BitNetForCausalLM:
+def build_quantized(config: ModelConfig, description: JsonObject, tensors: Mapping[str, Tensor]) -> BitNetForCausalLM:
     """The model that `describe_quantized` described, of the state_dict that it had, which it shares. Raises ValueError
     for tensors and modules that do not fit."""
     with torch.device("meta"):

@@ -12,12 +12,14 @@ load a state_dict into. W8A8 and W4A8 with a scale a token are `PackedLinear`.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitnet.files import JsonObject
 from bitnet.kernels import blocks
 from bitnet.quant import packed_width
 from bitnet.quant.blocks import row_bytes
@@ -37,7 +39,7 @@ class StoredLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.nominal_bits = 32.0
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "StoredLayer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredLayer":
         # model.half() casts every float buffer. Here a dtype is part of the format, so such a cast is undone; the
         # device stays.
         before = dict(self._buffers)
@@ -57,11 +59,11 @@ class StoredLayer(nn.Module):
         """`dequantize()`, for code that reads a Linear's or an Embedding's weight."""
         return self.dequantize()
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         """Arguments of `__init__` behind the two sizes."""
         return {}
 
-    def description(self) -> dict[str, Any]:
+    def description(self) -> JsonObject:
         """Plain JSON that `build` takes."""
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
         return {"kind": type(self).__name__, **sizes, **self.options()}
@@ -86,13 +88,13 @@ class WeightOnlyLayer(StoredLayer):
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features)
         self.cache_weight = False
-        self._cached: tuple[tuple[Any, ...], Tensor] | None = None
+        self._cached: tuple[tuple[object, ...], Tensor] | None = None
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     def set_bias(self, bias: Tensor | None) -> None:
         self.bias = None if bias is None else bias.detach().clone().float()
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {"bias": self.bias is not None}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class FloatLinear(WeightOnlyLayer):
         values = self.stored[ids].float()
         return values * self.scale[ids] if self.dtype == "float8" else values
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {**super().options(), "dtype": self.dtype}
 
 
@@ -234,7 +236,7 @@ class GroupLinear(WeightOnlyLayer):
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.input_scale is None else (x / self.input_scale).to(x.dtype)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {
             **super().options(),
             "bits": self.bits,
@@ -293,7 +295,7 @@ class NF4Linear(WeightOnlyLayer):
         scale = DoubleQuantized(self.scale_codes, self.scale, self.scale_offset) if double else self.scale
         return dequantize_nf4(NF4Weight(self.packed_weight, scale, self.in_features, self.block_size))
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {**super().options(), "block_size": self.block_size, "double_quant": self.double_quant}
 
 
@@ -326,7 +328,7 @@ class BlockLinear(WeightOnlyLayer):
         """Rows of the weight, float32 `[.., K]`."""
         return blocks.dequantize(self.data[ids.flatten()], self.block_type).view(*ids.shape, self.in_features)
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonObject:
         return {**super().options(), "block_type": self.block_type}
 
 

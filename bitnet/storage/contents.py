@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet.files import JsonObject
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import ModelConfig
 from bitnet.quant import packed_width, quantize_ternary, unpack_codes
@@ -23,6 +23,9 @@ from bitnet.storage.source import Source, open_source
 BINS = 17
 
 
+Loader = Callable[[], tuple[Tensor, float | None]]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor: `nbytes` with its scales; `load` returns integer codes or float values, and the scale if there is
@@ -32,7 +35,7 @@ class Entry:
     type: str
     shape: tuple[int, ...]
     nbytes: int
-    load: Callable[[], tuple[Tensor, float | None]]
+    load: Loader
     ternary: bool = False
 
     @property
@@ -45,7 +48,7 @@ class Contents:
     """A file or folder: what it is, what it says of itself, and its tensors."""
 
     kind: str
-    about: dict[str, Any]
+    about: JsonObject
     entries: list[Entry] = field(default_factory=list)
 
 
@@ -155,16 +158,16 @@ def _quantized(contents: Contents, tensors: Tensors, source: Source) -> Contents
     return contents
 
 
-def _natural(name: str) -> list[Any]:
+def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _floats(tensors: Tensors, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+def _floats(tensors: Tensors, name: str) -> Loader:
     return lambda: (tensors.read(name), None)
 
 
-def _latent(tensors: Tensors, name: str) -> Callable[[], tuple[Tensor, float | None]]:
+def _latent(tensors: Tensors, name: str) -> Loader:
     def load() -> tuple[Tensor, float | None]:
         codes, scale = quantize_ternary(tensors.read(name))
         return codes, float(scale)
@@ -172,9 +175,7 @@ def _latent(tensors: Tensors, name: str) -> Callable[[], tuple[Tensor, float | N
     return load
 
 
-def _packed(
-    tensors: Tensors, stem: str, config: ModelConfig
-) -> tuple[str, tuple[int, ...], Callable[[], Any], bool] | None:
+def _packed(tensors: Tensors, stem: str, config: ModelConfig) -> tuple[str, tuple[int, ...], Loader, bool] | None:
     """A matrix in our own layout (`bitnet/quant/packing.py`), or None where its width is of another one."""
     rows, width = tensors.shape(f"{stem}.packed_weight")
     columns = config.projections().get(stem.split(".", 3)[-1], (0, config.hidden_size))[1]
@@ -193,7 +194,7 @@ def _packed(
     return f"{bits} bit packed", (rows, columns), load, bits == 2
 
 
-def _hugging_face(tensors: Tensors, stem: str, form: str) -> tuple[str, tuple[int, ...], Callable[[], Any], bool]:
+def _hugging_face(tensors: Tensors, stem: str, form: str) -> tuple[str, tuple[int, ...], Loader, bool]:
     """A matrix in the layout of transformers' BitNet, or its codes as floats."""
     kind, shape = tensors.kind(f"{stem}.weight"), tensors.shape(f"{stem}.weight")
 
@@ -208,9 +209,9 @@ def _hugging_face(tensors: Tensors, stem: str, form: str) -> tuple[str, tuple[in
     return f"{kind} codes", tuple(shape), load, True
 
 
-def report(contents: Contents) -> dict[str, Any]:
+def report(contents: Contents) -> JsonObject:
     """Everything the command shows, as plain values: totals, types, tensors."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     zeros = ternary = 0
     types: dict[str, dict[str, int]] = {}
     for entry in contents.entries:

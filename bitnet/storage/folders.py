@@ -16,11 +16,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 
-from bitnet.files import new_folder, write_atomic
+from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedLinear
 from bitnet.model.quantized import build_quantized, describe_quantized
@@ -40,7 +39,7 @@ INDEX, SHARDS, TOKENIZER = "index.json", "shards", "tokenizer.model"
 OPTIMIZER, STATE, CHECKSUMS = "optimizer.safetensors", "state.json", "checksums.json"
 
 
-def read_index(run: Path) -> dict[str, Any]:
+def read_index(run: Path) -> JsonObject:
     """Names of checkpoints in a run: last, best and kept, a list; {} for a run without one."""
     path = run / "checkpoints" / INDEX
     names = dict.fromkeys(("last", "best"), (str, NoneType))
@@ -129,10 +128,14 @@ def load_packed(folder: Path, config: ModelConfig, device: torch.device | str = 
 def load_quantized(folder: Path, config: ModelConfig, quantization: object) -> BitNetForCausalLM:
     """A quantized model. Raises CheckpointError where the tensors are not those of the description."""
     try:
+        if config.quantizer != "none":
+            raise ValueError(
+                f"its quantizer is {config.quantizer!r}, and only float models are quantized after training"
+            )
         with open_tensors(folder / MODEL) as tensors:
             _check_layers(tensors, config)
             return build_quantized(config, quantization, tensors.read_all())  # type: ignore[arg-type]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not hold the quantized model of its {CONFIG}: {error}") from error
 
 
@@ -157,7 +160,7 @@ def save_quantized(model: BitNetForCausalLM, folder: Path, method: str, tokenize
 
 
 def _save(
-    folder: Path, what: str, model: BitNetForCausalLM, about: dict[str, Any], tokenizer: bytes | Mapping[str, bytes]
+    folder: Path, what: str, model: BitNetForCausalLM, about: JsonObject, tokenizer: bytes | Mapping[str, bytes]
 ) -> None:
     with new_folder(folder, what) as temporary:
         save_tensors(temporary / MODEL, dict(model.state_dict()))

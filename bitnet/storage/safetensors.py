@@ -4,7 +4,6 @@ Nothing is pickled, so opening a file runs no code. Headers are read when a file
 asked for. What is wrong with a file is a CheckpointError that names it.
 """
 
-import json
 import math
 import os
 import re
@@ -12,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import NoneType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitnet.files import JsonObject, read_json
+
 CONFIG, MODEL, MODEL_PARTS = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
-JSON_LIMIT = 64 * 2**20
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WORDS = {
@@ -34,24 +33,18 @@ class CheckpointError(ValueError):
     """A model's file that is missing, damaged, or made for another model; the message says which and what to do."""
 
 
-def load_json(path: Path, kinds: Mapping[str, tuple[type, ...]] | None = None) -> dict[str, Any]:
+def load_json(path: Path, kinds: Mapping[str, tuple[type, ...]] | None = None) -> JsonObject:
     """A JSON object from a file.
 
     kinds: the types that fields may have, by name; `NoneType` is among them where one may be missing. Raises
     CheckpointError, naming the file and the field, where it is missing, damaged or something else.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe, a folder
-            raise CheckpointError(f"{path} is not a file")
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a file of this name has a few thousand")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist; is {path.parent} a run or checkpoint of this project?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object; it is not a file of this project")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
     for name, allowed in (kinds or {}).items():
         if not _is_one_of(value.get(name), allowed):
             problem = f"{name!r} is {value[name]!r:.60}" if name in value else f"there is no {name!r}"

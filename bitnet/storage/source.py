@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.storage import folders
@@ -51,7 +52,7 @@ class Source:
     config: ModelConfig
     """As the headers say. Two things only the weights tell, and `model().config` knows: whether a GGUF file is ternary,
     and whether embedding and head of a Hugging Face folder differ after all."""
-    settings: dict[str, Any]
+    settings: JsonObject
     """All of config.json, or of a GGUF file's metadata."""
     form: Form | None = None
     """Of the weights of a Hugging Face folder."""
@@ -181,7 +182,7 @@ def open_source(path: str | Path, *, which: str = "best") -> Source:
     )
 
 
-def _config(folder: Path, values: dict[str, Any]) -> ModelConfig:
+def _config(folder: Path, values: JsonObject) -> ModelConfig:
     try:
         return ModelConfig.from_dict(values)
     except (TypeError, ValueError) as error:

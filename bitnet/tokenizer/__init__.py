@@ -10,7 +10,7 @@ from pathlib import Path
 from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.gguf_read import from_gguf_metadata
-from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_json
+from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_settings
 from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -43,6 +43,6 @@ def load_tokenizer(
     if found and found[-1 if own else 0] is HuggingFaceTokenizer:
         return HuggingFaceTokenizer.load(path, config)
     if found:
-        adds_bos = read_json(path / "tokenizer_config.json").get("add_bos_token") is not False
+        adds_bos = read_settings(path / "tokenizer_config.json").get("add_bos_token") is not False
         return Tokenizer.load(path / Tokenizer.file_name, adds_bos=adds_bos, ends=tuple(end_ids(path, config)))
     raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")

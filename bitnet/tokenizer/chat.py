@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.tokenizer.base import BaseTokenizer
-from bitnet.tokenizer.huggingface import read_json
+from bitnet.tokenizer.huggingface import read_settings
 
 if TYPE_CHECKING:
     import jinja2
@@ -162,7 +162,7 @@ def find_chat_template(folder: Path, tokenizer: BaseTokenizer) -> ChatTemplate |
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        if source := _default(read_json(path).get("chat_template"), str(path)):
+        if source := _default(read_settings(path).get("chat_template"), str(path)):
             return ChatTemplate(source, tokenizer, f"the chat template in {path}")
     return None
 

@@ -8,6 +8,7 @@ U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.j
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, gguf_write_json
 from bitnet.tokenizer.gguf_read import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
@@ -15,7 +16,7 @@ _BYTE_PAIR = 2  # sentencepiece's TrainerSpec.ModelType
 _ALTERNATIVE = "export without a tokenizer, or to a Hugging Face folder"
 
 
-def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def vocabulary(tokenizer: BaseTokenizer | JsonObject, vocab_size: int) -> JsonObject:
     """The `tokenizer.*` metadata of a tokenizer, or those of another file, for `vocab_size` rows.
 
     Rows of the embedding without a token get unused ones. Raises ValueError, with the reason and the alternative, for
@@ -38,7 +39,7 @@ def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) ->
             f"the tokenizer has {vocab_size - missing} tokens and the model {vocab_size} rows; it is another model's"
         )
     first = vocab_size - missing
-    padding: dict[str, list[Any]] = {
+    padding: dict[str, list[object]] = {
         "tokens": [f"[PAD{i}]" for i in range(first, vocab_size)],
         "scores": [-1e9] * missing,
         "token_type": [UNUSED] * missing,
@@ -49,7 +50,7 @@ def vocabulary(tokenizer: BaseTokenizer | Mapping[str, Any], vocab_size: int) ->
     return metadata
 
 
-def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
+def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
     import sentencepiece
 
     model_type = dict(_fields(_section(tokenizer.model_proto, 2))).get(3)
@@ -81,7 +82,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> dict[str, Any]:
             return UNUSED
         return USER_DEFINED if i in user_defined else NORMAL
 
-    metadata: dict[str, Any] = {
+    metadata: JsonObject = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": pieces,

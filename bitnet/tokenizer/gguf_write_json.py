@@ -18,9 +18,9 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from bitnet.files import JsonObject
 from bitnet.tokenizer import HuggingFaceTokenizer, from_gguf_metadata
 from bitnet.tokenizer.base import END_OF_TEXT
 from bitnet.tokenizer.gguf_read import BYTE, CONTROL, GPT2_RULE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, rule_names
@@ -30,7 +30,7 @@ from bitnet.tokenizer.json_write import probing_texts
 _BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def metadata_of(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+def metadata_of(tokenizer: HuggingFaceTokenizer) -> JsonObject:
     """The `tokenizer.*` metadata. Raises ValueError, with the reason, for a tokenizer that llama.cpp would run
     differently."""
     state = json.loads(tokenizer.files()[tokenizer.file_name])
@@ -64,19 +64,19 @@ def _refused(reason: str) -> ValueError:
     )
 
 
-def _steps(state: Mapping[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+def _steps(state: JsonObject | None, inside: str) -> list[JsonObject]:
     """The parts of a normalizer or pre-tokenizer, those of a sequence one by one."""
     return [] if state is None else list(state.get(inside, [state]))
 
 
 def _byte_level(
     tokenizer: HuggingFaceTokenizer,
-    parts: Sequence[dict[str, Any]],
+    parts: Sequence[JsonObject],
     pieces: list[str],
     kinds: list[int],
     merges: list[tuple[str, ...]],
     whole_words: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     if parts and parts[0]["type"] == "NFC":
         parts = parts[1:]
     if not parts or parts[-1]["type"] != "ByteLevel":
@@ -95,7 +95,7 @@ def _byte_level(
     }
 
 
-def _expressions(part: dict[str, Any], parts: int) -> Iterator[str]:
+def _expressions(part: JsonObject, parts: int) -> Iterator[str]:
     """What one part of a pre-tokenizer cuts out, as regular expressions."""
     match part:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": uses}:
@@ -113,12 +113,12 @@ def _expressions(part: dict[str, Any], parts: int) -> Iterator[str]:
 
 def _sentencepiece_like(
     tokenizer: HuggingFaceTokenizer,
-    parts: Sequence[dict[str, Any]],
+    parts: Sequence[JsonObject],
     pieces: list[str],
     kinds: list[int],
     merges: list[tuple[str, ...]],
     whole_words: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     marks, prefix = False, False
     for part in parts:
         match part:
@@ -180,16 +180,16 @@ def _scores(pieces: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
     ]
 
 
-def _special_ids(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+def _special_ids(tokenizer: HuggingFaceTokenizer) -> JsonObject:
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
     # llama.cpp knows the common ends of a turn by their texts, and two more by these names.
     ends = [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and tokenizer.id_to_piece(i) not in END_OF_TEXT]
     ids |= dict(zip(("eot", "eom"), ends, strict=False))
-    metadata: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    metadata: JsonObject = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     return metadata | {"tokenizer.ggml.add_bos_token": tokenizer.adds_bos, "tokenizer.ggml.add_eos_token": False}
 
 
-def _compare(tokenizer: HuggingFaceTokenizer, metadata: Mapping[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+def _compare(tokenizer: HuggingFaceTokenizer, metadata: JsonObject, parts: Sequence[JsonObject]) -> None:
     """Raise ValueError unless the tokenizer that is read from the metadata gives the same ids, of every piece too; warn
     of the texts that are known to differ."""
     written, texts = from_gguf_metadata(metadata), probing_texts(tokenizer)

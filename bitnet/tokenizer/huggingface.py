@@ -19,7 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet.files import write_atomic
+from bitnet.files import JsonObject, read_json, write_atomic
 from bitnet.tokenizer.base import BaseTokenizer, check_encodable
 
 if TYPE_CHECKING:
@@ -211,13 +211,11 @@ def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
     return marked, strips
 
 
-def _special_ids(
-    backend: tokenizers.Tokenizer, folder: Path, model: Mapping[str, object] | None = None
-) -> dict[str, Any]:
+def _special_ids(backend: tokenizers.Tokenizer, folder: Path, model: Mapping[str, object] | None = None) -> JsonObject:
     """The constructor's settings, from the files beside a tokenizer.json; `model` is the contents of config.json."""
-    config, names = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    model = read_json(folder / "config.json") if model is None else model
-    settings: dict[str, Any] = {}
+    config, names = (read_settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    model = read_settings(folder / "config.json") if model is None else model
+    settings: JsonObject = {}
     for kind in ("bos", "eos", "unk", "pad"):
         token = config.get(f"{kind}_token", names.get(f"{kind}_token"))
         text = token.get("content") if isinstance(token, dict) else token
@@ -235,22 +233,14 @@ def _special_ids(
 
 def end_ids(folder: Path, config: Mapping[str, object] | None = None) -> list[int]:
     """What generation_config.json and config.json of a folder call the end of a text."""
-    config = read_json(folder / "config.json") if config is None else config
-    return _ids(read_json(folder / "generation_config.json").get(_EOS)) + _ids(config.get(_EOS))
+    config = read_settings(folder / "config.json") if config is None else config
+    return _ids(read_settings(folder / "generation_config.json").get(_EOS)) + _ids(config.get(_EOS))
 
 
 def _ids(value: object) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> JsonObject:
     """The object of a JSON file, {} where there is no such file. Raises ValueError naming a damaged one."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+    return read_json(path) if path.is_file() else {}

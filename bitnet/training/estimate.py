@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from bitnet.console import duration
-from bitnet.machine import available_memory, has_compiler, int8_pays, pick_device, pick_dtype
+from bitnet.machine import available_memory, has_compiler, pick_device, pick_dtype
 from bitnet.model import ModelConfig, bit_linears
-from bitnet.training.config import TrainConfig, workload
+from bitnet.training.config import TrainConfig
 from bitnet.training.memory import (
     PROCESS_PART,
     Estimate,
@@ -121,7 +121,7 @@ def attention_seconds(work: Workload, device: torch.device) -> float:
     return seconds(run, device)
 
 
-def probe(work: Workload, device: torch.device) -> Speed:
+def time_shapes(work: Workload, device: torch.device) -> Speed:
     """Time products, attention and copies of this model's sizes for a few seconds; nothing is trained."""
     c, tokens = work.model, work.tokens * work.micro_batches
     model = meta_model(c)
@@ -180,7 +180,7 @@ def local_processes(work: Workload) -> int:
 
 def report(work: Workload, device: torch.device, *, steps: int, minutes: float | None, checkpoints: int) -> str:
     """The estimate in lines. With `minutes`, the steps are those that fit into them."""
-    c, found, speed = work.model, estimate(work), probe(work, device)
+    c, found, speed = work.model, estimate(work), time_shapes(work, device)
     parameters = meta_model(c).num_parameters()
     projections = c.num_hidden_layers * projection_parameters(c)
     if minutes:
@@ -218,7 +218,6 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
-    int8 = int8_pays(config.product, device, dtype) and strategy != "fsdp"
     compiled = config.compile != "off" and has_compiler(device)
-    work = workload(config, dtype, int8, compiled, World(0, processes, strategy))
+    work = config.workload(device, dtype, World(0, processes, strategy), compiled=compiled)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)

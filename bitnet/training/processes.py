@@ -5,11 +5,13 @@ fsdp    every process has 1 / W of each parameter, gradient and moment (`bitnet/
 """
 
 import atexit
+import contextlib
 import datetime
 import os
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -54,6 +56,15 @@ class World:
             except RuntimeError as error:
                 raise RuntimeError(f"process {self.rank} waited in vain for others at {what}: {error}") from error
 
+    @contextlib.contextmanager
+    def first_alone(self, what: str) -> Iterator[None]:
+        """Let the first process run the block before the others do, which then find done what it has left on disk."""
+        if not self.is_first:
+            self.barrier(what)
+        yield
+        if self.is_first:
+            self.barrier(what)
+
     def broadcast(self, value: Any) -> Any:
         """The first process's value, on every process."""
         if self.size == 1:
@@ -71,7 +82,7 @@ def _host_group() -> Any:
 
 
 def host_group(timeout_minutes: float) -> Any:
-    """Another group of all processes, on gloo, for what a thread says beside the training; all must ask for it."""
+    """Another group of all processes, on gloo, for a thread that works beside the training; all must ask for it."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
 

@@ -1,66 +1,135 @@
-"""Metrics of a run: a JSON-lines file and a loss-curve picture always, Weights & Biases beside them if wanted."""
+"""What a run tells: lines and a bar on the terminal, metrics.jsonl, loss.png, and Weights & Biases where it is wanted.
 
+Of several processes the first one reports; a Reporter of the others is silent and writes nothing.
+"""
+
+import contextlib
+import dataclasses
 import json
+import math
 import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from bitnet.console import EveryFewSeconds, clock, progress_bar, say
+from bitnet.evaluation.loss import Evaluation
 from bitnet.files import write_atomic
 from bitnet.plots import draw_loss
+from bitnet.training.config import TrainConfig
+from bitnet.training.step import StepResult
 
 
-class Tracker:
-    """Writes `metrics.jsonl` (one object a line, each with "step") and `loss.png` into the run's folder.
+class Reporter:
+    """Writes `metrics.jsonl` (one object a line, each with "step") and `loss.png` into the run's folder, and prints.
 
-    `wandb_mode`: auto (online if logged in, else offline), online, offline or off. A resumed run drops the lines after
-    `resume_step`, so that the file reads like one run.
+    A run that goes on at `step` drops the lines after it, so that the file reads like one run.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], wandb_mode: str, resume_step: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.picture = folder / "loss.png"
-        self.rows = [row for row in read_metrics(self.path) if row["step"] <= resume_step] if resume_step else []
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.warned = False
-        self.wandb = _start_wandb(folder, config, wandb_mode)
+    def __init__(self, config: TrainConfig, *, step: int = 0, silent: bool = False) -> None:
+        folder = Path(config.out)
+        self.config, self.silent = config, silent
+        self.path, self.picture = folder / "metrics.jsonl", folder / "loss.png"
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step and not silent else []
+        self._warned = False
+        self._wandb: Any = None
+        if not silent:
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._wandb = _start_wandb(folder, dataclasses.asdict(config), config.wandb)
+        self._bar = progress_bar(total=config.steps, done=step, unit="step", enabled=not silent)
+        self._lines = EveryFewSeconds()
+        self._since, self._logged = time.perf_counter(), step  # of the last logged step, without what `paused` holds
+
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Print a line, above the bar."""
+        if not self.silent:
+            say(text, file)
 
     def log(self, step: int, **values: float) -> None:
-        """Append values for a step."""
+        """Append a row of values to the metrics."""
+        if self.silent:
+            return
         row = {"step": step, **values}
         self.rows.append(row)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            self._warn(error)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        with self._warning(), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def step(self, step: int, result: StepResult, seconds: float) -> None:
+        """A step was done, `seconds` into the run; every `log_every`-th is logged, unless its loss is no number."""
+        config = self.config
+        self._bar.update(step - self._bar.n)
+        done = step == config.steps
+        if not ((step % config.log_every == 0 or done) and math.isfinite(result.loss)):
+            return
+        now = time.perf_counter()
+        rate = (step - self._logged) * config.tokens_per_step / (now - self._since)
+        self._since, self._logged = now, step
+        self.log(
+            step, loss=result.loss, grad_norm=result.norm, lr=result.lr, tokens_per_second=round(rate), seconds=seconds
+        )
+        speed = f"{rate:,.0f} tok/s"
+        self._bar.set_postfix_str(f"loss {result.loss:.3f}, {speed}")
+        if self._bar.disable and (self._lines.due() or done):  # no terminal that would show the bar
+            left = clock((config.steps - step) * config.tokens_per_step / rate)
+            self.say(f"step {step:>6}/{config.steps}  loss {result.loss:.3f}  {speed}  ETA {left}")
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after a step, which a run goes back to."""
+        """The run has gone back to this step: what is logged again replaces what was."""
+        self._bar.update(step - self._bar.n)
+        self._since, self._logged = time.perf_counter(), step
         self.rows = [row for row in self.rows if row["step"] <= step]
-        try:
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        except OSError as error:
-            self._warn(error)
+        if not self.silent:
+            with self._warning():
+                write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def validation(self, step: int, result: Evaluation, *, whole: bool = False) -> None:
+        """Log and print the result on the held-out part, or with `whole` on all of it."""
+        prefix, bits = "whole_val" if whole else "val", result.bits_per_byte
+        self.log(
+            step,
+            **{f"{prefix}_loss": result.loss, f"{prefix}_perplexity": result.perplexity},
+            **({} if bits is None else {f"{prefix}_bits_per_byte": bits}),
+            **{f"{prefix}_loss/{name}": each.loss for name, each in result.corpora.items()},
+        )
+        self.say(
+            f"step {step:>6}/{self.config.steps}  {'whole ' if whole else ''}validation loss "
+            f"{result.loss:.4f}  perplexity {result.perplexity:.2f}"
+            + ("" if bits is None else f"  bits/byte {bits:.4f}")
+            + "".join(f"  {name} {each.loss:.4f}" for name, each in result.corpora.items())
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside the block out of the tokens a second."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def draw(self) -> None:
         """Write the loss curve so far."""
-        try:
-            draw_loss({self.path.parent.name: self.rows}, self.picture)
-        except OSError as error:
-            self._warn(error)
+        if not self.silent:
+            with self._warning():
+                draw_loss({self.path.parent.name: self.rows}, self.picture)
 
-    def _warn(self, error: OSError) -> None:
-        if not self.warned:  # once: a full disk would otherwise fill the terminal too
-            print(f"warning: metrics are not being written: {error}", file=sys.stderr)
-        self.warned = True
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Warn of a full disk, once: it would otherwise fill the terminal too."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: metrics are not being written: {error}", file=sys.stderr)
+            self._warned = True
 
     def close(self) -> None:
-        """Finish the wandb run, if there is one."""
-        if self.wandb:
-            self.wandb.finish()
+        """Finish the bar, and the wandb run, if there is one."""
+        self._bar.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,15 +2,12 @@
 
 A folder of shards holds one file a process and `.metadata`, which says where each part of each tensor is; any number of
 processes can read it, each its own part. Names are those of the safetensors form, `model.` before the model's and
-`optimizer.` before the optimizer's. `BackgroundSaver` writes checkpoints, of shards or of whole tensors, beside the
-training that goes on.
+`optimizer.` before the optimizer's.
 
     bitnet consolidate runs/big           model.safetensors and optimizer.safetensors beside the shards
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +15,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from bitnet.training.processes import World, host_group
 from bitnet.training.sharding import without_wrapper
-
-
-class BackgroundSaver:
-    """Saves in a thread, one checkpoint at a time, from copies in main memory; the processes of a sharded run talk
-    about it in a group of their own. Every process must make one."""
-
-    def __init__(self, world: World, timeout_minutes: float) -> None:
-        sharded = world.strategy == "fsdp"
-        self.world = dataclasses.replace(world, group=host_group(timeout_minutes)) if sharded else None
-        self._thread = ThreadPoolExecutor(1)
-        self._running: Future[Any] | None = None
-
-    def start(self, save: Callable[..., Any], weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Copy the tensors, then call `save(model=, optimizer_state=, world=)` with the copies, in the thread. Waits
-        for the save before, and raises what that one raised."""
-        self.wait()
-        stager = DefaultStager(StagingOptions(False, False, False, False))
-        plain = [{name: _plain(value) for name, value in tensors.items()} for tensors in (weights, moments)]
-        copies: Any = stager.stage({"model": plain[0], "optimizer_state": plain[1]})
-        stager.close()
-        self._running = self._thread.submit(save, **copies, world=self.world)
-
-    def wait(self) -> None:
-        """Until the save that runs is done. Raises what it raised: OSError for a full disk."""
-        running, self._running = self._running, None
-        if running:
-            running.result()
-
-    def close(self) -> None:
-        """Let the save that runs come to its end."""
-        self._thread.shutdown()
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Write this process's part of every tensor; every process (of the group) must call it. Raises OSError."""
     try:
-        dcp.save({name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder, process_group=group)
+        dcp.save(
+            {name: plain_tensor(value) for name, value in tensors.items()}, checkpoint_id=folder, process_group=group
+        )
     except CheckpointException as error:
         raise OSError(f"shards were not written to {folder}: {_reason(error)}") from error
 
@@ -71,7 +37,7 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], *, alone: bool = Fa
     """
     try:
         dcp.load(
-            {name: _plain(value) for name, value in tensors.items()}, checkpoint_id=folder,
+            {name: plain_tensor(value) for name, value in tensors.items()}, checkpoint_id=folder,
             no_dist=alone or not torch.distributed.is_initialized(),
         )  # fmt: skip
     except (Exception, CheckpointException) as error:  # pickle, zip, JSON: whatever a damaged file breaks
@@ -96,7 +62,7 @@ def read_whole(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """The same storage without this package's subclass, so that reading needs no class of ours."""
     from torch.distributed.tensor import DTensor
 

@@ -28,6 +28,7 @@ from bitnet.storage.safetensors import CheckpointError
 from bitnet.tokenizer import train_tokenizer
 from bitnet.training import config as recipes
 from bitnet.training.reporter import read_metrics
+from bitnet.training.step import Trainer
 from tests.builders import configuration
 from tests.faults import stop_after
 
@@ -259,25 +260,27 @@ def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):
     run = trainer.train(config)
     assert "data      0.75 animals + 0.25 numbers: " in capsys.readouterr().out
     assert recipes.TrainConfig.from_dict(json.loads((run.folder / "config.json").read_text())) == run.config
-    assert [run.sampler.sample(n)[0] for n in range(4)].count("numbers") == 1
+    assert [run.feed.sampler.sample(n)[0] for n in range(4)].count("numbers") == 1
 
     # The validation loss is the mean by share, and each corpus's is that of the corpus alone.
     row = [row for row in read_metrics(run.folder / "metrics.jsonl") if "whole_val_loss" in row][-1]
     each = {
         name: evaluate(run.model, data.split("val"), context=32, bytes_per_token=data.bytes_per_token("val"))
-        for name, data in run.data.corpora.items()
+        for name, data in run.feed.mixture.corpora.items()
     }
     for name, result in each.items():
         assert row[f"whole_val_loss/{name}"] == pytest.approx(result.loss, rel=1e-5)
     mean = 0.75 * each["animals"].loss + 0.25 * each["numbers"].loss
     assert row["whole_val_loss"] == pytest.approx(mean, rel=1e-5)
-    size = sum(share * run.data.corpora[name].bytes_per_token("val") for name, share in run.data.shares.items())
+    size = sum(
+        share * run.feed.mixture.corpora[name].bytes_per_token("val") for name, share in run.feed.mixture.shares.items()
+    )
     assert row["whole_val_bits_per_byte"] == pytest.approx(mean / math.log(2) / size, rel=1e-5)
 
     # A resumed run goes on in the same order.
     broken = dataclasses.replace(config, out=str(tmp_path / "broken"))
     stop_after(monkeypatch, 3)
-    assert trainer.train(broken).step == 3
+    assert trainer.train(broken).progress.step == 3
     monkeypatch.undo()
     trainer.train(broken, resume=True)
     losses = [
@@ -289,13 +292,13 @@ def test_a_run_on_a_mixture(tmp_path, corpus, second, monkeypatch, capsys):
 
     # A corpus or a weight that has changed is refused.
     with pytest.raises(CheckpointError, match="corpus has changed"):
-        trainer.Run(mixture_run(tmp_path, (corpus, second), (0.5, 0.5), steps=20), resume=True)
+        trainer.prepare(mixture_run(tmp_path, (corpus, second), (0.5, 0.5), steps=20), resume=True)
     capsys.readouterr()
     assert main(["evaluate", str(run.folder), "--device", "cpu", "--dtype", "float32"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["animals", "numbers"]
     (second / "00.txt").write_text("nothing but this")
     with pytest.raises(CheckpointError, match="corpus has changed"):
-        trainer.Run(dataclasses.replace(config, steps=20), resume=True)
+        trainer.prepare(dataclasses.replace(config, steps=20), resume=True)
 
 
 def test_windows_for_comparisons_are_taken_by_share(tmp_path):
@@ -400,7 +403,7 @@ def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, se
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, prefetch=depth))
         with monkeypatch.context() as patch:
             bad = [6]
-            forward_backward = trainer.Run.forward_backward
+            forward_backward = Trainer.forward_backward
 
             def poisoned(self, step, bad=bad, inner=forward_backward):
                 loss = inner(self, step)
@@ -409,12 +412,12 @@ def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, se
                     return math.nan
                 return loss
 
-            patch.setattr(trainer.Run, "forward_backward", poisoned)
+            patch.setattr(Trainer, "forward_backward", poisoned)
             read.clear()
             run = trainer.train(config)
         assert all(read) == (depth == 0)
         assert any(read) == (depth == 0)
-        assert run.data_shift == 3
+        assert run.progress.data_shift == 3
         rows = read_metrics(run.folder / "metrics.jsonl")
         found.append([{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in rows])
         assert threads_ahead() == before

@@ -14,7 +14,7 @@ from torch import Tensor
 import generate as cli
 import train as trainer
 from bitnet import kernels
-from bitnet.data.mixture import Mixture
+from bitnet.data.feed import TextFeed
 from bitnet.data.tokens import TokenArray
 from bitnet.evaluation.loss import evaluate
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
@@ -98,10 +98,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     with contextlib.redirect_stdout(io.StringIO()):
         run = trainer.train(config)
     folder = resolve(run.folder)
-    assert isinstance(run.data, Mixture)
-    [held_out] = run.data.split("val").values()
+    assert isinstance(run.feed, TextFeed)
+    [held_out] = run.feed.mixture.split("val").values()
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    return Trained(run.folder, folder, tokenizer, held_out, run.data.bytes_per_token("val"))
+    return Trained(run.folder, folder, tokenizer, held_out, run.feed.mixture.bytes_per_token("val"))
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitnet.storage.hf.read import download
-from bitnet.storage.hf.write import files_of, write
+from bitnet.storage.hf.write import write
 from bitnet.storage.safetensors import MODEL_PARTS
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
@@ -60,7 +61,7 @@ def test_auto_tokenizer_gives_our_ids(transformers, tmp_path: Path, tokenizer: T
             assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
             assert theirs.decode(tokenizer.encode(text)) == text
         assert (theirs.bos_token_id, theirs.eos_token_id, theirs.model_max_length) == (1, 2, 80)
-        assert files_of(folder) == files
+        assert open_source(folder).tokenizer_files() == files
         assert Tokenizer.load(folder / "tokenizer.model").fingerprint == tokenizer.fingerprint
 
 

@@ -13,7 +13,7 @@ from bitnet.ptq.drivers import Options
 from bitnet.ptq.methods import quantize_model
 from bitnet.storage.folders import save_packed, save_quantized
 from bitnet.storage.gguf import write as gguf_write
-from bitnet.storage.gguf.container import write_file
+from bitnet.storage.gguf.container import GGUFFile, write_file
 from bitnet.storage.hf import gptq
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.safetensors import CheckpointError, load_json, save_tensors
@@ -170,6 +170,18 @@ def test_a_config_is_parsed_once_per_opening(tmp_path, tokenizer, monkeypatch, k
     assert open_model(source).config.vocab_size == 512
     source.model()
     assert parses.count == 1
+
+
+def test_a_gguf_header_is_parsed_once_per_opening(tmp_path, tokenizer, monkeypatch):
+    write_gguf(tmp_path / "x.gguf", tokenizer)
+    opened, parse = [], GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self: (opened.append(self.path), parse(self)))
+    source = open_source(tmp_path / "x.gguf")
+    assert source.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
+    assert source.chat_template is None
+    assert open_model(source).config.vocab_size == 512
+    assert source.latent().config == source.config
+    assert opened == [tmp_path / "x.gguf"]
 
 
 def test_headers_alone_are_read_when_a_source_is_opened(tmp_path, tokenizer):

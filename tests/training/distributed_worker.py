@@ -21,6 +21,7 @@ from bitnet.training import processes, sharding
 from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World
 from bitnet.training.sharding import full_tensor, shard_like
+from bitnet.training.step import Trainer
 
 
 def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Tensor]:
@@ -51,16 +52,16 @@ def main() -> None:
             if world.is_first:
                 torch.save(found, job["muon"])
             continue
-        original = trainer.Run.train_step
+        original = Trainer.step
 
         def train_step(self, job=job, original=original):
-            if self.step == 2 and job["hang"] == self.world.rank:
+            if self.progress.step == 2 and job["hang"] == self.world.rank:
                 time.sleep(600)
             return original(self)
 
-        trainer.Run.train_step = train_step
+        Trainer.step = train_step
         trainer.train(config, job["resume"])
-        trainer.Run.train_step = original
+        Trainer.step = original
     processes.stop()
     processes.exit_process(0)
 

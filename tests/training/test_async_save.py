@@ -12,6 +12,8 @@ from bitnet.storage.folders import resolve
 from bitnet.training import checkpoint
 from bitnet.training import config as recipes
 from bitnet.training.checkpoint import verify
+from bitnet.training.faults import Diverged
+from bitnet.training.step import Trainer
 from tests.builders import configuration, tensors
 from tests.faults import fill_disk_at, poison, stop_after
 
@@ -47,15 +49,15 @@ def test_it_writes_what_waiting_writes(tmp_path, corpus, slow_disk):
     assert resolve(runs[1].folder).name == "step-00000008"
     begins, ends = slow_disk[16::2], slow_disk[17::2]
     assert [event.split()[1:] for event in begins] == [event.split()[1:] for event in ends]  # never two at a time
-    assert trainer.Run(runs[1].config, resume=True).step == 8
+    assert trainer.prepare(runs[1].config, resume=True).progress.step == 8
 
 
 def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):
-    gone_on, train_step, save_tensors = threading.Event(), trainer.Run.train_step, checkpoint.save_tensors
+    gone_on, train_step, save_tensors = threading.Event(), Trainer.step, checkpoint.save_tensors
     waited = []
 
     def step(self):
-        if self.step == 6:
+        if self.progress.step == 6:
             gone_on.set()
         return train_step(self)
 
@@ -63,7 +65,7 @@ def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):
         waited.append(gone_on.wait(timeout=20))
         save_tensors(path, tensors)
 
-    monkeypatch.setattr(trainer.Run, "train_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(checkpoint, "save_tensors", save)
     trainer.train(configuration(tmp_path, corpus, async_save="on"))
     assert waited == [True] * 4
@@ -90,15 +92,15 @@ def test_a_rewind_waits_for_the_checkpoint_that_it_goes_back_to(
 ):
     poison(monkeypatch, 4, float("nan"))
     run = trainer.train(configuration(tmp_path, corpus, async_save="on", on_nan="rewind"))
-    assert (run.step, run.data_shift) == (8, 1)
+    assert (run.progress.step, run.progress.data_shift) == (8, 1)
 
 
 def test_what_stops_a_run_waits_for_its_last_checkpoint(tmp_path, corpus, slow_disk, monkeypatch):
     stop_after(monkeypatch, 5)
     run = trainer.train(configuration(tmp_path, corpus, async_save="on"))
-    assert run.step == 5
+    assert run.progress.step == 5
     assert resolve(run.folder).name == "step-00000005"
     poison(monkeypatch, 4, float("nan"))  # right behind the save of step 4
-    with pytest.raises(trainer.Diverged):
+    with pytest.raises(Diverged):
         trainer.train(configuration(tmp_path, corpus, async_save="on", out=str(tmp_path / "nan")))
     assert resolve(tmp_path / "nan").name == "step-00000004"

@@ -18,6 +18,7 @@ from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training import config as recipes
 from bitnet.training.processes import World
 from bitnet.training.reporter import read_metrics
+from bitnet.training.step import Trainer
 from tests import oracles
 from tests.builders import configuration, tensors
 from tests.conversations import chat, write_chats
@@ -60,7 +61,7 @@ def chat_configuration(tmp_path, chats, **changes) -> recipes.TrainConfig:
     return configuration(tmp_path, chats, **{**defaults, **changes})
 
 
-def gradient(run: trainer.Run) -> torch.Tensor:
+def gradient(run: Trainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
 
 
@@ -71,13 +72,13 @@ def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_
     config = chat_configuration(tmp_path, path, model=model, micro_batches=micro_batches)
     losses, gradients = [], []
     for rank in range(processes):
-        run = trainer.Run(config, False)
+        run = trainer.prepare(config)
         run.world = World(rank, processes)
         losses.append(run.forward_backward(1))
         gradients.append(gradient(run))
     found = sum(losses) / processes, sum(gradients) / processes
-    whole = trainer.Run(dataclasses.replace(config, micro_batches=1), False)
-    input_ids, labels, documents = whole.sampler.batch(1)
+    whole = trainer.prepare(dataclasses.replace(config, micro_batches=1))
+    input_ids, labels, documents = whole.feed.batch(1)
     counts = (labels != IGNORE_INDEX).sum(1)
     assert counts.min() < counts.max()  # else any weighting would do
     loss = whole.model.loss(input_ids, labels, "none", documents).sum() / counts.sum()
@@ -89,8 +90,8 @@ def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_
 @pytest.mark.parametrize("quantizer", ["none", "ternary"])
 def test_in_a_row_a_conversation_is_as_if_alone(tmp_path, opposites, quantizer):
     model = PRESETS["tiny"].replace(vocab_size=400, max_position_embeddings=96, quantizer=quantizer)
-    run = trainer.Run(chat_configuration(tmp_path, opposites, model=model), False)
-    packed = run.data.rows("train", 96)
+    run = trainer.prepare(chat_configuration(tmp_path, opposites, model=model))
+    packed = run.feed.chats.rows("train", 96)
     input_ids, labels, documents = packed.read([len(packed) // 2])
     assert int(documents.max()) >= 2
     run.model.double()
@@ -106,7 +107,7 @@ def test_an_interrupted_run_of_conversations_resumes_bit_for_bit(tmp_path, oppos
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
     assert "What is the opposite of" in capsys.readouterr().out  # samples answer a held-out question
     stop_after(monkeypatch, 2)
-    assert trainer.train(config).step == 2
+    assert trainer.train(config).progress.step == 2
     monkeypatch.undo()
     trainer.train(config, resume=True)
     straight, broken = (tensors(tmp_path / name) for name in ("straight", "run"))

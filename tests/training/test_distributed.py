@@ -15,6 +15,7 @@ import torch
 
 import train as trainer
 from bitnet import machine
+from bitnet.data.feed import open_feed
 from bitnet.storage.folders import resolve
 from bitnet.storage.source import open_source
 from bitnet.training import config as recipes
@@ -50,11 +51,12 @@ def curve(tmp_path: Path, words: Path, **changes) -> recipes.TrainConfig:
 
 def nudged(config: recipes.TrainConfig, towards: float) -> recipes.TrainConfig:
     """A run whose first weights are each moved to the next float towards infinity or minus infinity."""
-    run = trainer.Run(config, False)
+    run = trainer.prepare(config)
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.copy_(parameter.nextafter(torch.full_like(parameter, towards)))
-    return trainer._carry_out(run, World()).config
+    trainer.run(run, time.perf_counter())
+    return run.config
 
 
 def difference(found: recipes.TrainConfig, expected: recipes.TrainConfig) -> torch.Tensor:
@@ -147,7 +149,7 @@ def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, words, processe
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
 def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
-    if reason := machine._compile_failure(torch.device("cpu")):
+    if reason := machine.compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     base = curve(tmp_path, words, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
     eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))
@@ -221,7 +223,7 @@ def test_each_start_has_a_part_of_the_store_of_its_own():
 
 def test_a_hung_process_ends_the_run(tmp_path, words):
     config = curve(tmp_path, words, out=str(tmp_path / "run"), steps=5, parallel="ddp", timeout_minutes=4 / 60)
-    trainer.prepare_data(config, None)
+    open_feed(config.data, None, None, window=config.window, vocab_size=config.model.vocab_size)
     result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config), "hang": 1}])
     assert result.returncode != 0
     assert "imeout" in result.stderr or "imed out" in result.stderr
@@ -242,7 +244,7 @@ def test_one_process_needs_no_group():
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path, words):
     config = curve(tmp_path, words, batch_size=8, micro_batches=2)
     with pytest.raises(ValueError, match=r"batch_size 8 cannot be shared by 3 processes.*multiple of 6"):
-        trainer.Run(config, False, World(0, 3, "ddp"))
+        trainer.prepare(config, world=World(0, 3, "ddp"))
 
 
 def test_damaged_shards_are_explained(tmp_path):

@@ -142,7 +142,7 @@ def masked(tmp_path: Path, corpus: Path, **changes) -> recipes.TrainConfig:
 def test_training_and_evaluation_are_masked(tmp_path, corpus):
     config = masked(tmp_path, corpus)
     run = trainer.train(config)
-    ids, _ = run.sampler.batch(0)
+    ids, _ = run.feed.batch(0)
     assert int(document_ids(ids, BOS, EOS).max()) >= 2
     _, result = evaluate_model(config.out, torch.device("cpu"), torch.float32)
     row = [row for row in read_metrics(run.folder / "metrics.jsonl") if "whole_val_loss" in row][-1]
@@ -157,12 +157,12 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):
 
 
 def test_a_compiled_step_is_masked_too(tmp_path, corpus):
-    if reason := machine._compile_failure(torch.device("cpu")):
+    if reason := machine.compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     found = []
     for compiled in ("off", "on"):
-        run = trainer.Run(masked(tmp_path, corpus, micro_batches=2, recompute=True, compile=compiled), False)
-        run._switch_quantizers()
+        run = trainer.prepare(masked(tmp_path, corpus, micro_batches=2, recompute=True, compile=compiled))
+        run.set_products()
         loss = run.forward_backward(0)
         found.append((loss, gradient_of(run.model)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)

@@ -16,7 +16,9 @@ import torch
 import train as trainer
 from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.training.faults import Diverged
 from bitnet.training.reporter import read_metrics
+from bitnet.training.step import Trainer
 from tests.builders import ROOT, SMALL, configuration, tensors
 from tests.faults import poison
 
@@ -25,7 +27,7 @@ from tests.faults import poison
 def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, capsys, factor):
     poison(monkeypatch, 5, factor)
     run = trainer.train(configuration(tmp_path, corpus, on_nan="skip"))
-    assert run.step == 8
+    assert run.progress.step == 8
     assert "step 5: the loss is" in capsys.readouterr().err
     assert all(bool(v.isfinite().all()) for v in tensors(run.folder).values())
     assert [row["step"] for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row] == [*range(1, 9)]
@@ -34,30 +36,30 @@ def test_a_nan_is_skipped_where_that_is_wanted(tmp_path, corpus, monkeypatch, ca
 def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, capsys):
     poison(monkeypatch, 18, 1e4, times=100)
     batches = []
-    original = trainer.Run.forward_backward
+    original = Trainer.forward_backward
 
     def seen(self, batch):
         batches.append(batch)
         return original(self, batch)
 
-    monkeypatch.setattr(trainer.Run, "forward_backward", seen)
+    monkeypatch.setattr(Trainer, "forward_backward", seen)
     run = trainer.train(configuration(tmp_path, corpus, steps=24, eval_every=16, on_spike="rewind"))
     assert "rewinding" in capsys.readouterr().err
     assert batches == [*range(19), *range(19, 27)]  # from step 16 again, on the batches behind the bad one
-    assert run.step == 24
-    assert run.data_shift == 3
+    assert run.progress.step == 24
+    assert run.progress.data_shift == 3
     rows = [row["step"] for row in read_metrics(run.folder / "metrics.jsonl") if "loss" in row]
     assert rows == [*range(1, 25)]
     # The jump is in the checkpoint: a resumed run reads the same batches.
-    again = trainer.Run(run.config, resume=True)
-    assert again.data_shift == 3
+    again = trainer.prepare(run.config, resume=True)
+    assert again.progress.data_shift == 3
 
 
 def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(
-        trainer.Run, "forward_backward", lambda self, batch: [p.grad for p in self.model.parameters()] and math.nan
+        Trainer, "forward_backward", lambda self, batch: [p.grad for p in self.model.parameters()] and math.nan
     )
-    with pytest.raises(trainer.Diverged, match="after 10 remedies in a row"):
+    with pytest.raises(Diverged, match="after 10 remedies in a row"):
         trainer.train(configuration(tmp_path, corpus, steps=50, eval_every=50, on_nan="skip"))
 
 
@@ -69,26 +71,27 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    again = trainer.Run(run.config, resume=True)
-    assert again.step == 4
+    again = trainer.prepare(run.config, resume=True)
+    assert again.progress.step == 4
     assert "step-00000008 is damaged" in capsys.readouterr().err
     again = trainer.train(run.config, resume=True)
-    assert again.step == 8
+    assert again.progress.step == 8
     for name, value in tensors(run.folder).items():
         assert torch.equal(value, end[name]), name
     (run.folder / "checkpoints" / "step-00000004" / file).unlink()
     path = run.folder / "checkpoints" / "step-00000008" / file
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no checkpoint that is whole"):
-        trainer.Run(run.config, resume=True)
+        trainer.prepare(run.config, resume=True)
 
 
 def test_it_saves_before_the_time_runs_out(tmp_path, corpus, capsys):
+    started = time.perf_counter()
     run = trainer.train(configuration(tmp_path, corpus, steps=10**6, eval_every=10**6, max_minutes=2 / 60))
-    assert 0 < run.step < 10**6
-    assert load_json(resolve(run.folder) / STATE)["step"] == run.step
-    assert f"stopped at step {run.step}" in capsys.readouterr().out
-    assert time.perf_counter() - run.started < 4
+    assert 0 < run.progress.step < 10**6
+    assert load_json(resolve(run.folder) / STATE)["step"] == run.progress.step
+    assert f"stopped at step {run.progress.step}" in capsys.readouterr().out
+    assert time.perf_counter() - started < 4
 
 
 def test_a_step_that_hangs_ends_the_program_with_its_stack(tmp_path):
@@ -157,8 +160,8 @@ def test_recomputation_chunks_and_int8_products_give_the_same_gradients(tmp_path
     base = configuration(tmp_path, corpus, product="float")
     found = []
     for number, changes in enumerate([{}, {"recompute": True}, {"loss_chunk": 24}, {"product": "int8"}]):
-        run = trainer.Run(dataclasses.replace(base, out=str(tmp_path / str(number)), **changes), False)
-        run._switch_quantizers()
+        run = trainer.prepare(dataclasses.replace(base, out=str(tmp_path / str(number)), **changes))
+        run.set_products()
         loss = run.forward_backward(0)
         found.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
     assert torch.equal(found[0][1], found[1][1])

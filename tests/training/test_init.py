@@ -80,19 +80,19 @@ def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monk
     files = theirs.files() | {"chat_template.jinja": CHATML.encode()}
     hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=files)
     config = begin(tmp_path, corpus, tmp_path / "hf", ramp=0.5)
-    fresh = trainer.Run(config, False)
+    fresh = trainer.prepare(config)
     shape = fresh.config.model
     assert shape == model.config.replace(quantizer="ternary", head_dim=16, initializer_range=shape.initializer_range)
     for name, value in model.state_dict().items():
         assert torch.equal(fresh.model.state_dict()[name], value), name
-    assert fresh.tokenizer.fingerprint == theirs.fingerprint
+    assert fresh.feed.tokenizer.fingerprint == theirs.fingerprint
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight"), sample_every=3))
     stop_after(monkeypatch, 3)
     stopped = trainer.train(config)
-    assert stopped.step == 3
+    assert stopped.progress.step == 3
     monkeypatch.undo()
     resumed = trainer.train(stopped.config, resume=True)
-    assert resumed.step == 8
+    assert resumed.progress.step == 8
     straight, broken = tensors(tmp_path / "straight"), tensors(tmp_path / "run")
     for name, value in straight.items():
         assert torch.equal(value, broken[name]), name
@@ -105,7 +105,7 @@ def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monk
     twin = begin(
         tmp_path, corpus, tmp_path / "run", model=PRESETS["tiny"].replace(quantizer="none"), out=str(tmp_path / "twin")
     )
-    assert trainer.Run(twin, False).config.model == shape.replace(quantizer="none")
+    assert trainer.prepare(twin).config.model == shape.replace(quantizer="none")
 
 
 @pytest.mark.parametrize("kind", ["F16", "TQ2_0"])
@@ -121,11 +121,11 @@ def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
     config = begin(
         tmp_path, tmp_path, tmp_path / "m.gguf", data=data, steps=2, model=PRESETS["tiny"].replace(quantizer=quantizer)
     )
-    run = trainer.Run(config, False)
+    run = trainer.prepare(config)
     stored = open_source(tmp_path / "m.gguf").latent()
     assert run.config.model == stored.config
-    assert run.template.source == template
-    assert "[assistant]" in run.tokenizer.decode(run.prompt_ids())
+    assert run.feed.template.source == template
+    assert "[assistant]" in run.feed.tokenizer.decode(run.feed.prompt(run.config.sample_prompt))
     trainer.train(config)
     opened = open_source(tmp_path / "run")
     assert opened.chat_template.source == template
@@ -145,14 +145,14 @@ def test_settings_of_a_sentencepiece_tokenizer_survive(tmp_path, tokenizer, corp
 def test_what_cannot_be_trained_is_named(tmp_path, tokenizer, corpus):
     save_run(tmp_path / "small", tiny_model("none", vocab_size=290), tokenizer)
     with pytest.raises(CheckpointError, match="300 tokens and the model only 290"):
-        trainer.Run(begin(tmp_path, corpus, tmp_path / "small"), False)
+        trainer.prepare(begin(tmp_path, corpus, tmp_path / "small"))
     folder = save_run(tmp_path / "quantized", tiny_model("none", vocab_size=300), tokenizer) / "checkpoints"
     source = next(folder.glob("step-*"))
     assert main(["quantize", str(source), str(tmp_path / "q"), "--method", "rtn-int4", "--group-size", "-1"]) == 0
     with pytest.raises(ValueError, match="quantized after training"):
-        trainer.Run(begin(tmp_path, corpus, tmp_path / "q"), False)
+        trainer.prepare(begin(tmp_path, corpus, tmp_path / "q"))
     with pytest.raises(ValueError, match="nowhere"):
-        trainer.Run(begin(tmp_path, corpus, "nowhere"), False)
+        trainer.prepare(begin(tmp_path, corpus, "nowhere"))
 
 
 def test_the_tokenizer_of_a_run_may_be_a_tokenizer_json(tmp_path, corpus):
@@ -164,4 +164,4 @@ def test_the_tokenizer_of_a_run_may_be_a_tokenizer_json(tmp_path, corpus):
     )
     run = trainer.train(configuration(tmp_path, corpus, data=data, steps=1))
     assert run.config.model.vocab_size == theirs.vocab_size
-    assert open_source(run.folder).tokenizer.fingerprint == run.tokenizer.fingerprint
+    assert open_source(run.folder).tokenizer.fingerprint == run.feed.tokenizer.fingerprint

@@ -21,7 +21,8 @@ from bitnet.model import PRESETS, bit_linears
 from bitnet.storage.folders import MODEL, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
 from bitnet.training import config as recipes
-from bitnet.training.reporter import Tracker, read_metrics
+from bitnet.training.reporter import Reporter, read_metrics
+from bitnet.training.step import Trainer
 from tests import ROOT, oracles
 from tests.builders import SMALL, configuration, tensors
 from tests.faults import fill_disk_at, stop_after
@@ -29,7 +30,7 @@ from tests.faults import fill_disk_at, stop_after
 
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
-    if compiled == "on" and (reason := machine._compile_failure(torch.device("cpu"))):
+    if compiled == "on" and (reason := machine.compile_failure(torch.device("cpu"))):
         pytest.skip(reason)
     optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
     config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
@@ -38,7 +39,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, o
     stop_after(monkeypatch, 3)
     stopped = trainer.train(dataclasses.replace(config, out=str(tmp_path / "broken")))
     monkeypatch.undo()
-    assert stopped.step == 3
+    assert stopped.progress.step == 3
     assert stopped.stop_signal == signal.SIGINT
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "broken")), resume=True)
 
@@ -63,7 +64,7 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(tmp_path, corpu
 def test_micro_batches_accumulate_the_same_gradient(tmp_path, corpus):
     gradients = []
     for parts in (1, 2, 4):
-        run = trainer.Run(configuration(tmp_path, corpus, micro_batches=parts, out=str(tmp_path / str(parts))), False)
+        run = trainer.prepare(configuration(tmp_path, corpus, micro_batches=parts, out=str(tmp_path / str(parts))))
         loss = run.forward_backward(0)
         gradients.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
     for loss, gradient in gradients[1:]:
@@ -80,7 +81,7 @@ def test_it_learns_and_writes_everything(tmp_path, corpus):
     assert [row["step"] for row in rows if "val_loss" in row] == [30, 60]
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run.folder / "config.json").read_text())["steps"] == 60
-    (data,) = run.data.corpora.values()
+    (data,) = run.feed.mixture.corpora.values()
     val = data.split("val")
     result = evaluate(run.model, val, context=32, bytes_per_token=data.bytes_per_token("val"))
     assert result.tokens == len(val) - 1
@@ -92,19 +93,19 @@ def test_it_learns_and_writes_everything(tmp_path, corpus):
 
 
 def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
-    run = trainer.Run(configuration(tmp_path, corpus, float_start=0.5), False)
-    run.train_step()
+    run = trainer.prepare(configuration(tmp_path, corpus, float_start=0.5))
+    run.step()
     assert all(layer.product is float_linear for _, layer in bit_linears(run.model))
-    run.step = 4
-    run.train_step()
+    run.progress.step = 4
+    run.step()
     assert not any(layer.product is float_linear for _, layer in bit_linears(run.model))
 
 
 def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
-    run = trainer.Run(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5), False)
+    run = trainer.prepare(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5))
     strengths = []
-    for run.step in range(8):
-        run._switch_quantizers()
+    for run.progress.step in range(8):
+        run.set_products()
         _, layer = next(bit_linears(run.model))
         strengths.append(
             (
@@ -130,9 +131,9 @@ def test_init_starts_from_the_weights_shape_and_tokenizer_of_another_run(tmp_pat
         init=twin.out,
         out=str(tmp_path / "converted"),
     )
-    run = trainer.Run(wanted, False)
+    run = trainer.prepare(wanted)
     assert run.config.model == source.config.model.replace(quantizer="ternary")
-    assert run.tokenizer.fingerprint == source.tokenizer.fingerprint
+    assert run.feed.tokenizer.fingerprint == source.feed.tokenizer.fingerprint
     for name, value in source.model.state_dict().items():
         assert torch.equal(run.model.state_dict()[name], value), name
 
@@ -141,19 +142,19 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
 
     def validate(self, whole):
-        return Evaluation(losses[self.step, whole], 0.0, 1.0, tokens=1)
+        return Evaluation(losses[self.progress.step, whole], 0.0, 1.0, tokens=1)
 
-    monkeypatch.setattr(trainer.Run, "validate", validate)
+    monkeypatch.setattr(Trainer, "validate", validate)
     run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
     # Step 2 belongs to the warm start, and the whole split's 0.5 at the end is no match for the parts before.
     assert resolve(run.folder, "best").name == "step-00000006"
     assert resolve(run.folder, "last").name == "step-00000008"
-    assert run.best_loss == 2.0
+    assert run.progress.best_loss == 2.0
 
 
 def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, monkeypatch, capsys):
     config = configuration(tmp_path, corpus)
-    original = trainer.Run.forward_backward
+    original = Trainer.forward_backward
 
     def poisoned(self, step):
         loss = original(self, step)
@@ -161,7 +162,7 @@ def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, m
             self.model.model.norm.weight.grad.fill_(math.nan)
         return loss
 
-    monkeypatch.setattr(trainer.Run, "forward_backward", poisoned)
+    monkeypatch.setattr(Trainer, "forward_backward", poisoned)
     monkeypatch.setattr(trainer, "parse", lambda argv: (config, False))
     assert trainer.main([]) == 1
     message = capsys.readouterr().err
@@ -190,7 +191,7 @@ def test_metrics_on_a_full_disk_warn_once(tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    tracker = Tracker(tmp_path, {}, "off")
+    tracker = Reporter(recipes.TrainConfig(out=str(tmp_path), wandb="off"))
     tracker.path = tmp_path / "nowhere" / "metrics.jsonl"  # cannot be opened
     monkeypatch.setattr("bitnet.training.reporter.draw_loss", full)
     for step in range(3):
@@ -201,13 +202,13 @@ def test_metrics_on_a_full_disk_warn_once(tmp_path, monkeypatch, capsys):
 
 def test_a_run_whose_first_save_failed_can_start_again(tmp_path, corpus):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert trainer.train(configuration(tmp_path, corpus, steps=2)).step == 2
+    assert trainer.train(configuration(tmp_path, corpus, steps=2)).progress.step == 2
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, corpus, capsys):
     run = trainer.train(configuration(tmp_path, corpus, steps=4))
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    assert trainer.train(run.config, resume=True).step == 4
+    assert trainer.train(run.config, resume=True).progress.step == 4
     assert "is finished: 4 of 4 steps" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 
@@ -229,10 +230,10 @@ def test_resume_refuses_what_would_mix_two_runs(tmp_path, corpus):
 def test_minutes_on_resume_are_added(tmp_path, corpus):
     run = trainer.train(configuration(tmp_path, corpus, steps=4))
     before = tensors(run.folder)
-    more = trainer.Run(dataclasses.replace(run.config, steps=100), resume=True)
-    assert more.steps_for(0.01) >= 1
+    more = trainer.prepare(dataclasses.replace(run.config, steps=100), resume=True)
+    assert more.steps_within(0.01) >= 1
     # Timing steps leave no trace in weights and moments.
-    assert more.step == 4
+    assert more.progress.step == 4
     for name, value in more.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     for name, value in more.optimizer.state().items():
@@ -253,7 +254,7 @@ def test_resume_refuses_a_changed_corpus(tmp_path, corpus):
 def test_minutes_become_steps(tmp_path, corpus):
     run = trainer.train(configuration(tmp_path, corpus, minutes=0.02, eval_every=10_000))
     assert run.config.minutes is None
-    assert run.step == run.config.steps >= 1
+    assert run.progress.step == run.config.steps >= 1
     assert json.loads((run.folder / "config.json").read_text())["steps"] == run.config.steps
 
 

@@ -7,7 +7,7 @@
     tensor_core.py    the product on matrix instructions
     product.py        which of them runs, and the launch
     attention.py      rotary positions, cache and attention of one new token
-    ops.py      torch operators of the packed product
+    ops.py            torch operators of the packed product
     training.py       the int8 forward and its backward
 
 Triton is imported when a function here is first called. Without a GPU the kernels run in Triton's interpreter, on CPU

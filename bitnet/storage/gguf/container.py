@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from bitnet.files import replacing
+from bitnet.files import JsonObject, replacing
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -126,7 +126,7 @@ class GGUFFile:
         # Counts from the file: each is held against the bytes that are left before a loop of that length runs.
         tensors, values = cursor.unpack("<Q"), cursor.unpack("<Q")
         cursor.expect(values, 13, "metadata values")  # an empty key, a type and one byte
-        self.metadata: dict[str, Any] = {}
+        self.metadata: JsonObject = {}
         for _ in range(values):
             key = cursor.string("a metadata key")
             if key in self.metadata:
@@ -245,7 +245,7 @@ class TensorToWrite:
 
 
 def write_file(
-    path: str | os.PathLike[str], metadata: dict[str, Any], tensors: Iterable[TensorToWrite], alignment: int = ALIGNMENT
+    path: str | os.PathLike[str], metadata: JsonObject, tensors: Iterable[TensorToWrite], alignment: int = ALIGNMENT
 ) -> None:
     """Write a file, whole or not at all, one tensor in memory at a time.
 
@@ -297,7 +297,7 @@ def _packed_value(key: str, value: Any) -> bytes:
     return struct.pack("<I", kind) + body
 
 
-def _kind(key: str, value: Any) -> int:
+def _kind(key: str, value: object) -> int:
     if isinstance(value, bool):
         return _BOOL
     if isinstance(value, int):

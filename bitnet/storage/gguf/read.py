@@ -11,7 +11,6 @@ activations) is refused with its name. No size is taken from the metadata that t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ZEROS = 0x55  # a byte of four codes of weight 0
 
 # Metadata that change what a model computes, by the end of the key, and the values that change nothing.
-_MUST_BE: dict[str, tuple[Any, ...]] = {
+_MUST_BE: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.type": ("none",),

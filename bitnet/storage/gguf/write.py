@@ -14,7 +14,7 @@ What an engine cannot express is refused with the reason and the alternative.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.files import JsonObject
 from bitnet.kernels import PACKED_BITS, blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
@@ -48,7 +49,7 @@ def write(
     path: str | os.PathLike[str],
     type: str = "TQ2_0",
     *,
-    tokenizer: BaseTokenizer | Mapping[str, Any] | None = None,
+    tokenizer: BaseTokenizer | JsonObject | None = None,
     chat_template: str | None = None,
     embedding_type: str | None = None,
     name: str = "bitnet",
@@ -150,7 +151,7 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
     return types
 
 
-def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> dict[str, Any]:
+def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> JsonObject:
     return {
         "general.architecture": arch,
         "general.type": "model",

