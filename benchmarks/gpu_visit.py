@@ -23,9 +23,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "visit"
+COMMAND = [sys.executable, "-m", "bitnet.bench.gpu"]
 GATES = ("activations", "weights", "products", "projections", "training", "engine", "compile")
 Step = tuple[str, float, list[str]]
-"""Name, limit in seconds, arguments of `bitnet.bench.gpu`."""
+"""Name, limit in seconds, arguments of COMMAND."""
 
 
 def section(name: str, limit: float, *arguments: str) -> Step:
@@ -77,7 +78,7 @@ def run_row(steps: list[Step], deadline: float, extra: list[str]) -> dict[str, d
     done: dict[str, dict[str, Any]] = {}
     for name, limit, arguments in steps:
         (WORK / f"{name}.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bitnet.bench.gpu", *arguments, *extra, "--json", str(WORK / f"{name}.json")]
+        command = [*COMMAND, *arguments, *extra, "--json", str(WORK / f"{name}.json")]
         with open(WORK / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
         running[name] = process, min(started + limit, deadline)

@@ -146,8 +146,13 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
 
 
 def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
-    """Training product with fake quantization: see `reference.fake_quant_linear`."""
-    return select_backend(x).fake_quant_linear(x, weight, bias, quantizer)
+    """Training product with fake quantization: see `reference.fake_quant_linear`.
+
+    On a GPU the automatic choice is the reference, which torch.compile fuses: a step of 125M on an H200 took 27 ms with
+    it (107 eager) and 67 with the Triton kernels (150). Those train by name.
+    """
+    backend = reference if _requested == "auto" and x.device.type == "cuda" else select_backend(x)
+    return backend.fake_quant_linear(x, weight, bias, quantizer)
 
 
 def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:

@@ -75,30 +75,60 @@ def test_rotation_and_cache(H: int, G: int, D: int, start: int, T: int) -> None:
         assert not cached[:, :, start + T :].any()
 
 
+@pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize(
     ("B", "H", "G", "D", "S", "start"),
-    [(1, 1, 1, 16, 1, 0), (2, 4, 2, 10, 70, 0), (2, 6, 2, 80, 300, 63), (1, 5, 5, 64, 300, 64), (1, 9, 1, 32, 99, 98)],
+    [(1, 1, 1, 16, 1, 0), (2, 4, 2, 10, 70, 0), (2, 6, 2, 80, 300, 63), (1, 5, 5, 64, 300, 64), (1, 9, 1, 32, 99, 98),
+     (1, 4, 2, 12, 300, 260)],
 )  # fmt: skip
-def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: int) -> None:
-    q, keys, values = torch.randn(B, 1, H, D), torch.randn(B, G, S, D) * 3, torch.randn(B, G, S, D)
-    keys[:, :, start + 1 :] = values[:, :, start + 1 :] = float("nan")  # not filled
-    out = attention.attend(q, keys, values, torch.tensor([start], dtype=torch.int32))
-    filled = slice(0, start + 1)
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys[:, :, filled], values[:, :, filled], enable_gqa=True
-    )
-    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(B, 1, H * D), rtol=1e-5, atol=1e-5)
+def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: int, constant: bool) -> None:
+    """Rotation, cache and attention; twice, since the last program of a launch makes the counters ready for the next."""
+    cos, sin = rope_tables(BASE.replace(num_attention_heads=H, num_key_value_heads=G, head_dim=D))
+    cos, sin = cos.repeat(3, 1)[:S], sin.repeat(3, 1)[:S]
+    keys, values = torch.randn(B, G, S, D) * 3, torch.randn(B, G, S, D)
+    keys[:, :, start:] = values[:, :, start:] = float("nan")  # not filled
+    before = keys[:, :, :start].clone(), values[:, :, :start].clone()
+    qkv, here = torch.randn(B, 1, (H + 2 * G) * D), slice(start, start + 1)
+    heads = qkv.view(B, 1, H + 2 * G, D).transpose(1, 2)  # [B, heads, 1, D]
+    turned = apply_rope(heads[:, : H + G], cos[here], sin[here])
+    expected_keys = torch.cat([before[0], turned[:, H:]], 2)
+    expected_values = torch.cat([before[1], heads[:, H + G :]], 2)
+    expected = F.scaled_dot_product_attention(turned[:, :H], expected_keys, expected_values, enable_gqa=True)
+    parts = attention.AttentionParts(B, H, G, D, S, torch.device("cpu"))
+    position = torch.tensor([start], dtype=torch.int32)
+    for _ in range(2):
+        out = attention.attend(qkv, cos, sin, position, keys, values, H, parts, constant=constant)
+        torch.testing.assert_close(out, expected.transpose(1, 2).reshape(B, 1, H * D), rtol=1e-5, atol=1e-5)
+        assert torch.equal(keys[:, :, : start + 1], expected_keys)
+        assert torch.equal(values[:, :, : start + 1], expected_values)
+        assert keys[:, :, start + 1 :].isnan().all()
+        assert not parts.arrived.any()
+
+
+def test_a_position_behind_the_cache_is_not_written() -> None:
+    keys, values = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)
+    cos, sin = torch.ones(9, 4), torch.zeros(9, 4)
+    parts = attention.AttentionParts(1, 1, 1, 4, 5, torch.device("cpu"))
+    attention.attend(torch.ones(1, 1, 12), cos, sin, torch.tensor([5], dtype=torch.int32), keys, values, 1, parts)
+    assert not keys.any()
+    assert not values.any()
 
 
 def test_attention_of_bad_input() -> None:
-    q, cache, start = torch.randn(1, 1, 4, 8), torch.randn(1, 2, 9, 8), torch.zeros(1, dtype=torch.int32)
+    qkv, cache, start = torch.randn(1, 1, 64), torch.randn(1, 2, 9, 8), torch.zeros(1, dtype=torch.int32)
+    table, parts = torch.randn(9, 8), attention.AttentionParts(1, 4, 2, 8, 9, torch.device("cpu"))
+
+    def attend(qkv: Tensor = qkv, values: Tensor = cache, start: Tensor = start, heads: int = 4) -> None:
+        attention.attend(qkv, table, table, start, cache, values, heads, parts)
+
     for call, message in [
-        (lambda: attention.attend(q.half(), cache, cache, start), "float16"),
-        (lambda: attention.attend(q[:, :, :3], cache, cache, start), "strides|multiple"),
-        (lambda: attention.attend(q, cache, cache[:, :, :8], start), r"\[1, 2, 8, 8\]"),
-        (lambda: attention.attend(q, cache, cache, start.long()), "int64"),
+        (lambda: attend(qkv.half()), "float16"),
+        (lambda: attend(qkv[:, :, :56]), "strides|must be"),
+        (lambda: attend(values=cache[:, :, :8]), r"\[1, 2, 8, 8\]"),
+        (lambda: attend(start=start.long()), "int64"),
+        (lambda: attend(heads=3), "multiple"),
         (lambda: attention.embed(start, cache, cache, 8, torch.float32), "int32"),
-        (lambda: attention.rotate(q, cache, cache, start, cache, cache, 4), "qkv"),
+        (lambda: attention.rotate(qkv, cache, cache, start, cache, cache, 4), "cos"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
@@ -163,6 +193,14 @@ def test_buffers_of_a_cache_that_is_gone_are_used_again() -> None:
     assert again.length == 0
     assert torch.equal(engine(ids, again), first)
     assert again.nbytes == 2 * 2 * 2 * 3 * 10 * 4
+
+
+def test_few_caches_are_kept() -> None:
+    engine = GpuEngine.from_model(packed_model(BASE), dtype="float32")
+    caches = [engine.new_cache(size, 10) for size in range(1, 8)]
+    newest = [cache.storage for cache in caches[-4:]]
+    del caches[:]
+    assert sorted(map(id, engine._free)) == sorted(map(id, newest))
 
 
 def test_errors() -> None:

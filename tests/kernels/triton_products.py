@@ -1,6 +1,7 @@
 """The products in Triton's interpreter, integers bit for bit against the reference. Run by `test_triton.py`."""
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from bitnet import kernels
 from bitnet.kernels import reference
 from bitnet.kernels import triton as backend
-from bitnet.kernels.triton import language, ops, product, training
+from bitnet.kernels.triton import language, ops, product, training, warm
 from bitnet.kernels.triton.activations import padded, quantize_activations
 from bitnet.kernels.triton.product import Plan, choose
+from bitnet.kernels.triton.project import project
 from bitnet.model import BitLinear, PackedLinear
 from bitnet.quant import pack_codes, packed_width
 
@@ -316,3 +318,57 @@ def test_modules_compile_into_one_graph(on_triton: None) -> None:
     layer(x).sum().backward()
     assert gradient is not None
     assert torch.equal(gradient, layer.weight.grad)
+
+
+# One token through a whole projection
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("bits", "N", "K", "norm", "gate", "added"),
+    [(2, 5, 131, True, "none", True), (2, 33, 40, False, "silu", False), (2, 20, 130, True, "relu2", True),
+     (4, 7, 300, False, "none", True), (4, 21, 65, True, "silu", False), (8, 9, 70, True, "none", False)],
+)  # fmt: skip
+def test_one_launch_for_one_token_is_what_two_give(
+    bits: int, N: int, K: int, norm: bool, gate: str, added: bool, dtype: torch.dtype
+) -> None:
+    x = torch.randn(1, K if gate == "none" else 2 * K).to(dtype)
+    packed, scale = pack_codes(random_codes(1, N, K, bits)[1], bits), torch.rand(N) + 0.5
+    weight = torch.rand(K) + 0.5 if norm else None
+    residual = torch.randn(1, N).to(dtype) if added else None
+    shared = {"bits": bits, "in_features": K, "dtype": dtype}
+    y = project(x, weight, packed, scale, residual, eps=1e-5, gate=gate, **shared)
+    codes = quantize_activations(x, weight, 1e-5, gate)
+    expected = product.product(*codes, packed, scale, None, residual, **shared)
+    assert torch.equal(y, expected)
+
+
+def test_a_token_with_a_nan_gives_nan() -> None:
+    x = torch.randn(1, 40)
+    x[0, 3] = float("nan")
+    y = project(x, None, pack_codes(torch.ones(5, 40, dtype=torch.int8), 2), torch.ones(5), bits=2, in_features=40)
+    assert y.isnan().all()
+    assert quantize_activations(x)[1].isnan().all()
+
+
+def test_projections_of_bad_input() -> None:
+    packed, scale, x = pack_codes(torch.ones(5, 40, dtype=torch.int8), 2), torch.ones(5), torch.randn(1, 40)
+    with pytest.raises(ValueError, match="gelu"):
+        project(x, None, packed, scale, bits=2, in_features=40, gate="gelu")
+    with pytest.raises(ValueError, match="must be"):
+        project(x.repeat(2, 1), None, packed, scale, bits=2, in_features=40)
+    with pytest.raises(ValueError, match="do not fit one program"):
+        project(x, None, packed, scale, bits=2, in_features=20_000)
+
+
+def test_variants_to_compile_are_found_once_and_pickle() -> None:
+    packed, scale, x = pack_codes(torch.ones(5, 40, dtype=torch.int8), 2), torch.ones(5), torch.randn(1, 40)
+    calls = [lambda: project(x, None, packed, scale, bits=2, in_features=40)] * 2
+    calls.append(lambda: [*quantize_activations(x), int("no number")])  # what stumbles over garbage
+    variants = warm.variants_of(calls)
+    assert [(name, kinds[0]) for _, name, kinds, *_ in variants] == [
+        ("project_kernel", torch.float32), ("quantize_kernel", torch.float32)
+    ]  # fmt: skip
+    assert pickle.loads(pickle.dumps(variants)) == variants
+    with pytest.raises(ValueError, match="no number"):
+        warm.variants_of([lambda: int("no number")])

@@ -6,7 +6,9 @@
     dot4.py           the product on integer dot instructions, 1 to 4 tokens
     tensor_core.py    the product on matrix instructions
     product.py        which of them runs, and the launch
+    project.py        one token through norm, quantization and product in one launch
     attention.py      rotary positions, cache and attention of one new token
+    warm.py           all of them compiled beforehand, in several processes
     ops.py            torch operators of the packed product
     training.py       the int8 forward and its backward
 

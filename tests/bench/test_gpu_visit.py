@@ -1,0 +1,120 @@
+"""The visit to a GPU, rehearsed without one: the driver ends in time whatever a step does, and every section runs."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import ROOT, oracles
+
+# Stands in for `python -m bitnet.bench.gpu`: the first argument says what becomes of the step.
+STEP = """
+import json, sys, time
+what, path = sys.argv[1], sys.argv[-1]
+print("log of", what, flush=True)
+if what == "hangs":
+    time.sleep(60)
+open(path, "w").write(json.dumps([{"line": f"row of {what}"}]))
+sys.exit({"fails": 1, "crashes": 139}.get(what, 0))
+"""
+# Kernels that do nothing on tensors that hold ones: the Python of every section, without a GPU and in seconds.
+SECTIONS = """
+import sys, torch
+from pathlib import Path
+from bitnet.kernels import triton
+triton.require = lambda device: None
+from bitnet.bench import gpu
+from bitnet.bench.gpu_timing import Options
+from bitnet.kernels.triton.language import record
+empty = torch.empty
+torch.empty = lambda *a, **k: t if (t := empty(*a, **k)).device.type == "meta" else t.fill_(1)
+options = Options(torch.device("cpu"), quick=True, work=Path(sys.argv[1]))
+for name, section in gpu.SECTIONS.items():
+    with record("none"):
+        print(name, len([row["line"] for row in section(options)]), flush=True)
+"""
+
+
+@pytest.fixture
+def visit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_visit", ROOT / "benchmarks" / "gpu_visit.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    script = tmp_path / "step.py"
+    script.write_text(STEP)
+    monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    monkeypatch.setattr(module, "COMMAND", [sys.executable, str(script)])
+    return module
+
+
+def run(visit: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> tuple[int, dict]:
+    arguments = ["gpu_visit.py", "check", "--out", str(folder / "out"), "--seconds", str(seconds)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    status = visit.main()
+    return status, json.loads((folder / "out" / "check.json").read_text())
+
+
+def test_one_bad_step_costs_that_step_alone(visit, tmp_path, monkeypatch, capsys) -> None:
+    steps = [("good", 20.0, ["good"]), ("hangs", 1.0, ["hangs"]), ("crashes", 20.0, ["crashes"])]
+    monkeypatch.setattr(visit, "STAGES", {"check": [steps, [("later", 20.0, ["later"])]]})
+    status, done = run(visit, tmp_path, monkeypatch)
+    assert status == 1
+    assert {name: row["status"] for name, row in done.items()} == {
+        "good": 0, "hangs": "time is up", "crashes": 139, "later": 0
+    }  # fmt: skip
+    assert done["good"]["rows"] == [{"line": "row of good"}]
+    assert done["hangs"]["rows"] == []
+    assert "log of hangs" in (tmp_path / "out" / "check.log").read_text()
+    assert "row of later" in capsys.readouterr().out
+
+
+def test_what_stands_on_a_red_gate_is_left_out(visit, tmp_path, monkeypatch) -> None:
+    rows = [[("gate_engine", 20.0, ["fails"]), ("gate_products", 20.0, ["good"])]]
+    rows.append([("decode_first", 20.0, ["good"]), ("kernels", 20.0, ["good"])])
+    monkeypatch.setattr(visit, "STAGES", {"check": rows})
+    _, done = run(visit, tmp_path, monkeypatch)
+    assert done["decode_first"]["status"] == "left out, its gate is red"
+    assert done["kernels"]["status"] == 0
+
+
+def test_without_time_nothing_is_started(visit, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(visit, "STAGES", {"check": [[("good", 20.0, ["good"])]]})
+    status, done = run(visit, tmp_path, monkeypatch, seconds=5)
+    assert status == 1
+    assert done == {"good": {"status": "left out, no time"}}
+
+
+def test_steps_are_sections_and_gates_that_exist(visit) -> None:
+    oracles.folder_of("triton")
+    from bitnet.bench import gpu
+    from bitnet.bench.gpu_gate import GATES
+
+    assert set(visit.GATES) == set(GATES)
+    steps = [step for stage in visit.STAGES.values() for row in stage for step in row]
+    for name, _, arguments in steps:
+        known = {"--section": gpu.SECTIONS, "--gate": GATES}.get(arguments[0])
+        assert known is None or arguments[1] in known
+        assert name.removesuffix("_first") in visit.NEEDS or name in {"machine", "warm", "curve_cpu", "muon"} | {
+            f"gate_{gate}" for gate in GATES
+        }
+    assert set(visit.NEEDS.values()) <= set(GATES)
+
+
+def test_every_section_runs_without_a_gpu(tmp_path) -> None:
+    oracles.folder_of("triton")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "BITNET_"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SECTIONS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and ":" not in line)
+    assert all(int(count) >= 1 for count in counts.values())
+    assert {"machine", "decode", "kernels", "training", "curve", "loss", "long"} <= set(counts)
