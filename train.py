@@ -64,7 +64,8 @@ def train(config: TrainConfig, resume: bool = False) -> Trainer:
     try:
         with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None):
             trainer = prepare(config, resume, world)
-            carry_out(trainer, started)
+            with contextlib.closing(trainer.batches):
+                carry_out(trainer, started)
             return trainer
     finally:
         stop()
@@ -167,7 +168,6 @@ def carry_out(trainer: Trainer, started: float) -> None:
     with (
         contextlib.closing(Reporter(config, step=trainer.progress.step, silent=not world.is_first)) as reporter,
         contextlib.closing(Saver(trainer)) as saver,
-        contextlib.closing(trainer.batches),
         stop_on_signals(trainer),
     ):
         loop(trainer, reporter, saver, started)
@@ -208,7 +208,8 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
             if step % config.eval_every == 0 or done:
                 saver.save(best=validate(trainer, reporter), must=done)
                 reporter.draw()
-            if config.sample_every and step % config.sample_every == 0 and not done:
+            # Generation runs in inference mode, in which FSDP cannot gather a sharded layer.
+            if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
                 reporter.say("sample    " + " ".join(trainer.sample().split()))
         longest_pause = max(longest_pause, time.perf_counter() - pause)
 

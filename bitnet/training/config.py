@@ -64,7 +64,7 @@ class TrainConfig:
     eval_tokens: int | None = 65536
     """Tokens of the periodic validation; the last one takes the whole split."""
     sample_every: int = 400
-    """Steps between samples of text; 0 for none."""
+    """Steps between samples of text; 0 for none. A sharded model (fsdp) gives none."""
     sample_prompt: str = ""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
