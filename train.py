@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from bitnet.console import say
+from bitnet.__main__ import execute
+from bitnet.console import error, say
 from bitnet.data.feed import open_feed
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
@@ -35,9 +36,11 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import find_chat_template, load_tokenizer
 from bitnet.training import checkpoint
+from bitnet.training.arguments import Arguments
+from bitnet.training.arguments import parse as parse  # by which `execute` reads the command line
 from bitnet.training.checkpoint import Progress
-from bitnet.training.config import TrainConfig, estimate_wanted, parse
-from bitnet.training.estimate import estimate_run, memory_warning
+from bitnet.training.config import TrainConfig
+from bitnet.training.estimate import estimate_run, memory_warning, preset_table
 from bitnet.training.faults import Diverged, watchdog
 from bitnet.training.memory import estimate
 from bitnet.training.optimizer import Optimizer
@@ -61,7 +64,8 @@ def train(config: TrainConfig, resume: bool = False) -> Trainer:
     try:
         with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None):
             trainer = prepare(config, resume, world)
-            run(trainer, started)
+            with contextlib.closing(trainer.batches):
+                carry_out(trainer, started)
             return trainer
     finally:
         stop()
@@ -134,7 +138,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     return Trainer(config, world, device, dtype, feed, model, optimizer, progress, compiled=compiled)
 
 
-def run(trainer: Trainer, started: float) -> None:
+def carry_out(trainer: Trainer, started: float) -> None:
     """Describe the run, and train to its end. `started` is the `time.perf_counter()` that `max_minutes` count from."""
     config, world = trainer.config, trainer.world
     print(trainer.describe())
@@ -164,7 +168,6 @@ def run(trainer: Trainer, started: float) -> None:
     with (
         contextlib.closing(Reporter(config, step=trainer.progress.step, silent=not world.is_first)) as reporter,
         contextlib.closing(Saver(trainer)) as saver,
-        contextlib.closing(trainer.batches),
         stop_on_signals(trainer),
     ):
         loop(trainer, reporter, saver, started)
@@ -205,7 +208,8 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
             if step % config.eval_every == 0 or done:
                 saver.save(best=validate(trainer, reporter), must=done)
                 reporter.draw()
-            if config.sample_every and step % config.sample_every == 0 and not done:
+            # Generation runs in inference mode, in which FSDP cannot gather a sharded layer.
+            if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
                 reporter.say("sample    " + " ".join(trainer.sample().split()))
         longest_pause = max(longest_pause, time.perf_counter() - pause)
 
@@ -254,23 +258,22 @@ def stop_on_signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    with contextlib.suppress(AttributeError):  # a pipe sees every line at once, and no character ends a run
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # type: ignore[union-attr]
-    arguments = sys.argv[1:] if arguments is None else arguments
+def run(arguments: Arguments) -> int:
+    """What a command line asks for; returns the exit code."""
+    config = arguments.config
+    if arguments.presets:
+        print(preset_table())
+        return 0
+    if arguments.estimate is not None:
+        print(estimate_run(config, arguments.estimate))
+        return 0
     try:
-        config, resume = parse(arguments)
-        processes = estimate_wanted(arguments)
-        if processes is not None:
-            print(estimate_run(config, processes))
-            return 0
-        trainer = train(config, resume)
+        trainer = train(config, arguments.resume)
     except KeyboardInterrupt:
-        print("interrupted before the first step, or twice", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (ValueError, Diverged, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say("interrupted before the first step, or twice", sys.stderr)
+        raise
+    except Diverged as diverged:
+        error(diverged)
         return 1
     if trainer.stop_signal is not None and trainer.progress.step < trainer.config.steps:
         return 128 + trainer.stop_signal
@@ -279,6 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"python generate.py {trainer.config.out}"
     )
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return execute(sys.modules[__name__], "train.py", arguments)
 
 
 if __name__ == "__main__":

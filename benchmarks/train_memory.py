@@ -2,9 +2,9 @@
 
     python benchmarks/train_memory.py                a spread of configurations, each in a process of its own
 
-Every process builds a `train.Run` on random tokens and does some steps of it. Its peak is the last step's VmHWM, when
-the moments are there. "Net" is the ratio without what the process held before it made the model, with torch's optimizer
-and, where it compiles, a compiled trifle loaded.
+Every process prepares a run on random tokens (`train.prepare`) and does some steps of it. Its peak is the last step's
+VmHWM, when the moments are there. "Net" is the ratio without what the process held before it made the model, with
+torch's optimizer and, where it compiles, a compiled trifle loaded.
 Results go to benchmarks/results/train_memory.json. Linux alone (VmHWM).
 """
 

@@ -1,7 +1,8 @@
 """`bitnet COMMAND`, or `python -m bitnet COMMAND`: the table of commands, and the one rule of how they end.
 
 A command is a module of `bitnet/commands` (train.py and generate.py stand at the top of the repository) with `Options`,
-the fields of which are its arguments, and `run(options)`, which may return an exit code. Exit codes:
+the fields of which are its arguments (or `parse(arguments, prog)`, which reads them), and `run(options)`, which may
+return an exit code. Exit codes:
 
     0    done; also where the reader of the output has had enough, as in `| head`
     1    done, and the answer is bad: training diverged, a gate of the benchmark is red
@@ -51,8 +52,6 @@ def execute(command: ModuleType | str, prog: str, arguments: Sequence[str] | Non
             if isinstance(command, str):
                 command = importlib.import_module(f"bitnet.commands.{command}")
             arguments = sys.argv[1:] if arguments is None else list(arguments)
-            if not hasattr(command, "run"):
-                return command.main(arguments)
             code = command.run(read_options(command, prog, arguments)) or 0
     except KeyboardInterrupt:
         return 130

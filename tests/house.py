@@ -9,6 +9,7 @@ time, but a reader of the one file still has to know the other.
 """
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -183,14 +184,14 @@ def eager(root: Path) -> list[str]:
 def written(root: Path) -> list[Path]:
     """Every file that somebody wrote and may look for, relative to the root."""
     found = []
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        outside = parts[0] in ("data", "dev") or any(p.startswith(".") or p in MADE or "egg-info" in p for p in parts)
-        if outside or not path.is_file():
-            continue
-        if path.suffix in NAMED or path.name in ("LICENSE", "Makefile"):
-            found.append(path.relative_to(root))
-    return found
+    for folder, below, names in os.walk(root):
+        inside = Path(folder).relative_to(root)
+        below[:] = [d for d in below if not (d.startswith(".") or d in MADE or "egg-info" in d)]  # not walked at all
+        if not inside.parts:
+            below[:] = [d for d in below if d not in ("data", "dev")]
+        names = [name for name in names if not name.startswith(".")]
+        found += [inside / name for name in names if Path(name).suffix in NAMED or name in ("LICENSE", "Makefile")]
+    return sorted(found)
 
 
 def too_long(root: Path, most: int = MAX_LINES) -> list[str]:

@@ -1,24 +1,14 @@
-"""What a training run is made from: every option of train.py, and the presets that give them values.
+"""What a training run is made from: every option of train.py, and the presets that give them values."""
 
-config, resume = parse(["--preset", "small", "--data.corpus", "my_texts/"])
-"""
-
-import argparse
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from bitnet.data.feed import DataConfig
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
-from bitnet.storage.folders import CONFIG, INDEX, MODEL
-from bitnet.storage.safetensors import CheckpointError, load_json
 from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.processes import Strategy, World
@@ -74,7 +64,7 @@ class TrainConfig:
     eval_tokens: int | None = 65536
     """Tokens of the periodic validation; the last one takes the whole split."""
     sample_every: int = 400
-    """Steps between samples of text; 0 for none."""
+    """Steps between samples of text; 0 for none. A sharded model (fsdp) gives none."""
     sample_prompt: str = ""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
@@ -238,66 +228,3 @@ PRESETS: dict[str, TrainConfig] = {
     "3b": _paper_recipe("3b", 1.2e-3, 8e-4),
     "2b-4t": _paper_recipe("2b-4t", 1.2e-3, 8e-4),
 }  # fmt: skip
-
-
-def _resolve_auto(argv: Sequence[str]) -> list[str]:
-    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of --preset and --like, and
-    nothing where it has not: the same command line starts a run and goes on with it."""
-    first = argparse.ArgumentParser(prog="train.py", add_help=False)
-    for name in ("--resume", "--out", "--preset", "--like"):
-        first.add_argument(name)
-    known, rest = first.parse_known_args(argv)
-    if known.resume != "auto":
-        return list(argv)
-    if known.out is None:
-        raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
-    if (Path(known.out) / "checkpoints" / INDEX).exists():
-        return ["--resume", known.out, *rest]
-    start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
-    return [*start, "--out", known.out, *rest]
-
-
-def _add_estimate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--estimate", nargs="?", const=1, type=int, metavar="N",
-        help="train nothing; print the tokens, memory, disk and time that the run would take, on N processes",
-    )  # fmt: skip
-
-
-def estimate_wanted(argv: Sequence[str]) -> int | None:
-    """The number of processes behind --estimate."""
-    first = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    _add_estimate(first)
-    return first.parse_known_args(argv)[0].estimate
-
-
-def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """Configuration and whether to resume: --preset, --like or --resume give the defaults, the rest overrides them."""
-    first = argparse.ArgumentParser(prog="train.py", add_help=False)
-    base = first.add_mutually_exclusive_group()
-    base.add_argument("--preset", choices=PRESETS, default="demo", help="start from this preset (default: demo)")
-    base.add_argument("--like", metavar="RUN", help="start from the configuration of another run, not its weights")
-    base.add_argument("--resume", metavar="RUN", help="go on with this run; auto: with --out's, if it has begun")
-    first.add_argument("--out")
-    _add_estimate(first)
-    known, rest = first.parse_known_args(_resolve_auto(argv))
-    default = PRESETS[known.preset]
-    if known.out is not None:
-        rest = ["--out", known.out, *rest]
-    source = known.resume or known.like
-    if source:
-        try:
-            default = TrainConfig.from_dict(load_json(Path(source) / CONFIG))
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{source}/{CONFIG} is not a run's configuration: {error}") from error
-        # A run trained "for 5 minutes" knows by now how many steps that was.
-        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
-    if {"-h", "--help"} & set(rest):
-        print(first.format_help())
-    config = tyro.cli(TrainConfig, prog="train.py", default=default, args=rest)
-    if known.resume:
-        if (Path(source) / MODEL).is_file():
-            raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
-        if (config.out, config.model) != (default.out, default.model):
-            raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
-    return config, known.resume is not None

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bitnet.console import duration
+from bitnet.console import duration, table
 from bitnet.machine import available_memory, has_compiler, pick_device, pick_dtype
 from bitnet.model import ModelConfig, bit_linears
-from bitnet.training.config import TrainConfig
+from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.memory import (
     PROCESS_PART,
     Estimate,
@@ -221,3 +221,46 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     compiled = config.compile != "off" and has_compiler(device)
     work = config.workload(device, dtype, World(0, processes, strategy), compiled=compiled)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
+
+
+def preset_table() -> str:
+    """The presets in a table: what they train and what it takes. Time is that of the products alone, at the speed of
+    one product here; nothing else is computed."""
+    device = pick_device("auto")
+    rows = [("preset", "parameters", "tokens", "memory", "time", "corpus")]
+    rates: dict[tuple[torch.dtype, bool], float] = {}
+    for name, config in PRESETS.items():
+        if config.model == ModelConfig():
+            rows.append((name, "of --init", "", "", "", "of --data.chat"))
+            continue
+        dtype, compiled = pick_dtype(config.dtype, device), has_compiler(device)
+        work = config.workload(device, dtype, World(), compiled=compiled)
+        if (dtype, work.int8) not in rates:
+            square = 2048
+            took = product_seconds(square, square, ROWS, work, device, work.int8)
+            rates[dtype, work.int8] = 6 * square * square * ROWS / took
+        tokens = config.steps * config.tokens_per_step
+        flops = tokens * flops_per_token(config.model, config.window, config.recompute)
+        rows.append(
+            (
+                name,
+                _rounded(meta_model(config.model).num_parameters()),
+                _rounded(tokens),
+                f"{estimate(work).total / 1e9:.1f} GB",
+                duration(flops / rates[dtype, work.int8]),
+                str(config.data.corpus),
+            )
+        )
+    return (
+        f"{table(rows, right=(1, 2, 3, 4))}\n\n"
+        f"memory and time: of one process on {device} here, time of the matrix products alone; "
+        "--preset NAME --estimate tells more"
+    )
+
+
+def _rounded(number: float) -> str:
+    """4.5 M for 4,462,848."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"

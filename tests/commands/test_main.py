@@ -51,7 +51,7 @@ def test_help_of_a_command_needs_no_torch(name):
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("name", set(COMMANDS) - {"train"})
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_it_does(name):
     module = importlib.import_module(f"bitnet.commands.{name}")
     assert module.__doc__
@@ -126,6 +126,10 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         ["formats", "1", "--params", "-1"],
         ["consolidate", "nowhere"],
         ["consolidate"],
+        ["train", "--resume", "nowhere"],
+        ["train", "--preset", "tiny", "--data.corpus", "nowhere.txt"],
+        ["train", "--learning-rate", "1e-3"],
+        ["train", "--estimate", "0"],
     ],
     ids=" ".join,
 )

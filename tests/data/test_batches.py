@@ -314,7 +314,7 @@ def test_windows_for_comparisons_are_taken_by_share(tmp_path):
 
 
 def test_mixtures_on_the_command_line(tmp_path):
-    config, _ = trainer.parse(["--preset", "tiny", "--data.corpus", "a.txt=0.7", "b=0.3", "--steps", "5"])
+    config, *_ = trainer.parse(["--preset", "tiny", "--data.corpus", "a.txt=0.7", "b=0.3", "--steps", "5"])
     assert config.data.corpus == ("a.txt=0.7", "b=0.3")
     assert trainer.parse(["--preset", "tiny", "--data.corpus", "sotu"])[0].data.corpus == "sotu"
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bitnet import kernels
 from bitnet.inference.generation import SamplingConfig, generate
@@ -82,7 +83,7 @@ def test_rotation_and_cache(H: int, G: int, D: int, start: int, T: int) -> None:
      (1, 4, 2, 12, 300, 260)],
 )  # fmt: skip
 def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: int, constant: bool) -> None:
-    """Rotation, cache and attention; twice, since the last program of a launch makes the counters ready for the next."""
+    """Rotation, cache and attention; twice, since a launch leaves the counters ready for the next."""
     cos, sin = rope_tables(BASE.replace(num_attention_heads=H, num_key_value_heads=G, head_dim=D))
     cos, sin = cos.repeat(3, 1)[:S], sin.repeat(3, 1)[:S]
     keys, values = torch.randn(B, G, S, D) * 3, torch.randn(B, G, S, D)

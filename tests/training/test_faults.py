@@ -115,7 +115,7 @@ def test_weight_statistics_are_logged(tmp_path, corpus):
 def test_resume_auto_needs_a_folder_and_begins_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="give --out"):
         trainer.parse(["--resume", "auto"])
-    config, resume = trainer.parse(["--resume", "auto", "--preset", "tiny", "--out", str(tmp_path / "new")])
+    config, resume, *_ = trainer.parse(["--resume", "auto", "--preset", "tiny", "--out", str(tmp_path / "new")])
     assert (config.out, resume) == (str(tmp_path / "new"), False)
 
 

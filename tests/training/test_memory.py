@@ -162,7 +162,7 @@ def test_the_command_reports_and_touches_nothing(tmp_path, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("argv", [["--estimate", "0"], ["--estimate", "3"], ["--estimate", "--device", "nonsense"]])
 def test_the_command_refuses_what_no_run_could_be(argv, capsys):
-    assert trainer.main(["--preset", "tiny", *argv]) == 1
+    assert trainer.main(["--preset", "tiny", *argv]) == 2
     assert re.search("at least 1|batch_size 8 cannot be shared by 3|nonsense", capsys.readouterr().err)
 
 

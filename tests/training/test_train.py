@@ -21,6 +21,7 @@ from bitnet.model import PRESETS, bit_linears
 from bitnet.storage.folders import MODEL, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
 from bitnet.training import config as recipes
+from bitnet.training.arguments import Arguments
 from bitnet.training.reporter import Reporter, read_metrics
 from bitnet.training.step import Trainer
 from tests import ROOT, oracles
@@ -163,7 +164,7 @@ def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, m
         return loss
 
     monkeypatch.setattr(Trainer, "forward_backward", poisoned)
-    monkeypatch.setattr(trainer, "parse", lambda argv: (config, False))
+    monkeypatch.setattr(trainer, "parse", lambda arguments, prog: Arguments(config))
     assert trainer.main([]) == 1
     message = capsys.readouterr().err
     assert "step 5" in message
@@ -329,7 +330,7 @@ def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus):
 
 def test_like_takes_the_configuration_but_not_the_weights(tmp_path, corpus):
     trainer.train(configuration(tmp_path, corpus, steps=2))
-    config, resume = trainer.parse(["--like", str(tmp_path / "run"), "--model.quantizer", "none", "--out", "twin"])
+    config, resume, *_ = trainer.parse(["--like", str(tmp_path / "run"), "--model.quantizer", "none", "--out", "twin"])
     assert not resume
     assert config.model == PRESETS["tiny"].replace(
         vocab_size=300, max_position_embeddings=32, num_hidden_layers=1, quantizer="none"

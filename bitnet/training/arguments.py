@@ -1,0 +1,141 @@
+"""The command line of training: --preset, --like or --resume give a configuration, every other option one field of it.
+
+arguments = parse(["--preset", "small", "--data.corpus", "my_texts/"])
+arguments.config, arguments.resume
+"""
+
+import argparse
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from bitnet.storage.folders import INDEX
+from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError, load_json
+from bitnet.training.config import PRESETS, TrainConfig
+from bitnet.training.help import help_text
+
+# The words of other projects: Hugging Face's TrainingArguments, nanochat, nanoGPT.
+ELSEWHERE = {
+    "adam-beta1": "--optim.beta1",
+    "adam-beta2": "--optim.beta2",
+    "batch": "--batch-size",
+    "bf16": "--dtype bfloat16",
+    "block-size": "--context",
+    "dataset": "--data.corpus",
+    "dataset-name": "--data.corpus",
+    "depth": "--model.num-hidden-layers",
+    "device-batch-size": "--batch-size, the whole step's, which --micro-batches cuts",
+    "embedding-lr": "--optim.lr-rest",
+    "epochs": "--steps, each of batch size x context tokens; --estimate tells how many tokens those are",
+    "eval-steps": "--eval-every",
+    "fp16": "--dtype bfloat16",
+    "grad-clip": "--optim.grad-clip",
+    "gradient-accumulation-steps": "--micro-batches, into which --batch-size is cut",
+    "gradient-checkpointing": "--recompute",
+    "learning-rate": "--optim.lr",
+    "logging-steps": "--log-every",
+    "lr-scheduler-type": "--optim.decay",
+    "matrix-lr": "--optim.lr",
+    "max-grad-norm": "--optim.grad-clip",
+    "max-iters": "--steps",
+    "max-seq-len": "--context",
+    "max-seq-length": "--context",
+    "max-steps": "--steps",
+    "model-name-or-path": "--init",
+    "n-embd": "--model.hidden-size",
+    "n-head": "--model.num-attention-heads",
+    "n-layer": "--model.num-hidden-layers",
+    "num-iterations": "--steps",
+    "num-train-epochs": "--steps, each of batch size x context tokens; --estimate tells how many tokens those are",
+    "out-dir": "--out",
+    "output-dir": "--out",
+    "per-device-train-batch-size": "--batch-size, the whole step's on all processes, which --micro-batches cuts",
+    "report-to": "--wandb",
+    "resume-from-checkpoint": "--resume RUN",
+    "run-name": "--out",
+    "save-steps": "--eval-every; each validation also saves",
+    "save-total-limit": "--keep-last",
+    "seq-len": "--context",
+    "sequence-length": "--context",
+    "tokenizer-name": "--data.tokenizer",
+    "torch-compile": "--compile on",
+    "total-batch-size": "--batch-size, in sequences",
+    "train-file": "--data.corpus",
+    "warmup-iters": "--optim.warmup-steps",
+}
+
+
+class Arguments(NamedTuple):
+    """What a command line asks for."""
+
+    config: TrainConfig
+    resume: bool = False
+    estimate: int | None = None
+    """Train nothing; say what the run would take on this many processes."""
+    presets: bool = False
+    """Train nothing; print the presets."""
+
+
+def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
+    """Read a command line. Raises ValueError, or CheckpointError for a run that cannot be read; --help exits."""
+    check_words(arguments)
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    base = first.add_mutually_exclusive_group()
+    base.add_argument("--preset", choices=PRESETS, default="demo")
+    base.add_argument("--like", metavar="RUN")
+    base.add_argument("--resume", metavar="RUN")
+    first.add_argument("--out")
+    first.add_argument("--estimate", nargs="?", const=1, type=int, metavar="N")
+    first.add_argument("--presets", action="store_true")
+    first.add_argument("-h", "--help", action="store_true")
+    known, rest = first.parse_known_args(_resolve_auto(arguments))
+    default = PRESETS[known.preset]
+    source = known.resume or known.like
+    if source:
+        try:
+            default = TrainConfig.from_dict(load_json(Path(source) / CONFIG))
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"{source}/{CONFIG} is not a run's configuration: {error}") from error
+        # A run trained "for 5 minutes" knows by now how many steps that was.
+        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
+    if known.help:
+        print(help_text(prog, default, shutil.get_terminal_size().columns), end="")
+        raise SystemExit(0)
+    if known.out is not None:
+        rest = ["--out", known.out, *rest]
+    config = tyro.cli(TrainConfig, prog=prog, default=default, args=rest)
+    if known.resume:
+        if (Path(source) / MODEL).is_file():
+            raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
+        if (config.out, config.model) != (default.out, default.model):
+            raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
+    return Arguments(config, known.resume is not None, known.estimate, known.presets)
+
+
+def check_words(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an option of another project, with its name here."""
+    for argument in arguments:
+        word = argument.removeprefix("--").partition("=")[0].lower().replace("_", "-")
+        if argument.startswith("--") and word in ELSEWHERE:
+            raise ValueError(f"{argument.partition('=')[0]} is unknown; here it is {ELSEWHERE[word]}")
+
+
+def _resolve_auto(arguments: Sequence[str]) -> list[str]:
+    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of --preset and --like, and
+    nothing where it has not: the same command line starts a run and goes on with it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--resume", "--out", "--preset", "--like"):
+        first.add_argument(name)
+    known, rest = first.parse_known_args(arguments)
+    if known.resume != "auto":
+        return list(arguments)
+    if known.out is None:
+        raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
+    if (Path(known.out) / "checkpoints" / INDEX).exists():
+        return ["--resume", known.out, *rest]
+    start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
+    return [*start, "--out", known.out, *rest]
