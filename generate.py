@@ -64,8 +64,8 @@ class Options:
     """Run on packed weights; --no-pack runs the float weights that training fake-quantizes."""
     backend: Literal["auto", "native", "reference"] = "auto"
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
-    cache: Literal["float32", "float16", "int8"] = "float32"
-    """Of keys and values in the native engine: fewer bits read less in long texts."""
+    cache: Literal["float32", "float16", "int8"] | None = None
+    """Of keys and values in the native engine, float32 by itself: fewer bits read less in long texts."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -141,7 +141,7 @@ def load(plan: Plan) -> LanguageModel:
     """The model of the plan, packed, for the instruction set in force."""
     if plan.source is not None:
         with use_backend("native" if plan.native else "reference"):
-            return open_model(plan.source, cache_dtype=plan.options.cache)
+            return open_model(plan.source, cache_dtype=plan.options.cache if plan.native else None)
     if plan.native:
         return Engine(plan.config, random_tensors(plan.config), cache_dtype=plan.options.cache)
     with torch.random.fork_rng(devices=[]):

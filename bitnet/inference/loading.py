@@ -25,7 +25,7 @@ def open_model(
     *,
     device: torch.device | str = "cpu",
     pack: bool = True,
-    cache_dtype: str = "float32",
+    cache_dtype: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """A model ready to generate, of a source or what `open_source` takes.
@@ -34,10 +34,11 @@ def open_model(
                   engine on a CPU that has it, the Triton engine on a GPU that has it, else packed layers in torch.
                   False runs the float weights that training fake-quantizes, where there are such. Float models are
                   what they are.
-    cache_dtype:  of the native engine: float32, float16 or int8.
+    cache_dtype:  of keys and values in the native engine: float32 (None), float16 or int8. Nothing else takes it.
     dtype:        of weights and cache of a model that runs in floats.
 
-    Raises as `open_source` and `Source.model` do, and ValueError for packed weights that are not to run packed.
+    Raises as `open_source` and `Source.model` do, and ValueError for packed weights that are not to run packed and for
+    a `cache_dtype` of a model that does not run on the native engine.
     """
     source, device = source if isinstance(source, Source) else open_source(source), torch.device(device)
     if pack and source.kind == "packed" and native_wanted(device):
@@ -52,10 +53,19 @@ def open_model(
             f"{source.path} holds packed weights and no latent floats, so it cannot run without packing; give the run "
             "it was made from"
         )
+    _refuse_cache(cache_dtype, "torch", str(dtype).removeprefix("torch."))
     return model.to(device=device, dtype=dtype)
 
 
-def _stream(source: Source, cache_dtype: str) -> Engine:
+def _refuse_cache(cache_dtype: str | None, runs_on: str, has: str) -> None:
+    if cache_dtype is not None:
+        raise ValueError(
+            f"cache {cache_dtype} is for the native CPU engine, and this model runs on {runs_on}, whose cache is {has}; "
+            "leave it out"
+        )
+
+
+def _stream(source: Source, cache_dtype: str | None) -> Engine:
     """A packed folder on the native engine, one tensor in memory at a time."""
 
     def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
@@ -65,19 +75,21 @@ def _stream(source: Source, cache_dtype: str) -> Engine:
     try:
         with source.tensors() as tensors:
             names = sorted(tensors.names)
-        return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
+        return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype or "float32")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source.path / MODEL} does not hold the packed model of its {CONFIG}: {error}"
         ) from error
 
 
-def _engine(model: BitNetForCausalLM, device: torch.device, cache_dtype: str) -> LanguageModel:
+def _engine(model: BitNetForCausalLM, device: torch.device, cache_dtype: str | None) -> LanguageModel:
     """A packed model as the backend in force runs it on a device: an engine where there is one, else torch."""
     if native_wanted(device):
-        return Engine.from_model(model.pack(), cache_dtype=cache_dtype)
+        return Engine.from_model(model.pack(), cache_dtype=cache_dtype or "float32")
     if triton_wanted(device):
+        _refuse_cache(cache_dtype, "the Triton engine", "bfloat16")
         return GpuEngine.from_model(model.to(device).pack(), device=device)
+    _refuse_cache(cache_dtype, "torch", "float32")
     return model.to(device)
 
 

@@ -198,7 +198,7 @@ def load(
     checkpoint: Literal["best", "last"] = "best",
     device: str = "auto",
     dtype: str = "float32",
-    cache: str = "float32",
+    cache: str | None = None,
     pack: bool = True,
 ) -> TextModel:
     """Open any model: a run, a packed or quantized folder, a Hugging Face folder or hub name, a GGUF file.
@@ -206,7 +206,7 @@ def load(
     checkpoint:  of a run folder, "best" or "last".
     device:      cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.
     dtype:       of weights, activations and cache of a model that runs in floats.
-    cache:       of keys and values in the native CPU engine: float32, float16 or int8.
+    cache:       of keys and values in the native CPU engine: float32 (None), float16 or int8.
     pack:        False runs a run's float weights, fake-quantized as in training.
 
     Raises ValueError or OSError, naming what is wrong with the path.

@@ -33,17 +33,18 @@ def packed_width(in_features: int, bits: int) -> int:
     return -(-in_features // codes_per_block(bits)) * BYTES_PER_BLOCK
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
+def pack_codes(codes: Tensor, bits: int, *, checked: bool = True) -> Tensor:
     """Pack signed integer codes, drawn at the top of this file.
 
     codes: int8 `[N, K]`; range [-1, 1] for 2 bits (one of the four patterns stays unused), [-8, 7] for 4, [-128, 127]
-    for 8. Returns uint8 `[N, packed_width(K, bits)]`. Raises ValueError for another dtype, rank or range.
+    for 8. Returns uint8 `[N, packed_width(K, bits)]`. Raises ValueError for another dtype, rank or range; that of the
+    range waits for a GPU, so codes that a quantizer of this package has just made need not be `checked`.
     """
     block = codes_per_block(bits)
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 [N, K], got {codes.dtype} {list(codes.shape)}")
     low, high = (-1, 1) if bits == 2 else (-OFFSET[bits], OFFSET[bits] - 1)
-    if codes.numel() and (codes.min() < low or codes.max() > high):
+    if checked and codes.numel() and (codes.min() < low or codes.max() > high):
         raise ValueError(f"codes span [{int(codes.min())}, {int(codes.max())}], {bits} bits hold [{low}, {high}]")
     padding = -codes.shape[1] % block
     unsigned = torch.nn.functional.pad(codes.to(torch.int16) + OFFSET[bits], (0, padding), value=OFFSET[bits])

@@ -129,9 +129,9 @@ class LatentWeight(Tensor):
             bits = PACKED_BITS[module.quantizer]
             if bits == 2:
                 codes = _two_bit_codes(local, module.quantizer, product)
-                return (pack_codes(codes, 2),), (module.quantizer, 2, outer_size[1], product.scale)
+                return (pack_codes(codes, 2, checked=False),), (module.quantizer, 2, outer_size[1], product.scale)
             codes, scale = quantize_weight(local, module.quantizer)
-            return (pack_codes(codes, bits), scale), (module.quantizer, bits, outer_size[1], None)
+            return (pack_codes(codes, bits, checked=False), scale), (module.quantizer, bits, outer_size[1], None)
 
     def fsdp_post_all_gather(
         self, outputs: tuple[Tensor, ...], metadata: tuple[Any, ...], dtype: torch.dtype, *, out: Tensor | None = None
@@ -197,8 +197,11 @@ def prepare_gathers(model: BitNetForCausalLM, world: World, dtype: torch.dtype) 
     ]
     if not two_bit:
         return
-    shards = [local_part(layer.weight).double() for layer, _ in two_bit]
-    sums = torch.stack([torch.stack([local.abs().sum(), local.sum()]) for local in shards])
+    # In float64, one layer after the other: together they would take twice the weights' memory.
+    shards = (local_part(layer.weight) for layer, _ in two_bit)
+    sums = torch.stack([
+        torch.stack([local.abs().sum(dtype=torch.float64), local.sum(dtype=torch.float64)]) for local in shards
+    ])  # fmt: skip
     for (layer, product), (absolute, plain) in zip(two_bit, world.sum(sums), strict=True):
         scale, product.mean = (
             (total / (layer.out_features * layer.in_features)).float() for total in (absolute, plain)

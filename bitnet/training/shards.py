@@ -69,7 +69,10 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    local = without_wrapper(tensor.to_local())
+    wrapped = tensor.to_local()
+    local = without_wrapper(wrapped)
+    if local is wrapped:  # a copy in main memory, say, which from_local would move to the mesh's device
+        return tensor
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

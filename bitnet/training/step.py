@@ -107,7 +107,7 @@ class Trainer:
     def forward_backward(self, batch: int) -> float:
         """Accumulate the gradient of the loss over the micro-batches of a batch. Returns this process's part of the
         loss, of which the processes' mean is the loss."""
-        total, parts = 0.0, self.config.micro_batches
+        losses, parts = list[Tensor](), self.config.micro_batches
         loss_of: Any = self._replica or self.model.loss
         for part in range(parts):
             input_ids, labels, *documents = (
@@ -120,8 +120,8 @@ class Trainer:
                     loss = loss_of(input_ids, labels, "mean", *documents) / parts
                     loss = loss * self.feed.loss_weight(batch, *self._part(part))
                 loss.backward()
-            total += float(loss.detach())
-        return total
+            losses.append(loss.detach())
+        return sum(map(float, losses))  # waits for a GPU once, when all of the step is on its way
 
     def _part(self, micro_batch: int) -> tuple[int, int]:
         """Which of how many parts of a batch this process computes in a micro-batch."""
@@ -192,8 +192,8 @@ class Trainer:
     def steps_within(self, minutes: float) -> int:
         """How many more steps fit into this time, from a few timed ones, whose updates are undone again."""
         start_step = self.progress.step
-        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
-        moments = {name: value.clone() for name, value in self.optimizer.state().items()}
+        weights = {name: self._aside(value) for name, value in self.model.state_dict().items()}
+        moments = {name: self._aside(value) for name, value in self.optimizer.state().items()}
         times = []
         for trial in range(7):
             start = time.perf_counter()
@@ -206,6 +206,10 @@ class Trainer:
         self.optimizer.load_state(moments)
         # The rest of the time goes to validation, checkpoints and samples.
         return self.world.broadcast(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
+
+    def _aside(self, tensor: Tensor) -> Tensor:
+        """A copy, of whole tensors in main memory: a GPU that training fills has no room for a second state."""
+        return tensor.clone() if self.world.strategy == "fsdp" else tensor.to("cpu", copy=True)
 
     def validate(self, *, whole: bool) -> Evaluation:
         """Loss on the held-out part of the data, whole or its first `eval_tokens`."""

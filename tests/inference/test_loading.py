@@ -128,3 +128,12 @@ def test_smollm2_answers(capsys):
     assert "Paris" in captured.out
     assert "<|im_end|>" not in captured.out
     assert int(re.search(r"decode (\d+) tokens", captured.err)[1]) < 24  # ended by itself
+
+
+def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
+    folder = save_run(tmp_path / "run", tiny_model("none"), tokenizer)
+    with pytest.raises(ValueError, match=r"cache int8 .* runs on torch, whose cache is bfloat16; leave it out"):
+        open_model(folder, cache_dtype="int8", dtype=torch.bfloat16)
+    folder = save_run(tmp_path / "ternary", tiny_model("ternary"), tokenizer)
+    with use_backend("reference"), pytest.raises(ValueError, match=r"cache float16 .* leave it out"):
+        open_model(folder, cache_dtype="float16")

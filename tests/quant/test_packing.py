@@ -131,3 +131,16 @@ def test_packing_names_the_wrong_dtype_and_shape() -> None:
         unpack_codes(torch.zeros(2, 32, dtype=torch.uint8), 2, 129)
     with pytest.raises(ValueError, match="int8"):
         unpack_codes(torch.zeros(2, 32, dtype=torch.int8), 2, 128)
+
+
+def test_codes_that_were_just_made_need_no_check(monkeypatch):
+    codes = torch.randint(-1, 2, (3, 130), dtype=torch.int8)
+    expected = pack_codes(codes, 2)
+
+    def waits(tensor):
+        raise AssertionError("this waits for a GPU")
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", waits)
+    assert pack_codes(codes, 2, checked=False).tolist() == expected.tolist()
+    with pytest.raises(AssertionError, match="waits"):
+        pack_codes(codes, 2)

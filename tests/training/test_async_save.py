@@ -1,6 +1,8 @@
 """Checkpoints that a thread writes beside the training: the same files, one after the other, and every error told."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,6 +16,7 @@ from bitnet.training import config as recipes
 from bitnet.training.checkpoint import verify
 from bitnet.training.faults import Diverged
 from bitnet.training.step import Trainer
+from tests import ROOT
 from tests.builders import configuration, tensors
 from tests.faults import fill_disk_at, poison, stop_after
 
@@ -104,3 +107,26 @@ def test_what_stops_a_run_waits_for_its_last_checkpoint(tmp_path, corpus, slow_d
     with pytest.raises(Diverged):
         trainer.train(configuration(tmp_path, corpus, async_save="on", out=str(tmp_path / "nan")))
     assert resolve(tmp_path / "nan").name == "step-00000004"
+
+
+STAGED = """
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from bitnet.training.shards import plain_tensor
+
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+staged = DTensor.from_local(torch.ones(3, 2), init_device_mesh("cpu", (2,)), [Shard(0)], run_check=False)
+
+def moves(*arguments, **options):
+    raise AssertionError("from_local moves a copy in main memory to the mesh's device")
+
+DTensor.from_local = moves
+assert plain_tensor(staged).to_local().data_ptr() == staged.to_local().data_ptr()
+assert plain_tensor(staged.to_local().requires_grad_()).requires_grad is False
+"""
+
+
+def test_copies_in_main_memory_stay_there():
+    subprocess.run([sys.executable, "-c", STAGED], check=True, cwd=ROOT)
