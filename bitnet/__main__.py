@@ -67,7 +67,8 @@ def read_options(command: ModuleType, prog: str, arguments: list[str]) -> object
         return command.parse(arguments, prog)
     import tyro
 
-    return tyro.cli(command.Options, prog=prog, args=arguments, description=command.__doc__)
+    examples = (command.__doc__ or "").replace(f"python {prog.split()[-1]}.py", prog)  # as the command was called
+    return tyro.cli(command.Options, prog=prog, args=arguments, description=examples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """A packed model as the Triton kernels run it: fused projections, a static cache, decoding in a CUDA graph.
 
-    model = load_model(folder).pack()                   2-bit projections, INT8 embedding and head
+    model = open_source(path).model().pack()            2-bit projections, INT8 embedding and head
     engine = GpuEngine.from_model(model, device="cuda")  the same weights, fused; the torch model can go
     cache = engine.new_cache(1, 512)
     logits = engine(ids, cache, last_only=True)

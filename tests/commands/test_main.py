@@ -48,6 +48,7 @@ def test_the_table_is_printed_without_torch():
 def test_help_of_a_command_needs_no_torch(name):
     text, modules = loaded_after([name, "--help"])
     assert f"usage: bitnet {name}" in text
+    assert f"\nbitnet {name} " in text.replace("    bitnet", "bitnet"), "no example"
     assert "torch" not in modules
 
 
