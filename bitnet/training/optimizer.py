@@ -10,6 +10,7 @@ with p the progress from 0 to 1 and a linear warm-up before. Without a second pe
 ordinary recipe of the float twin.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bitnet.machine import cpu_capabilities
 from bitnet.model import bit_linears
 from bitnet.training.sharding import full_tensor, local_part, shard_like
 
 OPTIMIZERS = ("adamw", "muon")
+BFLOAT16_CPUS = ("amx_bf16", "avx512_bf16", "sve_bf16", "neon_bf16", "bf16")
+"""What torch calls the instructions of processors that multiply bfloat16."""
 DECAYS = ("linear", "cosine", "constant")
 
 
@@ -103,7 +107,7 @@ class Optimizer:
         ]
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
-            muon = ShardedMuon if hasattr(matrices[0], "device_mesh") else torch.optim.Muon
+            muon = ShardedMuon if hasattr(matrices[0], "device_mesh") else Muon
             self.optimizers.append(muon(groups[:1], adjust_lr_fn="match_rms_adamw"))
             groups = groups[1:]
         self.optimizers.append(torch.optim.AdamW(groups, betas=betas, fused=fused))
@@ -160,12 +164,10 @@ class Optimizer:
             optimizer.state[parameter][slot] = shard_like(parameter, value).clone()
 
 
-class ShardedMuon(torch.optim.Muon):
-    """Muon of matrices that are sharded by rows, with the numbers of one process.
-
-    Each matrix is made orthogonal whole, by the one process that is in charge of it; two exchanges a step carry all
-    updates there and back, in the bfloat16 that the iteration computes in.
-    """
+class Muon(torch.optim.Muon):
+    """torch's Muon, with its numbers where it computes in bfloat16, which torch always does: on a processor without
+    bfloat16 instructions (25 times slower than float32 on one) the iteration runs in float32. On a GPU matrices of
+    equal shape are one batch, since it would wait for the launches of single ones."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -176,17 +178,52 @@ class ShardedMuon(torch.optim.Muon):
                 self._step(parameters, group)
 
     def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
-        updates = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-            gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
-            # Momentum is element by element, so each process updates its own rows.
-            buffer.lerp_(gradient, 1 - group["momentum"])
-            updates.append(
-                gradient.lerp(buffer, group["momentum"]).bfloat16() if group["nesterov"] else buffer.bfloat16()
-            )
+        updates = [self._update(parameter, group) for parameter in parameters]
+        batches = [[i] for i in range(len(updates))]
+        if updates[0].device.type == "cuda":
+            shapes = sorted({tuple(update.shape) for update in updates})
+            batches = [[i for i, update in enumerate(updates) if update.shape == shape] for shape in shapes]
+        for batch in batches:
+            matrices = updates[batch[0]] if len(batch) == 1 else torch.stack([updates[i] for i in batch])
+            results = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for i, result in zip(batch, [results] if len(batch) == 1 else results, strict=True):
+                _descend(parameters[i], result, group)
+
+    def _update(self, parameter: Any, group: dict[str, Any]) -> Tensor:
+        """The momentum's proposal for a matrix, or for this process's rows of it, in the type of the iteration."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        # Element by element, so each process updates its own rows.
+        gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+        buffer.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        return update.to(iteration_dtype(update.device), copy=update is buffer)
+
+
+def _descend(parameter: Any, update: Tensor, group: dict[str, Any]) -> None:
+    weight = local_part(parameter)
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))  # match_rms_adamw
+    weight.add_(update.view(weight.shape), alpha=-rate)
+
+
+@functools.cache
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it, or does not say, else float32."""
+    found = cpu_capabilities() if device.type == "cpu" else {}
+    return torch.float32 if found and not any(found.get(name) for name in BFLOAT16_CPUS) else torch.bfloat16
+
+
+class ShardedMuon(Muon):
+    """Muon of matrices that are sharded by rows, with the numbers of one process.
+
+    Each matrix is made orthogonal whole, by the one process that is in charge of it; two exchanges a step carry all
+    updates there and back, in the type that the iteration computes in.
+    """
+
+    def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
+        updates = [self._update(parameter, group) for parameter in parameters]
         mesh = parameters[0].device_mesh
         rank, size = mesh.get_local_rank(), mesh.size()
         owners = _shares([p.shape for p in parameters], size)
@@ -214,10 +251,7 @@ class ShardedMuon(torch.optim.Muon):
         dist.all_to_all_single(outgoing, incoming, sent, received, group=mesh.get_group())
 
         for i, update in zip(order, outgoing.split(counts), strict=True):
-            weight = local_part(parameters[i])
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * 0.2 * math.sqrt(max(parameters[i].shape))  # match_rms_adamw
-            weight.add_(update.view(weight.shape), alpha=-rate)
+            _descend(parameters[i], update, group)
 
 
 def _rows(total: int, size: int, rank: int) -> int:
@@ -235,20 +269,21 @@ def _shares(shapes: Sequence[torch.Size], size: int) -> list[int]:
     return owners
 
 
-def orthogonalize(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """The nearest matrix whose singular values are about 1, bfloat16: Muon's Newton-Schulz iteration,
-    X <- a X + (b G + c G^2) X with G = X X^T. Source: Jordan, "Muon", 2024."""
+def orthogonalize(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """The nearest matrices whose singular values are about 1, of `[N, K]` or a batch `[B, N, K]`, in their type: Muon's
+    Newton-Schulz iteration, X <- a X + (b G + c G^2) X with G = X X^T. Source: Jordan, "Muon", 2024."""
     a, b, c = coefficients
+    add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     # X X^T of the shorter side: fewer products, and the same result.
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x = x.T if tall else x
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
     # The iteration converges for singular values up to about 1, which the Frobenius norm bounds.
-    x = x / x.norm().clamp(min=eps)
+    norm = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
+    x = x / norm.clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.training import optimizer
 from bitnet.training.optimizer import OptimConfig, Optimizer, clip_gradients, schedule
 
 
@@ -89,3 +90,50 @@ def test_clip_gradients_scales_and_reports():
 def test_bad_configuration_names_the_value(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         OptimConfig(**bad)
+
+
+# Muon
+
+
+def matrices(seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(8, 12), (12, 8), (8, 12), (5, 5)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def test_muon_in_bfloat16_is_torch_s_to_the_bit(monkeypatch):
+    monkeypatch.setattr(optimizer, "iteration_dtype", lambda device: torch.bfloat16)
+    ours, theirs = matrices(), matrices()
+    options = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    updates = [optimizer.Muon(ours, **options), torch.optim.Muon(theirs, **options)]
+    for step in range(3):
+        for mine, other, gradient in zip(ours, theirs, matrices(step + 1), strict=True):
+            mine.grad, other.grad = gradient.detach().clone(), gradient.detach().clone()
+        for update in updates:
+            update.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_muon_iterates_in_float32_where_the_processor_has_no_bfloat16(monkeypatch):
+    for capabilities, expected in [
+        ({"avx2": True, "amx_bf16": False, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({}, torch.bfloat16),  # a torch that does not say
+    ]:
+        monkeypatch.setattr(optimizer, "cpu_capabilities", lambda found=capabilities: found)
+        optimizer.iteration_dtype.cache_clear()
+        assert optimizer.iteration_dtype(torch.device("cpu")) == expected
+        assert optimizer.iteration_dtype(torch.device("cuda")) == torch.bfloat16
+    optimizer.iteration_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_a_batch_of_matrices_is_made_orthogonal_like_single_ones(shape):
+    batch = torch.randn(3, *shape)
+    constants = ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    together = optimizer.orthogonalize(batch, *constants)
+    for one, result in zip(batch, together, strict=True):
+        torch.testing.assert_close(optimizer.orthogonalize(one, *constants), result, rtol=1e-4, atol=1e-5)
+        singular = torch.linalg.svdvals(result)
+        assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.5
