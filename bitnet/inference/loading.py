@@ -60,8 +60,8 @@ def open_model(
 def _refuse_cache(cache_dtype: str | None, runs_on: str, has: str) -> None:
     if cache_dtype is not None:
         raise ValueError(
-            f"cache {cache_dtype} is for the native CPU engine, and this model runs on {runs_on}, whose cache is {has}; "
-            "leave it out"
+            f"cache {cache_dtype} is for the native CPU engine, and this model runs on {runs_on}, whose cache is "
+            f"{has}; leave it out"
         )
 
 
