@@ -12,7 +12,7 @@ class Options:
     """Speeds of prefill and decoding on this CPU, beside the machine's limits, float twins and other engines."""
 
     model: tyro.conf.Positional[Path | None] = None
-    """Any model that generate.py takes; without one, a random model of --preset."""
+    """A model that generate.py takes; without one, a random model of --preset."""
     preset: str | None = None
     """Shape of a random model: 2b-4t unless given (tiny with --quick)."""
     threads: tuple[int, ...] = ()

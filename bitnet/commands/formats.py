@@ -15,7 +15,7 @@ from bitnet.console import table
 @dataclass(frozen=True)
 class Options:
     value: tyro.conf.Positional[float]
-    """Any number."""
+    """A number."""
     params: float | None = None
     """Number of parameters, to print the memory that they take."""
     range: float | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from bitnet.data.chats import ChatSampler, TokenizedChats, chat_texts, fingerpri
 from bitnet.data.corpus import mixed, open_corpora
 from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
 from bitnet.data.tokens import iter_eval_batches
+from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 
@@ -51,7 +52,7 @@ class DataConfig:
     """Folder of the tokenized corpora and trained tokenizers."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataConfig:
+    def from_dict(cls, values: JsonObject) -> DataConfig:
         """Inverse of `dataclasses.asdict`, through JSON too."""
         corpus = values["corpus"]
         return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})

@@ -24,9 +24,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WORDS = {
-    str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", list: "a list",
-    dict: "an object", NoneType: "null",
-}  # fmt: skip
+    str: "a text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
+}
 
 
 class CheckpointError(ValueError):

@@ -1,11 +1,16 @@
 """A sentencepiece tokenizer as the tokenizer.json that transformers reads."""
 
+from __future__ import annotations
+
 import json
 import random
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 GENERATION = "generation_config.json"
 SPACE_MARK = "\u2581"
@@ -45,7 +50,7 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, ch
     }
 
 
-def _byte_pair_tokenizer(tokenizer: Tokenizer) -> Any:
+def _byte_pair_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """A `tokenizers.Tokenizer` with the pieces of a sentencepiece model and no pre-tokenizer.
 
     sentencepiece joins the two neighbours whose piece has the highest score; a merge here is a way to cut a piece in
@@ -73,8 +78,8 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> Any:
     unk, bos = tokenizer.id_to_piece(tokenizer.unk_id), tokenizer.id_to_piece(tokenizer.bos_id)
     library = Library(models.BPE(vocab=vocab, merges=pairs, unk_token=unk, fuse_unk=True, byte_fallback=True))
     library.add_special_tokens([AddedToken(tokenizer.id_to_piece(i), normalized=False) for i in special])
-    marks: list[Any] = [normalizers.Replace(" ", SPACE_MARK)]
-    text: list[Any] = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    marks: list[object] = [normalizers.Replace(" ", SPACE_MARK)]
+    text: list[object] = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if tokenizer.adds_space_prefix:
         marks.insert(0, normalizers.Prepend(SPACE_MARK))
         text.append(decoders.Strip(" ", 1, 0))
@@ -106,7 +111,7 @@ def probing_texts(tokenizer: BaseTokenizer) -> list[str]:
     ]
 
 
-def _compare(tokenizer: Tokenizer, library: Any) -> None:
+def _compare(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     """Raise ValueError unless both give the same ids for every piece, for pieces put together, and for odd texts."""
     texts = probing_texts(tokenizer)
     for text, ids, encoding in zip(

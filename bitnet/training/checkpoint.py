@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.files import fsync_folder, write_atomic
+from bitnet.files import JsonObject, fsync_folder, write_atomic
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.folders import (
     CHECKSUMS,
@@ -56,8 +56,8 @@ def save_checkpoint(
     *,
     model: BitNetForCausalLM | Mapping[str, Tensor],
     optimizer_state: Mapping[str, Tensor],
-    state: dict[str, Any],
-    config: dict[str, Any],
+    state: JsonObject,
+    config: JsonObject,
     tokenizer: bytes | Mapping[str, bytes],
     best: bool,
     keep: int = 1,
@@ -142,7 +142,7 @@ def _on_first(world: World | None, action: Callable[[], None]) -> None:
         raise error or OSError(failure)
 
 
-def _named(index: dict[str, Any]) -> set[str]:
+def _named(index: JsonObject) -> set[str]:
     return {name for name in (index.get("last"), index.get("best"), *index.get("kept", [])) if name}
 
 
@@ -262,7 +262,7 @@ class Progress:
     faults: int = 0
     """Bad steps in a row up to now; a checkpoint is written behind a good one."""
 
-    def state(self, fingerprint: object) -> dict[str, Any]:
+    def state(self, fingerprint: object) -> JsonObject:
         """The contents of state.json; `fingerprint` is the feed's."""
         return {
             "step": self.step,

@@ -1,11 +1,12 @@
 """What a training run is made from: every option of train.py, and the presets that give them values."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from bitnet.data.feed import DataConfig
+from bitnet.files import JsonObject
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
@@ -184,9 +185,9 @@ class TrainConfig:
         )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: JsonObject) -> "TrainConfig":
         """Inverse of `dataclasses.asdict`."""
-        parts: dict[str, Any] = {
+        parts: JsonObject = {
             "model": ModelConfig.from_dict(values["model"]),
             "data": DataConfig.from_dict(values["data"]),
             "optim": OptimConfig(**values["optim"]),

@@ -204,7 +204,7 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
         f"{tokens_per_step / speed.total:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s a process ({shares}).",
         f"            An estimate from products timed alone on {device} ({torch.get_num_threads()} threads), without "
         f"validation, compilation{' and communication' if work.processes > 1 else ''}.",
-    ]  # fmt: skip
+    ]
     warning = memory_warning(found, work, device)
     return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
 

@@ -170,7 +170,7 @@ class Muon(torch.optim.Muon):
     equal shape are one batch, since it would wait for the launches of single ones."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]

@@ -33,7 +33,7 @@ class World:
     size: int = 1
     strategy: str = "none"
     """none, ddp or fsdp."""
-    group: Any = None
+    group: "dist.ProcessGroup | None" = None
     """The processes as `broadcast` sees them, where it is called beside the training: a `host_group` of its own."""
 
     @property
@@ -74,14 +74,14 @@ class World:
         return box[0]
 
 
-_host: Any = None
+_host: "dist.ProcessGroup | None" = None
 
 
-def _host_group() -> Any:
+def _host_group() -> "dist.ProcessGroup | None":
     return _host or dist.group.WORLD
 
 
-def host_group(timeout_minutes: float) -> Any:
+def host_group(timeout_minutes: float) -> "dist.ProcessGroup":
     """Another group of all processes, on gloo, for a thread that works beside the training; all must ask for it."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
 
@@ -108,14 +108,17 @@ def start(strategy: Strategy, device: torch.device, timeout_minutes: float) -> W
             torch.cuda.set_device(device)
         store = next(rendezvous("env://", timeout=timeout))[0]
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=_own_part(store, rank, size, timeout.total_seconds()),
-            rank=rank, world_size=size, timeout=timeout,
-        )  # fmt: skip
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_own_part(store, rank, size, timeout.total_seconds()),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
         _host = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else None
     return World(rank, size, "ddp" if strategy == "auto" else strategy)
 
 
-def _own_part(store: Any, rank: int, size: int, timeout: float) -> Any:
+def _own_part(store: "dist.Store", rank: int, size: int, timeout: float) -> "dist.Store":
     """The part of torchrun's store that belongs to this start of the processes alone.
 
     The store outlives a restart, and what dead processes have left in it, their addresses, would be taken for the

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from bitnet.console import EveryFewSeconds, clock, progress_bar, say
 from bitnet.evaluation.loss import Evaluation
-from bitnet.files import write_atomic
+from bitnet.files import JsonObject, write_atomic
 from bitnet.plots import draw_loss
 from bitnet.training.config import TrainConfig
 from bitnet.training.step import StepResult
@@ -132,7 +132,7 @@ class Reporter:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[JsonObject]:
     """Rows of a metrics file; a half-written last line (a crash) is left out, a missing file has none."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -143,7 +143,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_wandb(folder: Path, config: dict[str, Any], mode: str) -> Any:
+def _start_wandb(folder: Path, config: JsonObject, mode: str) -> Any:
     """A wandb run, or None. What was asked for by name raises ValueError where it fails; auto only warns."""
     if mode == "off":
         return None

@@ -83,9 +83,9 @@ class BackgroundSaver:
         sharded = world.strategy == "fsdp"
         self.world = dataclasses.replace(world, group=host_group(timeout_minutes)) if sharded else None
         self._thread = ThreadPoolExecutor(1)
-        self._running: Future[Any] | None = None
+        self._running: Future[object] | None = None
 
-    def start(self, save: Callable[..., Any], weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    def start(self, save: Callable[..., object], weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Copy the tensors, then call `save(model=, optimizer_state=, world=)` with the copies, in the thread. Waits
         for the save before, and raises what that one raised."""
         self.wait()

@@ -16,11 +16,12 @@ straight-through rule.
 Letters: W processes, N out_features, K in_features.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
 from bitnet import kernels
@@ -74,6 +75,11 @@ class GatheredFloat:
         return kernels.float_linear(x, weight, bias, quantizer)
 
 
+Metadata = tuple[str, int, int, Tensor | None]
+"""What every process must know of a gathered weight: its quantizer or "float", bits, in_features, and the scale where
+all have the same."""
+
+
 class LatentWeight(Tensor):
     """A shard of a BitLinear's latent weight, which FSDP2 gathers through two of these methods.
 
@@ -86,9 +92,15 @@ class LatentWeight(Tensor):
     @staticmethod
     def __new__(cls, plain: Tensor) -> "LatentWeight":
         return Tensor._make_wrapper_subclass(
-            cls, plain.size(), strides=plain.stride(), storage_offset=plain.storage_offset(), dtype=plain.dtype,
-            layout=plain.layout, device=plain.device, requires_grad=plain.requires_grad,
-        )  # fmt: skip
+            cls,
+            plain.size(),
+            strides=plain.stride(),
+            storage_offset=plain.storage_offset(),
+            dtype=plain.dtype,
+            layout=plain.layout,
+            device=plain.device,
+            requires_grad=plain.requires_grad,
+        )
 
     def __init__(self, plain: Tensor) -> None:
         self.plain = plain
@@ -98,8 +110,12 @@ class LatentWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         args, kwargs = tree_map_only(cls, lambda t: t.plain, (args, kwargs or {}))
         result = func(*args, **kwargs)
         return tree_map_only(Tensor, cls, result) if func in _KEEP else result
@@ -108,12 +124,17 @@ class LatentWeight(Tensor):
         return ["plain"], None
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "LatentWeight":
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: object, size: object, stride: object) -> "LatentWeight":
         return LatentWeight(inner["plain"])
 
     def fsdp_pre_all_gather(
-        self, mesh: Any, outer_size: torch.Size, outer_stride: tuple[int, ...], module: BitLinear, mp_policy: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        self,
+        mesh: DeviceMesh,
+        outer_size: torch.Size,
+        outer_stride: tuple[int, ...],
+        module: BitLinear,
+        mp_policy: object,
+    ) -> tuple[tuple[Tensor, ...], Metadata]:
         """What this process sends, and what every process needs to know to put it together."""
         with torch.no_grad():
             local, product = self.plain, module.product
@@ -134,7 +155,7 @@ class LatentWeight(Tensor):
             return (pack_codes(codes, bits, checked=False), scale), (module.quantizer, bits, outer_size[1], None)
 
     def fsdp_post_all_gather(
-        self, outputs: tuple[Tensor, ...], metadata: tuple[Any, ...], dtype: torch.dtype, *, out: Tensor | None = None
+        self, outputs: tuple[Tensor, ...], metadata: Metadata, dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The whole weight as its product reads it, float32 `[N, K]`; into `out` from the second time on."""
         kind, bits, in_features, scale = metadata
@@ -153,10 +174,18 @@ class LatentWeight(Tensor):
 
 _aten = torch.ops.aten
 _KEEP = {
-    _aten.detach.default, _aten.empty_like.default, _aten.new_zeros.default, _aten.slice.Tensor, _aten.copy_.default,
-    _aten.view.default, _aten.as_strided.default, _aten._to_copy.default, _aten._pin_memory.default,
-    _aten.clone.default, _aten.split.Tensor,
-}  # fmt: skip
+    _aten.detach.default,
+    _aten.empty_like.default,
+    _aten.new_zeros.default,
+    _aten.slice.Tensor,
+    _aten.copy_.default,
+    _aten.view.default,
+    _aten.as_strided.default,
+    _aten._to_copy.default,
+    _aten._pin_memory.default,
+    _aten.clone.default,
+    _aten.split.Tensor,
+}
 
 
 def without_wrapper(tensor: Tensor) -> Tensor:
@@ -164,8 +193,11 @@ def without_wrapper(tensor: Tensor) -> Tensor:
     return tensor.plain if isinstance(tensor, LatentWeight) else tensor
 
 
-def local_part(parameter: Any) -> Tensor:
+def local_part(parameter: Tensor) -> Tensor:
     """What this process has of a sharded tensor, as a plain one that shares its memory."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
     return without_wrapper(parameter.to_local())
 
 

@@ -9,9 +9,9 @@ processes can read it, each its own part. Names are those of the safetensors for
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from bitnet.training.sharding import without_wrapper
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """Write this process's part of every tensor; every process (of the group) must call it. Raises OSError."""
     try:
         dcp.save(
@@ -37,9 +37,10 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor], *, alone: bool = Fa
     """
     try:
         dcp.load(
-            {name: plain_tensor(value) for name, value in tensors.items()}, checkpoint_id=folder,
+            {name: plain_tensor(value) for name, value in tensors.items()},
+            checkpoint_id=folder,
             no_dist=alone or not torch.distributed.is_initialized(),
-        )  # fmt: skip
+        )
     except (Exception, CheckpointException) as error:  # pickle, zip, JSON: whatever a damaged file breaks
         raise ValueError(f"the shards in {folder} cannot be read: {_reason(error)}; use another checkpoint") from error
 

@@ -216,9 +216,12 @@ class Trainer:
         self.set_products()
         config = self.config
         return evaluate_feed(
-            self.model, self.feed, max_tokens=None if whole else config.eval_tokens,
-            batch_size=config.batch_size // config.micro_batches, dtype=self.dtype,
-        )  # fmt: skip
+            self.model,
+            self.feed,
+            max_tokens=None if whole else config.eval_tokens,
+            batch_size=config.batch_size // config.micro_batches,
+            dtype=self.dtype,
+        )
 
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
@@ -226,9 +229,12 @@ class Trainer:
         self.set_products()
         with eager():
             new = generate(
-                self.model, torch.tensor([prompt], device=self.device),
+                self.model,
+                torch.tensor([prompt], device=self.device),
                 max_new_tokens=limit_new_tokens(self.config.model, len(prompt), tokens),
-                sampling=SamplingConfig(temperature=0.8, top_p=0.95), seed=0, eos_id=tokenizer.eos_ids,
+                sampling=SamplingConfig(temperature=0.8, top_p=0.95),
+                seed=0,
+                eos_id=tokenizer.eos_ids,
                 vocab_size=tokenizer.vocab_size,
-            )  # fmt: skip
+            )
             return tokenizer.decode([*prompt, *(int(row[0]) for row in new)])

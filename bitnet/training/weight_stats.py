@@ -27,11 +27,13 @@ def weight_statistics(model: BitNetForCausalLM, before: list[Tensor], world: Wor
     after = weight_codes(model)
     if not after:
         return {}
-    magnitude = torch.stack([
-        _rows(layer.weight).abs().sum(dtype=torch.float64)
-        for _, layer in bit_linears(model)
-        if layer.quantizer != "none"
-    ]).sum()  # fmt: skip
+    magnitude = torch.stack(
+        [
+            _rows(layer.weight).abs().sum(dtype=torch.float64)
+            for _, layer in bit_linears(model)
+            if layer.quantizer != "none"
+        ]
+    ).sum()
     pairs = list(zip(before, after, strict=True))
     zeros = torch.stack([(new == 0).sum() for new in after]).sum()
     flips = torch.stack([(new != old).sum() for old, new in pairs]).sum()
