@@ -60,13 +60,8 @@ def open_model(
 def _refuse_cache(cache_dtype: str | None, runs_on: str, has: str) -> None:
     if cache_dtype is not None:
         raise ValueError(
-<<<<<<< HEAD
             f"cache {cache_dtype} is of the native CPU engine and this model runs on {runs_on}, whose cache is {has}; "
             "leave it out"
-=======
-            f"cache {cache_dtype} is for the native CPU engine, and this model runs on {runs_on}, whose cache is "
-            f"{has}; leave it out"
->>>>>>> cee59bad76bf0b34fd494fb315dd4b78b4886cf6
         )
 
 

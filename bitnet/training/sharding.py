@@ -194,11 +194,10 @@ def without_wrapper(tensor: Tensor) -> Tensor:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this process has of a sharded tensor, as a plain one that shares its memory."""
+    """What this process has of a sharded tensor, as a plain one that shares its memory; of others all."""
     from torch.distributed.tensor import DTensor
 
-    assert isinstance(parameter, DTensor)
-    return without_wrapper(parameter.to_local())
+    return without_wrapper(parameter.to_local()) if isinstance(parameter, DTensor) else parameter
 
 
 def _two_bit_codes(local: Tensor, quantizer: str, product: GatheredCodes) -> Tensor:
