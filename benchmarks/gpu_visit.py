@@ -58,9 +58,17 @@ STAGES: dict[str, list[list[Step]]] = {
     ],
 }
 NEEDS = {
-    "decode": "engine", "launching": "engine", "profile": "engine", "prefill": "engine", "long": "engine",
-    "loss": "engine", "kernels": "products", "tiles": "products", "training": "training", "curve": "training",
-}  # fmt: skip
+    "decode": "engine",
+    "launching": "engine",
+    "profile": "engine",
+    "prefill": "engine",
+    "long": "engine",
+    "loss": "engine",
+    "kernels": "products",
+    "tiles": "products",
+    "training": "training",
+    "curve": "training",
+}
 """The gate that a step stands on."""
 
 

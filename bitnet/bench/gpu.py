@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from bitnet import kernels
 from bitnet.bench import gpu_inference, gpu_products, gpu_training
 from bitnet.bench.gpu_gate import CONFIGS, GATES, QUICK_CONFIG
 from bitnet.bench.gpu_inference import BATCHES, PROMPTS
-from bitnet.bench.gpu_products import algorithms_for, product_shapes, tile_call, tile_candidates
+from bitnet.bench.gpu_products import Tile, algorithms_for, product_shapes, tile_call, tile_candidates
 from bitnet.bench.gpu_timing import Call, Options, Row, log, name_of
 from bitnet.bench.gpu_training import CURVE
 from bitnet.bench.random_models import random_tensors
@@ -41,13 +40,20 @@ from bitnet.model import PRESETS, ModelConfig
 from bitnet.quant import packed_width
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
-    "machine": gpu_inference.measure_machine, "decode": gpu_inference.measure_decode,
-    "launching": gpu_inference.measure_launching, "profile": gpu_inference.measure_profile,
-    "prefill": gpu_inference.measure_prefill, "kernels": gpu_products.measure_kernels,
-    "tiles": gpu_products.measure_tiles, "training": gpu_training.measure_training, "muon": gpu_training.measure_muon,
-    "curve_cpu": gpu_training.measure_curve_cpu, "curve": gpu_training.measure_curve,
-    "loss": gpu_training.measure_loss, "long": gpu_inference.measure_long,
-}  # fmt: skip
+    "machine": gpu_inference.measure_machine,
+    "decode": gpu_inference.measure_decode,
+    "launching": gpu_inference.measure_launching,
+    "profile": gpu_inference.measure_profile,
+    "prefill": gpu_inference.measure_prefill,
+    "kernels": gpu_products.measure_kernels,
+    "tiles": gpu_products.measure_tiles,
+    "training": gpu_training.measure_training,
+    "muon": gpu_training.measure_muon,
+    "curve_cpu": gpu_training.measure_curve_cpu,
+    "curve": gpu_training.measure_curve,
+    "loss": gpu_training.measure_loss,
+    "long": gpu_inference.measure_long,
+}
 
 
 def calls_to_warm(options: Options) -> Iterator[Call]:
@@ -75,18 +81,26 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
             def call(M: int = M, N: int = N, K: int = K, bits: int = bits, algorithm: str = algorithm) -> None:
                 quantize_activations(torch.empty(M, K, dtype=options.dtype, device=device))
                 product.product(
-                    torch.empty(M, padded(K), dtype=torch.int8, device=device), torch.empty(M, device=device),
+                    torch.empty(M, padded(K), dtype=torch.int8, device=device),
+                    torch.empty(M, device=device),
                     torch.empty(M, dtype=torch.int32, device=device),
                     torch.empty(N, packed_width(K, bits), dtype=torch.uint8, device=device),
-                    torch.empty(1, device=device), bits=bits, in_features=K, dtype=options.dtype, constant=True,
+                    torch.empty(1, device=device),
+                    bits=bits,
+                    in_features=K,
+                    dtype=options.dtype,
+                    constant=True,
                     plan=product.choose(M, N, K, bits, device, algorithm),
-                )  # fmt: skip
+                )
 
             yield call
     for M, N, K, bits, _, plan in tile_candidates(options) if options.tiles else ():
         yield functools.partial(_one_tile, M, N, K, bits, plan, options)
-    trainings = [] if options.quick else [(PRESETS["125m"], 8192, torch.bfloat16), (CURVE, 2048, torch.float32),
-                                          (CURVE, 2048, torch.bfloat16)]  # fmt: skip
+    trainings = (
+        []
+        if options.quick
+        else [(PRESETS["125m"], 8192, torch.bfloat16), (CURVE, 2048, torch.float32), (CURVE, 2048, torch.bfloat16)]
+    )
     for config, tokens, kind in trainings:
         for N, K in sorted(set(config.projections().values())):
 
@@ -99,7 +113,7 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
             yield product_and_back
 
 
-def _one_tile(M: int, N: int, K: int, bits: int, plan: Any, options: Options) -> None:
+def _one_tile(M: int, N: int, K: int, bits: int, plan: Tile, options: Options) -> None:
     packed = torch.empty(N, packed_width(K, bits), dtype=torch.uint8, device=options.device)
     tile_call(M, N, K, bits, plan, options)(packed)
 
@@ -130,10 +144,15 @@ def warm(options: Options, processes: int) -> Iterator[Row]:
                 log(f"{done} of {len(variants)}, {time.perf_counter() - started:.0f} s")
     seconds = time.perf_counter() - started
     yield {
-        "variants": len(variants), "compiled": done, "failed": failed, "spilled": spilled, "seconds": seconds,
-        "recorded_s": recorded, "line": f"{done} of {len(variants)} variants in {seconds:.0f} s, {len(failed)} failed, "
+        "variants": len(variants),
+        "compiled": done,
+        "failed": failed,
+        "spilled": spilled,
+        "seconds": seconds,
+        "recorded_s": recorded,
+        "line": f"{done} of {len(variants)} variants in {seconds:.0f} s, {len(failed)} failed, "
         f"{len(spilled)} spill registers",
-    }  # fmt: skip
+    }
 
 
 class Results:

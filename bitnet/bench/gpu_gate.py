@@ -31,9 +31,19 @@ CONFIGS = {
 QUICK_CONFIG = GATE_CONFIG.replace(vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
 # Tokens, rows, columns: every branch of every algorithm, in few variants.
 SHAPES = (
-    (1, 33, 131), (2, 130, 515), (3, 130, 515), (4, 130, 515), (5, 40, 131), (17, 130, 2560), (64, 130, 515),
-    (65, 130, 2560), (300, 130, 515), (1, 2560, 6912), (40, 2560, 6912), (1030, 640, 2560),
-)  # fmt: skip
+    (1, 33, 131),
+    (2, 130, 515),
+    (3, 130, 515),
+    (4, 130, 515),
+    (5, 40, 131),
+    (17, 130, 2560),
+    (64, 130, 515),
+    (65, 130, 2560),
+    (300, 130, 515),
+    (1, 2560, 6912),
+    (40, 2560, 6912),
+    (1030, 640, 2560),
+)
 QUICK_SHAPES = SHAPES[:1] + SHAPES[4:5]
 
 
@@ -97,9 +107,17 @@ def check_products(device: torch.device, quick: bool) -> Iterator[str]:
             )
             if algorithm == "dot4":  # as the engine calls it: weights that are read ahead of the wait
                 ahead = product.product(
-                    codes, ones, total, packed, ones[:1], bits=bits, in_features=K, dtype=torch.int32, plan=plan,
+                    codes,
+                    ones,
+                    total,
+                    packed,
+                    ones[:1],
+                    bits=bits,
+                    in_features=K,
+                    dtype=torch.int32,
+                    plan=plan,
                     constant=True,
-                )  # fmt: skip
+                )
                 if not torch.equal(ahead, y):
                     yield f"{algorithm}, {bits} bits, {M} x {N} x {K}: other sums with weights read ahead"
             if wrong := int((y.cpu() != expected).sum()):
@@ -127,9 +145,13 @@ def check_projections(device: torch.device, quick: bool) -> Iterator[str]:
     cases = [(5, 131, 2, "none", torch.float32), (40, 131, 4, "silu", half)]
     if not quick:
         cases += [
-            (3840, 2560, 2, "none", half), (640, 515, 2, "relu2", torch.float32), (130, 6912, 2, "relu2", half),
-            (1536, 4096, 2, "silu", half), (2560, 2560, 4, "none", half), (33, 1111, 2, "silu", torch.float32),
-        ]  # fmt: skip
+            (3840, 2560, 2, "none", half),
+            (640, 515, 2, "relu2", torch.float32),
+            (130, 6912, 2, "relu2", half),
+            (1536, 4096, 2, "silu", half),
+            (2560, 2560, 4, "none", half),
+            (33, 1111, 2, "silu", torch.float32),
+        ]
     for N, K, bits, gate, dtype in cases:
         low, high = {2: (-1, 1), 4: (-8, 7)}[bits]
 
@@ -159,8 +181,11 @@ def check_training(device: torch.device, quick: bool) -> Iterator[str]:
         for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             x, weight, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((M, K), (N, K), (M, N)))
             results: list[list[Tensor]] = []
-            for where, kind, name in ((torch.device("cpu"), torch.float64, "reference"), (device, dtype, "reference"),
-                                      (device, dtype, "triton")):  # fmt: skip
+            for where, kind, name in (
+                (torch.device("cpu"), torch.float64, "reference"),
+                (device, dtype, "reference"),
+                (device, dtype, "triton"),
+            ):
                 mine = [tensor.to(where, kind, copy=True).requires_grad_() for tensor in (x, weight)]
                 with kernels.use_backend(name):
                     y = kernels.fake_quant_linear(mine[0], mine[1], None, "ternary")
@@ -242,7 +267,12 @@ def check_compile(device: torch.device, quick: bool) -> Iterator[str]:
 
 
 GATES: dict[str, Callable[[torch.device, bool], Iterator[str]]] = {
-    "activations": check_activations, "weights": check_weights, "products": check_products,
-    "projections": check_projections,    "training": check_training, "engine": check_engine, "compile": check_compile,
-}  # fmt: skip
+    "activations": check_activations,
+    "weights": check_weights,
+    "products": check_products,
+    "projections": check_projections,
+    "training": check_training,
+    "engine": check_engine,
+    "compile": check_compile,
+}
 """What is wrong, as text, and nothing where all is right: `gate(device, quick)`."""

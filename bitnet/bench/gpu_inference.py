@@ -29,8 +29,11 @@ def measure_machine(options: Options) -> Iterator[Row]:
     from bitnet.kernels.triton.language import triton
 
     row: Row = {
-        "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "device": "cpu",
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "device": "cpu",
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         query = [
@@ -43,10 +46,12 @@ def measure_machine(options: Options) -> Iterator[Row]:
         except (OSError, subprocess.SubprocessError) as error:
             row["smi"] = str(error)
         row |= {
-            "device": properties.name, "processors": properties.multi_processor_count,
-            "capability": list(torch.cuda.get_device_capability(device)), "memory_gb": properties.total_memory / 1e9,
+            "device": properties.name,
+            "processors": properties.multi_processor_count,
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "memory_gb": properties.total_memory / 1e9,
             "l2_mb": properties.L2_cache_size / 1e6,
-        }  # fmt: skip
+        }
         n = 8192
         a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
         row["bf16_tflops"] = 2 * n**3 / in_turn({"mm": [lambda: a @ b]}, device)["mm"][1] / 1e12
@@ -102,11 +107,18 @@ def step_speed(engine: GpuEngine, twin: BitNetForCausalLM, ids: Tensor, capacity
     theirs = in_turn({"step": [twin_step]}, ids.device)["step"][1]
     read, twin_read = engine.weight_bytes() + cache.nbytes, twin.weight_bytes() + twin_cache.nbytes
     return {
-        "behind": start, "us": ours[1] * 1e6, "us_quartiles": [t * 1e6 for t in ours], "read_mb": read / 1e6,
-        "floor_us": read / copy / 1e3, "of_floor": read / copy / 1e9 / ours[1], "twin_us": theirs * 1e6,
-        "twin_floor_us": twin_read / copy / 1e3, "ratio": theirs / ours[1], "copy_gbs": copy,
+        "behind": start,
+        "us": ours[1] * 1e6,
+        "us_quartiles": [t * 1e6 for t in ours],
+        "read_mb": read / 1e6,
+        "floor_us": read / copy / 1e3,
+        "of_floor": read / copy / 1e9 / ours[1],
+        "twin_us": theirs * 1e6,
+        "twin_floor_us": twin_read / copy / 1e3,
+        "ratio": theirs / ours[1],
+        "copy_gbs": copy,
         "launches": launches_of(engine, batch),
-    }  # fmt: skip
+    }
 
 
 def text_speed(engine: GpuEngine, ids: Tensor, new: int) -> Row:
@@ -226,8 +238,11 @@ def measure_prefill(options: Options) -> Iterator[Row]:
             prompts = {which: [functools.partial(prompt, model, ids)] * 3 for which, model in models.items()}
             times = in_turn(prompts, device, graph=False, budget=0.1)
             row: Row = {
-                "model": name, "tokens": tokens, "ms": times["engine"][1] * 1e3, "twin_ms": times["twin"][1] * 1e3,
-            }  # fmt: skip
+                "model": name,
+                "tokens": tokens,
+                "ms": times["engine"][1] * 1e3,
+                "twin_ms": times["twin"][1] * 1e3,
+            }
             row["ratio"] = row["twin_ms"] / row["ms"]
             row["line"] = (
                 f"{name}, {tokens} tokens: {row['ms']:.2f} ms, bf16 twin {row['twin_ms']:.2f}: {row['ratio']:.2f}x"

@@ -13,6 +13,8 @@ from torch import Tensor
 from bitnet.bench.gpu_timing import Call, Options, Row, copy_rate, in_turn
 from bitnet.quant import packed_width
 
+Tile = Any
+"""A plan of a product, the (rows, warps) of a one-token projection, or the (gate, warps) of a quantization."""
 PRODUCTS = [(2560, 2560, 2), (3840, 2560, 2), (13824, 2560, 2), (2560, 6912, 2), (28672, 8192, 2), (128256, 2560, 8)]
 """Rows, columns and bits of the matrices in 2B-4T, of a 70B model's widest, and of 2B-4T's head."""
 TOKENS = (1, 4, 16, 64, 256, 1024, 2048)
@@ -55,9 +57,17 @@ def measure_kernels(options: Options) -> Iterator[Row]:
         for algorithm in algorithms_for(M, bits):
             plan = product.choose(M, N, K, bits, device, algorithm)
             call = functools.partial(
-                product.product, codes, x_scale, total, w_scale=scale, plan=plan, bits=bits, in_features=K,
-                dtype=x.dtype, constant=True,
-            )  # fmt: skip
+                product.product,
+                codes,
+                x_scale,
+                total,
+                w_scale=scale,
+                plan=plan,
+                bits=bits,
+                in_features=K,
+                dtype=x.dtype,
+                constant=True,
+            )
             contenders[algorithm] = [functools.partial(call, packed=p) for p in packed]
         floats = copies(lambda: torch.randn(N, K, device=device, dtype=x.dtype))  # noqa: B023
         contenders["bf16"] = [functools.partial(F.linear, x, w) for w in floats]
@@ -69,11 +79,18 @@ def measure_kernels(options: Options) -> Iterator[Row]:
         chosen = product.choose(M, N, K, bits, device).algorithm
         ours = times[chosen][1]
         row: Row = {
-            "rows": N, "columns": K, "bits": bits, "tokens": M, "chosen": chosen, "us": ours * 1e6,
+            "rows": N,
+            "columns": K,
+            "bits": bits,
+            "tokens": M,
+            "chosen": chosen,
+            "us": ours * 1e6,
             **{f"{name}_us": t[1] * 1e6 for name, t in times.items()},
-            "gbs": packed[0].nbytes / ours / 1e9, "of_copy": packed[0].nbytes / ours / 1e9 / copy,
-            "tops": 2 * M * N * K / ours / 1e12, "ratio": times["bf16"][1] / ours,
-        }  # fmt: skip
+            "gbs": packed[0].nbytes / ours / 1e9,
+            "of_copy": packed[0].nbytes / ours / 1e9 / copy,
+            "tops": 2 * M * N * K / ours / 1e12,
+            "ratio": times["bf16"][1] / ours,
+        }
         rest = ", ".join(f"{name} {t[1] * 1e6:.1f}" for name, t in times.items() if name != chosen)
         row["line"] = (
             f"{N} x {K}, {bits} bits, {M} tokens: {chosen} {row['us']:.1f} us, {row['of_copy']:.0%} of copy, "
@@ -82,7 +99,7 @@ def measure_kernels(options: Options) -> Iterator[Row]:
         yield row
 
 
-def tile_candidates(options: Options) -> Iterator[tuple[int, int, int, int, str, Any]]:
+def tile_candidates(options: Options) -> Iterator[tuple[int, int, int, int, str, Tile]]:
     """Tokens, rows, columns, bits, a name, and a plan of a product or the (rows, warps) of a one-token projection."""
     from bitnet.kernels.triton import product
     from bitnet.kernels.triton.language import power_of_2
@@ -117,7 +134,7 @@ def tile_candidates(options: Options) -> Iterator[tuple[int, int, int, int, str,
                 yield M, N, K, 2, f"dense {rows}x{tokens}x{depth}, {stages} stages, {warps} warps", plan
 
 
-def tile_call(M: int, N: int, K: int, bits: int, plan: Any, options: Options) -> Callable[[Tensor], object]:
+def tile_call(M: int, N: int, K: int, bits: int, plan: Tile, options: Options) -> Callable[[Tensor], object]:
     """What takes packed weights to the result of a candidate, on random activations."""
     from bitnet.kernels.triton import product
     from bitnet.kernels.triton.activations import quantize_activations
@@ -164,6 +181,11 @@ def measure_tiles(options: Options) -> Iterator[Row]:
         ranked = sorted((t[1] * 1e6, name) for name, t in times.items())
         best = "; ".join(f"{us:.1f} {name}" for us, name in ranked[:6])
         yield {
-            "tokens": M, "rows": N, "columns": K, "bits": bits, "ranked": ranked, "refused": refused,
+            "tokens": M,
+            "rows": N,
+            "columns": K,
+            "bits": bits,
+            "ranked": ranked,
+            "refused": refused,
             "line": f"{M} tokens, {N} x {K}: {best}; slowest {ranked[-1][0]:.1f}",
-        }  # fmt: skip
+        }

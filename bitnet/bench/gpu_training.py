@@ -50,11 +50,17 @@ def training_step(config: ModelConfig, backend: str, compiled: str, options: Opt
         first = time.perf_counter() - started
         low, middle, high = in_turn({"step": [step]}, device, graph=False, budget=0 if options.quick else 0.5)["step"]
     return {
-        "quantizer": config.quantizer, "backend": backend, "compiled": done, "optimizer": optimizer,
-        "parameters_m": model.num_parameters() / 1e6, "tokens": ids.numel(), "ms": middle * 1e3,
-        "ms_quartiles": [low * 1e3, high * 1e3], "first_three_s": first,
+        "quantizer": config.quantizer,
+        "backend": backend,
+        "compiled": done,
+        "optimizer": optimizer,
+        "parameters_m": model.num_parameters() / 1e6,
+        "tokens": ids.numel(),
+        "ms": middle * 1e3,
+        "ms_quartiles": [low * 1e3, high * 1e3],
+        "first_three_s": first,
         "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-    }  # fmt: skip
+    }
 
 
 def measure_training(options: Options) -> Iterator[Row]:
@@ -115,8 +121,9 @@ def train(
 
 def measure_curve_cpu(options: Options) -> Iterator[Row]:
     """Losses of the short run on the CPU, kept for `curve`."""
-    config, steps, shape = (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (
-        CURVE, CURVE_STEPS, CURVE_SHAPE)  # fmt: skip
+    config, steps, shape = (
+        (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (CURVE, CURVE_STEPS, CURVE_SHAPE)
+    )
     losses = train(config, torch.device("cpu"), "reference", torch.float32, steps, shape)[1]
     options.work.mkdir(parents=True, exist_ok=True)
     write_atomic(options.work / CURVE_FILE, json.dumps(losses))
@@ -126,8 +133,9 @@ def measure_curve_cpu(options: Options) -> Iterator[Row]:
 def measure_curve(options: Options) -> Iterator[Row]:
     """Loss curves of the short run beside the CPU's: kernels and reference, float32 and bfloat16. `apart` is the mean
     distance to the CPU's over the second half."""
-    config, steps, shape = (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (
-        CURVE, CURVE_STEPS, CURVE_SHAPE)  # fmt: skip
+    config, steps, shape = (
+        (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (CURVE, CURVE_STEPS, CURVE_SHAPE)
+    )
     expected = json.loads((options.work / CURVE_FILE).read_text())
     device = options.device
     runs = [("triton", torch.float32)]
@@ -140,9 +148,13 @@ def measure_curve(options: Options) -> Iterator[Row]:
         apart = statistics.mean(abs(a - b) for a, b in zip(losses[half], expected[half], strict=True))
         ends = statistics.mean(losses[-10:]), statistics.mean(expected[-10:])
         yield {
-            "backend": backend, "dtype": name_of(dtype), "apart": apart, "last": ends[0], "losses": losses,
+            "backend": backend,
+            "dtype": name_of(dtype),
+            "apart": apart,
+            "last": ends[0],
+            "losses": losses,
             "line": f"{backend}, {name_of(dtype)}: ends at {ends[0]:.3f} (CPU {ends[1]:.3f}), {apart:.4f} apart",
-        }  # fmt: skip
+        }
 
 
 @torch.inference_mode()
@@ -167,6 +179,9 @@ def measure_loss(options: Options) -> Iterator[Row]:
         engine = GpuEngine.from_model(model, device=device, dtype=dtype)
         found = loss(engine(ids))
         yield {
-            "dtype": dtype, "loss": found, "reference": expected, "tokens": ids.numel(),
+            "dtype": dtype,
+            "loss": found,
+            "reference": expected,
+            "tokens": ids.numel(),
             "line": f"engine, {dtype}: {found:.5f} nats, reference {expected:.5f} ({found - expected:+.1e})",
-        }  # fmt: skip
+        }

@@ -103,9 +103,15 @@ class GpuEngine:
     """
 
     def __init__(
-        self, config: ModelConfig, tensor: Callable[[str], Tensor], names: Iterable[str] | None = None, *,
-        device: torch.device | str = "cuda", dtype: str = "bfloat16", graphs: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        tensor: Callable[[str], Tensor],
+        names: Iterable[str] | None = None,
+        *,
+        device: torch.device | str = "cuda",
+        dtype: str = "bfloat16",
+        graphs: bool = True,
+    ) -> None:
         if config.quantizer == "none":
             raise ValueError("the engine runs packed weights and this is a float model; run it in torch")
         if dtype not in DTYPES:
@@ -154,19 +160,23 @@ class GpuEngine:
         self._norms: list[dict[str, Tensor | None]] = []
         for index in range(config.num_hidden_layers):
             prefix = f"model.layers.{index}."
-            self._matrices.append({
-                "qkv": matrix(f"{prefix}self_attn.", {"q_proj": queries, "k_proj": keys, "v_proj": keys}, C),
-                "o": matrix(f"{prefix}self_attn.", {"o_proj": C}, queries),
-                "gate_up": matrix(f"{prefix}mlp.", {"gate_proj": F_, "up_proj": F_}, C),
-                "down": matrix(f"{prefix}mlp.", {"down_proj": C}, F_),
-            })  # fmt: skip
+            self._matrices.append(
+                {
+                    "qkv": matrix(f"{prefix}self_attn.", {"q_proj": queries, "k_proj": keys, "v_proj": keys}, C),
+                    "o": matrix(f"{prefix}self_attn.", {"o_proj": C}, queries),
+                    "gate_up": matrix(f"{prefix}mlp.", {"gate_proj": F_, "up_proj": F_}, C),
+                    "down": matrix(f"{prefix}mlp.", {"down_proj": C}, F_),
+                }
+            )
             sub = config.sub_norm
-            self._norms.append({
-                "qkv": norm(f"{prefix}input_layernorm", C),
-                "o": norm(f"{prefix}self_attn.attn_sub_norm", queries) if sub else None,
-                "gate_up": norm(f"{prefix}post_attention_layernorm", C),
-                "down": norm(f"{prefix}mlp.ffn_sub_norm", F_) if sub else None,
-            })  # fmt: skip
+            self._norms.append(
+                {
+                    "qkv": norm(f"{prefix}input_layernorm", C),
+                    "o": norm(f"{prefix}self_attn.attn_sub_norm", queries) if sub else None,
+                    "gate_up": norm(f"{prefix}post_attention_layernorm", C),
+                    "down": norm(f"{prefix}mlp.ffn_sub_norm", F_) if sub else None,
+                }
+            )
         self._norm = norm("model.norm", C)
         self._cos, self._sin = (part.to(self._device) for part in rope_tables(config))
 
@@ -240,19 +250,40 @@ class GpuEngine:
         (B, T), H, dtype = ids.shape, config.num_attention_heads, self.dtype
 
         def projected(
-            x: Tensor, matrix: _Matrix, norm: Tensor | None, residual: Tensor | None = None, gate: str = "none",
+            x: Tensor,
+            matrix: _Matrix,
+            norm: Tensor | None,
+            residual: Tensor | None = None,
+            gate: str = "none",
             dtype: torch.dtype = dtype,
-        ) -> Tensor:  # fmt: skip
+        ) -> Tensor:
             if len(x) == 1 and pays(len(matrix.packed), matrix.in_features, matrix.bits):
                 return project(
-                    x, norm, matrix.packed, matrix.scale, residual, bits=matrix.bits, in_features=matrix.in_features,
-                    eps=config.rms_norm_eps, gate=gate, dtype=dtype,
-                )  # fmt: skip
+                    x,
+                    norm,
+                    matrix.packed,
+                    matrix.scale,
+                    residual,
+                    bits=matrix.bits,
+                    in_features=matrix.in_features,
+                    eps=config.rms_norm_eps,
+                    gate=gate,
+                    dtype=dtype,
+                )
             codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate, constant=True)
             return product(
-                codes, scale, total, matrix.packed, matrix.scale, None, residual, bits=matrix.bits,
-                in_features=matrix.in_features, dtype=dtype, constant=True,
-            )  # fmt: skip
+                codes,
+                scale,
+                total,
+                matrix.packed,
+                matrix.scale,
+                None,
+                residual,
+                bits=matrix.bits,
+                in_features=matrix.in_features,
+                dtype=dtype,
+                constant=True,
+            )
 
         h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
         layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=True)
