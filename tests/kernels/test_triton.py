@@ -47,7 +47,12 @@ def test_interpreted(file: str, at_least: int) -> None:
     assert passed(run_apart(file, interpret=True)) >= at_least
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+LONG = pytest.mark.skipif(os.environ.get("BITNET_LONG") != "1", reason="BITNET_LONG=1 compiles for more GPUs")
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_80", "sm_90", "gfx942", *(pytest.param(name, marks=LONG) for name in ("sm_89", "sm_120"))]
+)
 def test_compiled_ahead_of_time(target: str) -> None:
     oracles.folder_of("triton")
     assert passed(run_apart("triton_compiled.py", "-k", target, interpret=False)) >= 20

@@ -22,10 +22,12 @@ from bitnet.kernels.triton.language import Launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "ptx"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "ptx"),
     "sm_90": (GPUTarget("cuda", 90, 32), "ptx"),
+    "sm_120": (GPUTarget("cuda", 120, 32), "ptx"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "gcn"),
 }
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
+SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 """Bytes that one program may have; only a real launch would refuse more."""
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8",

@@ -23,10 +23,15 @@ BF16 = torch.bfloat16
 
 
 # What the code must hold: integer dot products of four, and int8 matrix instructions.
-DOT4 = {"sm_80": r"^IDP\.4A", "sm_90": r"^IDP\.4A", "gfx942": r"^v_dot4_i32_i8"}
-MATRIX = {"sm_80": r"^IMMA\.16832\.S8\.S8", "sm_90": r"^IGMMA", "gfx942": r"^v_mfma_i32_\d+x\d+x\d+_i8"}
-FLOAT_MATRIX = {"sm_80": r"^HMMA.*BF16", "sm_90": r"^HGMMA|^HMMA.*BF16", "gfx942": r"^v_mfma_f32_\d+x\d+x\d+.*bf16"}
-MULTIPLY = {"sm_80": r"^(IDP|IMMA)", "sm_90": r"^(IDP|IMMA|IGMMA)", "gfx942": r"^v_(dot|mfma)"}
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_120")
+DOT4 = dict.fromkeys(NVIDIA, r"^IDP\.4A") | {"gfx942": r"^v_dot4_i32_i8"}
+MATRIX = dict.fromkeys(NVIDIA, r"^IMMA\.16832\.S8\.S8") | {
+    "sm_90": r"^IGMMA", "gfx942": r"^v_mfma_i32_\d+x\d+x\d+_i8"
+}  # fmt: skip
+FLOAT_MATRIX = dict.fromkeys(NVIDIA, r"^HGMMA|^HMMA.*BF16") | {"gfx942": r"^v_mfma_f32_\d+x\d+x\d+.*bf16"}
+MULTIPLY = dict.fromkeys(NVIDIA, r"^(IDP|IMMA|IGMMA)") | {"gfx942": r"^v_(dot|mfma)"}
+# Kernels that were faster with some spilled values than with more warps and none (H200, 55.0 against 71.8 us).
+SPILLS = {"tensor core, 512 tokens": 64}
 
 
 def multiply(M: int, N: int, K: int, bits: int, algorithm: str, **changes: int) -> Callable[[], object]:
@@ -120,22 +125,22 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
 }  # fmt: skip
 
 
-def launches(call: Callable[[], object], assembly: str, dependent: bool = False) -> list[Launch]:
-    with record(assembly, dependent=dependent) as recorded:
+def launches(call: Callable[[], object], target: str, assembly: str | None = None) -> list[Launch]:
+    """What a call would launch on a target, or with another assembly than its own."""
+    ahead = target in ("sm_90", "sm_120")
+    with record(assembly or TARGETS[target][1], dependent=ahead, shared=SHARED_MEMORY[target]) as recorded:
         call()
     return recorded
 
 
 @cache
 def compiled(target: str, case: str) -> list[Compiled]:
-    return [
-        compile_launch(launch, target) for launch in launches(CASES[case][0], TARGETS[target][1], target == "sm_90")
-    ]
+    return [compile_launch(launch, target) for launch in launches(CASES[case][0], target)]
 
 
-def problems(code: Compiled, target: str, expected: str | None = None) -> list[str]:
+def problems(code: Compiled, target: str, expected: str | None = None, spills: int = 0) -> list[str]:
     """What is wrong with a kernel's machine code."""
-    found = [f"{code.spills} spilled registers"] if code.spills else []
+    found = [f"{code.spills} spilled registers"] if code.spills > spills else []
     if code.shared > SHARED_MEMORY[target]:
         found.append(f"{code.shared} bytes of shared memory")
     if expected and not code.count(expected):
@@ -148,7 +153,7 @@ def problems(code: Compiled, target: str, expected: str | None = None) -> list[s
 def test_compiles_without_spills_to_the_expected_instructions(target: str, case: str) -> None:
     first, *others = compiled(target, case)
     expected = CASES[case][1]
-    assert problems(first, target, expected[target] if expected else None) == []
+    assert problems(first, target, expected[target] if expected else None, SPILLS.get(case, 0)) == []
     assert [problem for code in others for problem in problems(code, target)] == []
     if case.startswith("dense"):  # the second launch is the product
         assert problems(others[0], target, MATRIX[target]) == []
@@ -160,7 +165,7 @@ def test_compiles_without_spills_to_the_expected_instructions(target: str, case:
 @pytest.mark.parametrize(("case", "limit"), [("dot4, 1 token", 1.15), ("four lanes", 3.5)])
 def test_instructions_per_weight(target: str, case: str, limit: float) -> None:
     """All instructions of the program, beginning and end included, over the weights that a thread takes."""
-    (launch,) = launches(CASES[case][0], TARGETS[target][1])
+    (launch,) = launches(CASES[case][0], target)
     weights_a_thread = launch.constants["ROWS"] * 2560 / 32
     (code,) = compiled(target, case)
     assert sum(code.opcodes.values()) / weights_a_thread < limit
@@ -170,13 +175,13 @@ def test_instructions_per_weight(target: str, case: str, limit: float) -> None:
 @pytest.mark.parametrize("case", ["tensor core, 8 tokens", "four lanes"])
 def test_the_portable_branches_compile_too(target: str, case: str) -> None:
     """That of dot4 is compiled below."""
-    code = compile_launch(launches(CASES[case][0], "none")[0], target)
+    code = compile_launch(launches(CASES[case][0], target, "none")[0], target)
     assert problems(code, target) == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_missing_instruction_is_found(target: str) -> None:
-    code = compile_launch(launches(CASES["dot4, 4 bits"][0], "none")[0], target)  # without inline assembly
+    code = compile_launch(launches(CASES["dot4, 4 bits"][0], target, "none")[0], target)  # without inline assembly
     assert problems(code, target, DOT4[target]) == [f"no instruction matches {DOT4[target]}"]
 
 
@@ -186,6 +191,6 @@ def test_a_spill_is_found(target: str) -> None:
     case, few_registers = (
         ("tensor core, 64 tokens, whole", {"waves_per_eu": 8}) if amd else ("dot4, 4 tokens", {"maxnreg": 32})
     )
-    (launch,) = launches(CASES[case][0], TARGETS[target][1])
+    (launch,) = launches(CASES[case][0], target)
     code = compile_launch(dataclasses.replace(launch, options={**launch.options, **few_registers}), target)
     assert [problem for problem in problems(code, target) if "spilled" in problem]

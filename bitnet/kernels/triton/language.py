@@ -44,19 +44,20 @@ class Launch:
 _recorded: list[Launch] | None = None
 _assembly: str | None = None
 _dependent: bool | None = None
+_shared: int | None = None
 
 
 @contextmanager
-def record(assembly: str, *, dependent: bool | None = None) -> Iterator[list[Launch]]:
+def record(assembly: str, *, dependent: bool | None = None, shared: int | None = None) -> Iterator[list[Launch]]:
     """Collect the launches inside the `with` block, which then do nothing; `assembly` as `assembly()` returns it,
-    `dependent` as `dependent_launch()` does, by default what the tensors' device has."""
-    global _recorded, _assembly, _dependent
-    previous = _recorded, _assembly, _dependent
-    _recorded, _assembly, _dependent = [], assembly, dependent
+    `dependent` and `shared` as `dependent_launch()` and `shared_memory()` do, by default what the device has."""
+    global _recorded, _assembly, _dependent, _shared
+    previous = _recorded, _assembly, _dependent, _shared
+    _recorded, _assembly, _dependent, _shared = [], assembly, dependent, shared
     try:
         yield _recorded
     finally:
-        _recorded, _assembly, _dependent = previous
+        _recorded, _assembly, _dependent, _shared = previous
 
 
 def recording() -> bool:
@@ -70,6 +71,17 @@ def assembly() -> str:
     if INTERPRETED:
         return "none"
     return "ptx" if torch.version.hip is None else "gcn"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; without a GPU those of an A100, or of an MI300."""
+    if _shared is not None:
+        return _shared
+    if device.type == "cuda":
+        found = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+        if found is not None:
+            return int(found)
+    return 65_536 if assembly() == "gcn" else 166_912
 
 
 def dependent_launch(device: torch.device) -> bool:

@@ -36,8 +36,9 @@ from bitnet.kernels.triton.language import (
     launch,
     power_of_2,
     recording,
+    shared_memory,
     triton,
-)  # fmt: skip
+)
 from bitnet.kernels.triton.tensor_core import dense_kernel, packed_kernel, sum_parts_kernel
 from bitnet.quant.packing import OFFSET, packed_width
 
@@ -88,13 +89,16 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
             parts *= 2
         rows = 128 if tokens == 128 or N >= 8192 or (tokens == 64 and cdiv(N, 128) * parts >= 40) else 64
         plan = Plan(algorithm, rows, tokens, min(64, width) if tokens == 128 else min(128, power_of_2(width)))
+        step = rows + tokens * 8 // bits  # bytes a column; two steps must fit
+        while plan.columns > 32 and 2 * step * plan.columns > shared_memory(device):
+            plan = dataclasses.replace(plan, columns=plan.columns // 2)
         # Programs for all processors: twice for few tokens, which wait for memory; fewer where the parts of a split
         # cost more to add than they bring.
         tiles, split = cdiv(N, rows) * cdiv(M, tokens), 1
         wanted = _processors(device) * (2 if tokens < 64 else 0.6 if tokens == 64 else 1)
         while split < 8 and tiles * split < wanted and width >= 4 * plan.columns * split:
             split *= 2
-        stages = _stages((rows + tokens * 8 // bits) * plan.columns, device)
+        stages = _stages(step * plan.columns, device)
         return dataclasses.replace(plan, split=split, warps=8 if tokens == 64 else 4, stages=stages)
     if algorithm == "select":
         return Plan(algorithm, 4, 1, min(256, power_of_2(width)))
@@ -277,10 +281,7 @@ def _device_name(device: torch.device) -> str:
 
 def _stages(size: int, device: torch.device) -> int:
     """2 or 3 steps in flight, as many as shared memory has room for when one takes `size` bytes."""
-    limit = 65_536 if assembly() == "gcn" else 166_912
-    if device.type == "cuda":
-        limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", limit)
-    return 3 if 3 * size <= limit else 2
+    return 3 if 3 * size <= shared_memory(device) else 2
 
 
 @functools.cache
