@@ -200,7 +200,8 @@ def test_few_caches_are_kept() -> None:
     engine = GpuEngine.from_model(packed_model(BASE), dtype="float32")
     caches = [engine.new_cache(size, 10) for size in range(1, 8)]
     newest = [cache.storage for cache in caches[-4:]]
-    del caches[:]
+    while caches:
+        caches.pop(0)
     assert sorted(map(id, engine._free)) == sorted(map(id, newest))
 
 

@@ -170,15 +170,19 @@ def test_a_compiled_step_is_masked_too(tmp_path, corpus):
 
 
 def test_two_processes_are_masked_as_one(tmp_path, corpus):
-    base = masked(tmp_path, corpus, out=str(tmp_path / "one"))
-    trainer.train(base)
-    two = [
-        dataclasses.replace(base, out=str(tmp_path / "ddp"), parallel="ddp", micro_batches=2),
-        dataclasses.replace(base, out=str(tmp_path / "fsdp"), parallel="fsdp", recompute=True),
-    ]
-    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config)} for config in two])
+    """A float model tells it exactly; in a ternary one another order of sums flips codes, from the first steps on."""
+    bounds, jobs = {"none": 1e-5, "ternary": 5e-3}, []
+    for quantizer in bounds:
+        one = masked(tmp_path, corpus, out=str(tmp_path / f"{quantizer}-one"))
+        one = dataclasses.replace(one, model=one.model.replace(quantizer=quantizer))
+        two = [
+            dataclasses.replace(one, out=str(tmp_path / f"{quantizer}-ddp"), parallel="ddp", micro_batches=2),
+            dataclasses.replace(one, out=str(tmp_path / f"{quantizer}-fsdp"), parallel="fsdp", recompute=True),
+        ]
+        trainer.train(one)
+        jobs += [(one, other, bounds[quantizer]) for other in two]
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(other)} for _, other, _ in jobs])
     assert result.returncode == 0, result.stderr
-    for config in two:
-        error = (losses(config) / losses(base) - 1).abs()
-        assert float(error[:5].max()) < 1e-5, error
-        assert float(error.max()) < 5e-3, error
+    for one, other, bound in jobs:
+        error = (losses(other) / losses(one) - 1).abs()
+        assert float(error.max()) < bound, (other.out, error)
