@@ -12,40 +12,20 @@ from bitnet import kernels
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
 from bitnet.kernels.cpu import native
-from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig
+from bitnet.model import BitLinear, BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER, save_packed
 from bitnet.storage.safetensors import CheckpointError, load_tensors
 from bitnet.training.checkpoint import save_checkpoint
 from tests.builders import packed_model, random_ids, torch_logits
+from tests.inference.builders import BASE, CONFIGS
 
 ISAS = native.instruction_sets()
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
 ]
-BASE = ModelConfig(
-    vocab_size=50, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-)  # fmt: skip
-CHANGES: dict[str, dict] = {
-    "base": {},
-    "relu2": {"hidden_act": "relu2"},
-    "no sub-norms": {"sub_norm": False},
-    "relu2, no sub-norms": {"hidden_act": "relu2", "sub_norm": False},
-    "untied": {"tie_word_embeddings": False},
-    "MHA": {"num_key_value_heads": 4},
-    "one kv head of six": {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 16},
-    "head_dim 2": {"head_dim": 2, "intermediate_size": 17},
-    "head_dim 80": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80},
-    "odd sizes": {"hidden_size": 33, "intermediate_size": 67, "vocab_size": 97, "head_dim": 6},
-    "multiples of 64": {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "head_dim": 32},
-    "binary": {"quantizer": "binary"},
-    "int4": {"quantizer": "int4"},
-    "int8, untied": {"quantizer": "int8", "tie_word_embeddings": False, "hidden_act": "relu2"},
-}
-CONFIGS = {name: BASE.replace(**changes) for name, changes in CHANGES.items()}
 
 
 @pytest.fixture(autouse=True)

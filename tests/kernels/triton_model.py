@@ -10,17 +10,14 @@ from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine
 from bitnet.kernels.triton import attention, language, product
 from bitnet.kernels.triton.product import Plan
-from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model import BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding
 from bitnet.model.transformer import apply_rope, rope_tables
 from tests.builders import packed_model, torch_logits
+from tests.inference.builders import BASE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
-BASE = ModelConfig(
-    vocab_size=50, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-)  # fmt: skip
 CONFIGS = {
     "base": BASE,
     "relu2, untied": BASE.replace(hidden_act="relu2", tie_word_embeddings=False),

@@ -23,6 +23,38 @@ PADDING = 128
 
 
 @triton.jit
+def activation(x, at, inside, K: tl.constexpr, GATE: tl.constexpr):
+    """Values of a token at these places, float32, rounded as torch would store them. x: its first value."""
+    stored: tl.constexpr = x.dtype.element_ty
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if GATE != "none":
+        up = tl.load(x + K + at, mask=inside, other=0.0).to(tl.float32)
+        if GATE == "silu":
+            v = (v / (1.0 + tl.exp(-v))).to(stored).to(tl.float32)
+        else:
+            v = tl.where(v < 0.0, 0.0, v)  # a NaN stays one
+            v = (v * v).to(stored).to(tl.float32)
+        v = (v * up).to(stored).to(tl.float32)
+    return v
+
+
+@triton.jit
+def scale_of(largest, SMALLEST: tl.constexpr):
+    """The scale of a token whose absolute values, as integers, are at most `largest`. In that form they keep their
+    order and a NaN is larger than any number: it becomes the scale, so that a token with one does not come out as
+    numbers."""
+    absmax = largest.to(tl.float32, bitcast=True)
+    return tl.div_rn(tl.where(absmax < SMALLEST, SMALLEST, absmax), 127.0)
+
+
+@triton.jit
+def codes_of(v, s):
+    """INT8 codes as int32; a NaN gives 0."""
+    q = round_half_even(tl.div_rn(v, s))
+    return tl.where(q == q, tl.minimum(tl.maximum(q, -128.0), 127.0), 0.0).to(tl.int32)
+
+
+@triton.jit
 def quantize_kernel(
     x, weight, codes, scale, total, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
     GATE: tl.constexpr, EPS: tl.constexpr, SMALLEST: tl.constexpr, AHEAD: tl.constexpr,
@@ -37,30 +69,15 @@ def quantize_kernel(
     wait_for_inputs(PDL)
     if NORM and not AHEAD:
         norm = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    if GATE == "none":
-        v = tl.load(x + row * K + k, mask=inside, other=0.0).to(tl.float32)
-    else:
-        v = tl.load(x + row * (2 * K) + k, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + row * (2 * K) + K + k, mask=inside, other=0.0).to(tl.float32)
-        if GATE == "silu":
-            v = (v / (1.0 + tl.exp(-v))).to(stored).to(tl.float32)
-        else:
-            v = tl.where(v < 0.0, 0.0, v)  # a NaN stays one
-            v = (v * v).to(stored).to(tl.float32)
-        v = (v * up).to(stored).to(tl.float32)
+    v = activation(x + row * K * (1 if GATE == "none" else 2), k, inside, K, GATE)
     if NORM:
         mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
         v = (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32)
         v = v * norm
         if weight.dtype.element_ty == stored:
             v = v.to(stored).to(tl.float32)
-    # As integers the absolute values keep their order, and a NaN is larger than any number: it becomes the scale, so
-    # that a token with one does not come out as numbers.
-    absmax = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
-    absmax = tl.where(absmax < SMALLEST, SMALLEST, absmax)
-    s = tl.div_rn(absmax, 127.0)
-    q = round_half_even(tl.div_rn(v, s))
-    q = tl.where(q == q, tl.minimum(tl.maximum(q, -128.0), 127.0), 0.0).to(tl.int32)
+    s = scale_of(tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), SMALLEST)
+    q = codes_of(v, s)
     tl.store(codes + row * WIDTH + k, q.to(tl.int8), mask=k < WIDTH)
     tl.store(scale + row, s)
     tl.store(total + row, tl.sum(q, 0))

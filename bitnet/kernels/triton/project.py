@@ -19,6 +19,7 @@ from `at // 8 * 128 + 32 * l + at % 8 * 4` on (`bitnet/quant/packing.py`). So th
 import torch
 from torch import Tensor
 
+from bitnet.kernels.triton.activations import activation, codes_of, scale_of
 from bitnet.kernels.triton.dot4 import dot4
 from bitnet.kernels.triton.language import (
     assembly,
@@ -26,7 +27,6 @@ from bitnet.kernels.triton.language import (
     check,
     launch,
     power_of_2,
-    round_half_even,
     tl,
     triton,
     wait_for_inputs,
@@ -39,22 +39,6 @@ MAX_WORDS = 1024
 
 
 @triton.jit
-def activation(x, at, inside, K: tl.constexpr, GATE: tl.constexpr):
-    """Values of a token at these places, float32, rounded as torch would store them."""
-    stored: tl.constexpr = x.dtype.element_ty
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if GATE != "none":
-        up = tl.load(x + K + at, mask=inside, other=0.0).to(tl.float32)
-        if GATE == "silu":
-            v = (v / (1.0 + tl.exp(-v))).to(stored).to(tl.float32)
-        else:
-            v = tl.where(v < 0.0, 0.0, v)  # a NaN stays one
-            v = (v * v).to(stored).to(tl.float32)
-        v = (v * up).to(stored).to(tl.float32)
-    return v
-
-
-@triton.jit
 def normalize(v, root, norm, stored: tl.constexpr):
     return (v * root).to(stored).to(tl.float32) * norm
 
@@ -62,9 +46,7 @@ def normalize(v, root, norm, stored: tl.constexpr):
 @triton.jit
 def code_words(v, s):
     """Four INT8 codes a row of v `[COLUMNS, 4]` as one word `[COLUMNS]`."""
-    q = round_half_even(tl.div_rn(v, s))
-    q = tl.where(q == q, tl.minimum(tl.maximum(q, -128.0), 127.0), 0.0).to(tl.int32)
-    return tl.sum((q & 255) << (8 * tl.arange(0, 4)[None, :]), 1)
+    return tl.sum((codes_of(v, s) & 255) << (8 * tl.arange(0, 4)[None, :]), 1)
 
 
 @triton.jit
@@ -102,12 +84,10 @@ def project_kernel(
         for lane in tl.static_range(lanes):
             normal = normal + (normalize(values[lane], root, norms[lane], stored),)
         values = normal
-    # As integers the absolute values keep their order, and a NaN is larger than any number: it becomes the scale.
     largest = values[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
     for lane in tl.static_range(1, lanes):
         largest = tl.maximum(largest, values[lane].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    absmax = tl.max(tl.max(largest, 1), 0).to(tl.float32, bitcast=True)
-    s = tl.div_rn(tl.where(absmax < SMALLEST, SMALLEST, absmax), 127.0)
+    s = scale_of(tl.max(tl.max(largest, 1), 0), SMALLEST)
     low = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
     high = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
     total = tl.zeros([COLUMNS], dtype=tl.int32)
