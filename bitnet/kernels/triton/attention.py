@@ -101,7 +101,8 @@ def attend_kernel(
     if not AHEAD:
         wait_for_inputs(PDL)
     position = tl.load(start)
-    exists = (position < S) & (position < POSITIONS)
+    here = position + tl.zeros([1, BLOCK], tl.int32)
+    exists = (here < S) & (here < POSITIONS)
     c = tl.load(cos + position * D + d, mask=wide & exists, other=0.0)
     s = tl.load(sin + position * D + d, mask=wide & exists, other=0.0)
     cached = group.to(tl.int64) * S * D
@@ -246,6 +247,6 @@ def attend(
         attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, parts.part, parts.largest,
         parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
         SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
-        AHEAD=constant, TILE=min(TILE, max(16, TILE * 256 // (block * qkv.element_size()))), warps=8,
+        AHEAD=constant, TILE=TILE if block * qkv.element_size() <= 256 else 32 if block <= 128 else 16, warps=8,
     )  # fmt: skip
     return out
