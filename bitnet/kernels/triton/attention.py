@@ -208,7 +208,8 @@ class AttentionParts:
         rows, block = _tile(heads, groups, width)
         programs = batch_size * groups
         # Enough programs for a large GPU, none without a tile of its own.
-        self.splits = max(1, min(MAX_SPLITS, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(1024, programs))))
+        most = MAX_SPLITS * 128 // max(128, block)  # the parts of wide heads fill registers
+        self.splits = max(1, min(most, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(1024, programs))))
         shape = (programs, self.splits, rows)
         self.part = torch.empty(*shape, block, dtype=torch.float32, device=device)
         self.largest, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
