@@ -256,21 +256,23 @@ def _generate(
     started = time.perf_counter()
     logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
     for step in range(max_new_tokens):
+        finite = logits.isfinite().all(-1)
+        if arrival.asynchronous:
+            logits = logits.where(finite[:, None], 0)  # something to draw from; refused when the ids are here
+        elif not bool(finite.all()):
+            raise _not_finite(T + step)
         chosen = sample(logits, sampling, generator, seen)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         filled = cache.nbytes
         tokens = chosen[:, None]
-        arrival.send(torch.where(logits.isfinite().all(-1), chosen, _NOT_FINITE))
+        arrival.send(torch.where(finite, chosen, _NOT_FINITE))
         if arrival.asynchronous and step + 1 < max_new_tokens:
             # The device goes on with the next step while the host waits for this one's ids and uses them.
             logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
         ids = arrival.wait()
         if bool((ids == _NOT_FINITE).any()):
-            raise ValueError(
-                f"the model's logits are not finite after {T + step} tokens: its training diverged or its dtype "
-                "overflows; use another checkpoint or float32"
-            )
+            raise _not_finite(T + step)
         now = time.perf_counter()
         seconds, started = now - started, now  # of the device, which does not stop while the consumer works
 
@@ -293,6 +295,13 @@ def _generate(
         if not arrival.asynchronous and step + 1 < max_new_tokens:
             started = time.perf_counter()
             logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
+
+
+def _not_finite(tokens: int) -> ValueError:
+    return ValueError(
+        f"the model's logits are not finite after {tokens} tokens: its training diverged or its dtype overflows; use "
+        "another checkpoint or float32"
+    )
 
 
 class _Arrival:

@@ -270,12 +270,16 @@ def test_bad_input_is_refused_before_the_first_step(ids, changes, message):
         generate(tiny_model(), ids, **arguments)
 
 
-def test_a_diverged_model_is_named():
+@pytest.mark.parametrize("changes", [{"temperature": 0}, {}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_diverged_model_is_named(changes):
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
+    text = generate(
+        model, torch.tensor([[1, 2]]), max_new_tokens=5, sampling=SamplingConfig(**changes), seed=0
+    )  # fmt: skip
     with pytest.raises(ValueError, match="logits are not finite after 2 tokens"):
-        generate_ids(model, torch.tensor([[1, 2]]), 5)
+        list(text)
 
 
 def test_consumers_do_not_run_in_inference_mode():
