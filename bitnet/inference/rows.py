@@ -1,0 +1,200 @@
+"""Texts side by side: rows of any lengths that share one model, join and leave between steps, and share prefixes.
+
+    rows = rows_of(model)
+    cache = rows.new_cache(tokens=4096)                 what all rows together may hold
+    first, second = cache.new_row(), cache.new_row()
+    logits = rows.step([(first, [1, 2, 3]), (second, [7])])         float32 [2, V], each of the row's last position
+    third = first.fork(2)                               begins with the first two tokens of `first`
+    logits = rows.step([(second, [9]), (third, [5, 6])])
+
+A step may hold prompts and single tokens at once. Every model can do this: the native CPU engine in one pass over its
+weights for all rows, any other by `PlainRows`, which runs the rows one behind the other. What a row computes does not
+depend on the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, overload
+
+import torch
+from torch import Tensor
+
+from bitnet.inference.engine import LanguageModel
+from bitnet.model import ModelConfig
+
+Step = Sequence[tuple[Any, Sequence[int]]]
+"""Rows of one cache, each with the tokens that continue it."""
+
+_SHORTEST = 64  # positions of a plain row's first cache
+
+
+class CacheFullError(ValueError):
+    """The rows of a step need more positions than the cache has left; nothing was changed."""
+
+
+class Row(Protocol):
+    """One text in a cache. Rows are used by one thread at a time."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+
+    def fork(self, length: int | None = None) -> "Row":
+        """A new row that begins with the first `length` tokens of this one (all), without computing them."""
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+
+    def close(self) -> None:
+        """Give back its memory; the row cannot be used again. Closing twice does nothing."""
+
+
+class RowCache(Protocol):
+    """Memory for the keys and values of rows."""
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which there is room. Whole blocks are handed out, so a row may take up to a block more."""
+
+    def new_row(self) -> Row:
+        """An empty row, which takes no memory yet."""
+
+
+class Rows(Protocol):
+    """A model as rows run it."""
+
+    config: ModelConfig
+
+    def new_cache(self, tokens: int) -> Any:
+        """A `RowCache` with room for so many tokens of all rows together."""
+
+    @overload
+    def step(self, rows: Step, every: Literal[False] = False) -> Tensor: ...
+    @overload
+    def step(self, rows: Step, every: Literal[True]) -> list[Tensor]: ...
+    def step(self, rows: Step, every: bool = False) -> Tensor | list[Tensor]:
+        """Continue rows of one cache by their tokens: logits float32 `[n, V]` behind each row's last token, or with
+        `every` a list of `[t_i, V]` behind each of its tokens.
+
+        Raises ValueError for tokens that are not of the vocabulary, a row that is closed or there twice, and a text
+        longer than the model's positions, CacheFullError where the cache has no room; the rows are then as before.
+        """
+
+
+def rows_of(model: LanguageModel) -> Rows:
+    """The rows of a model: of the native CPU engine its own, of any other `PlainRows`."""
+    return PlainRows(model)
+
+
+def check_step(config: ModelConfig, rows: Step) -> None:
+    """What every implementation refuses, with the errors of `Rows.step`."""
+    if len({id(row) for row, _ in rows}) < len(rows):
+        raise ValueError("a row is twice in one step; give its tokens together")
+    if len({id(row.cache) for row, _ in rows}) > 1:
+        raise ValueError("the rows of a step are of different caches; give those of one")
+    for row, ids in rows:
+        if row.closed:
+            raise ValueError("a row of the step is closed; take another from new_row")
+        if not len(ids):
+            raise ValueError("a row of the step has no tokens; leave it out or give at least one")
+        smallest, largest = min(ids), max(ids)
+        if smallest < 0 or largest >= config.vocab_size:
+            raise ValueError(
+                f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
+                f"{config.vocab_size - 1})"
+            )
+        if row.length + len(ids) > config.max_position_embeddings:
+            raise ValueError(
+                f"a row of {row.length} tokens cannot take {len(ids)} more: the model has "
+                f"{config.max_position_embeddings} positions"
+            )
+
+
+def check_length(row: Row, length: int | None) -> int:
+    """A length to which a row can be cut. Raises ValueError for others."""
+    length = row.length if length is None else length
+    if not 0 <= length <= row.length:
+        raise ValueError(f"length is {length} and the row has {row.length} tokens; give at most that")
+    return length
+
+
+class PlainRow:
+    """A row of `PlainRows`: its tokens, and the model's cache for as many of them as it has read."""
+
+    def __init__(self, cache: "PlainRowCache", ids: list[int]) -> None:
+        self.cache, self.ids, self.own, self.closed = cache, ids, None, False
+        cache.rows.append(self)
+
+    own: Any
+    """A cache of the model for this row alone, or None: whatever of `ids` it lacks is read again."""
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def fork(self, length: int | None = None) -> "PlainRow":
+        return PlainRow(self.cache, self.ids[: check_length(self, length)])
+
+    def truncate(self, length: int) -> None:
+        del self.ids[check_length(self, length) :]
+        if self.own is not None and self.own.length > length:
+            self.own.length = length
+
+    def close(self) -> None:
+        if not self.closed:
+            self.cache.rows.remove(self)
+            self.closed, self.ids, self.own = True, [], None
+
+
+class PlainRowCache:
+    """Counts the tokens of its rows; each row has a cache of its own, which grows by doubling."""
+
+    def __init__(self, tokens: int) -> None:
+        if tokens < 1:
+            raise ValueError(f"tokens is {tokens}; give a cache room for at least 1")
+        self.tokens = tokens
+        self.rows: list[PlainRow] = []
+
+    @property
+    def free_tokens(self) -> int:
+        return self.tokens - sum(row.length for row in self.rows)
+
+    def new_row(self) -> PlainRow:
+        return PlainRow(self, [])
+
+
+class PlainRows:
+    """Rows of any model, one behind the other, each in a cache of its own.
+
+    A row that was forked, or that has outgrown its cache, reads its tokens once more.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.config = model, model.config
+
+    def new_cache(self, tokens: int) -> PlainRowCache:
+        return PlainRowCache(tokens)
+
+    @overload
+    def step(self, rows: Step, every: Literal[False] = False) -> Tensor: ...
+    @overload
+    def step(self, rows: Step, every: Literal[True]) -> list[Tensor]: ...
+    @torch.inference_mode()
+    def step(self, rows: Step, every: bool = False) -> Tensor | list[Tensor]:
+        check_step(self.config, rows)
+        if not rows:
+            return [] if every else torch.empty(0, self.config.vocab_size, device=self.model.device)
+        needed = sum(len(ids) for _, ids in rows)
+        if needed > (free := rows[0][0].cache.free_tokens):
+            raise CacheFullError(f"the step has {needed} tokens and the cache room for {free}; close rows")
+        logits = [self._continue(row, list(ids), every) for row, ids in rows]
+        return logits if every else torch.cat(logits)
+
+    def _continue(self, row: PlainRow, ids: list[int], every: bool) -> Tensor:
+        """Logits `[t, V]` of the ids, or `[1, V]` of the last."""
+        whole, positions = row.ids + ids, self.config.max_position_embeddings
+        if row.own is None or row.own.max_length < len(whole):
+            row.own = self.model.new_cache(1, min(positions, max(_SHORTEST, 1 << (len(whole) - 1).bit_length())))
+        new = torch.tensor([whole[row.own.length :]], device=self.model.device)
+        logits = self.model(new, row.own, last_only=not every)[0].float()
+        row.ids = whole
+        return logits[-len(ids) :]
