@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from bitnet.inference.engine import build_exactly
+from bitnet.inference.engine import beyond_kernels, build_exactly
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -89,6 +89,8 @@ class Engine:
     ) -> None:
         if config.quantizer == "none":
             raise ValueError("the native engine runs packed weights and this is a float model; run it in torch")
+        if unknown := beyond_kernels(config):
+            raise ValueError(f"the native kernels do not compute {' and '.join(unknown)}; run the model in torch")
         if cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"cache dtype {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
         if config.head_width > 1024:

@@ -24,6 +24,11 @@ class LanguageModel(Protocol):
     def __call__(self, input_ids: Tensor, cache: Any = None, *, last_only: bool = False) -> Tensor: ...
 
 
+def beyond_kernels(config: ModelConfig) -> list[str]:
+    """Names of what this model computes and no engine's kernels do: it runs in torch."""
+    return [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
+
+
 def build_exactly(
     build: Callable[[Callable[..., Tensor]], None], tensor: Callable[[str], Tensor], names: Iterable[str] | None
 ) -> None:

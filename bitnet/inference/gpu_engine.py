@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet.inference.engine import build_exactly
+from bitnet.inference.engine import beyond_kernels, build_exactly
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels import triton as backend
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -114,6 +114,8 @@ class GpuEngine:
     ) -> None:
         if config.quantizer == "none":
             raise ValueError("the engine runs packed weights and this is a float model; run it in torch")
+        if unknown := beyond_kernels(config):
+            raise ValueError(f"the Triton kernels do not compute {' and '.join(unknown)}; run the model in torch")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         self._device = torch.device(device)
@@ -137,8 +139,7 @@ class GpuEngine:
 
     def _build(self, tensor: Callable[..., Tensor]) -> None:
         config, bits = self.config, PACKED_BITS[self.config.quantizer]
-        C, V, F_ = config.hidden_size, config.vocab_size, config.intermediate_size
-        queries, keys = (n * config.head_width for n in (config.num_attention_heads, config.num_key_value_heads))
+        C, V, shapes, norms = config.hidden_size, config.vocab_size, config.projections(), config.norms()
 
         def matrix(prefix: str, parts: dict[str, int], columns: int, bits: int = bits) -> _Matrix:
             width = packed_width(columns, bits)
@@ -146,6 +147,9 @@ class GpuEngine:
             one = bits == 2
             scales = [tensor(f"{prefix}{part}.weight_scale", 1 if one else rows, 1) for part, rows in parts.items()]
             return _Matrix(packed, scales, bits, columns)
+
+        def joined(prefix: str, *names: str) -> _Matrix:
+            return matrix(prefix, {name: shapes[name][0] for name in names}, shapes[names[0]][1])
 
         def norm(name: str, size: int) -> Tensor:
             return tensor(f"{name}.weight", size).float().contiguous()
@@ -162,21 +166,16 @@ class GpuEngine:
             prefix = f"model.layers.{index}."
             self._matrices.append(
                 {
-                    "qkv": matrix(f"{prefix}self_attn.", {"q_proj": queries, "k_proj": keys, "v_proj": keys}, C),
-                    "o": matrix(f"{prefix}self_attn.", {"o_proj": C}, queries),
-                    "gate_up": matrix(f"{prefix}mlp.", {"gate_proj": F_, "up_proj": F_}, C),
-                    "down": matrix(f"{prefix}mlp.", {"down_proj": C}, F_),
+                    "qkv": joined(prefix, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                    "o": joined(prefix, "self_attn.o_proj"),
+                    "gate_up": joined(prefix, "mlp.gate_proj", "mlp.up_proj"),
+                    "down": joined(prefix, "mlp.down_proj"),
                 }
             )
-            sub = config.sub_norm
-            self._norms.append(
-                {
-                    "qkv": norm(f"{prefix}input_layernorm", C),
-                    "o": norm(f"{prefix}self_attn.attn_sub_norm", queries) if sub else None,
-                    "gate_up": norm(f"{prefix}post_attention_layernorm", C),
-                    "down": norm(f"{prefix}mlp.ffn_sub_norm", F_) if sub else None,
-                }
-            )
+            names = {"qkv": "input_layernorm", "o": "self_attn.attn_sub_norm"}
+            names |= {"gate_up": "post_attention_layernorm", "down": "mlp.ffn_sub_norm"}
+            found = {part: norm(prefix + name, norms[name]) if name in norms else None for part, name in names.items()}
+            self._norms.append(found)
         self._norm = norm("model.norm", C)
         self._cos, self._sin = (part.to(self._device) for part in rope_tables(config))
 

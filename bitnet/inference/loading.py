@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.engine import LanguageModel
+from bitnet.inference.engine import LanguageModel, beyond_kernels
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.kernels import native_wanted, quantize_weight, triton_wanted
 from bitnet.model import BitNetForCausalLM
@@ -41,10 +41,11 @@ def open_model(
     a `cache_dtype` of a model that does not run on the native engine.
     """
     source, device = source if isinstance(source, Source) else open_source(source), torch.device(device)
-    if pack and source.kind == "packed" and native_wanted(device):
+    native = native_wanted(device) and not beyond_kernels(source.config)
+    if pack and source.kind == "packed" and native:
         return _stream(source, cache_dtype)
     # Our own folders are read onto the device that runs them; other files, and for the native engine, into memory.
-    own = source.kind in ("run", "packed") and not (pack and native_wanted(device))
+    own = source.kind in ("run", "packed") and not (pack and native)
     model = source.model(device=device if own else "cpu")
     if model.config.quantizer != "none" and pack:
         return _engine(model if source.kind == "packed" else model.pack(), device, cache_dtype)
@@ -84,9 +85,10 @@ def _stream(source: Source, cache_dtype: str | None) -> Engine:
 
 def _engine(model: BitNetForCausalLM, device: torch.device, cache_dtype: str | None) -> LanguageModel:
     """A packed model as the backend in force runs it on a device: an engine where there is one, else torch."""
-    if native_wanted(device):
+    runs = not beyond_kernels(model.config)
+    if runs and native_wanted(device):
         return Engine.from_model(model.pack(), cache_dtype=cache_dtype or "float32")
-    if triton_wanted(device):
+    if runs and triton_wanted(device):
         _refuse_cache(cache_dtype, "the Triton engine", "bfloat16")
         return GpuEngine.from_model(model.to(device).pack(), device=device)
     _refuse_cache(cache_dtype, "torch", "float32")

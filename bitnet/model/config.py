@@ -37,11 +37,17 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     """Longest sequence the model accepts, in tokens."""
     rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] = ()
+    """Divisors of the head_dim / 2 rotary frequencies, the fastest first, as in Llama 3.1; empty for plain ones."""
     rms_norm_eps: float = 1e-5
     hidden_act: str = "silu"
     """Gate activation of the feed-forward layer: silu or relu2 (squared ReLU)."""
     sub_norm: bool = True
     """RMSNorm before o_proj and down_proj (attn_sub_norm, ffn_sub_norm), as in BitNet b1.58 2B-4T."""
+    qkv_bias: bool = False
+    """A bias behind q_proj, k_proj and v_proj, as in Qwen2."""
+    qk_norm: bool = False
+    """RMSNorm of every head of q and k before they are rotated (q_norm, k_norm), as in Qwen3."""
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
@@ -49,8 +55,11 @@ class ModelConfig:
     """Weight quantizer of every projection: ternary, binary, int8, int4 or none (the float twin)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_factors", _factors(self.rope_factors))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type
+            if field.name == "rope_factors":
+                continue
             of_kind = isinstance(value, kind) or (kind is float and isinstance(value, int))  # type: ignore[arg-type]
             if not of_kind or isinstance(value, bool) != (kind is bool):  # a bool is an int to Python
                 raise ValueError(f"{field.name} is {value!r}; it must be of type {getattr(kind, '__name__', kind)}")
@@ -75,6 +84,11 @@ class ModelConfig:
             )
         if self.head_width % 2:
             raise ValueError(f"head_dim {self.head_width} is odd; rotary embedding rotates pairs, choose an even one")
+        if self.rope_factors and len(self.rope_factors) != self.head_width // 2:
+            raise ValueError(
+                f"there are {len(self.rope_factors)} rope_factors for heads of {self.head_width}; give one for each "
+                f"pair of dimensions, {self.head_width // 2}"
+            )
         widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.head_width)
         if widest * self.hidden_size > MAX_MATRIX_VALUES:
             raise ValueError(
@@ -105,20 +119,28 @@ class ModelConfig:
             "mlp.down_proj": (hidden, inner),
         }
 
+    def biases(self) -> dict[str, int]:
+        """The biases of a layer: names of their projections inside it, and widths."""
+        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if self.qkv_bias else ()
+        return {name: self.projections()[name][0] for name in names}
+
     def norms(self) -> dict[str, int]:
         """The norms of a layer: names inside it, and widths."""
         inner = {name: columns for name, (_, columns) in self.projections().items()}
         sub_norms = {"self_attn.attn_sub_norm": inner["self_attn.o_proj"], "mlp.ffn_sub_norm": inner["mlp.down_proj"]}
         outer = {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size}
-        return outer | (sub_norms if self.sub_norm else {})
+        heads = dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), self.head_width)
+        return outer | (heads if self.qk_norm else {}) | (sub_norms if self.sub_norm else {})
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The state_dict of the float model: names and shapes, without the model."""
         table = (self.vocab_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table}
-        layer = self.projections() | {name: (width,) for name, width in self.norms().items()}
+        layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in self.projections().items()}
+        layer |= {f"{name}.weight": (width,) for name, width in self.norms().items()}
+        layer |= {f"{name}.bias": (width,) for name, width in self.biases().items()}
         for index in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+            shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
         shapes["model.norm.weight"] = (self.hidden_size,)
         return shapes if self.tie_word_embeddings else shapes | {"lm_head.weight": table}
 
@@ -133,6 +155,16 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"unknown model fields {', '.join(unknown)}; was this written by a newer version?")
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _factors(values: object) -> tuple[float, ...]:
+    """Rotary factors as a tuple; JSON has lists."""
+    if not isinstance(values, (tuple, list)):
+        raise ValueError(f"rope_factors is {values!r:.60}; it must be a list of numbers")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"rope_factors has {value!r:.60}; they must be numbers above 0 and finite")
+    return tuple(map(float, values))
 
 
 def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int | None = None) -> ModelConfig:

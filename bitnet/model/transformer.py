@@ -7,7 +7,9 @@
 
 The seven projections of a layer are BitLinear; embedding, lm_head, norms, softmax and the residual stream are not
 quantized. The norms stand outside BitLinear, as in microsoft/bitnet-b1.58-2B-4T, and module names are Hugging Face's,
-so a checkpoint's tensor names are those of transformers' BitNetForCausalLM. No biases anywhere.
+so a checkpoint's tensor names are those of transformers' BitNetForCausalLM. The configuration also expresses the
+float models that are compared and converted: without sub-norms, Llama's and Mistral's; with biases behind q, k and v,
+Qwen2's; with an RMSNorm of every head of q and k, Qwen3's.
 
 Letters: B batch, T new tokens, S cached length, C hidden_size, H query heads, G key/value heads, D head_dim,
 F intermediate_size, V vocab_size.
@@ -41,10 +43,13 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 `[max_position_embeddings, D]`, of `position * theta^(-2i/D)`; the two halves repeat
-    the same angles, since the rotation pairs dimension i with i + D/2 (the NEOX order)."""
+    """Cosines and sines, float32 `[max_position_embeddings, D]`, of `position * theta^(-2i/D) / rope_factors[i]`; the
+    two halves repeat the same angles, since the rotation pairs dimension i with i + D/2 (the NEOX order)."""
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.float32) / config.head_width
-    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), config.rope_theta**-exponents)
+    frequencies = config.rope_theta**-exponents
+    if config.rope_factors:
+        frequencies = frequencies / torch.tensor(config.rope_factors)
+    angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -75,6 +80,10 @@ class Attention(nn.Module):
         self.k_proj = _projection(config, "self_attn.k_proj")
         self.v_proj = _projection(config, "self_attn.v_proj")
         self.o_proj = _projection(config, "self_attn.o_proj")
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         width = self.o_proj.in_features
         self.attn_sub_norm = RMSNorm(width, config.rms_norm_eps) if config.sub_norm else nn.Identity()
 
@@ -83,6 +92,8 @@ class Attention(nn.Module):
             rearrange(projection(x), "b t (heads d) -> b heads t d", d=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -197,6 +208,8 @@ class BitNetForCausalLM(nn.Module):
     def _initialize(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
         """Logits `[B, T, V]` of token ids int64 `[B, T]`, or `[B, 1, V]` of the last position with `last_only`.
@@ -328,7 +341,8 @@ def _packed_modules(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tens
         elif isinstance(module, nn.Linear):
             quantizer = module.quantizer if isinstance(module, BitLinear) else "int8"  # of the head
             if quantizer != "none":
-                packed[name] = PackedLinear(module.in_features, module.out_features, False, quantizer=quantizer)
+                bias = module.bias is not None
+                packed[name] = PackedLinear(module.in_features, module.out_features, bias, quantizer=quantizer)
     return packed
 
 
@@ -360,4 +374,4 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
 def _projection(config: ModelConfig, name: str) -> Any:
     # Any, because pack() puts a PackedLinear in its place.
     out_features, in_features = config.projections()[name]
-    return BitLinear(in_features, out_features, bias=False, quantizer=config.quantizer)
+    return BitLinear(in_features, out_features, bias=name in config.biases(), quantizer=config.quantizer)

@@ -68,7 +68,7 @@ def _fields(config: Any, prefix: str) -> Iterator[tuple[str, tuple[str, str, str
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{field.name}.")
         else:
-            shown = " ".join(value) if isinstance(value, tuple) else f"{value}"
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
             yield prefix + field.name, (_form(types[field.name]), texts.get(field.name, ""), shown)
 
 
