@@ -108,6 +108,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             config.data, tokenizer, template, window=config.window, vocab_size=config.model.vocab_size,
             batch_size=config.batch_size, seed=config.seed,
         )  # fmt: skip
+    config = dataclasses.replace(config, data=config.data.absolute())  # whoever resumes may stand in another folder
     if not saved and weights is None:  # a tokenizer that was given or trained decides on the vocabulary
         config = dataclasses.replace(config, model=config.model.replace(vocab_size=feed.tokenizer.vocab_size))
     limit_new_tokens(config.model, len(feed.prompt(config.sample_prompt)), 1)  # refuses a prompt that is too long

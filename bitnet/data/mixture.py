@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,12 @@ MAX_BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Mixture:
-    """Tokenized corpora by name, and how many of every sum(counts) samples come from each, in that order."""
+    """Tokenized corpora by name, and how many of every sum(counts) samples come from each, in that order; and in words
+    what of a corpus's folder is not read, by name."""
 
     corpora: dict[str, TokenizedCorpus]
     counts: tuple[int, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shares(self) -> dict[str, float]:
@@ -44,6 +46,18 @@ class Mixture:
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per token of a stream in which each corpus has its share of the tokens."""
         return sum(share * self.corpora[name].bytes_per_token(split) for name, share in self.shares.items())
+
+    def losses(self) -> list[str]:
+        """What of the corpora is not read, in words: files of a folder, records without a text."""
+        words = [f"{name}: {left_out}" for name, left_out in self.left_out.items()]
+        for name, corpus in self.corpora.items():
+            skipped = corpus.meta.get("skipped", {})
+            words += [
+                f"{name}: {skipped[kind]:,} {what}"
+                for kind, what in (("null", "records without a text skipped"), ("blank", "blank documents skipped"))
+                if skipped.get(kind)
+            ]
+        return words
 
     @property
     def fingerprint(self) -> str | dict[str, str]:
@@ -67,7 +81,8 @@ def tokenize_mixture(
     tokenized = {
         name: tokenize_corpus(corpus, tokenizer, out_dir, val_fraction=val_fraction) for name, corpus in corpora.items()
     }
-    return Mixture(tokenized, counts_of(weights))
+    left_out = {name: corpus.left_out for name, corpus in corpora.items() if corpus.left_out}
+    return Mixture(tokenized, counts_of(weights), left_out)
 
 
 def document_borders(tokenizer: BaseTokenizer) -> Callable[[torch.Tensor], torch.Tensor]:

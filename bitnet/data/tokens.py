@@ -92,6 +92,19 @@ class TokenizedCorpus:
             [np.memmap(self.folder / s["file"], dtype=dtype, mode="r") for s in self._entry(split)["shards"]]
         )
 
+    def bytes_of_ids(self, split: str, surfaces: Sequence[bytes]) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, float64 [V], such that those of the split's ids are its text's.
+
+        surfaces: the bytes of each id by the tokenizer. They are the text's themselves, unless the tokenizer changes
+        texts (a space in front, letters that it does not know); then all are taken by the factor between the two.
+        """
+        lengths = np.array([len(surface) for surface in surfaces], dtype=np.float64)
+        tokens, block = self.split(split), 1 << 20
+        total = sum(lengths[tokens.read(i, min(block, len(tokens) - i))].sum() for i in range(0, len(tokens), block))
+        if not total:
+            return np.full(len(lengths), self.bytes_per_token(split))
+        return lengths * (self._entry(split)["bytes"] / total)
+
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per token of the stream, <s> and </s> counted: bits per byte = loss / ln 2 / this."""
         entry = self._entry(split)

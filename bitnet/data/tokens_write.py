@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +82,8 @@ def tokenize_corpus(
             return TokenizedCorpus.load(folder)
         tokenizer.save(work / tokenizer.file_name)
         dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-        splits = _write_splits(corpus, tokenizer, work, dtype, every, workers, shard_tokens, progress)
+        skipped: Counter[str] = Counter()
+        splits = _write_splits(corpus, tokenizer, work, dtype, every, workers, shard_tokens, progress, skipped)
         meta = {
             "format_version": FORMAT_VERSION,
             "name": corpus.name,
@@ -91,6 +93,7 @@ def tokenize_corpus(
             "vocab_size": tokenizer.vocab_size,
             "dtype": dtype.name,
             "val_every": every,
+            "skipped": skipped,
             "splits": splits,
         }
         write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
@@ -158,6 +161,7 @@ def _write_splits(
     workers: int,
     shard_tokens: int,
     progress: bool,
+    skipped: Counter[str],
 ) -> dict[str, JsonObject]:
     writers = {split: _ShardWriter(folder, split, dtype, shard_tokens) for split in ("train", "val")}
     bar = progress_bar(title=f"tokenizing {corpus.name}", total=corpus.total_bytes, unit="B", enabled=progress)
@@ -166,7 +170,7 @@ def _write_splits(
     settings = {"tokenizer": tokenizer.fingerprint, "shard_tokens": shard_tokens}
     done, flushed = _read_journal(folder, writers, settings), 0
     with bar:
-        documents = _splittable_documents(corpus, every)
+        documents = _splittable_documents(corpus, every, skipped)
         for document in itertools.islice(documents, done):  # read again, which is quick beside tokenizing
             bar.update(len(document.encode()))
         index = done
@@ -208,14 +212,15 @@ def is_validation(index: int, every: int) -> bool:
     return place == int(sha256_of(f"{_SPLIT_SEED} {row}")[:16], 16) % every
 
 
-def _splittable_documents(corpus: Corpus, every: int) -> Iterator[str]:
-    """The corpus's documents; if they are fewer than `every`, pieces of them, at least `every` in all."""
+def _splittable_documents(corpus: Corpus, every: int, skipped: Counter[str]) -> Iterator[str]:
+    """The corpus's documents; if they are fewer than `every`, pieces of them, at least `every` in all. Counts what is
+    skipped, as `Corpus.documents` does."""
     # Counted in a pass of its own and read again: keeping them would need memory for `every` documents of any size.
     lengths = [len(document) for document in itertools.islice(corpus.documents(), every)]
     if not lengths:
         raise ValueError(f"corpus {corpus.name!r} holds no text, only whitespace: give a corpus that is not empty")
     if len(lengths) == every:
-        yield from corpus.documents()
+        yield from corpus.documents(skipped)
         return
     if sum(lengths) < every:
         raise ValueError(
@@ -223,7 +228,7 @@ def _splittable_documents(corpus: Corpus, every: int) -> Iterator[str]:
             "give more text"
         )
     target = max(1, min(HELD_OUT_CHARS, sum(lengths) // (2 * every)))
-    for document in corpus.documents():
+    for document in corpus.documents(skipped):
         yield from cut_text(document, target)
 
 

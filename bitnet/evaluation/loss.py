@@ -3,7 +3,7 @@
     loss = mean of -ln p(token | tokens before it)      perplexity = exp(loss)
     bits per byte = sum of -log2 p / UTF-8 bytes of the text
 
-Over a part of a split, the bytes are its tokens times the whole split's average. Bits per byte does not depend on the
+The bytes are those of the tokens that were predicted, over a part of a split too. Bits per byte does not depend on the
 tokenizer; loss and perplexity compare only models that share one.
 
     bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
@@ -41,6 +41,8 @@ class Evaluation:
     """Number of predicted tokens."""
     corpora: "dict[str, Evaluation]" = field(default_factory=dict)
     """Of a mixture, the result on each corpus."""
+    text_bytes: float | None = None
+    """UTF-8 bytes of the predicted tokens; None as for `bits_per_byte`, and for a mixture."""
 
     @property
     def perplexity(self) -> float:
@@ -53,15 +55,16 @@ def evaluate(
     tokens: TokenArray,
     *,
     context: int,
-    bytes_per_token: float,
+    bytes_per_token: float | Tensor,
     batch_size: int = 8,
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Evaluate over non-overlapping windows of `context` tokens, the first `max_tokens` tokens of the split or all.
 
-    `model` is a torch model or an engine. `dtype` bfloat16 or float16 runs the products under autocast, as training
-    does. The model's mode is restored.
+    `model` is a torch model or an engine. `bytes_per_token` are the UTF-8 bytes that each id stands for, `[V]`, or
+    those of a token on average, with which bits per byte is only near for a part of a split. `dtype` bfloat16 or
+    float16 runs the products under autocast, as training does. The model's mode is restored.
     """
     max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
     batches = iter_eval_batches(tokens, context, batch_size, max_batches)
@@ -74,7 +77,7 @@ def evaluate_batches(
     batches: Iterable[tuple[Tensor, ...]],
     *,
     batch_size: int,
-    bytes_per_token: float | None = None,
+    bytes_per_token: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
@@ -85,7 +88,12 @@ def evaluate_batches(
         in_training.eval()
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
+    text_bytes = 0.0
     for input_ids, labels, *documents in batches:
+        predicted = labels[labels != IGNORE_INDEX]
+        if bytes_per_token is not None:
+            each = bytes_per_token[predicted] if isinstance(bytes_per_token, Tensor) else bytes_per_token
+            text_bytes += float(each.sum() if isinstance(each, Tensor) else each * len(predicted))
         # The last batch is filled up with rows that do not count: one shape, one compilation.
         missing = batch_size - len(labels)
         input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
@@ -105,8 +113,10 @@ def evaluate_batches(
     # Rows that only filled up a batch are no windows.
     sums, counts = sums[counts > 0], counts[counts > 0]
     loss, error = ratio_and_error(sums, counts)
-    bits = None if bytes_per_token is None else loss / math.log(2) / bytes_per_token
-    return Evaluation(loss, error, bits, int(counts.sum()))
+    if bytes_per_token is None:
+        return Evaluation(loss, error, None, int(counts.sum()))
+    bits = _bits(loss, text_bytes / int(counts.sum()))
+    return Evaluation(loss, error, bits, int(counts.sum()), text_bytes=text_bytes)
 
 
 def evaluate_feed(
@@ -134,9 +144,13 @@ def evaluate_feed(
     pairs = [(part.share, parts[part.name]) for part in held_out]
     loss = sum(share * result.loss for share, result in pairs)
     error = math.hypot(*(share * result.standard_error for share, result in pairs))
-    bytes_per_token = sum(part.share * (part.bytes_per_token or 0.0) for part in held_out)
-    bits = loss / math.log(2) / bytes_per_token
+    bits = _bits(loss, sum(share * (result.text_bytes or 0.0) / result.tokens for share, result in pairs))
     return Evaluation(loss, error, bits, sum(result.tokens for _, result in pairs), parts)
+
+
+def _bits(loss: float, bytes_per_token: float) -> float:
+    """Bits per byte; infinite where what was predicted has no text, as one token that ends a document."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
 def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def _data_of(source: Source, text: str | None, context: int | None) -> tuple[Dat
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{source.path / CONFIG} is not a run's configuration: {error}") from error
     if text is not None:
-        data = dataclasses.replace(data or DataConfig(), corpus=text, chat=None, max_bytes=None)
+        data = dataclasses.replace(data or DataConfig(), corpus=text, chat=None, field=None, max_bytes=None)
     if data is None:
         raise ValueError(f"{source.path} does not say what text it was trained on; give one with --text, e.g. sotu")
     positions = source.config.max_position_embeddings

@@ -8,7 +8,8 @@ import pytest
 import sentencepiece
 import torch
 
-from bitnet.data.chats import ChatRows, ChatSampler, chat_texts, read_chats, tokenize_chats
+from bitnet.data.chats import ChatRows, ChatSampler, chat_texts, tokenize_chats
+from bitnet.data.conversations import read_conversations
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
@@ -138,9 +139,9 @@ def test_both_forms_and_every_place_of_files_are_read(tmp_path):
     (tmp_path / "b").mkdir()
     with gzip.open(tmp_path / "b" / "c.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("".join(f"{json.dumps(line)}\n\n" for line in lines))
-    assert [messages for _, messages in read_chats(tmp_path)] == CHATS
-    assert [messages for _, messages in read_chats(tmp_path / "a.jsonl")] == CHATS[:1]
-    assert [where for where, _ in read_chats(tmp_path)][-1].endswith("c.jsonl.gz' line 5")
+    assert [conversation.messages for _, conversation in read_conversations(tmp_path)] == CHATS
+    assert [conversation.messages for _, conversation in read_conversations(tmp_path / "a.jsonl")] == CHATS[:1]
+    assert [where for where, _ in read_conversations(tmp_path)][-1].endswith("c.jsonl.gz' line 5")
     assert next(chat_texts(tmp_path)) == "user\nHello\nassistant\nI am fine."
 
 
