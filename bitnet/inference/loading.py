@@ -70,13 +70,14 @@ def _stream(source: Source, cache_dtype: str | None) -> Engine:
     """A packed folder on the native engine, one tensor in memory at a time."""
 
     def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
-        with source.tensors() as tensors:
+        with source.tensors(verify=False) as tensors:
             return tensors.read(name)
 
     try:
         with source.tensors() as tensors:
             names = sorted(tensors.names)
-        return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype or "float32")
+        with source.verifying():
+            return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype or "float32")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source.path / MODEL} does not hold the packed model of its {CONFIG}: {error}"

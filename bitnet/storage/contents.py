@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from bitnet.files import JsonObject
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import ModelConfig
 from bitnet.quant import packed_width, quantize_ternary, unpack_codes
+from bitnet.storage.checksums import read_sums
 from bitnet.storage.gguf.container import GGUFFile, TensorInfo
 from bitnet.storage.gguf.read import FLOATS, dequantize, read_ternary
 from bitnet.storage.hf.read import PACKED_ROWS, unpack_rows
@@ -59,7 +60,7 @@ def open_contents(path: Path, which: str = "best") -> Iterator[Contents]:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"GGUF":
-            yield _gguf(GGUFFile(path))
+            yield _with_sums(_gguf(GGUFFile(path)), None)
             return
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} begins with {magic!r}; give a .gguf or .safetensors file, or a model's folder")
@@ -70,10 +71,16 @@ def open_contents(path: Path, which: str = "best") -> Iterator[Contents]:
         raise ValueError(f"{path} does not exist; give a .gguf or .safetensors file, or a model's folder")
     source = open_source(path, which=which)
     if source.file is not None:
-        yield _gguf(source.file)
+        yield _with_sums(_gguf(source.file), None)
         return
     with source.tensors() as tensors:
-        yield _folder(source, tensors)
+        yield _with_sums(_folder(source, tensors), read_sums(source.path))
+
+
+def _with_sums(contents: Contents, sums: Mapping[str, str] | None) -> Contents:
+    """Say whether it can be told that the weights are what was written."""
+    contents.about["sums"] = "none" if sums is None else f"of {len(sums)} files, compared when they are read"
+    return contents
 
 
 def _gguf(file: GGUFFile) -> Contents:

@@ -7,43 +7,66 @@
     quantized    model.safetensors   of any method of `bitnet/ptq`, quantized buffers as they are
                  config.json         {"model": shape, "quantization": {"method": name, "modules": {name: description}}}
 
-Each has the files of its tokenizer beside them. A run has several checkpoints and an index of them
-(bitnet/training/checkpoint.py).
+Each has the files of its tokenizer and checksums.json (bitnet/storage/checksums.py) beside them. A run has several
+checkpoints and an index of them (bitnet/training/checkpoint.py).
 """
 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from types import NoneType
 
 import torch
 
+from bitnet.console import warn
 from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import PackedLinear
 from bitnet.model.quantized import build_quantized, describe_quantized
+from bitnet.storage.checksums import verify, write_sums
+from bitnet.storage.json_files import CheckpointError, Index, State, load_record
 from bitnet.storage.safetensors import (
     CONFIG,
     FLOATS,
     MODEL,
-    CheckpointError,
     Tensors,
-    load_json,
     load_tensors,
     open_tensors,
     save_tensors,
 )
 
 INDEX, SHARDS, TOKENIZER = "index.json", "shards", "tokenizer.model"
-OPTIMIZER, STATE, CHECKSUMS = "optimizer.safetensors", "state.json", "checksums.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
-def read_index(run: Path) -> JsonObject:
-    """Names of checkpoints in a run: last, best and kept, a list; {} for a run without one."""
+def read_index(run: Path) -> Index:
+    """The checkpoints that a run has; an empty index for a run without one. Where index.json is damaged or missing,
+    those of its folders count whose files are whole, with a warning."""
     path = run / "checkpoints" / INDEX
-    names = dict.fromkeys(("last", "best"), (str, NoneType))
-    return load_json(path, {**names, "kept": (list, NoneType)}) if path.exists() else {}
+    if path.exists():
+        try:
+            return load_record(path, Index)
+        except CheckpointError as error:
+            problem = str(error)
+    else:
+        problem = f"{path} is missing"
+    whole = [folder for folder in sorted(path.parent.glob("step-*"), reverse=True) if verify(folder) is None]
+    if not whole:
+        if path.exists():
+            raise CheckpointError(f"{problem}; no checkpoint beside it is whole, start the run anew")
+        return Index()
+    # The best loss of a run is in the state of every later checkpoint: the first with the last one's was the best.
+    losses = [load_record(folder / STATE, State).best_loss for folder in whole]
+    best = max(number for number, loss in enumerate(losses) if loss == losses[0])
+    names = [folder.name for folder in whole]
+    warn_once(f"{problem}; going by the folders beside it that are whole: {', '.join(names)}")
+    return Index(last=names[0], best=names[best if losses[0] is not None else 0], kept=names)
+
+
+@cache
+def warn_once(message: str) -> None:
+    warn(message)
 
 
 def resolve(path: str | Path, which: str = "last") -> Path:
@@ -66,7 +89,8 @@ def resolve(path: str | Path, which: str = "last") -> Path:
 
 def folder_of(run: Path, which: str) -> Path:
     """The folder that a run's index names as last or best. Raises CheckpointError where it names none."""
-    name = read_index(run).get(which)
+    index = read_index(run)
+    name = index.best if which == "best" else index.last
     if name is None:
         raise CheckpointError(f"{run} holds no checkpoint; train one with: python train.py --out {run}")
     return run / "checkpoints" / name
@@ -167,6 +191,7 @@ def _save(
         write_atomic(temporary / CONFIG, json.dumps(about, indent=1))
         for name, content in named_files(tokenizer):
             write_atomic(temporary / name, content)
+        write_sums(temporary)
 
 
 def named_files(tokenizer: bytes | Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -1,74 +1,39 @@
-"""Tensors and JSON on disk: one reader and one writer of safetensors files, one reader of the JSON beside them.
+"""Tensors on disk: one reader and one writer of safetensors files.
 
 Nothing is pickled, so opening a file runs no code. Headers are read when a file is opened, and a tensor when it is
-asked for. What is wrong with a file is a CheckpointError that names it.
+asked for; from then on the file is hashed in a thread, where there is a sum of it beside it
+(bitnet/storage/checksums.py). What is wrong with a file is a CheckpointError that names it.
 """
 
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import NoneType
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitnet.files import JsonObject, read_json
+from bitnet.files import is_plain_file
+from bitnet.storage.checksums import verifying
+from bitnet.storage.json_files import CheckpointError, load_json
 
 CONFIG, MODEL, MODEL_PARTS = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_WORDS = {
-    str: "a text",
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    list: "a list",
-    dict: "an object",
-    NoneType: "null",
-}
-
-
-class CheckpointError(ValueError):
-    """A model's file that is missing, damaged, or made for another model; the message says which and what to do."""
-
-
-def load_json(path: Path, kinds: Mapping[str, tuple[type, ...]] | None = None) -> JsonObject:
-    """A JSON object from a file.
-
-    kinds: the types that fields may have, by name; `NoneType` is among them where one may be missing. Raises
-    CheckpointError, naming the file and the field, where it is missing, damaged or something else.
-    """
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; is {path.parent} a run or checkpoint of this project?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
-    for name, allowed in (kinds or {}).items():
-        if not _is_one_of(value.get(name), allowed):
-            problem = f"{name!r} is {value[name]!r:.60}" if name in value else f"there is no {name!r}"
-            raise CheckpointError(f"{path}: {problem}; it must be {' or '.join(_WORDS[kind] for kind in allowed)}")
-    return value
-
-
-def _is_one_of(value: object, kinds: tuple[type, ...]) -> bool:
-    """Whether JSON's `value` is of one of the kinds: a whole number is a float too, and true is no number."""
-    if type(value) is int and float in kinds:
-        return True
-    return type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value))
 
 
 class Tensors:
     """The tensors of one safetensors file, or of the several files of a model, by name."""
 
-    def __init__(self, files: Mapping[str, safe_open], path: Path) -> None:
-        self._files, self.path = files, path
+    def __init__(self, files: Mapping[str, safe_open], path: Path, verify: Callable[[safe_open], None]) -> None:
+        """verify: called with a file before a tensor of it is read."""
+        self._files, self.path, self._verify = files, path, verify
 
     @property
     def names(self) -> set[str]:
@@ -94,6 +59,7 @@ class Tensors:
         """The tensor, in memory of its own or mapped from the file: copy what is to stay."""
         if name not in self._files:
             raise CheckpointError(f"{self.path} has no tensor {name}")
+        self._verify(self._files[name])
         try:
             tensor: Tensor = self._files[name].get_tensor(name)
         except SafetensorError as error:
@@ -118,10 +84,11 @@ class Tensors:
 
 
 @contextmanager
-def open_tensors(path: Path, device: torch.device | str = "cpu") -> Iterator[Tensors]:
+def open_tensors(path: Path, device: torch.device | str = "cpu", *, verify: bool = True) -> Iterator[Tensors]:
     """The tensors of a safetensors file, or of a folder that has `MODEL` or its parts, to be read onto a device.
 
-    Raises CheckpointError for files that are missing, truncated or foreign.
+    verify: compare each file that a tensor is read of with its sum, if there is one, before the block ends. Raises
+    CheckpointError for files that are missing, truncated or foreign, or not what was written.
     """
     wanted = None
     paths = [path]
@@ -131,17 +98,26 @@ def open_tensors(path: Path, device: torch.device | str = "cpu") -> Iterator[Ten
         paths = [path / name for name in (sorted(set(wanted.values())) if wanted else [MODEL])]
     files: dict[str, safe_open] = {}
     with ExitStack() as stack:
+        unverified: dict[safe_open, Path] = {}
+
+        def begin(file: safe_open) -> None:
+            if verify and file in unverified:
+                stack.enter_context(verifying(unverified.pop(file)))
+
         for part in paths:
             file = stack.enter_context(_open(part, device))
+            unverified[file] = part
             files.update({name: file for name in file.keys() if not wanted or wanted.get(name) == part.name})  # noqa: SIM118 - not a dict
         if wanted is not None and (absent := sorted(set(wanted) - set(files))):
             raise CheckpointError(
                 f"{path / MODEL_PARTS} places {absent[0]} in {wanted[absent[0]]}, which does not hold it"
             )
-        yield Tensors(files, path)
+        yield Tensors(files, path, begin)
 
 
 def _open(path: Path, device: torch.device | str) -> safe_open:
+    if path.exists() and not is_plain_file(path):  # a pipe would be waited for
+        raise CheckpointError(f"{path} is not a file; give a whole model")
     try:
         return safe_open(path, framework="pt", device=str(device))
     except FileNotFoundError:
@@ -170,7 +146,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for name in set(map(str, wanted.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name, re.ASCII):
             raise CheckpointError(f"{path} names the shard {name!r}; a shard is a .safetensors file inside the folder")
-        if not (folder / name).is_file():
+        if not is_plain_file(folder / name):
             raise CheckpointError(f"{path} names {name}, which is not there; download the model again")
     return wanted
 
@@ -184,9 +160,12 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, flushed to disk. Raises OSError."""
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    with open(path, "wb") as file:
+        mode = os.fstat(file.fileno()).st_mode  # as this process makes files; safetensors' are private to the user
     try:
         save_file(contiguous, path, metadata={"format": "pt"})  # which transformers asks of a file before it reads it
     except SafetensorError as error:
         raise OSError(f"{path} was not written: {error}") from error
+    os.chmod(path, stat.S_IMODE(mode))
     with open(path, "r+b") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())

@@ -24,12 +24,15 @@ from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.storage import folders
+from bitnet.storage.checksums import CHECKSUMS, verifying
+from bitnet.storage.folders import warn_once
 from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import read as hf_read
 from bitnet.storage.hf.config import Form, parse_config
 from bitnet.storage.hf.write import TOKENIZER_FILES
-from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError, Tensors, load_json, open_tensors
+from bitnet.storage.json_files import CheckpointError, load_json
+from bitnet.storage.safetensors import CONFIG, MODEL, Tensors, open_tensors
 from bitnet.tokenizer import (
     BaseTokenizer,
     ChatTemplate,
@@ -95,6 +98,7 @@ class Source:
                     f"{self.path} holds no latent floats, which alone can become {quantizer!r}; leave it out"
                 )
             config = config.replace(quantizer=quantizer)
+        self._say_where_sums_are_missing()
         if self.kind == "run":
             return folders.load_latent(self.path, config, device)
         if self.kind == "packed":
@@ -105,6 +109,11 @@ class Source:
             return gguf_read.read_model(self.file, config).to(device)
         assert self.form is not None
         return hf_read.read_model(self.path, config, self.form).to(device)
+
+    def _say_where_sums_are_missing(self) -> None:
+        """Our own folders are written with the sums of their files; other formats know none."""
+        if self.kind in ("run", "packed", "quantized") and not (self.path / CHECKSUMS).exists():
+            warn_once(f"{self.path} has no {CHECKSUMS}: whether its weights are what was written cannot be told")
 
     def latent(self) -> BitNetForCausalLM:
         """The model to go on training with, its projections BitLinear layers of latent floats.
@@ -134,11 +143,20 @@ class Source:
         return BitNetForCausalLM.from_tensors(model.config, floats | tensors)
 
     @contextmanager
-    def tensors(self) -> Iterator[Tensors]:
-        """The stored tensors under their stored names. Raises CheckpointError where there are no safetensors files."""
+    def verifying(self) -> Iterator[None]:
+        """Hash the weights beside the block, which opens them more than once, with `tensors(verify=False)`. Raises
+        CheckpointError at its end where they are not what was written."""
+        self._say_where_sums_are_missing()
+        with verifying(self.path / MODEL):
+            yield
+
+    @contextmanager
+    def tensors(self, *, verify: bool = True) -> Iterator[Tensors]:
+        """The stored tensors under their stored names, verified as `open_tensors` says. Raises CheckpointError where
+        there are no safetensors files."""
         if self.file is not None:
             raise CheckpointError(f"{self.path} is a GGUF file, which holds no safetensors; see its GGUFFile")
-        with open_tensors(self.path if self.kind == "hf" else self.path / MODEL) as tensors:
+        with open_tensors(self.path if self.kind == "hf" else self.path / MODEL, verify=verify) as tensors:
             yield tensors
 
     def tokenizer_files(self) -> dict[str, bytes]:

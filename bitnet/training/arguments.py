@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import tyro
 
-from bitnet.storage.folders import INDEX
-from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError, load_json
+from bitnet.storage.json_files import load_record
+from bitnet.storage.safetensors import CONFIG, MODEL
+from bitnet.training.checkpoint import has_checkpoint
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.help import help_text
 
@@ -96,10 +97,7 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     default = PRESETS[known.preset]
     source = known.resume or known.like
     if source:
-        try:
-            default = TrainConfig.from_dict(load_json(Path(source) / CONFIG))
-        except (TypeError, KeyError) as error:
-            raise CheckpointError(f"{source}/{CONFIG} is not a run's configuration: {error}") from error
+        default = load_record(Path(source) / CONFIG, TrainConfig)
         # A run trained "for 5 minutes" knows by now how many steps that was.
         default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
     if known.help:
@@ -135,7 +133,7 @@ def _resolve_auto(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if known.out is None:
         raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
-    if (Path(known.out) / "checkpoints" / INDEX).exists():
+    if has_checkpoint(Path(known.out)):
         return ["--resume", known.out, *rest]
     start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
     return [*start, "--out", known.out, *rest]

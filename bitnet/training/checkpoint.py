@@ -10,17 +10,22 @@
         index.json             {"last": "step-00000500", "best": "step-00000400", "kept": ["step-00000500", ...]}
 
 A checkpoint is written into a folder of another name, flushed to disk and renamed; then `index.json` is replaced; only
-then are the checkpoints removed that it no longer names. At every moment `index.json` points at complete checkpoints.
-Nothing is pickled, so loading a checkpoint runs no code. `newest_good` checks the sums before a run goes on from one.
+then are the checkpoints removed that it no longer names, and nothing else is: what this run has written stands in the
+index, under "removable", from before the rename until it is gone. At every moment `index.json` points at complete
+checkpoints. Nothing is pickled, so loading a checkpoint runs no code. `newest_good` checks the sums before a run goes
+on from one.
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.files import JsonObject, fsync_folder, write_atomic
-from bitnet.model import BitNetForCausalLM
+from bitnet.console import note
+from bitnet.files import JsonObject, fsync_folder, remove_remains, working_in, write_atomic
+from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.storage.checksums import CHECKSUMS, verify, write_sums
 from bitnet.storage.folders import (
-    CHECKSUMS,
     CONFIG,
     INDEX,
     MODEL,
@@ -44,7 +50,8 @@ from bitnet.storage.folders import (
     read_index,
     resolve,
 )
-from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors, open_tensors, save_tensors
+from bitnet.storage.json_files import CheckpointError, Index, State, load_record
+from bitnet.storage.safetensors import load_tensors, open_tensors, save_tensors
 from bitnet.training.config import TrainConfig
 from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World
@@ -71,18 +78,20 @@ def save_checkpoint(
     with the earlier checkpoints untouched and nothing half-written left behind.
     """
     folder = run / "checkpoints" / f"step-{state['step']:08d}"
-    pid = world.broadcast(os.getpid()) if world else os.getpid()
-    temporary = folder.with_name(f".{folder.name}.tmp-{pid}")
+    token = world.broadcast(secrets.token_hex(5)) if world else secrets.token_hex(5)
+    temporary = folder.with_name(f".{folder.name}.tmp-{token}")
     index = read_index(run)
     weights = model if isinstance(model, Mapping) else model.state_dict()
+    # This very step may be saved already, and only its rank changes; not if what was saved is damaged.
+    known = folder.name in index.named()
+    known = world.broadcast(known and _problem(folder) is None) if world else known and _problem(folder) is None
 
     def prepare() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for remains in folder.parent.glob(
-            ".step-*.tmp-*"
-        ):  # of a save that was killed; they may be what fills the disk
-            shutil.rmtree(remains, ignore_errors=True)
-        if folder.name not in _named(index):  # else this very step is already saved and only its rank may change
+        clean_up(run, index)
+        if not known:
+            if folder.exists() and folder.name not in index.named():
+                raise OSError(f"{folder} is there already and this run has not written it; move it away")
             temporary.mkdir()
 
     def write_rest() -> None:
@@ -90,23 +99,24 @@ def save_checkpoint(
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
         for name, content in named_files(tokenizer):
             write_atomic(temporary / name, content)
-        write_atomic(temporary / CHECKSUMS, json.dumps(_checksums(temporary), indent=1))
+        write_sums(temporary)
         fsync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # left by a crash between the next line and the index
+        shutil.rmtree(folder, ignore_errors=True)  # what is damaged
+        index.removable = [folder.name]  # should this process end between here and `publish`
+        write_index(run, index)
         os.replace(temporary, folder)
         fsync_folder(folder.parent)
 
     def publish() -> None:
-        index["last"] = folder.name
-        index["kept"] = [folder.name, *(name for name in index.get("kept", []) if name != folder.name)][:keep]
-        if best or "best" not in index:
-            index["best"] = folder.name
-        write_atomic(folder.parent / INDEX, json.dumps(index))
-        fsync_folder(folder.parent)
+        kept = [folder.name, *(name for name in index.kept if name != folder.name)][:keep]
+        after = Index(folder.name, folder.name if best or index.best is None else index.best, kept)
+        after.removable = sorted(index.named() - after.named())
+        write_index(run, after)
+        clean_up(run, after)
 
     try:
         _on_first(world, prepare)
-        if folder.name not in _named(index):
+        if not known:
             if world:
                 from bitnet.training.shards import write_shards
 
@@ -120,13 +130,35 @@ def save_checkpoint(
             _on_first(world, write_rest)
         _on_first(world, publish)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if world is None or world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                clean_up(run, index)
         raise OSError(f"the checkpoint of step {state['step']} was not written to {folder.parent}: {error}") from error
-    if world is None or world.is_first:
-        for other in folder.parent.iterdir():
-            if other.is_dir() and other.name not in _named(index):
-                shutil.rmtree(other, ignore_errors=True)
     return folder
+
+
+def write_index(run: Path, index: Index) -> None:
+    """Replace a run's index in one step. Raises OSError."""
+    write_atomic(run / "checkpoints" / INDEX, json.dumps(dataclasses.asdict(index)))
+    fsync_folder(run / "checkpoints")
+
+
+def clean_up(run: Path, index: Index | None = None) -> None:
+    """Remove what this run has written and does not name any more, and what a save that was killed has left: it may be
+    what fills the disk. The caller has the run's lock, or nobody else trains it."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return
+    index = read_index(run) if index is None else index
+    for remains in folder.iterdir():
+        if re.fullmatch(r"\.step-\d+\.tmp-[0-9a-f]+", remains.name):
+            shutil.rmtree(remains, ignore_errors=True)
+    if index.removable:
+        for name in set(index.removable) - index.named():
+            shutil.rmtree(folder / name, ignore_errors=True)
+        index.removable = []
+        write_index(run, index)
 
 
 def _on_first(world: World | None, action: Callable[[], None]) -> None:
@@ -142,49 +174,37 @@ def _on_first(world: World | None, action: Callable[[], None]) -> None:
         raise error or OSError(failure)
 
 
-def _named(index: JsonObject) -> set[str]:
-    return {name for name in (index.get("last"), index.get("best"), *index.get("kept", [])) if name}
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS):
-        with open(path, "rb") as file:
-            sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None: a sum that differs, a file that is missing. One written
-    without sums counts as good where its model can be opened."""
-    try:
-        if not (folder / CHECKSUMS).is_file():
-            load_tensors(folder / MODEL)
-            return None
-        for name, expected in load_json(folder / CHECKSUMS).items():
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{name} is not what was written"
-    except (OSError, CheckpointError) as error:
-        return str(error)
-    return None
-
-
 def newest_good(run: Path) -> tuple[Path, list[str]]:
     """The newest checkpoint of a run whose files are whole, and for each newer one a line about what is lost with it.
 
     Raises CheckpointError where there is none.
     """
-    index = read_index(run)
-    if not _named(index):
+    names = read_index(run).named()
+    if not names:
         resolve(run)  # says what is missing
     lost: list[str] = []
-    for name in sorted(_named(index), reverse=True):
-        problem = verify(run / "checkpoints" / name)
+    for name in sorted(names, reverse=True):
+        folder = run / "checkpoints" / name
+        problem = _problem(folder)
         if problem is None:
-            return run / "checkpoints" / name, lost
+            return folder, lost
         lost.append(f"checkpoint {name} is damaged ({problem}), and the steps since the one before it are lost")
     raise CheckpointError(f"{run} has no checkpoint that is whole: {'; '.join(lost)}; start the run anew")
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. One written without sums counts as good where its model can be opened,
+    and its state read."""
+    if (folder / CHECKSUMS).exists():
+        return verify(folder)
+    try:
+        load_record(folder / STATE, State)
+        with open_tensors(folder / MODEL):
+            pass
+    except CheckpointError as error:
+        return str(error)
+    note(f"{folder} has no {CHECKSUMS}: whether its files are what was written cannot be told")
+    return None
 
 
 def consolidate(folder: Path) -> Path:
@@ -192,13 +212,17 @@ def consolidate(folder: Path) -> Path:
     file. Raises CheckpointError for damaged shards and OSError for a disk that is full."""
     from bitnet.training.shards import read_whole
 
+    if (folder / CHECKSUMS).exists() and (problem := verify(folder)):
+        raise CheckpointError(f"{folder} is damaged: {problem}; use another checkpoint")
     try:
         for name, prefix in ((OPTIMIZER, "optimizer."), (MODEL, "model.")):  # with the model's file it is complete
-            temporary = folder / f".{name}.tmp-{os.getpid()}"
+            remove_remains(folder / name)
+            temporary = folder / f".{name}.tmp-{secrets.token_hex(5)}"
             save_tensors(temporary, read_whole(folder / SHARDS, prefix))
             os.replace(temporary, folder / name)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    write_sums(folder)
     fsync_folder(folder)
     return folder / MODEL
 
@@ -275,8 +299,39 @@ class Progress:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has a checkpoint to continue from."""
-    return (run / "checkpoints" / INDEX).exists()
+    """Whether a run has begun: it has checkpoints, or an index that is damaged. Raises ValueError for a folder of
+    checkpoints without an index, which another program or a person has filled."""
+    folder = run / "checkpoints"
+    if (folder / INDEX).exists():
+        try:
+            return bool(load_record(folder / INDEX, Index).named())
+        except CheckpointError:
+            return True
+    remains = re.compile(r"\.(step-\d+|index\.json)\.tmp-[0-9a-f]+")
+    if folder.is_dir() and (found := sorted(p.name for p in folder.iterdir() if not remains.fullmatch(p.name))):
+        raise ValueError(
+            f"{folder} holds {found[0]} and no {INDEX}, so it cannot be told whose that is. Go on from the checkpoints "
+            f"that are whole with --resume {run}, move {folder} away, or choose another --out"
+        )
+    return False
+
+
+@contextlib.contextmanager
+def alone_in(run: Path, world: World) -> Iterator[None]:
+    """Train in a run's folder, which is tidied first, and keep every other training out of it. Raises ValueError, in
+    all processes, where there is one in it, and OSError for a folder that cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        problem: Exception | None = None
+        if world.is_first:
+            try:
+                stack.enter_context(working_in(run, "run"))
+                clean_up(run)
+            except (OSError, ValueError) as error:
+                problem = error
+        failure = world.broadcast(problem and str(problem))
+        if failure:
+            raise problem or ValueError(failure)
+        yield
 
 
 def newest_checkpoint(run: Path, world: World) -> Path:
@@ -309,22 +364,38 @@ def restore(
     Raises CheckpointError for damaged files, another model's, or other data than the run began with (`fingerprint` is
     the feed's), and ValueError where the configuration ends before the checkpoint.
     """
-    state = load_json(folder / STATE)
-    if state.get("data") != fingerprint:
+    state = load_record(folder / STATE, State)
+    if state.data != fingerprint:
         raise CheckpointError(
-            f"the run was trained on data {state.get('data')}, and {config.data.chat or config.data.corpus} gives "
+            f"the run was trained on data {state.data}, and {config.data.chat or config.data.corpus} gives "
             f"{fingerprint}: the corpus has changed. Restore it, or start a new run"
         )
     load_training_tensors(folder, model, optimizer, device)
-    if state["step"] > config.steps:
-        raise ValueError(f"the run is at step {state['step']} already; --steps {config.steps} is behind it")
+    if state.step > config.steps:
+        raise ValueError(f"the run is at step {state.step} already; --steps {config.steps} is behind it")
     return Progress(
-        step=state["step"],
-        seconds=state["seconds"],
-        best_loss=math.inf if state["best_loss"] is None else state["best_loss"],
-        data_shift=state.get("data_shift", 0),
-        history=[(loss, norm) for loss, norm in state.get("history", [])],
+        step=state.step,
+        seconds=state.seconds,
+        best_loss=math.inf if state.best_loss is None else state.best_loss,
+        data_shift=state.data_shift,
+        history=state.history,
     )
+
+
+def check_model(folder: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError where a checkpoint is of another shape, before a model of this one is made."""
+    if not (folder / SHARDS).is_dir():
+        with open_tensors(folder / MODEL) as tensors:
+            check_fit(tensors, config)
+        return
+    from bitnet.training.shards import names_and_shapes
+
+    try:
+        found = {n.removeprefix("model."): s for n, s in names_and_shapes(folder / SHARDS).items() if n[:6] == "model."}
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if config.num_hidden_layers > len(found) or found != config.tensor_shapes():
+        raise CheckpointError(f"the shards in {folder} do not fit the model's configuration")
 
 
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:

@@ -10,6 +10,7 @@ from bitnet.files import JsonObject
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
+from bitnet.records import checked
 from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.processes import Strategy, World
@@ -186,13 +187,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> "TrainConfig":
-        """Inverse of `dataclasses.asdict`."""
-        parts: JsonObject = {
-            "model": ModelConfig.from_dict(values["model"]),
-            "data": DataConfig.from_dict(values["data"]),
-            "optim": OptimConfig(**values["optim"]),
-        }
-        return cls(**{**values, **parts})
+        """Inverse of `dataclasses.asdict`, through JSON too. Raises ValueError naming the field that is wrong."""
+        return checked(cls, values, "configuration")
 
 
 def _paper_recipe(model: str, lr: float, lr_second: float) -> TrainConfig:

@@ -18,6 +18,7 @@ from bitnet.console import EveryFewSeconds, clock, progress_bar, say
 from bitnet.evaluation.loss import Evaluation
 from bitnet.files import JsonObject, write_atomic
 from bitnet.plots import draw_loss
+from bitnet.storage.json_files import read_metrics
 from bitnet.training.config import TrainConfig
 from bitnet.training.step import StepResult
 
@@ -130,17 +131,6 @@ class Reporter:
         self._bar.close()
         if self._wandb:
             self._wandb.finish()
-
-
-def read_metrics(path: Path) -> list[JsonObject]:
-    """Rows of a metrics file; a half-written last line (a crash) is left out, a missing file has none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _start_wandb(folder: Path, config: JsonObject, mode: str) -> Any:

@@ -16,7 +16,8 @@ from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFFile, write_file
 from bitnet.storage.hf import gptq
 from bitnet.storage.hf import write as hf_write
-from bitnet.storage.safetensors import CheckpointError, load_json, save_tensors
+from bitnet.storage.json_files import CheckpointError, load_json, load_record
+from bitnet.storage.safetensors import save_tensors
 from bitnet.storage.source import Source, find, open_source
 from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
@@ -247,6 +248,12 @@ def test_another_quantizer_for_latent_floats_only(tmp_path, tokenizer):
             open_source(tmp_path / kind).model(quantizer="ternary")
 
 
+@dataclasses.dataclass
+class Example:
+    a: int
+    b: float | None = None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -268,12 +275,11 @@ def test_another_quantizer_for_latent_floats_only(tmp_path, tokenizer):
 def test_kinds_of_json_fields(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    kinds = {"a": (int,), "b": (float, type(None))}
     if message is None:
-        assert load_json(path, kinds) == json.loads(content)
+        assert load_record(path, Example) == Example(**json.loads(content))
         return
     with pytest.raises(CheckpointError, match=rf"x\.json.* {message}"):
-        load_json(path, kinds)
+        load_record(path, Example)
 
 
 def test_json_that_is_no_file_of_ours(tmp_path):

@@ -6,7 +6,6 @@ What the source does not know is said to be unknown, and nothing is guessed: a p
 of its training, a checkpoint of train.py tells what its run wrote beside it.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -17,11 +16,10 @@ from typing import Any
 from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
 from bitnet.storage.folders import STATE
-from bitnet.storage.safetensors import CheckpointError, load_json
+from bitnet.storage.json_files import CheckpointError, State, load_record, read_metrics
 
 CARD = "README.md"
 UNKNOWN = "unknown: the exported model carried no record of it"
-METRICS_LIMIT = 64 << 20
 """Bytes of metrics.jsonl that are looked at, from its end: more than any run has written."""
 
 TRANSFORMERS = """With transformers and {package}, where `FOLDER` is this folder or its name on the hub:
@@ -62,7 +60,7 @@ def origin_of(checkpoint: Path, config: JsonObject) -> Origin:
     """What a checkpoint folder of train.py, whose config.json is `config`, and its run know; all unknown for any other
     folder or a damaged file."""
     try:
-        step = load_json(checkpoint / STATE, {"step": (int,)})["step"]
+        step = load_record(checkpoint / STATE, State).step
     except CheckpointError:
         return Origin()
     if not {"data", "optim", "steps"} <= config.keys():
@@ -164,14 +162,9 @@ def _recipe(config: JsonObject, step: int) -> str:
 
 def _loss(checkpoint: Path, step: int) -> str | None:
     """The losses that the run's metrics have for the step of this checkpoint; those of the whole split come first."""
-    metrics = checkpoint.parent.parent / "metrics.jsonl"
-    if not metrics.is_file() or metrics.stat().st_size > METRICS_LIMIT:
-        return None
     row: JsonObject = {}
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        each = json.loads(line)
-        if each.get("step") == step:
-            row |= each
+    for each in read_metrics(checkpoint.parent.parent / "metrics.jsonl"):
+        row |= each if each["step"] == step else {}
     for prefix, part in (("whole_val", "all of the held-out text"), ("val", "held-out text")):
         loss = row.get(f"{prefix}_loss")
         if isinstance(loss, float) and math.isfinite(loss):
