@@ -23,6 +23,7 @@ from bitnet.console import tolerant_streams
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "generate": "continue a text with a model, or talk to it",
+    "serve": "models behind a URL: OpenAI's interface, and a page to talk to them",
     "evaluate": "held-out loss, perplexity and bits per byte of models",
     "quantize": "quantize a float model after training",
     "compare": "every quantization method on one model, in a table and pictures",

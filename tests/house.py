@@ -31,7 +31,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "evaluation": ("inference", "ptq", "data"),
     "training": ("evaluation",),
     "bench": ("training",),
-    "commands": ("bench",),
+    "serving": ("inference",),
+    "commands": ("bench", "serving"),
     "bitnet": ("inference",),  # bitnet/__init__.py: the public names
     "__main__": ("commands", "bitnet"),
     "train": ("__main__",),

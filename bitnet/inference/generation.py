@@ -342,17 +342,23 @@ class TextStream:
         self.stop = tuple(stop)
         self.finished = False
         """Nothing more will come: a stop string, an end-of-text token or `close` was met."""
-        self._ends = {FILLER, *tokenizer.eos_ids}
+        self.ends = frozenset((FILLER, *tokenizer.eos_ids))
+        """Ids that close the stream."""
         self._decoder = StreamDecoder(tokenizer)
         self._held = ""
         for token_id in prompt:
             self._decoder.push(token_id)
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def push(self, token_id: int) -> str:
         """The text that this id makes certain, perhaps ""; end-of-text or FILLER closes the stream."""
         if self.finished:
             return ""
-        if token_id in self._ends:
+        if token_id in self.ends:
             return self.close()
         return self._advance(self._decoder.push(token_id))
 

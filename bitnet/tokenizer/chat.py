@@ -18,7 +18,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
@@ -87,13 +87,20 @@ class ChatTemplate:
                 "roles they know and in their order; try without a system message, users and assistants in turn"
             ) from error
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """The token ids of `render`, with the template's special tokens; those in a message's own words stay text.
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at a variable, such as `tools`."""
+        from jinja2 import meta
+
+        return name in meta.find_undeclared_variables(_environment().parse(self.source))
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: object) -> list[int]:
+        """The token ids of `render`, with the template's special tokens; those in the words of a message or a variable
+        stay text.
 
         The begin of text token comes in front where the tokenizer wants it and the template has not written it.
         """
-        messages, mark = self._broken(messages)
-        return self._ids(self.render(messages, add_generation_prompt), mark)
+        messages, broken, mark = self._broken(messages, variables)
+        return self._ids(self.render(messages, add_generation_prompt, **broken), mark)
 
     def encode_answers(self, messages: Sequence[Message]) -> list[list[int]]:
         """The token ids of a conversation up to its last answer, in pieces: what the model reads, what it has to write
@@ -104,7 +111,7 @@ class ChatTemplate:
         reach over the begin of an answer, where a model that answers has none; then they meet there. Empty without an
         answer. Raises ValueError for a template that writes a turn otherwise than it asks for it, or never ends it.
         """
-        messages, mark = self._broken(messages)
+        messages, _, mark = self._broken(messages, {})
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             return []
@@ -134,18 +141,30 @@ class ChatTemplate:
             return [whole[len(a) : len(b)] for a, b in pairwise(prefixes)]
         return pieces
 
-    def _broken(self, messages: Sequence[Message]) -> tuple[Sequence[Message], str]:
-        """The messages with the special tokens in them broken by a character that occurs in none, and that character;
-        as they are, and "", where there are no such tokens."""
-        texts = [value for message in messages for value in message.values() if isinstance(value, str)]
+    def _broken(
+        self, messages: Sequence[Message], variables: Mapping[str, object]
+    ) -> tuple[Sequence[Message], Mapping[str, object], str]:
+        """The messages and variables with the special tokens in them broken by a character that occurs in none, and
+        that character; as they are, and "", where there are no such tokens."""
+        texts = [*_texts([*messages, variables])]
         if all(self.tokenizer.break_specials(text, "-") == text for text in texts):
-            return messages, ""
+            return messages, variables, ""
         unused = (chr(code) for code in range(0xFDD0, 0xFDF0))  # code points that are no characters and never will be
         mark = next((letter for letter in unused if not any(letter in text for text in texts)), None)
         if mark is None:
             raise ValueError("a conversation holds special tokens and all of U+FDD0 to U+FDEF; take these out")
-        broken = self.tokenizer.break_specials
-        return [{k: broken(v, mark) if isinstance(v, str) else v for k, v in m.items()} for m in messages], mark
+
+        def broken(value: Any) -> Any:
+            if isinstance(value, str):
+                return self.tokenizer.break_specials(value, mark)
+            if isinstance(value, Mapping):
+                return {broken(key): broken(item) for key, item in value.items()}
+            return [broken(item) for item in value] if isinstance(value, list | tuple) else value
+
+        def of(names: Mapping[str, object]) -> dict[str, object]:  # names that the template's author chose
+            return {name: broken(value) for name, value in names.items()}
+
+        return [of(message) for message in messages], of(variables), mark
 
     def _ids(self, text: str, mark: str) -> list[int]:
         ids = self.tokenizer.encode(text, special=True, mark=mark)
@@ -183,6 +202,16 @@ def require(template: ChatTemplate | None, model: object) -> ChatTemplate:
             "--chat, take an instruct model, or put its template beside the model as chat_template.jinja"
         )
     return template
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value as JSON has them, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, chain(value.keys(), value.values())))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _default(value: object, where: str) -> str | None:

@@ -1,0 +1,35 @@
+"""Log-probabilities of tokens under a model: of those that were drawn, and of a text that is already there.
+
+They are the model's own, natural logarithms of the softmax of its logits, before temperature, penalties and bias.
+
+Letters: N positions, V vocab_size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """One token at its position."""
+
+    logprob: float
+    best: list[tuple[int, float]]
+    """The most likely tokens there with their log-probabilities, in descending order; equal ones by their ids."""
+
+
+def score(logits: Tensor, ids: list[int], alternatives: int = 0) -> list[Score]:
+    """Scores of tokens `ids` (N of them) under logits float `[N, V]`, with so many of the most likely ones."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    if not alternatives:
+        return [Score(value, []) for value in chosen]
+    kth = logprobs.topk(min(alternatives, logprobs.shape[-1])).values[:, -1:]
+    found = []
+    for row, value, least in zip(logprobs, chosen, kth, strict=True):
+        places = (row >= least).nonzero()[:, 0]  # in the order of their ids, which a stable sort keeps
+        order = row[places].sort(descending=True, stable=True).indices[:alternatives]
+        found.append(Score(value, list(zip(places[order].tolist(), row[places[order]].tolist(), strict=True))))
+    return found

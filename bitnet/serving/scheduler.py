@@ -1,0 +1,496 @@
+"""Continuous batching: requests join and leave one model's passes while others run.
+
+Every pass feeds one token to each text that is being written and, beside them, pieces of prompts that are still to be
+read (chunked prefill), so that nobody's next token waits for somebody's long prompt. Prompts are read in the order in
+which they were admitted.
+
+A request is admitted when there is a place for each of its samples and memory for its longest possible texts; what was
+admitted therefore always ends, and nothing is ever thrown out to make room. Its samples share the prompt. Rows of
+finished texts stay as beginnings for others (`bitnet/serving/prefix.py`) until their memory is wanted.
+
+What a text becomes depends on its own request alone: an engine that promises equal bits reads a prompt in pieces of any
+size and goes on from shared beginnings; for any other model (`PlainRows`) the pieces of a prompt always end at the same
+places and no row is shared.
+
+`submit` and `cancel` may be called by any thread, everything else by the one that runs the engine.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitnet.console import error as print_error
+from bitnet.inference.engine import LanguageModel
+from bitnet.inference.generation import TextStream
+from bitnet.inference.rows import PlainRows, Row, rows_of
+from bitnet.inference.scoring import Score, score
+from bitnet.serving.errors import ApiError, invalid
+from bitnet.serving.metrics import ModelMetrics
+from bitnet.serving.prefix import PrefixCache
+from bitnet.serving.queue import FairQueue
+from bitnet.serving.sampling import Choice, Matcher, Sampler
+from bitnet.tokenizer import BaseTokenizer
+
+PIECE = 64
+"""Tokens of a prompt that one pass reads while others write; about what as many texts cost that are being written."""
+ALONE = 512
+"""The same while nobody writes."""
+SLACK = 64
+"""Tokens that a row may take beyond its length, since memory is handed out in blocks."""
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one model's clients may ask for. Raises ValueError for a value out of range."""
+
+    context: int
+    """Most tokens of prompt and answer together."""
+    cache_tokens: int
+    """Tokens whose keys and values are held, of all texts together."""
+    parallel: int = 64
+    """Texts that are written at the same time."""
+    queue: int = 256
+    """Requests that may wait."""
+    queue_seconds: float = 60.0
+    """Longest wait of a request."""
+    request_seconds: float = 600.0
+    """Longest time from a request's arrival to its last token."""
+
+    def __post_init__(self) -> None:
+        for name in ("context", "cache_tokens", "parallel", "queue", "queue_seconds", "request_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt, and what is to follow it."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    choice: Choice = field(default_factory=Choice)
+    count: int = 1
+    """Samples, each a text of its own."""
+    stop: tuple[str, ...] = ()
+    continues: bool = True
+    """The text goes on from the prompt's; False: it is an answer and starts afresh."""
+    alternatives: int | None = None
+    """Give the log-probability of each token, and so many of the most likely tokens beside it."""
+    score_prompt: bool = False
+    """Give these of the prompt's tokens too."""
+    grammar: Callable[[], Matcher] | None = None
+    """Makes the grammar that each sample keeps to."""
+    ends: bool = True
+    """An end-of-text token ends the text."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, with its score where it was asked for."""
+
+    id: int
+    start: int
+    """Characters of the answer before it."""
+    score: Score | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What came to one sample."""
+
+    index: int
+    text: str
+    tokens: list[Token]
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Scores of the prompt's tokens from the second on."""
+
+    scores: list[Score]
+
+
+Event = Piece | PromptScores | ApiError
+
+
+class Job:
+    """A request on its way through the scheduler."""
+
+    def __init__(self, generation: Generation, client: str = "") -> None:
+        self.generation, self.client = generation, client
+        self.arrived = time.monotonic()
+        self.cancelled = False
+        self.cached_tokens = 0
+        """Tokens of the prompt that were known; written before the first event."""
+        self.samples: list[Sample] = []
+        self.reserved = 0
+        self.done = False
+
+    def need(self, shared: bool) -> int:
+        """Tokens of memory that it takes at most."""
+        generation = self.generation
+        prompts = 1 if shared else generation.count
+        return prompts * (len(generation.prompt) + SLACK) + generation.count * (generation.max_new_tokens + SLACK)
+
+
+class Sample:
+    """One text of a job while it is read and written."""
+
+    def __init__(self, job: Job, index: int, row: Row, tokenizer: BaseTokenizer) -> None:
+        generation = job.generation
+        prompt = list(generation.prompt)
+        self.job, self.index, self.row = job, index, row
+        self.ids = prompt
+        self.prompt_length = len(prompt)
+        matcher = generation.grammar() if generation.grammar else None
+        self.sampler = Sampler(generation.choice, index, prompt, tokenizer.vocab_size, matcher)
+        self.text = TextStream(tokenizer, generation.stop, prompt=prompt if generation.continues else ())
+        self.released = 0  # characters that were given out
+        self.held: list[Token] = []  # tokens whose text was not yet
+        self.scores: list[Score] = []
+        self.last_token_at = 0.0
+        self.ends = frozenset(tokenizer.eos_ids) if generation.ends else frozenset()
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the row has not yet read."""
+        return len(self.ids) - self.row.length
+
+    @property
+    def reading(self) -> bool:
+        """The prompt is not yet read."""
+        return self.row.length < self.prompt_length
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+    def take(self, token_id: int, found: Score | None) -> Piece:
+        """Add a token to the text: what it makes certain."""
+        self.ids.append(token_id)
+        generation = self.job.generation
+        finish: Finish | None = None
+        ended = token_id in self.ends
+        if ended:
+            text, finish = self.text.close(), "stop"
+        else:
+            self.held.append(Token(token_id, self.released + self.text.held, found))
+            text = self.text.push(token_id) if token_id not in self.text.ends else ""
+        stopped, matcher = self.text.finished and not ended, self.sampler.matcher
+        if stopped or (matcher is not None and matcher.complete):
+            finish = "stop"
+        elif not ended and self.new_tokens >= generation.max_new_tokens:
+            finish = "length"
+        if finish:
+            text += self.text.close()
+        self.released += len(text)
+        # A token goes out with its text; those of a stop string have none, and without one the last may have none.
+        sure = len(self.held) if finish and not stopped else sum(t.start < self.released for t in self.held)
+        tokens, self.held = self.held[:sure], [] if finish else self.held[sure:]
+        return Piece(self.index, text, tokens, finish)
+
+
+class Scheduler:
+    """The passes of one model."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: BaseTokenizer,
+        limits: Limits,
+        post: Callable[[list[tuple[Job, Event]]], None],
+        metrics: ModelMetrics,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`post` gets what every pass gave, on the engine's thread; `wake` is called when there is new work."""
+        self.limits, self.metrics = limits, metrics
+        self._tokenizer, self._post, self._wake = tokenizer, post, wake
+        self._rows = rows_of(model)
+        self._shared = not isinstance(self._rows, PlainRows)
+        self._cache = self._rows.new_cache(limits.cache_tokens)
+        self._prefixes = PrefixCache()
+        self._queue: FairQueue[Job] = FairQueue()
+        self._running: list[Sample] = []
+        self._reserved = 0
+        self._outbox: list[tuple[Job, Event]] = []
+        self._lock = threading.Lock()
+        self._inbox: list[Job] = []
+        self._draining = False
+
+    # Any thread
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises ApiError where it can never run, where too many wait, and when the server is going."""
+        generation, limits = job.generation, self.limits
+        total = len(generation.prompt) + generation.max_new_tokens
+        if total > limits.context:
+            raise invalid(
+                f"the prompt has {len(generation.prompt)} tokens and {generation.max_new_tokens} are asked for; "
+                f"together at most {limits.context} fit the model's context here",
+                "max_tokens", "context_length_exceeded",
+            )  # fmt: skip
+        if generation.count > limits.parallel:
+            raise invalid(f"{generation.count} samples are more than the {limits.parallel} that run at once here", "n")
+        if (need := job.need(self._shared)) > limits.cache_tokens:
+            raise invalid(
+                f"the request may need memory for {need} tokens and this server has it for {limits.cache_tokens}; ask "
+                "for fewer samples or tokens",
+                "max_tokens", "context_length_exceeded",
+            )  # fmt: skip
+        with self._lock:
+            if self._draining:
+                raise ApiError(503, "the server is shutting down; ask again later", code="shutting_down")
+            if len(self._inbox) + len(self._queue) >= limits.queue:
+                raise ApiError(429, f"{limits.queue} requests wait already; ask again later", code="queue_full")
+            self._inbox.append(job)
+        self._wake()
+
+    def cancel(self, job: Job) -> None:
+        """Stop working for a job, whose client has gone."""
+        job.cancelled = True
+        self._wake()
+
+    def drain(self) -> None:
+        """Take no more jobs, and send the waiting ones away; those that run go on."""
+        with self._lock:
+            self._draining = True
+        self._wake()
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Samples that run, jobs that wait, free tokens of the cache, kept beginnings: for a gauge, not exact."""
+        return len(self._running), len(self._queue) + len(self._inbox), self._cache.free_tokens, len(self._prefixes)
+
+    # The engine's thread
+
+    def step(self) -> bool:
+        """One pass over what is to be read and written; False where there was nothing to do."""
+        self._receive()
+        self._dismiss()
+        self._admit()
+        passed = bool(self._running)
+        if passed:
+            plan = self._plan()
+            scored = [self._wants_all(sample) for sample, _ in plan]
+            for every in (False, True):
+                if part := [one for one, wanted in zip(plan, scored, strict=True) if wanted == every]:
+                    self._pass(part, every)
+        if self._outbox:
+            self._post(self._outbox)
+            self._outbox = []
+        return passed
+
+    def close(self) -> None:
+        """Take nothing more, and end everything at once."""
+        self.drain()
+        self.abort(ApiError(503, "the server has shut down", code="shutting_down"))
+
+    def abort(self, error: ApiError) -> None:
+        """End everything at once with an error."""
+        self._receive()
+        for job in self._jobs(self._running):
+            self._fail(job, error)
+        for job in self._queue.remove(lambda job: True):
+            self._outbox.append((job, error))
+        if self._outbox:
+            self._post(self._outbox)
+            self._outbox = []
+
+    def _receive(self) -> None:
+        with self._lock:
+            new, self._inbox = self._inbox, []
+        for job in new:
+            self._queue.push(job.client, job)
+
+    def _dismiss(self) -> None:
+        """Send away whoever has gone or has waited too long."""
+        now, limits = time.monotonic(), self.limits
+        self.metrics.cancelled.inc(len(self._queue.remove(lambda job: job.cancelled)))
+        longest = min(limits.queue_seconds, limits.request_seconds)
+        for job in self._queue.remove(lambda job: self._draining or now - job.arrived > longest):
+            self._outbox.append(
+                (job, ApiError(503, "the server is shutting down; ask again later", code="shutting_down"))
+                if self._draining
+                else (job, ApiError(503, f"the request waited {longest:g} s for a place; ask again later", code="busy"))
+            )
+        for job in self._jobs(self._running):
+            if job.cancelled:
+                self.metrics.cancelled.inc()
+                self._leave(job)
+            elif now - job.arrived > limits.request_seconds:
+                self._fail(
+                    job,
+                    ApiError(
+                        504, f"the answer took longer than {limits.request_seconds:g} s", code="deadline_exceeded"
+                    ),
+                )
+
+    def _admit(self) -> None:
+        while (job := self._queue.peek()) is not None:
+            need = job.need(self._shared)
+            if len(self._running) + job.generation.count > self.limits.parallel:
+                return
+            if self._reserved + need > self.limits.cache_tokens:
+                return
+            self._queue.pop()
+            self._reserved += need
+            job.reserved = need
+            self.metrics.queue_seconds.observe(time.monotonic() - job.arrived)
+            # Samples that share their prompt are made when the first has read it.
+            for index in range(1 if self._shared else job.generation.count):
+                self._start(job, index, self._first_row(job))
+
+    def _first_row(self, job: Job) -> Row:
+        if self._shared and not job.generation.score_prompt:
+            row = self._prefixes.fork(job.generation.prompt)
+            if row is not None:
+                job.cached_tokens = row.length
+                self.metrics.cached_tokens.inc(row.length)
+                return row
+        return self._cache.new_row()
+
+    def _start(self, job: Job, index: int, row: Row) -> Sample:
+        sample = Sample(job, index, row, self._tokenizer)
+        job.samples.append(sample)
+        self._running.append(sample)
+        return sample
+
+    def _plan(self) -> list[tuple[Sample, list[int]]]:
+        """Who reads which tokens in this pass."""
+        plan = [(sample, sample.ids[-1:]) for sample in self._running if not sample.reading]
+        room = PIECE if plan else ALONE
+        for sample in self._running:
+            if sample.reading and room > 0:
+                start = sample.row.length
+                end = start + min(sample.pending, room) if self._shared else min(start + PIECE, len(sample.ids))
+                plan.append((sample, sample.ids[start:end]))
+                room -= end - start
+        return plan
+
+    @staticmethod
+    def _jobs(samples: Iterable[Sample]) -> list[Job]:
+        return list(dict.fromkeys(sample.job for sample in samples))
+
+    @staticmethod
+    def _wants_all(sample: Sample) -> bool:
+        return sample.reading and sample.job.generation.score_prompt
+
+    @torch.inference_mode()
+    def _pass(self, part: Sequence[tuple[Sample, list[int]]], every: bool) -> None:
+        self._make_room(sum(len(ids) + SLACK for _, ids in part))
+        started = time.perf_counter()
+        try:
+            steps = [(sample.row, ids) for sample, ids in part]
+            logits: Iterable[Tensor] = self._rows.step(steps, every=True) if every else self._rows.step(steps)
+        except Exception as error:  # whatever an engine can raise must not end the others' server
+            print_error(f"a pass of the model failed: {type(error).__name__}: {error}")
+            for job in self._jobs(sample for sample, _ in part):
+                self._fail(job, ApiError(500, "the model failed on this request; the server's log says why"))
+            return
+        self.metrics.pass_seconds.observe(time.perf_counter() - started)
+        self.metrics.pass_rows.observe(len(part))
+        vocab_size = self._tokenizer.vocab_size
+        for (sample, ids), out in zip(part, logits, strict=True):
+            if sample.job.done:  # with another sample of it
+                continue
+            self._queue.charge(sample.job.client, len(ids))
+            if sample.row.length <= sample.prompt_length:
+                self.metrics.prompt_tokens.inc(len(ids))
+            try:
+                self._advance(sample, len(ids), out[..., :vocab_size].float().cpu())
+            except (ValueError, RuntimeError) as error:
+                self._fail(sample.job, ApiError(500, str(error)))
+
+    def _make_room(self, tokens: int) -> None:
+        while self._cache.free_tokens < tokens and self._prefixes.drop():
+            pass
+
+    def _advance(self, sample: Sample, read: int, logits: Tensor) -> None:
+        """Go on behind a pass: logits `[V]` behind the last token read, or `[read, V]` while a prompt is scored."""
+        generation = sample.job.generation
+        if logits.dim() == 2:
+            start = sample.row.length - read
+            wanted = sample.ids[start + 1 : sample.row.length + 1]
+            if wanted:
+                sample.scores += score(logits[: len(wanted)], wanted, generation.alternatives or 0)
+            logits = logits[-1]
+        if sample.pending:
+            return
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite: its training diverged or its dtype overflows")
+        if sample.new_tokens == 0:
+            self._begin(sample, logits)
+        else:
+            self._write(sample, logits)
+
+    def _begin(self, first: Sample, logits: Tensor) -> None:
+        """The prompt is read: give its scores, let the other samples begin from it, and others from its blocks."""
+        job, generation = first.job, first.job.generation
+        if generation.score_prompt and first.index == 0:
+            self._outbox.append((job, PromptScores(first.scores)))
+        samples = [first]
+        if self._shared and first.index == 0:
+            self._prefixes.keep(first.row.fork(), first.ids)
+            samples += [self._start(job, index, first.row.fork()) for index in range(1, generation.count)]
+        for sample in samples:
+            if generation.max_new_tokens:
+                self._write(sample, logits)
+            else:
+                self._finish(sample, Piece(sample.index, "", [], "length"))
+
+    def _write(self, sample: Sample, logits: Tensor) -> None:
+        job, now = sample.job, time.monotonic()
+        if sample.new_tokens:
+            self.metrics.token_seconds.observe(now - sample.last_token_at)
+        else:
+            self.metrics.first_token_seconds.observe(now - job.arrived)
+        sample.last_token_at = now
+        token = sample.sampler.draw(logits)
+        alternatives = job.generation.alternatives
+        found = None if alternatives is None else score(logits[None], [token], alternatives)[0]
+        piece = sample.take(token, found)
+        self.metrics.new_tokens.inc()
+        if piece.finish:
+            self._finish(sample, piece)
+        elif piece.text or piece.tokens:
+            self._outbox.append((job, piece))
+
+    def _finish(self, sample: Sample, piece: Piece) -> None:
+        job = sample.job
+        self._outbox.append((job, piece))
+        self._running.remove(sample)
+        self._release(sample)
+        if len(job.samples) == job.generation.count and not any(other.job is job for other in self._running):
+            self._done(job)
+
+    def _release(self, sample: Sample) -> None:
+        if self._shared and sample.row.length:
+            self._prefixes.keep(sample.row, sample.ids)
+        else:
+            sample.row.close()
+
+    def _fail(self, job: Job, error: ApiError) -> None:
+        self._outbox.append((job, error))
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        """Take a job out of the passes."""
+        mine = [sample for sample in self._running if sample.job is job]
+        self._running = [sample for sample in self._running if sample.job is not job]
+        for sample in mine:
+            self._release(sample)
+        if mine:
+            self._done(job)
+
+    def _done(self, job: Job) -> None:
+        job.done = True
+        self._reserved -= job.reserved
+        self._queue.finished(job.client)

@@ -1,0 +1,146 @@
+"""Calls of tools in a model's answer, in the forms that models were trained on.
+
+    tagged     <tool_call>{"name": ..., "arguments": {...}}</tool_call>        Hermes, Qwen
+    mistral    [TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]            Mistral
+    bare       {"name": ..., "parameters": {...}}, the whole answer            Llama 3
+
+Which one a model writes is told by its chat template. A call that is asked for (tool_choice) is not hoped for: the
+prompt goes on with the beginning of a call, and a grammar keeps the rest to the tool's schema.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bitnet.serving.requests import Function
+from bitnet.tokenizer import ChatTemplate
+
+Form = Literal["tagged", "mistral", "bare"]
+OPENERS: dict[Form, str] = {"tagged": "<tool_call>", "mistral": "[TOOL_CALLS]", "bare": "{"}
+CLOSER = "</tool_call>"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool and its arguments, a JSON object as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def body(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+def form_of(template: ChatTemplate) -> Form:
+    """The form in which the template's model writes calls."""
+    forms: tuple[Form, ...] = ("tagged", "mistral")
+    return next((form for form in forms if OPENERS[form] in template.source), "bare")
+
+
+def opening(form: Form) -> str:
+    """What stands before the JSON object of a call that is asked for."""
+    return {"tagged": "<tool_call>\n", "mistral": "[TOOL_CALLS]", "bare": ""}[form]
+
+
+def call_schema(form: Form, functions: Sequence[Function]) -> dict[str, Any]:
+    """The JSON schema of a call of one of the functions."""
+    key = "parameters" if form == "bare" else "arguments"
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, key: function.parameters or {"type": "object"}},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for function in functions
+    ]
+    call = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    # What a schema refers to inside itself is looked for from the top.
+    definitions = {k: v for f in functions for k, v in (f.parameters or {}).items() if k in ("$defs", "definitions")}
+    call = {**definitions, **call}
+    return {**definitions, "type": "array", "items": call, "minItems": 1, "maxItems": 1} if form == "mistral" else call
+
+
+class CallReader:
+    """Splits an answer that comes in pieces into text and calls. `push` and `close` give what has become certain."""
+
+    def __init__(self, form: Form, names: Sequence[str], *, called: bool = False, single: bool = False) -> None:
+        """names: of the tools there are; called: the answer begins inside a call; single: take no second call."""
+        self._form, self._names, self._single = form, frozenset(names), single
+        self._opener = OPENERS[form]
+        self._inside = called
+        self._held = ""
+        self.calls: list[Call] = []
+        self._started = False  # something that is no space was read
+
+    def push(self, text: str) -> tuple[str, list[Call]]:
+        self._held += text
+        return self._read(final=False)
+
+    def close(self) -> tuple[str, list[Call]]:
+        return self._read(final=True)
+
+    def _read(self, final: bool) -> tuple[str, list[Call]]:
+        given, calls = "", []
+        while True:
+            if not self._inside:
+                before, found = self._opened(final)
+                given += before
+                if not found:
+                    break
+                self._inside = True
+            end = self._held.find(CLOSER) if self._form == "tagged" else -1
+            if end < 0 and not final:
+                break
+            body, rest = (self._held[:end], self._held[end + len(CLOSER) :]) if end >= 0 else (self._held, "")
+            found_calls = self._parse(body)
+            if found_calls is None:  # no call after all: what was written is text
+                given += (self._opener if self._form != "bare" else "") + body + (CLOSER if end >= 0 else "")
+            else:
+                room = max(0, 1 - len(self.calls)) if self._single else len(found_calls)
+                calls += found_calls[:room]
+                self.calls += found_calls[:room]
+            self._inside, self._held = False, rest
+            if not rest:
+                break
+        return ("" if self.calls and not given.strip() else given), calls
+
+    def _opened(self, final: bool) -> tuple[str, bool]:
+        """The text before the beginning of a call, and whether there is one; a bare call is the whole answer."""
+        if self._form == "bare":
+            text = self._held.lstrip()
+            if not text and not final:
+                return "", False
+            if not self._started and text.startswith("{"):
+                self._held = text
+                return "", True
+            self._started = True
+            given, self._held = self._held, ""
+            return given, False
+        at = self._held.find(self._opener)
+        if at >= 0:
+            given, self._held = self._held[:at], self._held[at + len(self._opener) :]
+            return given, True
+        keep = 0 if final else max(n for n in range(len(self._opener)) if self._held.endswith(self._opener[:n]))
+        cut = len(self._held) - keep
+        given, self._held = self._held[:cut], self._held[cut:]
+        return given, False
+
+    def _parse(self, body: str) -> list[Call] | None:
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        entries = value if isinstance(value, list) else [value]
+        calls = []
+        for entry in entries:
+            if not isinstance(entry, dict) or entry.get("name") not in self._names:
+                return None
+            arguments = entry.get("arguments", entry.get("parameters", {}))
+            if not isinstance(arguments, dict):
+                return None
+            calls.append(Call(f"call_{secrets.token_hex(12)}", entry["name"], json.dumps(arguments)))
+        return calls or None

@@ -1,0 +1,249 @@
+"""Continuous batching: the same texts whatever runs beside them, shared beginnings, limits, fairness, leaving early."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bitnet.inference.generation import generate
+from bitnet.inference.options import SamplingConfig
+from bitnet.inference.rows import PlainRows, rows_of
+from bitnet.inference.text_model import TextModel
+from bitnet.serving import scheduler as scheduling
+from bitnet.serving.errors import ApiError
+from bitnet.serving.prefix import BLOCK, PrefixCache
+from bitnet.serving.queue import FairQueue
+from bitnet.serving.sampling import Choice
+from bitnet.serving.scheduler import Generation, Piece, PromptScores
+from tests.serving.builders import Bench, seeded, text_model
+
+pytest.importorskip("prometheus_client")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return text_model(tokenizer)
+
+
+def choice(seed: int, **changes: object) -> Choice:
+    return Choice(SamplingConfig(temperature=0.9, top_p=0.95), seed, **changes)
+
+
+def test_a_text_is_that_of_the_decode_loop(model):
+    prompt, tokenizer = model.encode("def wrap("), model.source.tokenizer
+    wanted = [
+        int(ids[0])
+        for ids in generate(
+            model.model, torch.tensor([prompt]), max_new_tokens=30, sampling=SamplingConfig(0.9, top_p=0.95), seed=5,
+            eos_id=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size,
+        )
+    ]  # fmt: skip
+    bench = Bench(model)
+    job = bench.submit(Generation(tuple(prompt), 30, choice(5)))
+    bench.run()
+    assert job.samples[0].ids[len(prompt) :] == wanted
+    assert prompt == list(job.generation.prompt)
+
+
+def test_texts_do_not_depend_on_what_runs_beside_them(model, monkeypatch):
+    monkeypatch.setattr(scheduling, "PIECE", 16)  # so that prompts are read in several passes
+    vocab_size = model.source.tokenizer.vocab_size
+    prompts = seeded(24, 1, 100, vocab_size)
+    prompts[5] = prompts[4][:20] + prompts[5][:20]  # beginnings in common
+    prompts[9] = prompts[4]
+    generations = [
+        Generation(p, 1 + i % 20, choice(i, frequency=0.5 * (i % 2)), count=1 + (i % 5 == 0), alternatives=i % 3)
+        for i, p in enumerate(prompts)
+    ]
+    wanted = [bench_alone(model, generation) for generation in generations]
+    bench = Bench(model, parallel=9)
+    jobs = []
+    for number, generation in enumerate(generations):
+        jobs.append(bench.submit(generation, client=str(number % 3)))
+        bench.scheduler.step()
+    bench.run()
+    assert [bench.texts(job) for job in jobs] == [text for text, _ in wanted]
+    assert [[s.new_tokens for s in job.samples] for job in jobs] == [counts for _, counts in wanted]
+
+
+def bench_alone(model: TextModel, generation: Generation) -> tuple[list[str], list[int]]:
+    bench = Bench(model)
+    job = bench.submit(generation)
+    bench.run()
+    return bench.texts(job), [sample.new_tokens for sample in job.samples]
+
+
+def test_sample_i_is_the_text_of_seed_plus_i(model):
+    bench, prompt = Bench(model), seeded(1, 40, 41, 500)[0]
+    job = bench.submit(Generation(prompt, 12, choice(7), count=3))
+    alone = [bench.submit(Generation(prompt, 12, choice(7 + i))) for i in range(3)]
+    bench.run()
+    assert bench.texts(job) == [bench.texts(one)[0] for one in alone]
+    assert len({*bench.texts(job)}) == 3
+
+
+def test_samples_and_turns_share_what_was_read(model):
+    if isinstance(rows_of(model.model), PlainRows):
+        pytest.skip("no native kernels here: plain rows share nothing")
+    bench, prompt = Bench(model), seeded(1, 64, 65, 500)[0]
+    metrics = bench.scheduler.metrics
+
+    def read() -> float:
+        return metrics.prompt_tokens._value.get()
+
+    first = bench.submit(Generation(prompt, 8, choice(1), count=4))
+    bench.run()
+    assert read() == 64, "four samples read their prompt once"
+    turn = (*first.samples[0].ids, 5, 6, 7)
+    second = bench.submit(Generation(turn, 8, choice(2)))
+    bench.run()
+    # The row lacks the last token of the first answer, which nothing was drawn behind.
+    assert second.cached_tokens == 64 + 8 - 1
+    assert read() == 64 + 4
+    assert bench.texts(second) == bench.alone(model, Generation(turn, 8, choice(2)))
+
+
+def test_what_is_kept_gives_way_to_what_runs(model):
+    bench = Bench(model, cache_tokens=600)
+    prompts = seeded(12, 100, 120, 500)
+    jobs = [bench.submit(Generation(p, 10, choice(i))) for i, p in enumerate(prompts)]
+    bench.run()
+    assert all(isinstance(bench.of(job)[-1], Piece) for job in jobs)
+    assert bench.texts(jobs[-1]) == bench.alone(model, Generation(prompts[-1], 10, choice(11)))
+
+
+def test_scores_of_a_prompt_are_the_models(model):
+    bench, prompt = Bench(model), seeded(1, 100, 101, 500)[0]
+    job = bench.submit(Generation(prompt, 1, choice(1), alternatives=2, score_prompt=True))
+    bench.run()
+    scores = bench.of(job)[0]
+    assert isinstance(scores, PromptScores)
+    logits = model.model(torch.tensor([prompt]))[0, :, : model.source.tokenizer.vocab_size]
+    logprobs = logits.log_softmax(-1)
+    wanted = logprobs[torch.arange(99), torch.tensor(prompt[1:])]
+    torch.testing.assert_close(torch.tensor([s.logprob for s in scores.scores]), wanted, rtol=0, atol=1e-5)
+    assert [s.best[0][0] for s in scores.scores] == logits[:-1].argmax(-1).tolist()
+
+
+def test_stop_strings_and_their_tokens(model):
+    bench, prompt = Bench(model), seeded(1, 9, 10, 500)[0]
+    plain = Generation(prompt, 20, choice(3), alternatives=0)
+    text = bench.alone(model, plain)[0]
+    stop = text[6:9]
+    job = bench.submit(dataclasses.replace(plain, stop=(stop,)))
+    bench.run()
+    events = [event for event in bench.of(job) if isinstance(event, Piece)]
+    tokens = [token for event in events for token in event.tokens]
+    assert bench.texts(job) == [text[: text.find(stop)]]
+    assert events[-1].finish == "stop"
+    assert all(token.start < text.find(stop) for token in tokens)
+
+
+def test_a_job_that_left_runs_no_more(model):
+    bench = Bench(model)
+    job = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 100, choice(3)))
+    other = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 5, choice(3)))
+    bench.scheduler.step()
+    bench.scheduler.cancel(job)
+    bench.run()
+    assert job.samples[0].new_tokens == 1
+    assert other.samples[0].new_tokens == 5
+    assert bench.scheduler._reserved == 0
+
+
+def test_limits_are_named(model):
+    bench = Bench(model, parallel=2, queue=2, cache_tokens=600)
+    for generation, words in (
+        (Generation((5,) * 200, 100), "256 fit"),
+        (Generation((5,), 1, count=3), "3 samples"),
+        (Generation((5,) * 100, 60), None),
+        (Generation((5,) * 100, 60, stop=("x",)), None),
+        (Generation((5,), 1), "2 requests wait"),
+    ):
+        if words is None:
+            bench.submit(generation)
+        else:
+            with pytest.raises(ApiError, match=words):
+                bench.submit(generation)
+    with pytest.raises(ApiError, match="need memory"):
+        Bench(model, cache_tokens=100).submit(Generation((5,), 50))
+
+
+def test_late_requests_and_a_server_that_ends(model):
+    bench = Bench(model, request_seconds=1e-9, queue_seconds=1e-9)
+    job = bench.submit(Generation((5, 6), 50))
+    bench.run()
+    assert bench.of(job)[-1].code == "busy"
+    bench = Bench(model, parallel=1)
+    first, second = bench.submit(Generation((5, 6), 5)), bench.submit(Generation((5, 6), 5))
+    bench.scheduler.step()
+    bench.scheduler.drain()
+    bench.run()
+    assert bench.of(first)[-1].finish == "length"
+    assert bench.of(second)[-1].code == "shutting_down"
+    with pytest.raises(ApiError, match="shutting down"):
+        bench.submit(Generation((5, 6), 5))
+
+
+def test_a_pass_that_fails_ends_its_jobs_alone(model, monkeypatch, capsys):
+    bench = Bench(model)
+    job = bench.submit(Generation((5, 6), 50))
+    bench.scheduler.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.scheduler._rows, "step", lambda *args, **kwargs: 1 / 0)
+        bench.scheduler.step()
+    assert bench.of(job)[-1].status == 500
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    after = bench.submit(Generation((5, 6), 5))
+    bench.run()
+    assert bench.of(after)[-1].finish == "length"
+
+
+def test_the_queue_is_fair_between_clients():
+    queue = FairQueue()
+    for number in range(4):
+        queue.push("greedy", f"greedy {number}")
+    queue.push("modest", "modest 0")
+    order = []
+    while len(queue):
+        item = queue.pop()
+        order.append(item)
+        queue.charge(item.split()[0], 10 if "greedy" in item else 1)
+    assert order[1] == "modest 0"
+    for item in order:
+        queue.finished(item.split()[0])
+    queue.push("new", 1)
+    assert queue._served == {"new": 0.0}, "a client that has left is forgotten"
+
+
+class FakeRow:
+    def __init__(self, length: int) -> None:
+        self.length, self.closed = length, False
+
+    def fork(self, length: int | None = None) -> "FakeRow":
+        return FakeRow(self.length if length is None else length)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_prefixes_by_hash_and_by_token():
+    cache, ids = PrefixCache(), tuple(range(100))
+    first, second = FakeRow(50), FakeRow(90)
+    cache.keep(first, ids)
+    cache.keep(second, (*ids[:40], *range(500, 560)))
+    assert cache.fork(ids).length == 50
+    assert cache.fork((*ids[:40], 500, 501, 9)).length == 42
+    assert cache.fork((*ids[:10], 7)) is None, f"less than a block of {BLOCK}"
+    assert cache.fork(ids[:50]).length == 49, "the last token is always read"
+    shorter = FakeRow(32)
+    cache.keep(shorter, ids)
+    assert shorter.closed, "nothing in it is new"
+    cache.fork(ids)
+    assert cache.drop()
+    assert second.closed, "the least recently used goes first"
+    assert not first.closed
+    assert cache.fork((*ids[:40], 500, 501, 9)).length == 40
+    assert cache.drop()
+    assert not cache.drop()
+    assert not cache._places
