@@ -59,28 +59,24 @@ class BuildKernels(build_ext):
             except CompileError:
                 return None
 
-        openmp = ["-fopenmp"]  # torch carries the same libgomp, so both share one pool of threads
-        scalar = compile_one("isa_scalar", openmp)
-        if scalar is None:
-            openmp = []
-            print("OpenMP does not compile here: the native kernels will run on one thread")
-            scalar = compile_one("isa_scalar", openmp)
         sets = INSTRUCTION_SETS.get(platform.machine(), {})
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             builds = {"scalar": [], **BLOCKS.get(platform.machine(), {})}
             blocks = [
-                pool.submit(compile_one, "blocks", [*openmp, *flags, f"-DBN_BUILD={name}"], name)
+                pool.submit(compile_one, "blocks", [*flags, f"-DBN_BUILD={name}"], name)
                 for name, flags in builds.items()
             ]
-            compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", [*openmp, *sets[name]]), sets))
+            needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool")]
+            compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", sets[name]), sets))
         found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
         print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")
-        dispatch = compile_one("dispatch", [*openmp, *found])
-        if scalar is None or dispatch is None:
+        parts = [compile_one("dispatch", found), *(part.result() for part in needed)]
+        if None in parts:
             raise CompileError("the native CPU kernels do not compile; bitnet will run on its torch reference")
-        objects = [path for part in (scalar, *compiled, dispatch, *(b.result() for b in blocks)) for path in part or []]
+        objects = [path for part in (*parts, *compiled, *(b.result() for b in blocks)) for path in part or []]
+        threads = [] if platform.system() == "Darwin" else ["-pthread"]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"
         )
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -89,7 +85,7 @@ class BuildKernels(build_ext):
 
 HEADERS = [
     f"{FOLDER}/{name}.h"
-    for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "blocks", "blocks_layout")
+    for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "pool", "blocks", "blocks_layout")
 ]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],

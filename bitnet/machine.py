@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
@@ -16,6 +17,47 @@ from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MMAP_THRESHOLD = 1 << 20
+
+
+# Processors
+
+
+@functools.cache
+def cpu_quota(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Processors that the control groups of this process give it (cgroup v1 and v2), rounded, at least 1; None where
+    they set no limit."""
+    found = []
+    try:
+        lines = proc.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:  # "0::/group" of v2, "4:cpu,cpuacct:/group" of v1
+        number, names, group = line.split(":", 2)
+        if number == "0" and not names:
+            folders = [mount]
+        elif "cpu" in names.split(","):
+            folders = [mount / "cpu", mount / names]
+        else:
+            continue
+        for folder in folders:
+            inside = folder / group.strip("/")
+            for path in (inside, *inside.parents):
+                if path.is_relative_to(folder):
+                    found.append(_quota(path))
+    limits = [quota for quota in found if quota]
+    return max(1, round(min(limits))) if limits else None
+
+
+def _quota(group: Path) -> float | None:
+    for read in (
+        lambda: (group / "cpu.max").read_text().split(),
+        lambda: [(group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")],
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (float(part) for part in read())  # "max" and -1: none
+            if quota > 0:
+                return quota / period
+    return None
 
 
 # Device and types

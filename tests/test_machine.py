@@ -1,6 +1,7 @@
 """What is asked of the machine: device, type of the products, compiler, memory."""
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +85,30 @@ def test_freed_blocks_are_returned_without_an_error(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda *_: pytest.fail("the environment's choice counts"))
     machine.return_freed_blocks()
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000"}, 2),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "800000 100000"}, 3),
+        ("0::/../outside\n", {"cpu.max": "20000 100000"}, 1),  # a group that is not below what is mounted here
+        (
+            "4:cpu,cpuacct:/x\n0::/\n",
+            {f"cpu,cpuacct/x/cpu.cfs_{k}_us": v for k, v in (("quota", "400000"), ("period", "100000"))},
+            4,
+        ),
+        ("1:cpu:/x\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("1:cpu:/x\n", {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("5:cpuset:/x\n", {"cpuset/cpu.cfs_quota_us": "1", "cpuset/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_quota_of_a_control_group(tmp_path: Path, groups: str, files: dict[str, str], expected: int | None) -> None:
+    (tmp_path / "groups").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "mount" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    assert machine.cpu_quota(tmp_path / "groups", tmp_path / "mount") == expected
+    assert machine.cpu_quota(tmp_path / "none") is None

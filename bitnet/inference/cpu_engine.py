@@ -14,12 +14,14 @@ On disk a packed model keeps the canonical tensors (`bitnet/quant/packing.py`), 
 `save_packed` in `bitnet/storage/folders.py` writes it, `open_model` in `bitnet/inference/loading.py` puts it here.
 """
 
-import ctypes
-from collections.abc import Callable, Iterable
+import array
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet.inference.cpu_rows import CACHE_DTYPES, MAX_CHUNK, Meeting, NativeRows, Storage
 from bitnet.inference.engine import beyond_kernels, build_exactly
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels.cpu import native
@@ -27,16 +29,11 @@ from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.transformer import rope_tables
 from bitnet.quant import packed_width
 
-CACHE_DTYPES = {"float32": (0, torch.float32), "float16": (1, torch.float16), "int8": (2, torch.int8)}
-MAX_CHUNK = 512
-"""Tokens of a longer input that go through the layers together: more would only need more memory."""
-
 
 class NativeCache:
-    """Keys and values of all layers for up to `max_length` positions of `batch_size` sequences.
+    """Keys and values of all layers for up to `max_length` positions of `batch_size` sequences of one length.
 
-    Keys lie as `[L, B, G, S / 16, D, 16]` and values as `[L, B, G, S, D]`, S and D padded to 16, in float32, float16,
-    or int8 with a float32 scale for every position of a head (absmax, as activations are quantized).
+    Keys lie as `[L, B, G, S / 16, D, 16]` and values as `[L, B, G, S, D]`, see `Storage`.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: str = "float32") -> None:
@@ -45,29 +42,19 @@ class NativeCache:
                 f"a cache of {max_length} positions does not fit a model of {config.max_position_embeddings}; "
                 "shorten the prompt or generate fewer tokens"
             )
-        if dtype not in CACHE_DTYPES:
-            raise ValueError(f"cache dtype {dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
-        number, torch_dtype = CACHE_DTYPES[dtype]
-        capacity, width = _round_up(max_length, 16), _round_up(config.head_width, 16)
-        slices = config.num_hidden_layers * batch_size * config.num_key_value_heads
-        self.keys = torch.empty(slices * capacity * width, dtype=torch_dtype)
-        self.values = torch.empty(slices * capacity * width, dtype=torch_dtype)
-        scales = slices * capacity if dtype == "int8" else 0
-        self.key_scale, self.value_scale = torch.empty(scales), torch.empty(scales)
+        capacity, heads = _round_up(max_length, 16), config.num_key_value_heads
+        strides = (heads * capacity, batch_size * heads * capacity, capacity)
+        self.storage = Storage(config, batch_size, capacity, strides, dtype)
+        self.keys, self.values = self.storage.keys, self.storage.values
         self.config, self.max_length, self.batch_size = config, max_length, batch_size
-        self._per_position = 2 * slices * (config.head_width * self.keys.element_size() + (4 if scales else 0))
-        tensors = (self.keys, self.values, self.key_scale, self.value_scale)
-        self.struct = native.Cache(*(tensor.data_ptr() for tensor in tensors), number, batch_size, capacity, 0)
-
-    @property
-    def length(self) -> int:
+        self.blocks = torch.arange(batch_size, dtype=torch.int32)
+        self.length = 0
         """Positions that are filled."""
-        return int(self.struct.length)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the filled part, which one decoding step reads."""
-        return self._per_position * self.length
+        return self.storage.per_position * self.batch_size * self.length
 
 
 class Engine:
@@ -84,14 +71,14 @@ class Engine:
         tensor: Callable[[str], Tensor],
         names: Iterable[str] | None = None,
         *,
-        cache_dtype: str = "float32",
+        cache_dtype: str | None = None,
         codec: str | None = None,
     ) -> None:
         if config.quantizer == "none":
             raise ValueError("the native engine runs packed weights and this is a float model; run it in torch")
         if unknown := beyond_kernels(config):
             raise ValueError(f"the native kernels do not compute {' and '.join(unknown)}; run the model in torch")
-        if cache_dtype not in CACHE_DTYPES:
+        if cache_dtype not in (None, *CACHE_DTYPES):
             raise ValueError(f"cache dtype {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
         if config.head_width > 1024:
             raise ValueError(f"head_dim is {config.head_width}; the native attention takes at most 1024")
@@ -103,15 +90,15 @@ class Engine:
         native.kernels()
         self.config, self.cache_dtype = config, cache_dtype
         self._keep: list[Tensor] = []
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._workspace_for = (0, 0, 0)
+        self._workspaces: list[Tensor] = []  # that no call is using
         self._bits = PACKED_BITS[config.quantizer]
         self._codec = codec
         self._matrices: list[native.Lines] = []
         build_exactly(self._build, tensor, names)
+        self.meeting = Meeting()
 
     @classmethod
-    def from_model(cls, model: BitNetForCausalLM, **options: str) -> "Engine":
+    def from_model(cls, model: BitNetForCausalLM, **options: str | None) -> "Engine":
         """The engine of a packed torch model, which shares nothing with it afterwards."""
         if not model.head_is_packed:
             raise ValueError("the model is not packed; call model.pack() first")
@@ -248,32 +235,46 @@ class Engine:
             if not last_only and chunk < T:
                 part = torch.empty(B, ids.shape[1], config.vocab_size)
             # Of the last position alone, only the last piece needs the head.
-            wanted = not last_only or start + chunk >= T
-            self._forward(ids, cache, not last_only, part if wanted else None)
+            count = ids.shape[1]
+            wanted = range(B * count) if not last_only else range(count - 1, B * count, count)
+            rows = (native.Row * B)()
+            for b, row in enumerate(rows):
+                row.cache.contents, row.blocks = cache.storage.struct, cache.blocks[b:].data_ptr()
+                row.length, row.tokens = cache.length, count
+            self.forward(rows, ids.view(-1), wanted if not last_only or start + chunk >= T else (), part)
+            cache.length += count
             if part is not logits:
                 logits[:, start : start + chunk] = part
         return logits
 
-    def _forward(self, ids: Tensor, cache: NativeCache, every: bool, logits: Tensor | None) -> None:
-        threads = torch.get_num_threads()
-        # It only grows, so that decoding behind a prompt allocates nothing.
-        need = (max(ids.numel(), self._workspace_for[0]), max(cache.struct.capacity, self._workspace_for[1]), threads)
-        if need != self._workspace_for:
-            lib = native.library()
-            assert lib is not None
-            self._workspace = torch.empty(lib.bn_workspace_bytes(self._struct, *need), dtype=torch.uint8)
-            self._workspace_for = need
-        target = None if logits is None else logits.data_ptr(), self._workspace.data_ptr()
-        model, state = ctypes.byref(self._struct), ctypes.byref(cache.struct)
-        native.kernels().forward(model, state, ids.data_ptr(), *ids.shape, every, *target, threads)
+    def forward(self, rows: Any, ids: Tensor | array.array, wanted: Sequence[int], logits: Tensor) -> None:
+        """Run the new tokens `ids`, int64, of rows (an array of `native.Row`), one row behind the other, and write the
+        logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`. Any number of threads may."""
+        lib, threads = native.library(), native.threads()
+        assert lib is not None
+        longest = _round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
+        size = lib.bn_workspace_bytes(self._struct, len(ids), len(rows), longest, threads)
+        workspace = self._workspaces.pop() if self._workspaces else torch.empty(0, dtype=torch.uint8)
+        if len(workspace) < size:
+            workspace = torch.empty(size, dtype=torch.uint8)
+        tokens = ids.data_ptr() if isinstance(ids, Tensor) else ids.buffer_info()[0]
+        numbers = array.array("i", wanted)
+        target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), workspace.data_ptr(), threads
+        native.kernels().forward(self._struct, rows, len(rows), tokens, *target)
+        self._workspaces.append(workspace)
+
+    @property
+    def rows(self) -> NativeRows:
+        """Texts of any lengths side by side, see `bitnet/inference/rows.py`."""
+        return NativeRows(self)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def new_cache(self, batch_size: int, max_length: int) -> NativeCache:
-        """An empty cache in the engine's cache dtype."""
-        return NativeCache(self.config, batch_size, max_length, self.cache_dtype)
+        """An empty cache in the engine's cache dtype, float32 where none was chosen."""
+        return NativeCache(self.config, batch_size, max_length, self.cache_dtype or "float32")
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads, as they lie in memory."""

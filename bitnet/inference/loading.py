@@ -77,7 +77,7 @@ def _stream(source: Source, cache_dtype: str | None) -> Engine:
         with source.tensors() as tensors:
             names = sorted(tensors.names)
         with source.verifying():
-            return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype or "float32")
+            return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source.path / MODEL} does not hold the packed model of its {CONFIG}: {error}"
@@ -88,7 +88,7 @@ def _engine(model: BitNetForCausalLM, device: torch.device, cache_dtype: str | N
     """A packed model as the backend in force runs it on a device: an engine where there is one, else torch."""
     runs = not beyond_kernels(model.config)
     if runs and native_wanted(device):
-        return Engine.from_model(model.pack(), cache_dtype=cache_dtype or "float32")
+        return Engine.from_model(model.pack(), cache_dtype=cache_dtype)
     if runs and triton_wanted(device):
         _refuse_cache(cache_dtype, "the Triton engine", "bfloat16")
         return GpuEngine.from_model(model.to(device).pack(), device=device)

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 
+from bitnet.inference.cpu_rows import CacheFullError, check_length, check_step
 from bitnet.inference.engine import LanguageModel
 from bitnet.model import ModelConfig
 
@@ -25,10 +26,6 @@ Step = Sequence[tuple[Any, Sequence[int]]]
 """Rows of one cache, each with the tokens that continue it."""
 
 _SHORTEST = 64  # positions of a plain row's first cache
-
-
-class CacheFullError(ValueError):
-    """The rows of a step need more positions than the cache has left; nothing was changed."""
 
 
 class Row(Protocol):
@@ -82,39 +79,7 @@ class Rows(Protocol):
 
 def rows_of(model: LanguageModel) -> Rows:
     """The rows of a model: of the native CPU engine its own, of any other `PlainRows`."""
-    return PlainRows(model)
-
-
-def check_step(config: ModelConfig, rows: Step) -> None:
-    """What every implementation refuses, with the errors of `Rows.step`."""
-    if len({id(row) for row, _ in rows}) < len(rows):
-        raise ValueError("a row is twice in one step; give its tokens together")
-    if len({id(row.cache) for row, _ in rows}) > 1:
-        raise ValueError("the rows of a step are of different caches; give those of one")
-    for row, ids in rows:
-        if row.closed:
-            raise ValueError("a row of the step is closed; take another from new_row")
-        if not len(ids):
-            raise ValueError("a row of the step has no tokens; leave it out or give at least one")
-        smallest, largest = min(ids), max(ids)
-        if smallest < 0 or largest >= config.vocab_size:
-            raise ValueError(
-                f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
-                f"{config.vocab_size - 1})"
-            )
-        if row.length + len(ids) > config.max_position_embeddings:
-            raise ValueError(
-                f"a row of {row.length} tokens cannot take {len(ids)} more: the model has "
-                f"{config.max_position_embeddings} positions"
-            )
-
-
-def check_length(row: Row, length: int | None) -> int:
-    """A length to which a row can be cut. Raises ValueError for others."""
-    length = row.length if length is None else length
-    if not 0 <= length <= row.length:
-        raise ValueError(f"length is {length} and the row has {row.length} tokens; give at most that")
-    return length
+    return getattr(model, "rows", None) or PlainRows(model)
 
 
 class PlainRow:

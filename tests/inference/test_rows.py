@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.rows import CacheFullError, PlainRows, rows_of
+from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM
+from tests.builders import packed_model
 from tests.inference.builders import BASE
 
 
@@ -18,7 +21,13 @@ def torch_model() -> LanguageModel:
     return BitNetForCausalLM(BASE).eval()
 
 
-MODELS: dict[str, Callable[[], LanguageModel]] = {"torch": torch_model}
+def native_model() -> LanguageModel:
+    if not native.instruction_sets():
+        pytest.skip("the native kernels were not built; install with a C++ compiler")
+    return Engine.from_model(packed_model(BASE), cache_dtype="float32")
+
+
+MODELS: dict[str, Callable[[], LanguageModel]] = {"torch": torch_model, "native": native_model}
 
 
 @pytest.fixture(params=MODELS)
@@ -65,11 +74,11 @@ def test_random_schedules_give_what_each_text_gives_alone(model: LanguageModel) 
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             checked += 1
     assert checked > 30
-    assert cache.free_tokens <= 400 - max(len(ids) for _, ids in texts)
+    assert cache.free_tokens <= 416 - max(len(ids) for _, ids in texts)
     for row, _ in texts:
         row.close()
         row.close()
-    assert cache.free_tokens == 400
+    assert cache.free_tokens in (400, 416)  # whole blocks
 
 
 def test_a_step_that_is_refused_changes_nothing(model: LanguageModel) -> None:

@@ -96,7 +96,7 @@ def _matmul(
     y: Tensor,
     out: int,
 ) -> None:
-    threads = torch.get_num_threads() if weights.rows * weights.columns * rows >= _PARALLEL_FROM else 1
+    threads = native.threads() if weights.rows * weights.columns * rows >= _PARALLEL_FROM else 1
     x = codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), rows
     into = None if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), weights.rows, out
     failed = native.kernels().matmul(weights.struct, *x, *into, threads)
@@ -110,7 +110,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float().contiguous()
     codes = _codes_buffer(rows, width)
     scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-    threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+    threads = native.threads() if x.numel() >= _PARALLEL_FROM else 1
     native.kernels().quantize(
         x.data_ptr(), rows, width, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), threads
     )

@@ -1,7 +1,8 @@
-// Causal grouped-query attention over the cache, float32 arithmetic, keys and values in float32, float16 or int8.
+// Causal grouped-query attention over a row's cache, float32 arithmetic, keys and values in float32, float16 or int8.
 //
-// Sixteen positions of a key lie side by side ([S / 16, D, 16]), so a score needs no sum across lanes. Up to four
-// queries that share a key/value head are worked on together: heads of one group, then neighbouring tokens.
+// Sixteen positions of a key lie side by side ([block / 16, D, 16]), so a score needs no sum across lanes. Up to four
+// queries that share a key/value head are worked on together: heads of one group, then neighbouring tokens. Whatever
+// the company and however the positions lie in blocks, a query's additions come in one order.
 #pragma once
 
 #include "matmul.h"
@@ -23,55 +24,74 @@ template <> struct element<CACHE_INT8> {
     BN_INLINE vf get(const int8_t *p) { return widen(p); }
 };
 
-// scores[q][s] = query q . key s, for blocks of 16 positions; D padded to 16.
+// One key/value head of a row in one layer.
+template <int dtype> struct head_cache {
+    typedef typename element<dtype>::type T;
+    const bn_row &row;
+    int64_t D, within; // D padded to 16; positions from a block's start to this head
+    int64_t block() const { return row.cache->block; }
+    int64_t at(int64_t b) const { return row.blocks[b] * row.cache->block_stride + within; }
+    T *keys(int64_t b) const { return (T *)row.cache->keys + at(b) * D; }
+    T *values(int64_t b) const { return (T *)row.cache->values + at(b) * D; }
+    float *key_scale(int64_t b) const { return row.cache->key_scale + at(b); }
+    float *value_scale(int64_t b) const { return row.cache->value_scale + at(b); }
+};
+
+// scores[q][s] = query q . key s, for NB runs of 16 positions from s on, whose keys are at k.
 template <int dtype, int NQ, int NB>
-BN_INLINE void score_blocks(const float *const *query, const typename element<dtype>::type *keys, int64_t D,
-                            const float *key_scale, float **scores, int64_t block) {
+BN_INLINE void score_runs(const float *const *query, const typename element<dtype>::type *k, int64_t D,
+                          const float *key_scale, float *const *scores, int64_t s) {
     vf acc[NQ][NB];
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) acc[q][b] = (vf){};
     for (int64_t d = 0; d < D; d++) {
-        vf k[NB];
+        vf key[NB];
 #pragma GCC unroll 8
-        for (int b = 0; b < NB; b++) k[b] = element<dtype>::get(keys + (b * D + d) * 16);
+        for (int b = 0; b < NB; b++) key[b] = element<dtype>::get(k + (b * D + d) * 16);
 #pragma GCC unroll 8
         for (int q = 0; q < NQ; q++) {
             vf x = splat(query[q][d]);
 #pragma GCC unroll 8
-            for (int b = 0; b < NB; b++) acc[q][b] = fma(x, k[b], acc[q][b]);
+            for (int b = 0; b < NB; b++) acc[q][b] = fma(x, key[b], acc[q][b]);
         }
     }
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) {
-            vf s = acc[q][b];
-            if constexpr (dtype == CACHE_INT8) s = s * load(key_scale + (block + b) * 16);
-            store(scores[q] + (block + b) * 16, s);
+            vf score = acc[q][b];
+            if constexpr (dtype == CACHE_INT8) score = score * load(key_scale + 16 * b);
+            store(scores[q] + s + 16 * b, score);
         }
 }
 
 // out[q][d..] = sum over s of p[q][s] * value s, for NV vectors of D.
 template <int dtype, int NQ, int NV>
-BN_INLINE void mix_values(const float *const *p, const typename element<dtype>::type *values, int64_t D,
-                          const float *value_scale, int64_t count, float *const *out, const float *inverse, int64_t d) {
+BN_INLINE void mix_values(const float *const *p, const head_cache<dtype> &cache, int64_t count, float *const *out,
+                          const float *inverse, int64_t d) {
     vf acc[NQ][NV];
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[q][v] = (vf){};
-    for (int64_t s = 0; s < count; s++) {
-        vf value[NV];
+    int64_t D = cache.D, size = cache.block();
+    for (int64_t b = 0, s = 0; s < count; b++) {
+        const typename element<dtype>::type *values = cache.values(b) + d;
+        const float *value_scale = dtype == CACHE_INT8 ? cache.value_scale(b) - s : nullptr;
+        int64_t end = s + size < count ? s + size : count;
+        for (; s < end; s++, values += D) {
+            vf value[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) value[v] = element<dtype>::get(values + s * D + d + 16 * v);
+            for (int v = 0; v < NV; v++) value[v] = element<dtype>::get(values + 16 * v);
 #pragma GCC unroll 8
-        for (int q = 0; q < NQ; q++) {
-            float weight = p[q][s];
-            if constexpr (dtype == CACHE_INT8) weight *= value_scale[s];
+            for (int q = 0; q < NQ; q++) {
+                float weight = p[q][s];
+                if constexpr (dtype == CACHE_INT8) weight *= value_scale[s];
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) acc[q][v] = fma(splat(weight), value[v], acc[q][v]);
+                for (int v = 0; v < NV; v++) acc[q][v] = fma(splat(weight), value[v], acc[q][v]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -80,26 +100,36 @@ BN_INLINE void mix_values(const float *const *p, const typename element<dtype>::
         for (int v = 0; v < NV; v++) store(out[q] + d + 16 * v, acc[q][v] * splat(inverse[q]));
 }
 
+// How many vectors NQ queries hold at once without leaving the registers.
+#if defined(BN_AVX512) || defined(BN_NEON)
+enum { RUNS_OF_ONE = 4, RUNS_OF_FOUR = 2, VALUES_OF_ONE = 4, VALUES_OF_FOUR = 4 };
+#else
+enum { RUNS_OF_ONE = 4, RUNS_OF_FOUR = 1, VALUES_OF_ONE = 4, VALUES_OF_FOUR = 1 };
+#endif
+
 // NQ queries of one key/value head; query q sees the first limit[q] positions, limit ascending.
 template <int dtype, int NQ>
-static void attend(const float *const *query, const void *keys, const void *values, const float *key_scale,
-                   const float *value_scale, int64_t D, const int64_t *limit, float inv_sqrt, float *const *scores_in,
-                   float *const *out) {
-    typedef typename element<dtype>::type T;
-    const T *k = (const T *)keys, *v = (const T *)values;
-    float *scores[NQ], inverse[NQ];
-    for (int q = 0; q < NQ; q++) scores[q] = scores_in[q];
-    int64_t count = limit[NQ - 1], blocks = (count + 15) / 16, b = 0;
-    constexpr int NB = NQ == 1 ? 4 : 2;
-    for (; b + NB <= blocks; b += NB) score_blocks<dtype, NQ, NB>(query, k + b * D * 16, D, key_scale, scores, b);
-    for (; b < blocks; b++) score_blocks<dtype, NQ, 1>(query, k + b * D * 16, D, key_scale, scores, b);
+static void attend(const float *const *query, const head_cache<dtype> &cache, const int64_t *limit, float inv_sqrt,
+                   float *const *scores, float *const *out) {
+    float inverse[NQ];
+    int64_t D = cache.D, count = limit[NQ - 1], padded = round_up(count, 16), size = cache.block();
+    constexpr int NB = NQ == 1 ? RUNS_OF_ONE : RUNS_OF_FOUR, NV = NQ == 1 ? VALUES_OF_ONE : VALUES_OF_FOUR;
+    for (int64_t b = 0, s = 0; s < padded; b++) {
+        auto *keys = cache.keys(b);
+        const float *key_scale = dtype == CACHE_INT8 ? cache.key_scale(b) : nullptr;
+        int64_t end = s + size < padded ? size : padded - s, r = 0;
+        for (; r + 16 * NB <= end; r += 16 * NB)
+            score_runs<dtype, NQ, NB>(query, keys + r * D, D, key_scale + r, scores, s + r);
+        for (; r < end; r += 16) score_runs<dtype, NQ, 1>(query, keys + r * D, D, key_scale + r, scores, s + r);
+        s += end;
+    }
     for (int q = 0; q < NQ; q++) {
         float *s = scores[q];
-        for (int64_t i = limit[q]; i < blocks * 16; i++) s[i] = -INFINITY;
+        for (int64_t i = limit[q]; i < padded; i++) s[i] = -INFINITY;
         vf peak = splat(-INFINITY), total = {};
-        for (int64_t i = 0; i < blocks * 16; i += 16) peak = max(load(s + i), peak);
+        for (int64_t i = 0; i < padded; i += 16) peak = max(load(s + i), peak);
         vf shift = splat(maximum(peak) * inv_sqrt);
-        for (int64_t i = 0; i < blocks * 16; i += 16) {
+        for (int64_t i = 0; i < padded; i += 16) {
             vf e = exponential(load(s + i) * splat(inv_sqrt) - shift);
             if (i + 16 > limit[q]) { // e^-87 is not 0
                 float t[16];
@@ -113,28 +143,26 @@ static void attend(const float *const *query, const void *keys, const void *valu
         inverse[q] = 1.0f / sum(total);
     }
     int64_t d = 0;
-    for (; d + 64 <= D; d += 64) mix_values<dtype, NQ, 4>(scores, v, D, value_scale, count, out, inverse, d);
-    for (; d < D; d += 16) mix_values<dtype, NQ, 1>(scores, v, D, value_scale, count, out, inverse, d);
+    for (; d + 16 * NV <= D; d += 16 * NV) mix_values<dtype, NQ, NV>(scores, cache, count, out, inverse, d);
+    for (; d < D; d += 16) mix_values<dtype, NQ, 1>(scores, cache, count, out, inverse, d);
 }
 
 template <int dtype>
-static void attend_some(int n, const float *const *query, const void *keys, const void *values, const float *key_scale,
-                        const float *value_scale, int64_t D, const int64_t *limit, float inv_sqrt, float *const *scores,
-                        float *const *out) {
+static void attend_some(int n, const float *const *query, const head_cache<dtype> &cache, const int64_t *limit,
+                        float inv_sqrt, float *const *scores, float *const *out) {
     if (n == 4) {
-        attend<dtype, 4>(query, keys, values, key_scale, value_scale, D, limit, inv_sqrt, scores, out);
+        attend<dtype, 4>(query, cache, limit, inv_sqrt, scores, out);
         return;
     }
-    for (int q = 0; q < n; q++)
-        attend<dtype, 1>(query + q, keys, values, key_scale, value_scale, D, limit + q, inv_sqrt, scores + q, out + q);
+    for (int q = 0; q < n; q++) attend<dtype, 1>(query + q, cache, limit + q, inv_sqrt, scores + q, out + q);
 }
 
-// Write one key (rotated) and one value, float [D padded], to position s of a cache slice.
+// Write one key (rotated) and one value, float [D padded], to a position.
 template <int dtype>
-static void append(const float *key, const float *value, int64_t D, void *keys, void *values, float *key_scale,
-                   float *value_scale, int64_t s) {
+static void append(const float *key, const float *value, const head_cache<dtype> &cache, int64_t position) {
     typedef typename element<dtype>::type T;
-    T *k = (T *)keys + s / 16 * D * 16 + s % 16, *v = (T *)values + s * D;
+    int64_t D = cache.D, b = position / cache.block(), s = position % cache.block();
+    T *k = cache.keys(b) + s / 16 * D * 16 + s % 16, *v = cache.values(b) + s * D;
     if constexpr (dtype == CACHE_FLOAT32) {
         for (int64_t d = 0; d < D; d++) k[16 * d] = key[d];
         memcpy(v, value, D * sizeof(float));
@@ -148,9 +176,9 @@ static void append(const float *key, const float *value, int64_t D, void *keys, 
     } else {
         int8_t codes[1024];
         int32_t unused;
-        quantize_token(key, D, codes, key_scale + s, &unused);
+        quantize_token(key, D, codes, cache.key_scale(b) + s, &unused);
         for (int64_t d = 0; d < D; d++) k[16 * d] = codes[d];
-        quantize_token(value, D, v, value_scale + s, &unused);
+        quantize_token(value, D, v, cache.value_scale(b) + s, &unused);
     }
 }
 

@@ -3,12 +3,12 @@
 // Compiled once for each instruction set under another BN_BUILD (setup.py). Quantizing takes a tile of W blocks, turns
 // it so that a lane is a block, searches (blocks.h), turns the codes back and packs block by block (blocks_layout.h).
 #include "blocks_layout.h"
+#include "pool.h"
 
 namespace {
 
 template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < blocks; n++) {
+    bn::share_out(threads, blocks, [&](int64_t n) {
         block b;
         unpack<K>(data + n * bytes_of(K), b);
         float *y = out + n * size_of(K), d = half_value(b.d);
@@ -30,7 +30,7 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
                     y[g * SIZE + i] = scale * (float)((int)c[i] - center_of(K));
             }
         }
-    }
+    });
 }
 
 // ---- tiles of W blocks ----
@@ -342,16 +342,15 @@ template <int K> void quantize(const job &j) {
     bool important = j.importance != nullptr;
     int64_t per_row = j.columns / N, blocks = j.rows * per_row;
     if (important && (K == Q4_0 || K == Q4_1 || K == Q5_0 || K == Q5_1)) {
-#pragma omp parallel for num_threads(j.threads) schedule(static)
-        for (int64_t r = 0; r < j.rows; r++) {
+        bn::share_out(j.threads, j.rows, [&](int64_t r) {
             float sum = 0;
             for (int64_t c = 0; c < j.columns; c++) sum += j.x[r * j.columns + c] * j.x[r * j.columns + c];
             j.sigma2[r] = sum / (float)j.columns;
-        }
+        });
     }
-#pragma omp parallel for num_threads(j.threads) schedule(static)
-    for (int64_t first = 0; first < blocks; first += W) {
+    bn::share_out(j.threads, (blocks + W - 1) / W, [&](int64_t index) {
         tile t;
+        int64_t first = index * W;
         const float *from[W], *weights[W];
         int count = (int)(blocks - first < W ? blocks - first : W);
         for (int l = 0; l < count; l++) {
@@ -370,7 +369,7 @@ template <int K> void quantize(const job &j) {
             if (!j.compatible) important ? improve_simple<K, true>(t) : improve_simple<K, false>(t);
         }
         store<K>(t, count, j.out + first * bytes_of(K));
-    }
+    });
 }
 
 } // namespace

@@ -43,7 +43,7 @@ def _in_force() -> tuple[Function, Function]:
 
 
 def _threads(weights: int) -> int:
-    return torch.get_num_threads() if weights >= _PARALLEL_FROM else 1
+    return native.threads() if weights >= _PARALLEL_FROM else 1
 
 
 def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatible: bool = False) -> Tensor:

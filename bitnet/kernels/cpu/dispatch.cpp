@@ -100,12 +100,13 @@ BN_EXPORT int bn_available(const bn_kernels **out) {
 
 BN_EXPORT int64_t bn_struct_sizes(int which) {
     static const int64_t sizes[] = {sizeof(bn_matrix), sizeof(bn_layer), sizeof(bn_model), sizeof(bn_cache),
-                                    sizeof(bn_kernels)};
+                                    sizeof(bn_row), sizeof(bn_kernels)};
     return sizes[which];
 }
 
-BN_EXPORT int64_t bn_workspace_bytes(const bn_model *m, int64_t tokens, int64_t capacity, int threads) {
-    return bn::common::lay_out(*m, tokens, capacity, threads, nullptr, nullptr);
+// For so many new tokens of so many rows, of which the longest has `longest` afterwards.
+BN_EXPORT int64_t bn_workspace_bytes(const bn_model *m, int64_t tokens, int64_t rows, int64_t longest, int threads) {
+    return bn::common::lay_out(*m, tokens, rows, longest, threads, nullptr, nullptr);
 }
 
 // Lines of a block of 16 rows with K columns.
@@ -124,32 +125,30 @@ BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits,
     uint8_t *codes_of_all = (uint8_t *)malloc(threads * longest), fraction[243];
     if (!codes_of_all) return 1;
     for (int n = 0; n < 243; n++) fraction[n] = (uint8_t)((256 * n + 242) / 243);
-#pragma omp parallel num_threads(threads)
-    {
-        int id = 0;
-#ifdef _OPENMP
-        id = omp_get_thread_num();
-#endif
-        uint8_t *codes = codes_of_all + id * longest;
+    bn::run(threads, [&](bn::member &self) {
+        uint8_t *codes = codes_of_all + self.id * longest;
         memset(codes, 0, longest);
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++) {
-            const uint8_t *row = packed + n * width;
-            for (int64_t block = 0; block < width / 32; block++)
-                for (int64_t lane = 0; lane < per_byte; lane++)
-                    for (int64_t j = 0; j < 32; j++)
-                        codes[(block * per_byte + lane) * 32 + j] = row[block * 32 + j] >> (lane * bits) & ((1 << bits) - 1);
-            uint8_t *out = lines + (at / 16 + n / 16 * step) * per_line * 64 + n % 16 * 4;
-            const uint8_t *c = codes;
-            for (int64_t l = 0; l < per_line; l++, out += 64, c += 4 * quads)
-                for (int64_t j = 0; j < 4; j++) {
-                    if (codec == CODEC_BASE3) out[j] = fraction[81 * c[j] + 27 * c[4 + j] + 9 * c[8 + j] + 3 * c[12 + j] + c[16 + j]];
-                    else if (codec == CODEC_TWO_BIT) out[j] = c[j] | c[4 + j] << 2 | c[8 + j] << 4 | c[12 + j] << 6;
-                    else if (codec == CODEC_FOUR_BIT) out[j] = c[j] | c[4 + j] << 4;
-                    else out[j] = c[j];
-                }
-        }
-    }
+        self.each(N, [&](int64_t first, int64_t last) {
+            for (int64_t n = first; n < last; n++) {
+                const uint8_t *row = packed + n * width;
+                for (int64_t block = 0; block < width / 32; block++)
+                    for (int64_t lane = 0; lane < per_byte; lane++)
+                        for (int64_t j = 0; j < 32; j++)
+                            codes[(block * per_byte + lane) * 32 + j] =
+                                row[block * 32 + j] >> (lane * bits) & ((1 << bits) - 1);
+                uint8_t *out = lines + (at / 16 + n / 16 * step) * per_line * 64 + n % 16 * 4;
+                const uint8_t *c = codes;
+                for (int64_t l = 0; l < per_line; l++, out += 64, c += 4 * quads)
+                    for (int64_t j = 0; j < 4; j++) {
+                        int number = 81 * c[j] + 27 * c[4 + j];
+                        if (codec == CODEC_BASE3) out[j] = fraction[number + 9 * c[8 + j] + 3 * c[12 + j] + c[16 + j]];
+                        else if (codec == CODEC_TWO_BIT) out[j] = c[j] | c[4 + j] << 2 | c[8 + j] << 4 | c[12 + j] << 6;
+                        else if (codec == CODEC_FOUR_BIT) out[j] = c[j] | c[4 + j] << 4;
+                        else out[j] = c[j];
+                    }
+            }
+        });
+    });
     free(codes_of_all);
     return 0;
 }
@@ -170,18 +169,22 @@ BN_EXPORT void bn_advise_huge_pages(void *start, int64_t bytes) {
 
 // Read `bytes` once with every thread; returns something the compiler cannot know.
 BN_EXPORT int64_t bn_read(const uint8_t *p, int64_t bytes, int threads) {
-    int64_t total = 0;
-    int64_t lines = bytes / 256;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
-    for (int64_t i = 0; i < lines; i++) {
-        const int64_t *q = (const int64_t *)(p + 256 * i);
-        int64_t sum = 0;
-        for (int j = 0; j < 32; j++) sum |= q[j];
-        __builtin_prefetch(p + 256 * i + 8192);
-        __builtin_prefetch(p + 256 * i + 8256);
-        __builtin_prefetch(p + 256 * i + 8320);
-        __builtin_prefetch(p + 256 * i + 8384);
-        total += sum;
-    }
+    std::atomic<int64_t> total{0};
+    bn::run(threads, [&](bn::member &self) {
+        self.each(bytes / 256, [&](int64_t first, int64_t last) {
+            int64_t part = 0;
+            for (int64_t i = first; i < last; i++) {
+                const int64_t *q = (const int64_t *)(p + 256 * i);
+                int64_t sum = 0;
+                for (int j = 0; j < 32; j++) sum |= q[j];
+                __builtin_prefetch(p + 256 * i + 8192);
+                __builtin_prefetch(p + 256 * i + 8256);
+                __builtin_prefetch(p + 256 * i + 8320);
+                __builtin_prefetch(p + 256 * i + 8384);
+                part += sum;
+            }
+            total += part;
+        });
+    });
     return total;
 }

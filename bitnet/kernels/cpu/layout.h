@@ -49,12 +49,21 @@ typedef struct {
     bn_matrix head;
 } bn_model;
 
-// Keys lie in blocks of 16 positions, [L, B, G, S / 16, D, 16], values as [L, B, G, S, D]; D is padded to 16.
+// Where keys and values lie: in blocks of `block` positions, a multiple of 16, of all layers and key/value heads. Keys of
+// a block and head lie as [block / 16, D, 16], values as [block, D]; D is padded to 16. Strides count positions.
 typedef struct {
     void *keys, *values;
-    float *key_scale, *value_scale; // [L, B, G, S] for CACHE_INT8
-    int32_t dtype, batch, capacity, length; // capacity a multiple of 16
+    float *key_scale, *value_scale; // one a position, for CACHE_INT8
+    int32_t dtype, block;
+    int64_t block_stride, layer_stride, head_stride;
 } bn_cache;
+
+// A text in a step: `tokens` new ones behind the `length` that its cache holds, in the blocks of these numbers.
+typedef struct {
+    const bn_cache *cache;
+    const int32_t *blocks;
+    int64_t length, tokens;
+} bn_row;
 
 // Every instruction set exports one of these.
 typedef struct {
@@ -64,8 +73,8 @@ typedef struct {
                      int threads);
     int (*matmul)(const bn_matrix *w, const int8_t *q, int64_t stride, const float *scale, const int32_t *total,
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads);
-    int (*forward)(const bn_model *m, bn_cache *cache, const int64_t *ids, int64_t batch, int64_t tokens, int all,
-                   float *logits, void *workspace, int threads);
+    int (*forward)(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const int32_t *wanted,
+                   int64_t wanted_count, float *logits, void *workspace, int threads);
     // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that
     // was. For the machine's limits in bitnet.bench.
     int64_t (*peak)(int64_t rounds, int threads);

@@ -195,15 +195,29 @@ struct tile_config {
     uint16_t bytes[16];
     uint8_t rows[16];
 };
-BN_INLINE void configure_tiles() {
-    tile_config c = {};
-    c.palette = 1;
-    for (int i = 0; i < 8; i++) {
-        c.bytes[i] = 64;
-        c.rows[i] = 16;
+// The tiles of a thread, while it multiplies. Another library in the process may have configured them for itself, once
+// for all, so its configuration is put back.
+struct tiles {
+    alignas(64) tile_config before;
+    bool on;
+    explicit tiles(bool wanted) : on(wanted) {
+        if (!on) return;
+        _tile_storeconfig(&before);
+        tile_config c = {};
+        c.palette = 1;
+        for (int i = 0; i < 8; i++) {
+            c.bytes[i] = 64;
+            c.rows[i] = 16;
+        }
+        _tile_loadconfig(&c);
     }
-    _tile_loadconfig(&c);
-}
+    ~tiles() {
+        if (!on) return;
+        if (before.palette) _tile_loadconfig(&before);
+        else _tile_release();
+    }
+    tiles(const tiles &) = delete;
+};
 
 static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
                                    int64_t M, int32_t *sums) {
@@ -239,6 +253,12 @@ static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t
         }
     }
 }
+#endif
+
+#if !defined(BN_AMX)
+struct tiles {
+    explicit tiles(bool) {}
+};
 #endif
 
 // ---- from sums to outputs ----
@@ -317,9 +337,6 @@ static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const 
     int64_t quads = round_up(w.lines_per_block * quads_of(w.codec), 16);
     uint8_t *p0 = (uint8_t *)round_up((int64_t)scratch, 64), *p1 = p0 + quads * 64;
     int32_t *sums = (int32_t *)(p1 + quads * 64);
-#if defined(BN_AMX)
-    configure_tiles();
-#endif
     for (int64_t panel = first; panel < last; panel++) {
         unpack_block(w, 2 * panel, p0, quads);
         unpack_block(w, 2 * panel + 1, p1, quads);
@@ -331,9 +348,6 @@ static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const 
         for (int64_t m = 0; m < M; m++)
             finish(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);
     }
-#if defined(BN_AMX)
-    _tile_release();
-#endif
 }
 
 // Per-token absmax INT8 of x[K], which is zero or readable up to a multiple of 16 past K: the codes, their sum, the

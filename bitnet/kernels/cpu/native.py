@@ -7,15 +7,17 @@ was not built; the environment variable BITNET_CPU_ISA or `use_instruction_set` 
 import ctypes
 import importlib.machinery
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
-import torch  # loads the OpenMP library that ours shares
+import torch
 from torch import Tensor
 
+from bitnet.machine import cpu_quota
 from bitnet.quant.packing import packed_width
 
 CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
@@ -59,8 +61,13 @@ class Model(ctypes.Structure):
 class Cache(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
-        *((name, c_int32) for name in ("dtype", "batch", "capacity", "length")),
+        *((name, c_int32) for name in ("dtype", "block")),
+        *((name, c_int64) for name in ("block_stride", "layer_stride", "head_stride")),
     ]
+
+
+class Row(ctypes.Structure):
+    _fields_ = [("cache", POINTER(Cache)), ("blocks", c_void_p), ("length", c_int64), ("tokens", c_int64)]
 
 
 class Kernels(ctypes.Structure):
@@ -71,9 +78,15 @@ class Kernels(ctypes.Structure):
         ("codec", c_int32),
         ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
-        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Cache), *c_types("pqqippi"))),
+        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qppqppi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
     ]
+
+
+def threads() -> int:
+    """Threads of a native call: torch's number, which `torch.set_num_threads` and OMP_NUM_THREADS choose, but no more
+    than the quota of a container gives, since what is beyond it only waits."""
+    return min(torch.get_num_threads(), cpu_quota() or sys.maxsize)
 
 
 _requested = os.environ.get("BITNET_CPU_ISA", "auto")
@@ -93,7 +106,7 @@ def library() -> ctypes.CDLL | None:
             lib.bn_available.argtypes = [POINTER(POINTER(Kernels))]
             lib.bn_struct_sizes.argtypes = [c_int]
             lib.bn_struct_sizes.restype = c_int64
-            lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int]
+            lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int64, c_int]
             lib.bn_workspace_bytes.restype = c_int64
             lib.bn_lines.argtypes = c_types("qi")
             lib.bn_pack.argtypes = c_types("pqqiqpiqqi")
@@ -101,7 +114,7 @@ def library() -> ctypes.CDLL | None:
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
             # The structs are declared twice, here and in layout.h; a stale library must not be called.
-            for index, struct in enumerate((Matrix, Layer, Model, Cache, Kernels)):
+            for index, struct in enumerate((Matrix, Layer, Model, Cache, Row, Kernels)):
                 if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
                     raise RuntimeError(
                         f"{path.name} was built from other sources than this Python ({struct.__name__} differs); "
@@ -206,7 +219,7 @@ class Lines:
         rows, width = packed.shape
         source = packed.data_ptr(), rows, width, bits, self.columns
         target = self.memory.data_ptr(), CODECS[self.codec], at, step
-        failed = lib.bn_pack(*source, *target, torch.get_num_threads())
+        failed = lib.bn_pack(*source, *target, threads())
         if failed:
             raise MemoryError(f"no memory to repack rows of {self.columns} codes")
         self.fill_scale(scale, len(packed), at=at, step=step)
