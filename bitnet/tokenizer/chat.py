@@ -3,10 +3,12 @@
     template = find_chat_template(folder, tokenizer)        # or chat_template_of_gguf(metadata, tokenizer)
     ids = template.encode([{"role": "user", "content": "Hello"}])
 
-A template is a Jinja program that comes with a model, so it runs in Jinja's sandbox, where it can compute text and
-nothing else, with what transformers gives to templates (`apply_chat_template`): `messages`, `add_generation_prompt`,
-`bos_token`, `eos_token`, `raise_exception`, `strftime_now`, `tojson`, `break` and `continue`, and blocks without the
-newline and the indentation of their lines. It is looked for where transformers looks: chat_template.jinja, then
+A template is a Jinja program that comes with a model, so it is compiled when it is used, not when the model is opened,
+and runs in Jinja's sandbox in a process of its own that ends in time and has little memory
+(bitnet/tokenizer/chat_render.py). There it can compute text and nothing else, with what transformers gives to templates
+(`apply_chat_template`): `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, `raise_exception`,
+`strftime_now`, `tojson`, `break` and `continue`, and blocks without the newline and the indentation of their lines. It
+is looked for where transformers looks: chat_template.jinja, then
 tokenizer_config.json, then chat_template.json; in a GGUF file it is `tokenizer.chat_template`.
 
 What a message says is text: "<|im_end|>" in it ends no turn. Which tokens of a conversation are the model's to write is
@@ -15,24 +17,19 @@ known exactly (`encode_answers`), for training on them.
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from bitnet.tokenizer.base import BaseTokenizer
+from bitnet.tokenizer.chat_render import DamagedTemplate, TemplateError, render
 from bitnet.tokenizer.huggingface import read_settings
-
-if TYPE_CHECKING:
-    import jinja2
 
 Message = Mapping[str, object]
 """{"role": "system", "user" or "assistant", "content": text}, and whatever else a template reads."""
 
+TEMPLATE_LIMIT = 2**20
 PLAIN_TEMPLATE = (
     "{% set begin = bos_token or eos_token %}{% for message in messages %}"
     "{{ begin + message['role'] + begin + message['content'] + eos_token }}{% endfor %}"
@@ -47,9 +44,7 @@ class ChatTemplate:
     """A chat template and the tokenizer whose tokens it writes."""
 
     def __init__(self, source: str, tokenizer: BaseTokenizer, where: str = "chat template"):
-        """Compile a template. Raises ValueError naming `where` for one that is no Jinja."""
-        import jinja2
-
+        """Take a template's text; what is wrong with it shows when it is used."""
         self.source, self.tokenizer, self.where = source, tokenizer, where
         ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unk_id, "pad": tokenizer.pad_id}
         self._variables: dict[str, object] = {"tools": None, "documents": None} | {
@@ -58,10 +53,6 @@ class ChatTemplate:
         ends = [text for text, token_id in tokenizer.specials.items() if text and token_id in tokenizer.eos_ids]
         ends.sort(key=len, reverse=True)
         self._end_of_turn = re.compile("|".join(map(re.escape, ends))) if ends else None
-        try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ValueError(f"{where} is not a Jinja template that can be read: {error}") from error
 
     def files(self) -> dict[str, bytes]:
         """Contents by name of the file of a model's folder in which `find_chat_template` finds this template."""
@@ -76,14 +67,17 @@ class ChatTemplate:
         for message in messages:
             if "role" not in message or "content" not in message:
                 raise ValueError(f'a message needs "role" and "content", this one has {sorted(message)}')
+        given = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **(self._variables | variables)
-            )
-        except Exception as error:  # a template can fail like any program: TypeError, ZeroDivisionError, ...
+            return render(self.source, given | self._variables | variables)
+        except DamagedTemplate as error:
+            raise ValueError(f"{self.where} is not a Jinja template that can be read: {error}") from error
+        except TypeError as error:
+            raise ValueError(f"messages and variables of a chat template are what JSON can say: {error}") from error
+        except TemplateError as error:
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
             raise ValueError(
-                f"{self.where} does not take this conversation (roles: {roles}): {error}. Templates differ in the "
+                f"{self.where} does not take this conversation (roles: {roles:.200}): {error}. Templates differ in the "
                 "roles they know and in their order; try without a system message, users and assistants in turn"
             ) from error
 
@@ -176,6 +170,8 @@ def find_chat_template(folder: Path, tokenizer: BaseTokenizer) -> ChatTemplate |
     """The chat template among a model's files, None for a base model, which has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
+        if path.stat().st_size > TEMPLATE_LIMIT:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a chat template has a few thousand")
         try:
             return ChatTemplate(path.read_text(encoding="utf-8"), tokenizer, str(path))
         except UnicodeDecodeError as error:
@@ -222,36 +218,3 @@ def _default(value: object, where: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"the chat template in {where} is a {type(value).__name__}, not a text; it is damaged")
     return value
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks the assistant's words for training; here it stands for what it encloses."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja's own way
-
-        def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A scope of its own, as in transformers: what is set inside is gone behind it.
-            return nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

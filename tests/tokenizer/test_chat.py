@@ -81,7 +81,7 @@ def test_complaints_of_a_template_are_ours(tokenizer):
     with pytest.raises(ValueError, match="division by zero"):
         ChatTemplate("{{ 1 / 0 }}", tokenizer).render([])
     with pytest.raises(ValueError, match=r"the file is not a Jinja template.*unknown tag"):
-        ChatTemplate("{% nonsense %}", tokenizer, "the file")
+        ChatTemplate("{% nonsense %}", tokenizer, "the file").render([])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_where_templates_are_found(tokenizer, tmp_path):
 def test_damaged_templates_are_named(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name}.*{message}"):
-        find_chat_template(tmp_path, tokenizer)
+        find_chat_template(tmp_path, tokenizer).render([])
 
 
 def test_a_base_model_says_so():
