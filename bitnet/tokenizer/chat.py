@@ -21,9 +21,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 from bitnet.tokenizer.base import BaseTokenizer
-from bitnet.tokenizer.chat_render import DamagedTemplate, TemplateError, render
+from bitnet.tokenizer.chat_render import DamagedTemplate, TemplateError, render, variables_of
 from bitnet.tokenizer.huggingface import read_settings
 
 Message = Mapping[str, object]
@@ -82,10 +83,11 @@ class ChatTemplate:
             ) from error
 
     def reads(self, name: str) -> bool:
-        """Whether the template looks at a variable, such as `tools`."""
-        from jinja2 import meta
-
-        return name in meta.find_undeclared_variables(_environment().parse(self.source))
+        """Whether the template looks at a variable, such as `tools`; a text that is no template does not."""
+        try:
+            return name in variables_of(self.source)
+        except (DamagedTemplate, TemplateError):
+            return False
 
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: object) -> list[int]:
         """The token ids of `render`, with the template's special tokens; those in the words of a message or a variable

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 from bitnet.tokenizer import chat_worker
 
@@ -35,7 +37,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: bytes) -> dict[str, str]:
+    def ask(self, request: bytes) -> dict[str, Any]:
         with self._lock:
             for attempt in range(2):
                 process = self._process or self._start()
@@ -49,7 +51,7 @@ class _Worker:
                     process.stdin.flush()
                     line = process.stdout.readline()
                     if line.endswith(b"\n"):
-                        reply: dict[str, str] = json.loads(line)
+                        reply: dict[str, Any] = json.loads(line)
                         return reply
                 except BrokenPipeError:  # it was ended from outside since the last answer
                     if attempt == 0:
@@ -114,7 +116,18 @@ def render(source: str, variables: Mapping[str, object]) -> str:
     """The text that a template makes of variables, which JSON must be able to say. Raises TemplateError with what the
     template complains of, or that it takes more time or memory than a template may; DamagedTemplate for a text that is
     none; TypeError for variables of other kinds."""
-    reply = _worker.ask(json.dumps({"source": source, "variables": variables}).encode())
+    text: str = _ask({"source": source, "variables": variables})["text"]
+    return text
+
+
+@lru_cache(8)
+def variables_of(source: str) -> frozenset[str]:
+    """The names of the variables that a template looks at. Raises as `render` does."""
+    return frozenset(_ask({"source": source})["names"])
+
+
+def _ask(request: Mapping[str, object]) -> dict[str, Any]:
+    reply = _worker.ask(json.dumps(request).encode())
     if "damaged" in reply:
         raise DamagedTemplate(reply["damaged"])
     if "limit" in reply:
@@ -124,4 +137,4 @@ def render(source: str, variables: Mapping[str, object]) -> str:
         )
     if "error" in reply:
         raise TemplateError(reply["error"])
-    return reply["text"]
+    return reply

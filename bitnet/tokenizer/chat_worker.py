@@ -7,6 +7,7 @@ text or `MEMORY` bytes in all. (Windows and macOS know fewer of these limits: th
 
 Requests come as lines of JSON on standard input, `{"source": template, "variables": {...}}`, and answers go as lines to
 standard output: `{"text": ...}`, `{"error": what the template complains of}` or `{"damaged": why it is no template}`.
+Without variables the answer is the names of those that the template looks at, `{"names": [...]}`.
 This file imports nothing of the package, which would take seconds: `bitnet/tokenizer/chat.py` starts it.
 """
 
@@ -68,8 +69,12 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def answer(request: dict[str, object]) -> dict[str, str]:
+def answer(request: dict[str, object]) -> dict[str, object]:
     try:
+        if "variables" not in request:
+            from jinja2 import meta
+
+            return {"names": sorted(meta.find_undeclared_variables(environment().parse(str(request["source"]))))}
         template = compiled(str(request["source"]))
     except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
         return {"damaged": str(error) or type(error).__name__}
@@ -95,7 +100,13 @@ def limit() -> None:
 
 def main(seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    for name in ("jinja2.constants", "jinja2.debug", "pprint", "textwrap"):  # what would be imported late
+    for name in (
+        "jinja2.constants",
+        "jinja2.debug",
+        "jinja2.meta",
+        "pprint",
+        "textwrap",
+    ):  # what would be imported late
         importlib.import_module(name)
     "x".encode("idna")
     compiled("{{ messages | tojson(indent=1) }}{{ strftime_now('%d') }}").render(messages=[1.5])

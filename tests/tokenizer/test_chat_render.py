@@ -130,6 +130,12 @@ def test_a_model_with_a_hostile_template_opens(tokenizer, tmp_path):
         find_chat_template(tmp_path, tokenizer)
 
 
+def test_what_a_template_looks_at(tokenizer):
+    template = ChatTemplate("{% set a = tools %}{{ a }}{% for b in c %}{{ b }}{% endfor %}", tokenizer)
+    assert [template.reads(name) for name in ("tools", "c", "a", "b")] == [True, True, False, False]
+    assert not ChatTemplate("{{ tools", tokenizer).reads("tools")
+
+
 def test_what_json_cannot_say_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"what JSON can say: Object of type set"):
         ChatTemplate("x", tokenizer).render([{"role": "user", "content": {1}}])
