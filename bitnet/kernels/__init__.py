@@ -17,7 +17,6 @@ Sharded layers have two more, which say how their weights travel (`bitnet/traini
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -26,18 +25,30 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bitnet.kernels import cpu, reference, triton
+from bitnet.console import note
+from bitnet.kernels import cpu, ops, reference, triton
 from bitnet.kernels.int8_training import Int8Product
-from bitnet.kernels.reference import PACKED_BITS, WEIGHT_QUANTIZERS, check_quantizer, quantize_weight
+from bitnet.kernels.ops import constant
+from bitnet.kernels.reference import (
+    INT32_COLUMNS,
+    PACKED_BITS,
+    WEIGHT_QUANTIZERS,
+    check_columns,
+    check_quantizer,
+    quantize_weight,
+)
 
 __all__ = [
     "BACKENDS",
+    "INT32_COLUMNS",
     "PACKED_BITS",
     "WEIGHT_QUANTIZERS",
     "FadingProduct",
     "Int8Product",
     "Product",
+    "check_columns",
     "check_quantizer",
+    "constant",
     "fake_quant_linear",
     "float_linear",
     "native_available",
@@ -99,23 +110,19 @@ def triton_wanted(device: torch.device) -> bool:
 
 @cache
 def _warn_without_triton() -> None:
-    warnings.warn(
+    note(
         "Triton is not installed, so packed products on the GPU run on the slow torch reference; run: "
-        "pip install triton",
-        RuntimeWarning,
-        stacklevel=3,
+        "pip install triton"
     )
 
 
 @cache
 def native_available() -> bool:
-    """Whether the native CPU kernels are there; warns, once, where they are not."""
+    """Whether the native CPU kernels are there; a note says, once, where they are not."""
     if not cpu.available():
-        warnings.warn(
+        note(
             "the native CPU kernels were not built, so packed products run on the slow torch reference; install a "
-            "C++ compiler and run: pip install -e .",
-            RuntimeWarning,
-            stacklevel=2,
+            "C++ compiler and run: pip install -e ."
         )
         return False
     return True
@@ -136,22 +143,39 @@ def packed_linear(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
 ) -> Tensor:
     """Inference product on packed weights: see `reference.packed_linear`."""
-    return select_backend(x).packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
+    backend = select_backend(x)
+    if not ops.is_eager(x):
+        x = ops.constant(x)
+        if backend is cpu:
+            _check_device(x, packed)
+            return ops.packed_linear(x, packed, scale, bias, bits, in_features)
+    if _requested == "auto" and not 0 < in_features <= INT32_COLUMNS[bits]:
+        backend = reference  # which knows no int32 sums, and can multiply nothing by nothing
+    return backend.packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
 
 
 def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
     """Integer product on packed weights: see `reference.packed_matmul`."""
-    backend = cpu if select_backend(codes) is cpu else reference
+    backend = cpu if select_backend(codes) is cpu and in_features else reference
+    if backend is cpu and not ops.is_eager(codes):
+        _check_device(codes, packed)
+        return ops.packed_matmul(codes, packed, bits, in_features)
     return backend.packed_matmul(codes, packed, bits=bits, in_features=in_features)
+
+
+def _check_device(x: Tensor, packed: Tensor) -> None:
+    # An operator would take this for a call on fake tensors.
+    if x.device != packed.device:
+        raise ValueError(f"x is on {x.device} and the packed weight on {packed.device}; move them to one device")
 
 
 def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
     """Training product with fake quantization: see `reference.fake_quant_linear`.
 
-    On a GPU the automatic choice is the reference, which torch.compile fuses: a step of 125M on an H200 took 27 ms with
-    it (107 eager) and 67 with the Triton kernels (150). Those train by name.
+    The automatic choice is the reference, which torch.compile fuses: a step of 125M on an H200 took 27 ms with it (107
+    eager) and 67 with the Triton kernels (150). Those train by name.
     """
-    backend = reference if _requested == "auto" and x.device.type == "cuda" else select_backend(x)
+    backend = reference if _requested == "auto" else select_backend(x)
     return backend.fake_quant_linear(x, weight, bias, quantizer)
 
 
@@ -184,7 +208,8 @@ def training_product(
         return FadingProduct(strength)
     if strength == 0:
         return float_linear
-    if not int8:
+    columns = weight.shape[1]
+    if not int8 or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
         return fake_quant_linear
     if not isinstance(before, Int8Product):
         return Int8Product(weight, quantizer)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bitnet import kernels
 from bitnet.kernels.cpu import blocks as native
+from bitnet.kernels.ops import dequantize_blocks as dequantize_op
+from bitnet.kernels.ops import is_eager
 from bitnet.quant.blocks import TYPES, BlockType, check_rows, check_weight, dequantize_blocks, quantize_blocks
 
 __all__ = ["TYPES", "BlockType", "dequantize", "quantize"]
@@ -15,7 +17,7 @@ __all__ = ["TYPES", "BlockType", "dequantize", "quantize"]
 
 def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatible: bool = False) -> Tensor:
     """Rows of a weight to rows of blocks: see `bitnet.quant.blocks.quantize_blocks`."""
-    if not _native_for(x):
+    if not _native_for(x) or not is_eager(x):
         return quantize_blocks(x, kind, importance, compatible=compatible)
     check_weight(x, kind, importance)
     return native.quantize(x, kind, importance, compatible=compatible)
@@ -26,7 +28,7 @@ def dequantize(data: Tensor, kind: str) -> Tensor:
     if not _native_for(data):
         return dequantize_blocks(data, kind)
     check_rows(data, kind)
-    return native.dequantize(data, kind)
+    return native.dequantize(data, kind) if is_eager(data) else dequantize_op(data, kind)
 
 
 def _native_for(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ folds into its layer belongs to the model here, as in BitNet b1.58 2B-4T.
 Letters: M tokens, N out_features, K in_features.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,8 @@ from bitnet.quant.straight_through import straight_through
 ACTIVATION_BITS = 8
 WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none")
 PACKED_BITS = {"ternary": 2, "binary": 2, "int4": 4, "int8": 8}
+INT32_COLUMNS = {bits: (2**31 - 1) // (128 * (1 if bits == 2 else 2 ** (bits - 1))) for bits in (2, 4, 8)}
+"""Columns K of a weight of so many bits whose int32 sums no int8 codes can overflow."""
 
 
 def check_quantizer(quantizer: str) -> str:
@@ -57,13 +61,30 @@ def integer_matmul(x_codes: Tensor, weight_codes: Tensor, *, bits: int = 8) -> T
     """`x_codes @ weight_codes^T`, exactly: int8 `[.., K]` and int8 `[N, K]` of `bits` bits to int32 `[.., N]`.
 
     Runs as a float product, since torch has no fast exact int8 matmul on every device: every partial sum is an
-    integer, which float32 holds up to 2^24 and float64 up to 2^53, in whatever order it is summed.
+    integer, which float32 holds up to 2^24 and float64 up to 2^53, in whatever order it is summed. Raises ValueError
+    for more columns than int32 sums hold (`INT32_COLUMNS`).
     """
+    check_columns(x_codes.shape[-1], bits)
+    return _exact_matmul(x_codes, weight_codes, bits).to(torch.int32)
+
+
+def check_columns(in_features: int, bits: int) -> None:
+    """Raise ValueError where int32 sums over so many columns could overflow."""
+    if in_features > INT32_COLUMNS[bits]:
+        raise ValueError(
+            f"int32 sums of {bits}-bit weights hold {INT32_COLUMNS[bits]:,} columns, and these have {in_features:,}; "
+            "use fewer bits, or leave this layer in float"
+        )
+
+
+def _exact_matmul(x_codes: Tensor, weight_codes: Tensor, bits: int) -> Tensor:
+    """The integers of `integer_matmul` as float32 or, of many columns, float64."""
     largest_weight = 1 if bits == 2 else 2 ** (bits - 1)
     dtype = torch.float32 if 128 * largest_weight * x_codes.shape[-1] <= 2**24 else torch.float64
     # Somebody's autocast region must not turn the exact product into a bfloat16 one.
-    with torch.autocast(x_codes.device.type, enabled=False):
-        return F.linear(x_codes.to(dtype), weight_codes.to(dtype)).to(torch.int32)
+    kind = x_codes.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        return F.linear(x_codes.to(dtype), weight_codes.to(dtype))
 
 
 def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
@@ -81,7 +102,7 @@ def packed_linear(
     `[1, 1]` or `[N, 1]`; bias: `[N]` or None. Returns `[.., N]` in x's dtype; scaled and biased in float32.
     """
     x_codes, x_scale = quantize_activations(x.detach())  # the scale alone would carry a wrong gradient
-    accumulator = integer_matmul(x_codes, packing.unpack_codes(packed, bits, in_features), bits=bits)
+    accumulator = _exact_matmul(x_codes, packing.unpack_codes(packed, bits, in_features), bits)
     y = accumulator.float() * x_scale * scale.view(-1)
     if bias is not None:
         y = y + bias.float()

@@ -8,7 +8,8 @@ The arithmetic is in `bitnet/kernels/reference.py`. BitLinear does not normalize
 scratch wants an RMSNorm before every projection (see `transformer.py`).
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,9 +67,36 @@ class BitLinear(nn.Linear):
         return f"{super().extra_repr()}, quantizer={self.quantizer}"
 
 
+def check_codes(packed: Tensor, bits: int) -> None:
+    """Raise ValueError for bytes of a file that are no codes: the pattern 3 of 2 bits, which means no weight."""
+    if bits == 2 and not packed.is_meta and bool((packed & (packed >> 1) & 0x55).any()):
+        raise ValueError("its packed weight holds the pattern 3, which is no ternary code; the file is damaged")
+
+
+def stray_dtypes(module: nn.Module, state: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """What is wrong with the dtypes of tensors to be loaded into a module's buffers, whose dtypes are a format."""
+    for name, buffer in module.named_buffers(recurse=False):
+        given = state.get(prefix + name)
+        if isinstance(given, Tensor) and given.dtype != buffer.dtype:
+            yield f"{prefix}{name} is {given.dtype} and must be {buffer.dtype}"
+
+
 class _Packed(nn.Module):
+    bits: int
     packed_weight: Tensor
     weight_scale: Tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors = args[-1]
+        wrong = list(stray_dtypes(self, state_dict, prefix))
+        errors += wrong
+        packed = state_dict.get(f"{prefix}packed_weight")
+        if isinstance(packed, Tensor) and not wrong:
+            try:
+                check_codes(packed, self.bits)
+            except ValueError as error:
+                errors.append(f"{prefix.removesuffix('.')}: {error}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         # model.half() and model.to(bfloat16) cast every float buffer; a rounded scale would be a different weight.
@@ -146,7 +174,7 @@ class PackedEmbedding(_Packed):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, 8
         width = packed_width(embedding_dim, 8)
         self.register_buffer("packed_weight", torch.zeros(num_embeddings, width, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.ones(num_embeddings, 1, dtype=torch.float32, device=device))
@@ -189,9 +217,10 @@ def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quan
 
     `filter(name, linear)` says which to swap. Without one, every Linear is swapped but those that stay in high
     precision in BitNet: a module called `lm_head`, and a Linear whose weight is tied to an Embedding. Subclasses of
-    nn.Linear are left alone, since their owners may read the weight instead of calling the module. The parameters are
-    shared, not copied; hooks on a replaced module are not carried over. Raises ValueError where there is nothing to
-    swap, so that no model trains in float unnoticed.
+    nn.Linear are left alone, since their owners may read the weight instead of calling the module, and so are matrices
+    of other layers (attention's in_proj, LSTM, convolutions): without a filter, one warning names what stays float. The
+    parameters are shared, not copied; hooks on a replaced module are not carried over. Raises ValueError where there is
+    nothing to swap, so that no model trains in float unnoticed.
     """
     kernels.check_quantizer(quantizer)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -200,7 +229,8 @@ def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quan
         return name.rpartition(".")[2] == "lm_head" or id(linear.weight) in tied
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear:
+        # The weight of a Linear under the older weight_norm is no parameter but made anew by a hook.
+        if type(module) is not nn.Linear or "weight" not in module._parameters:
             return None
         wanted = filter(name, module) if filter else not keep_in_high_precision(name, module)
         return BitLinear.from_linear(module, quantizer) if wanted else None
@@ -212,7 +242,40 @@ def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quan
             f"replace_linear found no nn.Linear to swap in {type(model).__name__} (its leaf modules: "
             f"{', '.join(kinds)}); check the filter, and convert look-alikes such as transformers' Conv1D first"
         )
+    left = [] if filter else _left_in_float(model, keep_in_high_precision)
+    if left:
+        parts = (f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" for kind, names in left)
+        warnings.warn(
+            f"replace_linear leaves matrices in float: {'; '.join(parts)}. Turn them into plain nn.Linear modules "
+            "first, or give a filter if this is meant",
+            stacklevel=2,
+        )
     return model
+
+
+def _left_in_float(model: nn.Module, meant: ModuleFilter) -> list[tuple[str, list[str]]]:
+    """Kinds and names of modules with float matrices of their own that no BitLinear replaced; without embeddings, norms
+    and what is `meant` to stay."""
+    found: dict[str, list[str]] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        # The matrices of torch's parametrizations stand in modules below the layer that they belong to.
+        owner = name.partition(".parametrizations.")[0].removesuffix(".parametrizations")
+        kind = type(modules[owner]).__name__
+        matrices = [
+            each
+            for each, parameter in module.named_parameters(recurse=False)
+            if isinstance(parameter, nn.parameter.UninitializedParameter)
+            or (parameter.is_floating_point() and parameter.ndim >= 2)
+        ]
+        if not matrices or isinstance(module, (BitLinear, nn.Embedding, nn.EmbeddingBag)) or "Norm" in kind:
+            continue
+        if isinstance(module, nn.Linear) and meant(name, module):
+            continue
+        names = found.setdefault(kind, [])
+        if owner not in names:
+            names.append(owner or matrices[0])
+    return list(found.items())
 
 
 def pack(model: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ class StaticInt8Linear(StoredLayer):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features)
+        kernels.check_columns(in_features, 8)
         self.nominal_bits = 8.0
         self.register_buffer(
             "packed_weight", torch.zeros(out_features, packed_width(in_features, 8), dtype=torch.uint8)
@@ -80,9 +81,12 @@ class StaticInt8Linear(StoredLayer):
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.ndim
         zero = self.activation_zero_point
-        codes = quantize(x.detach(), self.activation_scale.view(shape), zero.view(shape), *integer_range(8))
+        codes = quantize(kernels.constant(x), self.activation_scale.view(shape), zero.view(shape), *integer_range(8))
         product = kernels.packed_matmul(codes, self.packed_weight, bits=8, in_features=self.in_features)
-        # sum (x_q - z) w_q = sum x_q w_q - z sum w_q: the product stays an integer one of plain codes.
+        # sum (x_q - z) w_q = sum x_q w_q - z sum w_q: the product stays an integer one of plain codes. What is left may
+        # be twice as large as the product.
+        if 2 * self.in_features > kernels.INT32_COLUMNS[8]:
+            product = product.long()
         y = (product - zero * self.weight_sum).float() * self.activation_scale * self.weight_scale.view(-1)
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bitnet.files import JsonObject
 from bitnet.kernels import blocks
+from bitnet.model.linear import stray_dtypes
 from bitnet.quant import packed_width
 from bitnet.quant.blocks import row_bytes
 from bitnet.quant.gptq_layout import pack_gptq, unpack_gptq
@@ -49,6 +50,10 @@ class StoredLayer(nn.Module):
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        args[-1].extend(stray_dtypes(self, state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dequantize(self) -> Tensor:
         """The weight as it is stored, in float32 `[N, K]`."""
@@ -138,8 +143,8 @@ class FloatLinear(WeightOnlyLayer):
         layer = empty_layer(cls, linear, dtype=dtype)
         weight = check_weight(linear.weight)
         if dtype == "float8":
-            # float16's smallest normal: an all-zero row gets a scale too.
-            layer.scale = (weight.abs().amax(1, keepdim=True) / FP8_MAX).clamp(min=2.0**-14)
+            # float16's smallest normal: an all-zero row gets a scale too, and one without columns.
+            layer.scale = (F.pad(weight.abs(), (0, 1)).amax(1, keepdim=True) / FP8_MAX).clamp(min=2.0**-14)
             weight = weight / layer.scale
         layer.stored = weight.to(FLOATS[dtype])
         if layer.stored.float().isinf().any():

@@ -93,12 +93,12 @@ def choose_qparams_symmetric(
 
     `restricted` maps absmax to `2^(bits-1) - 1`, so both signs reach it (BitNet's activations and the usual choice);
     otherwise absmax maps to `2^(bits-1)`, a finer step whose largest positive value is clipped by one code. An
-    absmax below `eps` counts as `eps`, so an all-zero block gets a scale and zero codes.
+    absmax below `eps` counts as `eps`, so an all-zero or empty block gets a scale and zero codes.
     """
     _check_float(x)
     _, quant_max = integer_range(bits)
     # One absmax for each block that a scale covers, whatever the granularity.
-    absmax = _blocks(x.float(), scale_shape(x.shape, granularity)).abs().amax(dim=_inner_dims(x))
+    absmax = _largest(_blocks(x.float(), scale_shape(x.shape, granularity)).abs(), _inner_dims(x))
     return absmax.clamp(min=eps) / (quant_max if restricted else quant_max + 1)
 
 
@@ -113,7 +113,7 @@ def choose_qparams_asymmetric(
     _check_float(x)
     quant_min, quant_max = integer_range(bits, signed=signed)
     blocks = _blocks(x.float(), scale_shape(x.shape, granularity))
-    low, high = blocks.amin(dim=_inner_dims(x)), blocks.amax(dim=_inner_dims(x))
+    low, high = -_largest(-blocks, _inner_dims(x)), _largest(blocks, _inner_dims(x))
     return _zero_point_qparams(low, high, quant_min, quant_max, eps)
 
 
@@ -227,7 +227,11 @@ def quantization_error(x: Tensor, quantized: Tensor) -> QuantizationError:
 def _zero_point_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, eps: float) -> tuple[Tensor, Tensor]:
     # 0.0 must be one of the values, whose code then is the zero point.
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low).clamp(min=eps) / (quant_max - quant_min)
+    span = high - low
+    scale = span.clamp(min=eps) / (quant_max - quant_min)
+    # The span of finite bounds may be more than float32 holds.
+    halves = high / (quant_max - quant_min) - low / (quant_max - quant_min)
+    scale = torch.where(span.isinf() & low.isfinite() & high.isfinite(), halves, scale)
     zero_point = (quant_min - (low / scale).round()).clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 
@@ -257,6 +261,13 @@ def _blocks(x: Tensor, scales: torch.Size | list[int]) -> Tensor:
 def _inner_dims(x: Tensor) -> list[int]:
     """The dimensions inside a block, in the view of `_blocks`."""
     return list(range(1, 2 * x.ndim, 2))
+
+
+def _largest(blocks: Tensor, inner: list[int]) -> Tensor:
+    """Largest value over some dimensions; 0 where there are no values."""
+    if any(blocks.shape[dim] == 0 for dim in inner):
+        return blocks.new_zeros([size for dim, size in enumerate(blocks.shape) if dim not in inner])
+    return blocks.amax(dim=inner)
 
 
 def _per_block(scale: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ def awq_scale(
     so that their largest and smallest multiply to 1. alpha = 0, all ones, is among the `points` that are tried: the
     layers' summed error is never above round-to-nearest. Raises ValueError for a negative, NaN or infinite magnitude.
     """
+    if not magnitude.numel():
+        raise ValueError("a weight without input channels has none to scale; leave this layer as it is")
     if not magnitude.isfinite().all() or (magnitude < 0).any():
         raise ValueError("magnitudes of activations must be finite and not negative; they are means of |x|")
     magnitude = magnitude.float()
@@ -67,7 +69,7 @@ def clip_quantize(
     result = round_to_nearest(weight, grid, group_size)
     rows, columns = weight.shape
     count = result.scale.shape[1]
-    groups = check_weight(weight).view(rows, count, -1)
+    groups = check_weight(weight).view(rows, count, columns // count)
     # The diagonal blocks of H, [G, S, S].
     blocks = hessian.float().view(count, columns // count, count, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     absmax = groups.abs().amax(-1, keepdim=True)

@@ -33,6 +33,7 @@ from bitnet.quant.affine import (
     PerTensor,
     _blocks,
     _inner_dims,
+    _largest,
     choose_qparams_from_range,
     fake_quantize,
     integer_range,
@@ -184,7 +185,7 @@ def choose_qparams_mse(
     x = x.float()
     shape = scale_shape(x.shape, granularity)
     blocks, inner = _blocks(x, shape), _inner_dims(x)
-    low, high = blocks.amin(inner), blocks.amax(inner)
+    low, high = -_largest(-blocks, inner), _largest(blocks, inner)
     limits = integer_range(bits, signed=signed)
     best: tuple[Tensor, Tensor, Tensor | None] | None = None
     for ratio in torch.linspace(1, smallest_ratio, steps).tolist():

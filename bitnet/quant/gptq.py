@@ -119,7 +119,8 @@ def gptq_quantize(
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
     nearest = round_to_nearest(weight, grid, group_size)
-    groups = weight.view(len(weight), nearest.scale.shape[1], -1)
+    count = nearest.scale.shape[1]
+    groups = weight.view(len(weight), count, weight.shape[1] // count)
     scale, zero = _search_grid(groups, sensitivity, grid) if search else min_max_qparams(groups, grid)
     state = _Solution(weight, damped, grid, scale, zero)
     for remaining in reversed(range(sweeps if search else 1)):

@@ -38,7 +38,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         raise ValueError(f"values span [{int(values.min())}, {int(values.max())}]; {bits} bits hold 0 to {2**bits - 1}")
     # A period is the fewest whole words that hold whole values: 1 word, or 3 for 3 bits.
     words = bits if bits == 3 else 1
-    period = values.to(torch.int64).view(-1, 32 * words // bits, columns)
+    period = values.to(torch.int64).view(rows * bits // (32 * words), 32 * words // bits, columns)
     packed = torch.zeros(len(period), words, columns, dtype=torch.int64, device=values.device)
     for i in range(period.shape[1]):
         word, offset = divmod(i * bits, 32)
@@ -46,14 +46,14 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         if offset + bits > 32:
             packed[:, word + 1] |= period[:, i] >> (32 - offset)
     low = packed & 0xFFFFFFFF  # then read as signed
-    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).view(-1, columns)
+    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32).view(rows * bits // 32, columns)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_words`: int32 `[R * bits / 32, C]` to uint8 `[R, C]`."""
     columns = words.shape[1]
     count = bits if bits == 3 else 1
-    stream = (words.to(torch.int64) & 0xFFFFFFFF).view(-1, count, columns)
+    stream = (words.to(torch.int64) & 0xFFFFFFFF).view(len(words) // count, count, columns)
     values = torch.empty(len(stream), 32 * count // bits, columns, dtype=torch.uint8, device=words.device)
     for i in range(values.shape[1]):
         word, offset = divmod(i * bits, 32)
@@ -62,7 +62,7 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
         if offset + bits > 32:
             value |= stream[:, word + 1] << (32 - offset)
         values[:, i] = value & (2**bits - 1)
-    return values.view(-1, columns)
+    return values.view(len(words) * 32 // bits, columns)
 
 
 def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     offset = _zero_offset(version)
     # Version 1 stores the zero point minus one, and so cannot hold a zero point of 0.
     zeros = weight.zero_point - offset
-    if int(zeros.min()) < 0:
+    if (zeros < 0).any():
         raise ValueError("a zero point of 0 does not fit version 1 of the layout; write version 2 (gptq_v2)")
     return {
         "qweight": pack_words(weight.codes.t(), weight.bits),
@@ -97,7 +97,8 @@ def unpack_gptq(tensors: dict[str, Tensor], bits: int, version: int = 1) -> Quan
             f"qweight {list(qweight.shape)} and qzeros {list(qzeros.shape)} are not {expected[0]} and {expected[1]} "
             f"of a {bits}-bit [{rows}, {columns}] weight in {groups} groups; is bits right?"
         )
-    if columns and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
+    traced = torch.compiler.is_compiling()  # which can't look at values
+    if columns and not traced and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
         raise ValueError(f"g_idx spans [{int(g_idx.min())}, {int(g_idx.max())}] and there are {groups} groups")
     zeros = unpack_words(qzeros.t(), bits).to(torch.int32) + offset
     return QuantizedWeight(unpack_words(qweight, bits).t().contiguous(), scales.t(), zeros, g_idx, bits)

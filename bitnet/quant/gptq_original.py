@@ -82,6 +82,8 @@ def _original_qparams(x: Tensor, grid: Grid, mse: bool) -> tuple[Tensor, Tensor]
 
     def qparams(p: float) -> tuple[Tensor, Tensor]:
         scale = (p * high - p * low) / grid.quant_max
+        if not scale.isfinite().all():
+            raise ValueError(f"weights of {float(high.max()):.3g} have a range beyond float32; rescale them")
         return scale, torch.full_like(scale, grid.middle) if grid.symmetric else torch.round(-(p * low) / scale)
 
     scale, zero = qparams(1.0)

@@ -63,6 +63,8 @@ class QuantizedWeight:
 def group_index(columns: int, group_size: int) -> Tensor:
     """g_idx of groups of neighbours: int32 `[columns]`; -1 puts all columns into one group. Raises ValueError for a
     size that does not divide them."""
+    if columns < 1:
+        raise ValueError("a weight without input channels has no groups; leave this layer as it is")
     size = columns if group_size == -1 else group_size
     if size < 1 or columns % size:
         raise ValueError(f"group_size {group_size} does not divide {columns} input channels; choose a divisor or -1")
@@ -119,7 +121,8 @@ def round_to_nearest(weight: Tensor, grid: Grid, group_size: int = 128) -> Quant
     """
     weight = check_weight(weight)
     g_idx = group_index(weight.shape[1], group_size).to(weight.device)
-    groups = weight.view(weight.shape[0], int(g_idx[-1]) + 1, -1)
+    count = int(g_idx[-1]) + 1
+    groups = weight.view(weight.shape[0], count, weight.shape[1] // count)
     scale, zero = min_max_qparams(groups, grid)
     codes = (groups / scale[..., None]).round().add(zero[..., None]).clamp(0, grid.quant_max)
     return QuantizedWeight(codes.view_as(weight).to(torch.uint8), scale.half(), zero.to(torch.int32), g_idx, grid.bits)

@@ -66,6 +66,7 @@ def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     blocks = rearrange(packed, "n (b j) -> n b 1 j", j=BYTES_PER_BLOCK)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1)
     lanes = (blocks >> shifts) & (2**bits - 1)  # [N, blocks, 8 / bits, 32]
-    # uint8 arithmetic wraps, and so does the reinterpretation as int8: c - offset comes out signed.
-    codes = (lanes - OFFSET[bits]).view(torch.int8)
+    # uint8 arithmetic wraps, and so does the conversion to int8: c - offset comes out signed. (A reinterpretation would
+    # do as well, but torch.jit.trace knows none.)
+    codes = (lanes - OFFSET[bits]).to(torch.int8)
     return rearrange(codes, "n b lane j -> n (b lane j)")[:, :in_features]

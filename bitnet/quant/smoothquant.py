@@ -27,6 +27,7 @@ def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float = 0.5) 
     if not absmax.isfinite().all() or (absmax < 0).any():
         raise ValueError("maxima of activations must be finite and not negative; is the float model sound?")
     # One factor serves all layers that share the input, so the largest of their weights counts.
-    largest = torch.stack([weight.detach().float().abs().amax(0) for weight in weights]).amax(0)
+    rows = torch.cat([torch.zeros_like(absmax)[None].float(), *(weight.detach().float().abs() for weight in weights)])
+    largest = rows.amax(0)
     scale = (absmax.float() ** alpha / largest ** (1 - alpha)).clamp(min=SMALLEST_SCALE)
     return torch.where((absmax > 0) & (largest > 0), scale, 1.0)

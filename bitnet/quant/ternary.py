@@ -18,7 +18,7 @@ from bitnet.quant.affine import SCALE_EPS
 
 def absmean_scale(weight: Tensor) -> Tensor:
     """Mean absolute value of the whole matrix, at least 1e-5: float32 scalar."""
-    return weight.float().abs().mean().clamp(min=SCALE_EPS)
+    return _mean(weight.float().abs()).clamp(min=SCALE_EPS)
 
 
 def quantize_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,4 +61,8 @@ def _ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _binary(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     # No clamp to a smallest scale here: the 1-bit paper has none, and nothing divides by beta.
-    return torch.where(weight >= weight.mean(), 1.0, -1.0), weight.abs().mean()
+    return torch.where(weight >= _mean(weight), 1.0, -1.0), _mean(weight.abs())
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.numel() else values.sum()  # 0 of no values, where torch's mean is NaN

@@ -187,3 +187,27 @@ def test_one_tensor_under_several_instruction_sets_and_widths() -> None:
             with native.use_instruction_set(name):
                 y, expected = both(x, packed, scale, None, 2)
                 assert torch.equal(y, expected), (name, K)
+
+
+@needs_library
+@pytest.mark.parametrize("codec", ["base3", "two_bit"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_what_is_no_code_is_refused(codec: str, bits: int) -> None:
+    packed = pack_codes(random_codes(33, 150, bits), bits)
+    match = "holds codes of 2 bits, and these have 4"
+    if bits == 2:
+        packed[32, 40] |= 3 << 4  # the last row, and in its padding
+        match = "pattern 3, which is no ternary code; the file is damaged"
+    with pytest.raises(ValueError, match=match):
+        native.Lines(33, 150, codec).fill(packed, torch.ones(1, 1), bits)
+
+
+def test_the_same_of_a_state_dict() -> None:
+    layer = layer_of("ternary")
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    state["packed_weight"][3, 7] |= 3 << 2
+    with pytest.raises(RuntimeError, match="pattern 3, which is no ternary code"):
+        layer.load_state_dict(state)
+    wrong = layer.state_dict() | {"packed_weight": layer.packed_weight.to(torch.int16)}
+    with pytest.raises(RuntimeError, match=r"packed_weight is torch\.int16 and must be torch\.uint8"):
+        layer.load_state_dict(wrong, assign=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from bitnet.model.linear import BitLinear, PackedLinear, bit_linears, pack, replace_linear
 from tests.builders import mlp
@@ -374,3 +375,30 @@ def test_llama_keeps_its_head(transformers, tied: bool) -> None:
     assert len(kinds(pack(model), PackedLinear)) == 2 * 7
     with torch.no_grad():
         assert model.eval().generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 6)
+
+
+# what stays float
+
+
+def test_one_warning_names_the_matrices_that_stay_float() -> None:
+    lazy, old = nn.LazyLinear(4), torch.nn.utils.weight_norm(nn.Linear(8, 8))
+    layers = [nn.MultiheadAttention(8, 2), nn.LSTM(8, 8), nn.GRU(8, 8), weight_norm(nn.Linear(8, 8)), lazy, old]
+    model = nn.ModuleDict({str(i): layer for i, layer in enumerate([nn.Linear(8, 8), *layers, nn.Conv1d(8, 8, 3)])})
+    with pytest.warns(UserWarning, match="leaves matrices in float") as caught:
+        replace_linear(model)
+    (warning,) = (each for each in caught if "leaves matrices" in str(each.message))
+    for part in (
+        "1 MultiheadAttention (1)", "(1.out_proj)", "1 LSTM (2)", "1 GRU (3)", "1 ParametrizedLinear (4)",
+        "1 LazyLinear (5)", "1 Linear (6)", "1 Conv1d (7)", "give a filter if this is meant",
+    ):  # fmt: skip
+        assert part in str(warning.message)
+    assert warning.filename == __file__
+    assert kinds(model, BitLinear) == ["0"]
+
+
+def test_nothing_is_said_where_nothing_is_left_or_a_filter_decides(recwarn: pytest.WarningsRecorder) -> None:
+    tied = nn.ModuleDict({"table": nn.Embedding(5, 8), "fc": nn.Linear(8, 8), "norm": nn.LayerNorm((4, 8))})
+    tied["lm_head"] = nn.Linear(8, 5)
+    replace_linear(tied)
+    replace_linear(nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)), filter=lambda name, linear: True)
+    assert not recwarn.list

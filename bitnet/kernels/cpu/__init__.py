@@ -6,6 +6,7 @@ which torch.compile fuses.
 """
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,24 @@ __all__ = [
     "quantize_weight",
 ]
 
+# What the kernels fill: never of somebody's default device or dtype.
+_CPU = torch.device("cpu")
 _PARALLEL_FROM = 2**19  # weights; a smaller product is done before a second thread wakes up
 
-# Run-time layouts by the identity of the packed tensor: (its version, codec, the scale, lines).
-_lines: dict[int, tuple[int, str, Tensor, native.Lines]] = {}
+
+class _Layout(NamedTuple):
+    """What was made of a packed tensor, and what must not have changed since."""
+
+    version: int
+    codec: str
+    scale: Tensor
+    scale_version: int
+    scale_values: Tensor
+    lines: native.Lines
+
+
+_lines: dict[int, _Layout] = {}
+"""By the identity of the packed tensor."""
 
 
 def available() -> bool:
@@ -54,7 +69,7 @@ def packed_linear(
         raise ValueError(f"the bias is {list(bias.shape)} for {packed.shape[0]} rows")
     weights = _run_time_layout(packed, scale, bits, in_features)
     rows = x.numel() // in_features if in_features else 0
-    y = torch.empty(rows, weights.rows, dtype=torch.float32)
+    y = torch.empty(rows, weights.rows, dtype=torch.float32, device=_CPU)
     if rows:
         codes, x_scale, total = _quantize(x.detach().reshape(rows, in_features))
         bias_f32 = None if bias is None else bias.detach().float().contiguous()
@@ -65,7 +80,7 @@ def packed_linear(
 def integer_matmul(x: Tensor, weights: native.Lines) -> Tensor:
     """The int32 sums `[M, N]` behind `packed_linear`, of float x `[M, K]`: for tests and benchmarks."""
     codes, scale, total = _quantize(x)
-    y = torch.empty(x.shape[0], weights.rows, dtype=torch.int32)
+    y = torch.empty(x.shape[0], weights.rows, dtype=torch.int32, device=_CPU)
     _matmul(weights, codes, scale, total, x.shape[0], None, y, out=4)
     return y
 
@@ -76,13 +91,13 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
         raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; give int8 with {in_features} as last dimension")
     flat = codes.reshape(-1, in_features)
     rows = len(flat)
-    weights = _run_time_layout(packed, torch.ones(1, 1), bits, in_features)
-    y = torch.empty(rows, weights.rows, dtype=torch.int32)
+    weights = _run_time_layout(packed, _ones(1, 1), bits, in_features)
+    y = torch.empty(rows, weights.rows, dtype=torch.int32, device=_CPU)
     if rows:
         padded = _codes_buffer(rows, in_features)
         padded[:rows, :in_features] = flat
         padded[:rows, in_features:] = 0
-        _matmul(weights, padded, torch.ones(rows), flat.sum(1, dtype=torch.int32), rows, None, y, out=4)
+        _matmul(weights, padded, _ones(rows), flat.sum(1, dtype=torch.int32), rows, None, y, out=4)
     return y.view(*codes.shape[:-1], weights.rows)
 
 
@@ -109,7 +124,8 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, width = x.shape
     x = x.float().contiguous()
     codes = _codes_buffer(rows, width)
-    scale, total = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+    scale = torch.empty(rows, dtype=torch.float32, device=_CPU)
+    total = torch.empty(rows, dtype=torch.int32, device=_CPU)
     threads = native.threads() if x.numel() >= _PARALLEL_FROM else 1
     native.kernels().quantize(
         x.data_ptr(), rows, width, codes.data_ptr(), codes.stride(0), scale.data_ptr(), total.data_ptr(), threads
@@ -117,9 +133,13 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes[:rows], scale, total
 
 
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device=_CPU)
+
+
 def _codes_buffer(rows: int, width: int) -> Tensor:
     # AMX reads whole tiles of 32 tokens, and a line of base 3 covers 20 columns: both may read beyond the end.
-    return torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8)
+    return torch.empty(-(-rows // 32) * 32 + 32, -(-(width + 20) // 64) * 64, dtype=torch.int8, device=_CPU)
 
 
 def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int) -> native.Lines:
@@ -128,15 +148,22 @@ def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int)
     # whether the bytes are still those that were repacked.
     key = id(packed)
     known = _lines.get(key)
-    version = 0 if packed.is_inference() else packed._version  # load_state_dict writes in place
-    if known is not None and known[0] == version and known[1] == codec and known[3].columns == in_features:
-        if not torch.equal(known[2], scale):
-            _lines[key] = (version, codec, scale.detach().clone(), known[3])
-            known[3].fill_scale(scale, packed.shape[0])
-        return known[3]
+    version, scale_version = _version(packed), _version(scale)
+    if known is not None and known[:2] == (version, codec) and known.lines.columns == in_features:
+        same = known.scale is scale and known.scale_version == scale_version and not scale.is_inference()
+        if not same and not torch.equal(known.scale_values, scale):
+            known.lines.fill_scale(scale, packed.shape[0])
+        if not same:
+            _lines[key] = _Layout(version, codec, scale, scale_version, scale.detach().clone(), known.lines)
+        return known.lines
     weights = native.Lines(packed.shape[0], in_features, codec)
     weights.fill(packed, scale, bits)
     if known is None:
         weakref.finalize(packed, _lines.pop, key, None)
-    _lines[key] = (version, codec, scale.detach().clone(), weights)
+    _lines[key] = _Layout(version, codec, scale, scale_version, scale.detach().clone(), weights)
     return weights
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts what is written in place, as load_state_dict does; inference tensors count nothing."""
+    return 0 if tensor.is_inference() else tensor._version

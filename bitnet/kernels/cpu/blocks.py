@@ -49,8 +49,8 @@ def _threads(weights: int) -> int:
 def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatible: bool = False) -> Tensor:
     """As `bitnet.quant.blocks.quantize_blocks`, of arguments that `check_weight` found good."""
     x = x.detach().to(torch.float32).contiguous()
-    out = torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
-    sigma2 = torch.empty(len(x))
+    out = torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8, device="cpu")
+    sigma2 = torch.empty(len(x), dtype=torch.float32, device="cpu")
     weight = None if importance is None else importance.detach().to(torch.float32).contiguous()
     source = x.data_ptr(), len(x), x.shape[1], block_type(kind).number, None if weight is None else weight.data_ptr()
     failed = _in_force()[0](*source, sigma2.data_ptr(), int(compatible), out.data_ptr(), _threads(x.numel()))
@@ -62,7 +62,8 @@ def dequantize(data: Tensor, kind: str) -> Tensor:
     """As `bitnet.quant.blocks.dequantize_blocks`, of rows that `check_rows` found good."""
     found = block_type(kind)
     data = data.contiguous()
-    out = torch.empty(len(data), data.shape[1] // found.bytes * found.block_size)
+    columns = data.shape[1] // found.bytes * found.block_size
+    out = torch.empty(len(data), columns, dtype=torch.float32, device="cpu")
     blocks = data.numel() // found.bytes
     failed = _in_force()[1](data.data_ptr(), blocks, found.number, out.data_ptr(), _threads(out.numel()))
     assert not failed, kind

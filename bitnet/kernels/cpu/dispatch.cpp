@@ -117,13 +117,15 @@ BN_EXPORT int32_t bn_lines(int64_t K, int codec) {
 
 // Canonical packed rows (bitnet/quant/packing.py) [N, width] of `bits` to the lines of layout.h: row n goes to row
 // at + n / 16 * step * 16 + n % 16, so gate and up, with step 2, take turns. Rows and columns that do not exist are
-// left as the caller filled them. Returns 1 without memory for a row of codes a thread.
+// left as the caller filled them. Returns 1 without memory for a row of codes a thread, and 2 for rows of 2 bits with
+// the pattern 3, which is no code and which the tables of a line have no place for.
 BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits, int64_t K, uint8_t *lines, int codec,
                       int64_t at, int64_t step, int threads) {
     int64_t per_line = bn_lines(K, codec), quads = bn::common::quads_of(codec), per_byte = 8 / bits;
     int64_t longest = width * per_byte + 4 * quads;
     uint8_t *codes_of_all = (uint8_t *)malloc(threads * longest), fraction[243];
     if (!codes_of_all) return 1;
+    int no_codes = 0;
     for (int n = 0; n < 243; n++) fraction[n] = (uint8_t)((256 * n + 242) / 243);
     bn::run(threads, [&](bn::member &self) {
         uint8_t *codes = codes_of_all + self.id * longest;
@@ -131,6 +133,12 @@ BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits,
         self.each(N, [&](int64_t first, int64_t last) {
             for (int64_t n = first; n < last; n++) {
                 const uint8_t *row = packed + n * width;
+                uint8_t threes = 0;
+                for (int64_t j = 0; j < width; j++) threes |= row[j] & row[j] >> 1;
+                if (bits == 2 && threes & 0x55) {
+                    __atomic_store_n(&no_codes, 1, __ATOMIC_RELAXED);
+                    continue;
+                }
                 for (int64_t block = 0; block < width / 32; block++)
                     for (int64_t lane = 0; lane < per_byte; lane++)
                         for (int64_t j = 0; j < 32; j++)
@@ -150,7 +158,7 @@ BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits,
         });
     });
     free(codes_of_all);
-    return 0;
+    return no_codes ? 2 : 0;
 }
 
 // Ask for huge pages: streaming weights from 4 KiB pages costs a fifth of the bandwidth. A hint, so it cannot fail.

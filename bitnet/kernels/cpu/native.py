@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitnet.kernels.reference import check_columns
 from bitnet.machine import cpu_quota
 from bitnet.quant.packing import packed_width
 
 CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
+_CODEC_BITS = {"base3": 2, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
 BASE3_MAX_K = 32767  # the wrapping sums of layout.h are exact below 2^15 columns
 
 
@@ -174,6 +176,7 @@ class Lines:
     def __init__(self, rows: int, columns: int, codec: str, memory: Tensor | None = None) -> None:
         lib = library()
         assert lib is not None
+        check_columns(columns, _CODEC_BITS[codec])
         if codec == "base3" and columns > BASE3_MAX_K:
             raise ValueError(f"{columns} columns are too many for base3, which holds {BASE3_MAX_K}; use two_bit")
         self.rows, self.columns = rows, columns
@@ -188,7 +191,7 @@ class Lines:
         # A row that does not exist multiplies by 0, like its scale: what its codes are does not matter.
         if rows % 32:
             self.memory[(rows // 16) * per_block * 64 :].zero_()
-        self.scale = torch.zeros(padded)
+        self.scale = torch.zeros(padded, dtype=torch.float32, device="cpu")
         self.struct = Matrix(self.memory.data_ptr(), self.scale.data_ptr(), padded, columns, CODECS[codec], per_block)
 
     @staticmethod
@@ -215,11 +218,17 @@ class Lines:
             )
         if scale.numel() not in (1, len(packed)):
             raise ValueError(f"the scale has {scale.numel()} values for {len(packed)} rows; give 1 or one for each")
+        if bits != _CODEC_BITS[self.codec]:
+            raise ValueError(
+                f"the codec {self.codec} holds codes of {_CODEC_BITS[self.codec]} bits, and these have {bits}"
+            )
         packed = packed.contiguous()
         rows, width = packed.shape
         source = packed.data_ptr(), rows, width, bits, self.columns
         target = self.memory.data_ptr(), CODECS[self.codec], at, step
         failed = lib.bn_pack(*source, *target, threads())
+        if failed == 2:
+            raise ValueError("the packed weight holds the pattern 3, which is no ternary code; the file is damaged")
         if failed:
             raise MemoryError(f"no memory to repack rows of {self.columns} codes")
         self.fill_scale(scale, len(packed), at=at, step=step)
@@ -235,7 +244,7 @@ class Lines:
 
 def huge_pages(size: int) -> Tensor:
     """Uninitialized bytes, on huge pages where the system gives them: 4 KiB pages cost a fifth of the bandwidth."""
-    memory = torch.empty(size, dtype=torch.uint8)
+    memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     lib = library()
     if lib is not None and size >= 2**21:
         lib.bn_advise_huge_pages(memory.data_ptr(), size)

@@ -41,7 +41,10 @@ def write(
         raise ValueError(
             f"{scaled[0]} divides its input by AWQ's scales, for which GPTQ's layout has no place; use gptq-4"
         )
-    kinds = {(module.bits, module.group_size, module.version) for module in groups}
+    # A group that is a whole row (-1) has a size too, by which it fits layers with several of that size in a row.
+    sizes = {module.in_features if module.group_size == -1 else module.group_size for module in groups}
+    size = sizes.pop() if len(sizes) == 1 else None
+    kinds = {(module.bits, size or module.group_size, module.version) for module in groups}
     if len(kinds) > 1:
         raise ValueError(f"the layers differ in bits, group size or version ({sorted(kinds)}); the layout names one")
     check_expressible(model, "master")
