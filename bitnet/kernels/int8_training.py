@@ -41,8 +41,10 @@ class _Int8Linear(torch.autograd.Function):
 
 
 def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
-    """Training product of float x `[.., K]` on a weight's codes int8 `[N, K]` and scale float32 `[1, 1]` or `[N, 1]`, with
-    the gradient for the latent `weight` `[N, K]`, straight through. Returns `[.., N]` in x's dtype."""
+    """Training product of float x `[.., K]` on a weight's codes int8 `[N, K]` and scale float32 `[1, 1]` or `[N, 1]`.
+
+    The gradient goes to the latent `weight` `[N, K]`, straight through. Returns `[.., N]` in x's dtype.
+    """
     y = _Int8Linear.apply(x.reshape(-1, x.shape[-1]), weight, codes, scale)[0]
     y = y.view(*x.shape[:-1], weight.shape[0])
     return (y if bias is None else y + bias).to(x.dtype)
