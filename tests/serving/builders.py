@@ -32,7 +32,7 @@ class Source:
         self.chat_template = ChatTemplate(TOOL_TEMPLATE, tokenizer, "the chat template in secret/place")
 
 
-def text_model(tokenizer: BaseTokenizer, positions: int = 256) -> TextModel:
+def text_model(tokenizer: BaseTokenizer, positions: int = 512) -> TextModel:
     """The tiny model, on the native engine where it was built."""
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions).pack()
     return TextModel(Engine.from_model(model) if native.instruction_sets() else model, Source(tokenizer))  # type: ignore[arg-type]

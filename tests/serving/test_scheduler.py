@@ -154,7 +154,7 @@ def test_a_job_that_left_runs_no_more(model):
 def test_limits_are_named(model):
     bench = Bench(model, parallel=2, queue=2, cache_tokens=600)
     for generation, words in (
-        (Generation((5,) * 200, 100), "256 fit"),
+        (Generation((5,) * 450, 100), "512 fit"),
         (Generation((5,), 1, count=3), "3 samples"),
         (Generation((5,) * 100, 60), None),
         (Generation((5,) * 100, 60, stop=("x",)), None),

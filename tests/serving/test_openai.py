@@ -1,0 +1,235 @@
+"""The server as OpenAI's own Python client sees it: completions, chats, streams, tools, JSON schemas, errors."""
+
+import json
+
+import pytest
+
+from bitnet.serving.errors import plain_name
+from tests import oracles
+
+openai = oracles.require("openai")
+PROMPT = "def wrap(text"
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <s> something"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 3}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_models(client):
+    (model,) = client.models.list().data
+    assert model.id == "tiny"
+    assert client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.models.retrieve("nobody")
+
+
+def test_a_completion_is_the_texts_of_the_python_api(client, model):
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0.8, top_p=0.9, seed=5)
+    wanted = model.generate(PROMPT, max_new_tokens=20, temperature=0.8, top_p=0.9, seed=5)
+    assert answer.choices[0].text == wanted.text
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (wanted.prompt_tokens, wanted.new_tokens)
+    ids = model.encode(PROMPT)
+    again = client.completions.create(model="tiny", prompt=ids, max_tokens=20, temperature=0.8, top_p=0.9, seed=5)
+    assert again.choices[0].text == wanted.text
+
+
+def test_a_stream_joins_to_the_answer(client):
+    options = {"model": "tiny", "prompt": [PROMPT, "import"], "max_tokens": 12, "seed": 4, "n": 2, "logprobs": 2}
+    whole = client.completions.create(**options)
+    texts, tokens = [""] * 4, [[] for _ in range(4)]
+    usage = None
+    for chunk in client.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert usage.total_tokens == whole.usage.total_tokens
+
+
+def test_echo_scores_a_text(client, model):
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1)
+    (choice,) = answer.choices
+    ids = model.encode(PROMPT)
+    assert choice.text == PROMPT
+    assert len(choice.logprobs.tokens) == len(ids)
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(value < 0 for value in choice.logprobs.token_logprobs[1:])
+    assert all(
+        max(top.values()) >= value
+        for top, value in zip(choice.logprobs.top_logprobs[1:], choice.logprobs.token_logprobs[1:], strict=True)
+    )
+    starts = choice.logprobs.text_offset
+    assert [PROMPT[a:b] for a, b in zip(starts, [*starts[1:], len(PROMPT)], strict=True)][1:] == [
+        token if index else token.lstrip() for index, token in enumerate(choice.logprobs.tokens[1:])
+    ]
+    longer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, echo=True, logprobs=1, seed=1)
+    assert longer.choices[0].text.startswith(PROMPT)
+    assert longer.choices[0].logprobs.token_logprobs[: len(ids)] == choice.logprobs.token_logprobs
+
+
+def test_best_of_gives_the_likeliest(client):
+    options = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "seed": 2, "logprobs": 0}
+    every = client.completions.create(**options, n=5).choices
+    best = client.completions.create(**options, n=2, best_of=5).choices
+
+    def mean(choice) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    assert [c.text for c in best] == [c.text for c in sorted(every, key=mean, reverse=True)[:2]]
+
+
+def test_a_chat_and_its_stream(client, model):
+    options = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 16, "seed": 3}
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
+    wanted = model.generate(CHAT, max_new_tokens=16, temperature=1, top_p=1, seed=3)
+    message = whole.choices[0].message
+    assert (message.role, message.content) == ("assistant", wanted.text)
+    assert whole.usage.prompt_tokens == wanted.prompt_tokens
+    found = whole.choices[0].logprobs.content
+    assert b"".join(bytes(token.bytes) for token in found).decode(errors="replace").strip() == wanted.text.strip()
+    assert all(len(token.top_logprobs) == 3 for token in found)
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == wanted.text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].usage == chunks[-1].usage.model_copy(update={"total_tokens": whole.usage.total_tokens})
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_bias_and_stops(client, model):
+    token = model.source.tokenizer.encode("x")[-1]
+    options = {"model": "tiny", "messages": CHAT, "max_tokens": 4}
+    biased = client.chat.completions.create(**options, logit_bias={str(token): 100}, stop=["xxx"])
+    assert biased.choices[0].message.content == ""
+    assert biased.choices[0].finish_reason == "stop"
+    biased = client.chat.completions.create(**options, logit_bias={str(token): 100})
+    assert biased.choices[0].message.content == "xxxx"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_keeps_to_its_schema(client, stream):
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "color": {"enum": ["red", "blue"]}},
+        "required": ["ok", "color"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    options = {"model": "tiny", "messages": CHAT, "response_format": form, "seed": 1, "temperature": 1.5}
+    if stream:
+        chunks = client.chat.completions.create(**options, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        answer = client.chat.completions.create(**options)
+        assert answer.choices[0].finish_reason == "stop"
+        text = answer.choices[0].message.content
+    value = json.loads(text)
+    assert value["color"] in ("red", "blue")
+    assert isinstance(value["ok"], bool)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("wanted", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_that_must_be_called_is(client, stream, wanted):
+    options = {"model": "tiny", "messages": CHAT, "tools": [TOOL], "tool_choice": wanted, "seed": 1}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+        (call,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        assert chunks[-1].finish_reason == "tool_calls"
+    else:
+        answer = client.chat.completions.create(**options)
+        (call,) = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls"
+        turn = [*CHAT, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}]
+        client.chat.completions.create(model="tiny", messages=turn, tools=[TOOL], max_tokens=1)
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "weather"
+    assert arguments["city"] in ("Rome", "Oslo")
+    assert 1 <= arguments["days"] <= 3
+
+
+def test_responses(client, model):
+    wanted = model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=1, temperature=0)
+    options = {"model": "tiny", "input": "Hi", "max_output_tokens": 1, "temperature": 0}
+    answer = client.responses.create(**options)
+    assert answer.output_text == wanted.text
+    assert answer.status == "incomplete"
+    assert answer.usage.input_tokens == wanted.prompt_tokens
+    cut = list(client.responses.create(**options, stream=True))
+    assert cut[0].type == "response.created"
+    assert cut[-1].type == "response.incomplete"
+    assert cut[-1].response.output_text == wanted.text
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"format": {"type": "json_schema", "name": "thing", "schema": schema}}
+    with client.responses.stream(model="tiny", input="Hi", text=form) as events:
+        deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+        final = events.get_final_response()
+    assert final.status == "completed"
+    assert final.output_text == "".join(deltas)
+    assert isinstance(json.loads(final.output_text)["ok"], bool)
+    turn = [{"role": "user", "content": "Hi"}, answer.output[0].to_dict(), {"role": "user", "content": "More"}]
+    again = client.responses.create(model="tiny", input=turn, max_output_tokens=2, instructions="Be brief.")
+    assert again.usage.input_tokens > answer.usage.input_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"extra_body": {"top_a": 1}}, "top_a", "unknown field"),
+        ({"extra_body": {"stream_options": {"speed": 1}, "stream": True}}, "stream_options.speed", "unknown field"),
+        ({"suffix": "x"}, "suffix", "not supported"),
+        ({"temperature": 3}, "temperature", "less than or equal"),
+        ({"seed": "x"}, "seed", "integer"),
+        ({"max_tokens": 1000}, "max_tokens", "512"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"prompt": [[5, 9999]]}, "prompt", "9999"),
+        ({"n": 3, "best_of": 2}, None, "at least n"),
+        ({"logit_bias": {"9999": 1}}, "logit_bias", "9999"),
+        ({"n": 100}, "n", "64"),
+        ({"stream_options": {"include_usage": True}}, None, "stream: true"),
+    ],
+)
+def test_bad_completions_are_named(client, changes, param, words):
+    with pytest.raises(openai.BadRequestError, match=words) as raised:
+        client.completions.create(**{"model": "tiny", "prompt": "x", **changes})
+    assert (raised.value.param or None) == param
+    assert raised.value.type == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.completions.create(model="nobody", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"messages": [{"role": "king", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"top_logprobs": 3}, "logprobs: true"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}}, "schema"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "nobody"),
+        ({"tool_choice": "required"}, "no tools"),
+    ],
+)
+def test_bad_chats_are_named(client, changes, words):
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.chat.completions.create(**{"model": "tiny", "messages": CHAT, "max_tokens": 2, **changes})
+
+
+def test_places_in_a_body():
+    assert plain_name(("messages", 0, "content", "text")) == "messages[0].content.text"
