@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from bitnet.inference.rows import Row
 
 BLOCK = 16
+MOST_LOOKED_AT = 32
+"""Rows with one beginning of which the one is chosen that goes on like the prompt: the latest."""
 
 
 class PrefixCache:
@@ -31,20 +33,23 @@ class PrefixCache:
     def fork(self, ids: Sequence[int]) -> Row | None:
         """A new row with the longest known beginning of `ids`, short of the last one, whose logits are still wanted;
         None where not even a block is known."""
-        number = None
-        for place in _hashes(ids[:-1]):
+        wanted, start = tuple(ids[:-1]), 0
+        numbers: list[int] = []
+        for place in _hashes(wanted):
             if place not in self._places:
                 break
-            number = self._places[place][-1]
-        if number is None:
+            numbers, start = self._places[place], start + BLOCK
+        best, length = None, 0
+        for number in numbers[-MOST_LOOKED_AT:]:
+            known = self._rows[number][1]
+            pairs = zip(known[start:], wanted[start:], strict=False)
+            same = start + next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(known), len(wanted)) - start)
+            if same > length and known[:same] == wanted[:same]:
+                best, length = number, same
+        if best is None:
             return None
-        row, known = self._rows[number]
-        same = next((i for i, (a, b) in enumerate(zip(known, ids[:-1], strict=False)) if a != b), None)
-        length = min(len(known), len(ids) - 1) if same is None else same
-        if not length:
-            return None
-        self._rows.move_to_end(number)
-        return row.fork(length)
+        self._rows.move_to_end(best)
+        return self._rows[best][0].fork(length)
 
     def keep(self, row: Row, ids: Sequence[int]) -> None:
         """Take over a row that holds these tokens."""

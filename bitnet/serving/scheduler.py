@@ -27,7 +27,7 @@ from torch import Tensor
 from bitnet.console import error as print_error
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import TextStream
-from bitnet.inference.rows import PlainRows, Row, rows_of
+from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
 from bitnet.inference.scoring import Score, score
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.metrics import ModelMetrics
@@ -385,11 +385,9 @@ class Scheduler:
 
     @torch.inference_mode()
     def _pass(self, part: Sequence[tuple[Sample, list[int]]], every: bool) -> None:
-        self._make_room(sum(len(ids) + SLACK for _, ids in part))
         started = time.perf_counter()
         try:
-            steps = [(sample.row, ids) for sample, ids in part]
-            logits: Iterable[Tensor] = self._rows.step(steps, every=True) if every else self._rows.step(steps)
+            logits = self._step([(sample.row, ids) for sample, ids in part], every)
         except Exception as error:  # whatever an engine can raise must not end the others' server
             print_error(f"a pass of the model failed: {type(error).__name__}: {error}")
             for job in self._jobs(sample for sample, _ in part):
@@ -409,9 +407,14 @@ class Scheduler:
             except (ValueError, RuntimeError) as error:
                 self._fail(sample.job, ApiError(500, str(error)))
 
-    def _make_room(self, tokens: int) -> None:
-        while self._cache.free_tokens < tokens and self._prefixes.drop():
-            pass
+    def _step(self, steps: Step, every: bool) -> Iterable[Tensor]:
+        """Logits of a pass; what is kept for others gives way to it."""
+        while True:
+            try:
+                return self._rows.step(steps, every=True) if every else self._rows.step(steps)
+            except CacheFullError:
+                if not self._prefixes.drop():
+                    raise
 
     def _advance(self, sample: Sample, read: int, logits: Tensor) -> None:
         """Go on behind a pass: logits `[V]` behind the last token read, or `[read, V]` while a prompt is scored."""

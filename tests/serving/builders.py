@@ -35,7 +35,9 @@ class Source:
 def text_model(tokenizer: BaseTokenizer, positions: int = 512) -> TextModel:
     """The tiny model, on the native engine where it was built."""
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=positions).pack()
-    return TextModel(Engine.from_model(model) if native.instruction_sets() else model, Source(tokenizer))  # type: ignore[arg-type]
+    # The Python API's cache holds floats of 32 bits, and its texts are compared with the server's.
+    engine = Engine.from_model(model, cache_dtype="float32") if native.instruction_sets() else model
+    return TextModel(engine, Source(tokenizer))  # type: ignore[arg-type]
 
 
 @contextmanager
