@@ -28,12 +28,25 @@ SHAPES = {
     "llama": {"sub_norm": False},
     "llama, wide heads": {"sub_norm": False, "head_dim": 24},
     "llama, narrow heads": {"sub_norm": False, "head_dim": 6, "tie_word_embeddings": False},
+    "llama, rotary factors": {"sub_norm": False, "rope_factors": (1.0, 1.5, 3.0, 8.0), "rope_theta": 50.0},
+    "qwen2": {"sub_norm": False, "qkv_bias": True},
+    "qwen3": {"sub_norm": False, "qk_norm": True, "head_dim": 24, "tie_word_embeddings": False},
 }
 
 
+def class_of(config: ModelConfig) -> str:
+    """The class of a configuration, without its ending ForCausalLM."""
+    return "BitNet" if config.sub_norm else "Qwen3" if config.qk_norm else "Qwen2" if config.qkv_bias else "Llama"
+
+
 def oracle(transformers, config: ModelConfig) -> nn.Module:
-    """Their model of the same shape: BitNet, or Llama where there are no sub-norms. Dense, in evaluation mode."""
-    kind = "BitNet" if config.sub_norm else "Llama"
+    """Their model of the same shape, of the class that has its parts. Dense, in evaluation mode."""
+    kind = class_of(config)
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factors:
+        table, length = list(config.rope_factors), config.max_position_embeddings
+        rope |= {"rope_type": "longrope", "short_factor": table, "long_factor": table, "attention_factor": 1.0}
+        rope["original_max_position_embeddings"] = length
     theirs = getattr(transformers, f"{kind}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -46,7 +59,7 @@ def oracle(transformers, config: ModelConfig) -> nn.Module:
         rms_norm_eps=config.rms_norm_eps,
         hidden_act=config.hidden_act,
         tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=rope,
         bos_token_id=None,
         eos_token_id=None,
         attention_bias=False,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.storage.gguf.container import GGUFFile, TensorToWrite, write_file
 from bitnet.storage.source import open_source
 
 SHAPE = ModelConfig(
@@ -35,3 +36,12 @@ def read(path: str | Path, **options: str) -> BitNetForCausalLM:
 def edit_config(folder: Path, **changes: Any) -> None:
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def rewritten(path: Path, values: dict[str, object] | None = None, tensors=lambda list: list) -> Path:
+    """A copy of a file with other metadata or tensors."""
+    file = GGUFFile(path)
+    metadata = {**file.metadata, **(values or {})}
+    entries = [TensorToWrite(i.name, i.shape, i.type, lambda n=i.name: file.data(n)) for i in file.tensors.values()]
+    write_file(path.with_suffix(".new"), {k: v for k, v in metadata.items() if v is not None}, tensors(entries))
+    return path.with_suffix(".new")

@@ -17,7 +17,7 @@ from bitnet.storage.gguf.container import GGUFError, GGUFFile, TensorToWrite, wr
 from bitnet.storage.gguf.read import read_ternary
 from bitnet.storage.gguf.write import architecture
 from bitnet.storage.source import open_source
-from tests.storage.builders import SHAPE, gguf_model
+from tests.storage.builders import SHAPE, gguf_model, rewritten
 
 EXACT = ["TQ2_0", "TQ1_0", "F16", "BF16", "F32", "I2_S"]
 
@@ -245,15 +245,6 @@ def test_what_a_target_cannot_express_is_refused_with_the_alternative(tmp_path, 
 )  # fmt: skip
 def test_architecture(changes, kind, expected):
     assert architecture(SHAPE.replace(**changes), kind) == expected
-
-
-def rewritten(path: Path, values: dict[str, object] | None = None, tensors=lambda list: list) -> Path:
-    """A copy of a file with other metadata or tensors."""
-    file = GGUFFile(path)
-    metadata = {**file.metadata, **(values or {})}
-    entries = [TensorToWrite(i.name, i.shape, i.type, lambda n=i.name: file.data(n)) for i in file.tensors.values()]
-    write_file(path.with_suffix(".new"), {k: v for k, v in metadata.items() if v is not None}, tensors(entries))
-    return path.with_suffix(".new")
 
 
 @pytest.mark.parametrize(

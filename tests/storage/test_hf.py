@@ -19,7 +19,7 @@ from bitnet.storage.hf.read import pack_rows, unpack_rows
 from bitnet.storage.hf.write import write
 from tests import oracles
 from tests.builders import random_ids, random_model
-from tests.oracles.transformers import SHAPES, TINY, assert_same_logits, assert_same_text, load, oracle
+from tests.oracles.transformers import SHAPES, TINY, assert_same_logits, assert_same_text, class_of, load, oracle
 from tests.storage.builders import edit_config, inference_form, read
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -31,6 +31,7 @@ FORMS = ["packed", "packed-inverse", "master"]
 
 
 OUT_SHAPES = ["gqa", "mha", "mqa", "relu2", "untied", "theta", "head_dim 2", "llama", "llama, wide heads"]
+OUT_SHAPES += ["llama, rotary factors", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("shape", OUT_SHAPES)
@@ -40,7 +41,7 @@ def test_transformers_loads_what_is_written(transformers, tmp_path: Path, form: 
     model = inference_form(random_model(config), form)
     write(model, tmp_path / "out", form)
     theirs = load(transformers, tmp_path / "out")
-    assert type(theirs).__name__ == ("BitNetForCausalLM" if config.sub_norm else "LlamaForCausalLM")
+    assert type(theirs).__name__ == f"{class_of(config)}ForCausalLM"
     assert_same_logits(model, theirs, random_ids(config, 16, 5))
 
 
@@ -289,7 +290,7 @@ def ternary_state(model: BitNetForCausalLM) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if "_proj." in name}
 
 
-@pytest.mark.parametrize("shape", ["gqa", "untied", "relu2", "llama", "llama, wide heads"])
+@pytest.mark.parametrize("shape", ["gqa", "untied", "relu2", "llama", "llama, wide heads", "qwen2", "qwen3"])
 def test_codes_and_scales_survive_every_way(tmp_path: Path, shape: str) -> None:
     model = random_model(BASE.replace(**SHAPES[shape]))
     write(model, tmp_path / "0", "packed-inverse")  # from latent floats

@@ -5,7 +5,7 @@ detour through floats, where every projection of the model is ternary with one s
 float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary in the
 bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
 
-What the architectures of `names.py` do not have (biases, experts, scaled rotary positions, other tensors or
+What the architectures of `names.py` do not have (experts, windows, scaled rotary positions, other biases, tensors or
 activations) is refused with its name. No size is taken from the metadata that the tensors do not have.
 """
 
@@ -26,6 +26,8 @@ from bitnet.storage.gguf.names import (
     ARCHITECTURES,
     BITNET_ARCHITECTURES,
     PROJECTIONS,
+    ROPE_FACTORS,
+    bias_names,
     norm_names,
     projection_names,
     rotary_rows,
@@ -35,20 +37,27 @@ from bitnet.storage.gguf.names import (
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ZEROS = 0x55  # a byte of four codes of weight 0
 
-# Metadata that change what a model computes, by the end of the key, and the values that change nothing.
-_MUST_BE: dict[str, tuple[object, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "rope.scaling.type": ("none",),
-    "attention.sliding_window": (0,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.scale": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "logit_scale": (0.0, 1.0),
-    "final_logit_softcapping": (0.0,),
-    "attn_logit_softcapping": (0.0,),
+# Metadata of an architecture, by the end of the key: those that are read below, those that change nothing about the
+# logits, and the values at which those of other models change nothing. Any other is refused.
+_READ = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "hidden_activation", "rope.scaling.type",
+}  # fmt: skip
+_HARMLESS = {
+    "vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout",
+    "attention.layer_norm_epsilon", "pooling_type",
+}  # fmt: skip
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_feed_forward_length"), (0,)),
+    **dict.fromkeys(("leading_dense_block_count", "nextn_predict_layers", "attention.sliding_window"), (0,)),
+    **dict.fromkeys(("attention.clamp_kqv", "attention.scale", "attention.max_alibi_bias"), (0.0,)),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping", "router_logit_softcapping"), (0.0,)),
+    **dict.fromkeys(("embedding_scale", "residual_scale", "logit_scale"), (0.0, 1.0)),
+    # llama.cpp scales by these whatever the type says, but with the type none.
+    **dict.fromkeys(("rope.scaling.factor", "rope.scale_linear"), (0.0, 1.0)),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "attention.causal": (True,),
     "use_parallel_residual": (False,),
 }
@@ -92,10 +101,7 @@ def _read_config(file: GGUFFile) -> ModelConfig:
         raise GGUFError(f"its architecture is {arch!r}; {', '.join(ARCHITECTURES)} are understood")
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise GGUFError("it is one part of a model in several files; join them with llama-gguf-split --merge")
-    for key, harmless in _MUST_BE.items():
-        value = file.metadata.get(f"{arch}.{key}")
-        if value is not None and value not in harmless:
-            raise GGUFError(f"{arch}.{key} is {value!r:.40}, which this model does not have")
+    _check_metadata(file)
     table = file.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise GGUFError("it has no matrix token_embd.weight")
@@ -121,23 +127,60 @@ def _read_config(file: GGUFFile) -> ModelConfig:
         head_dim=head_dim,
         max_position_embeddings=_number(file, "context_length"),
         rope_theta=_real(file, "rope.freq_base", 10000.0),
+        rope_factors=_rope_factors(file, head_dim),
         rms_norm_eps=_real(file, "attention.layer_norm_rms_epsilon"),
         hidden_act=str(activation),
         sub_norm="blk.0.attn_sub_norm.weight" in file.tensors,
+        qkv_bias=arch == "qwen2" or (arch == "llama" and all(f"blk.0.attn_{x}.bias" in file.tensors for x in "qkv")),
+        qk_norm=arch == "qwen3",
         tie_word_embeddings="output.weight" not in file.tensors,
         quantizer="none",
     )
-    # Their tables are the one size that no tensor bounds: at most twice the file, or 8 MB.
-    if config.max_position_embeddings * head_dim > max(2**20, file.size // 4):
+    # Their tables are the one size that no tensor bounds: at most twice the file, or 32 MB.
+    if config.max_position_embeddings * head_dim > max(2**22, file.size // 4):
         raise GGUFError(f"{arch}.context_length is {config.max_position_embeddings}, more than is supported")
     _check_tensors(file, config)
     return config
+
+
+def _check_metadata(file: GGUFFile) -> None:
+    """Raise GGUFError for metadata of the architecture that change what it computes, or might."""
+    arch = file.architecture
+    kind = file.metadata.get(f"{arch}.rope.scaling.type", "linear")  # llama.cpp's default
+    if kind not in ("none", "linear"):
+        raise GGUFError(
+            f"{arch}.rope.scaling.type is {kind!r:.40}; positions here are plain rotary or have a table of factors"
+        )
+    unused = {"rope.scaling.factor", "rope.scale_linear"} if kind == "none" else set()
+    for name, value in file.metadata.items():
+        if not name.startswith(f"{arch}."):
+            continue
+        key = name.removeprefix(f"{arch}.")
+        if key not in _READ | _HARMLESS | unused and value not in _NEUTRAL.get(key, ()):
+            raise GGUFError(
+                f"{name} is {value!r:.40}, which is not understood and may change what the model computes; convert the "
+                "model without it"
+            )
+
+
+def _rope_factors(file: GGUFFile, head_dim: int) -> tuple[float, ...]:
+    """Divisors of the rotary frequencies, where the file has a table of them."""
+    info = file.tensors.get(ROPE_FACTORS)
+    if info is None or file.architecture != "llama":  # llama.cpp reads it there; elsewhere it is one too many
+        return ()
+    if info.shape != (head_dim // 2,) or info.type != "F32":
+        raise GGUFError(f"{ROPE_FACTORS} is {info.type} {list(info.shape)}; it must be F32 [{head_dim // 2}]")
+    factors = dequantize(file, ROPE_FACTORS).tolist()
+    return () if all(factor == 1.0 for factor in factors) else tuple(factors)
 
 
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     ours = config.tensor_shapes()
     names = [*projection_names(config), *table_names(config), *norm_names(config)]
     shapes = {f"{theirs}.weight": ours[f"{name}.weight"] for name, theirs in names}
+    shapes |= {f"{theirs}.bias": ours[f"{name}.bias"] for name, theirs in bias_names(config)}
+    if ROPE_FACTORS in file.tensors and file.architecture == "llama":
+        shapes[ROPE_FACTORS] = (config.head_width // 2,)
     scales = (f"{theirs}.scale" for _, theirs in projection_names(config))
     shapes |= {name: (1,) for name in scales if name in file.tensors}
     for name, shape in shapes.items():
@@ -150,7 +193,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     if left:
         raise GGUFError(
             f"{len(left)} tensors are not of this model, among them {left[0]}; biases, experts and rotary "
-            "factors are not supported"
+            "factors are not supported there"
         )
 
 
@@ -181,9 +224,13 @@ def dequantize(file: GGUFFile, name: str) -> Tensor:
 
 
 def _float_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
-    """Norms, embedding and head."""
+    """Norms, embedding and head, and biases."""
     names = [*norm_names(config), *table_names(config)]
-    return {f"{name}.weight": dequantize(file, f"{theirs}.weight") for name, theirs in names}
+    tensors = {f"{name}.weight": dequantize(file, f"{theirs}.weight") for name, theirs in names}
+    for name, theirs in bias_names(config):
+        bias = dequantize(file, f"{theirs}.bias")
+        tensors[f"{name}.bias"] = rotary_rows(config, file.architecture, name, bias, inverse=True)
+    return tensors
 
 
 def _dense_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
     type                          model                        engine
     TQ1_0, TQ2_0, F16, BF16, F32  ternary, binary              llama.cpp, architecture bitnet
     I2_S                          ternary, binary              bitnet.cpp (x86 order), bitnet or bitnet-b1.58
-    F32 .. Q2_K and mixtures      float (quantizer none)       llama.cpp, bitnet with sub-norms, else llama
+    F32 .. Q2_K and mixtures      float (quantizer none)       llama.cpp; bitnet (sub-norms), llama, qwen2, qwen3
 
 The codes of a ternary matrix are stored as they are, -1, 0 and 1 with block scale 1, and the float32 scale in a tensor
 `.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. llama.cpp quantizes activations
@@ -30,7 +30,14 @@ from bitnet.quant import pack_codes, unpack_codes
 from bitnet.quant.blocks import mixtures, ternary
 from bitnet.quant.i2s import pack_i2_s
 from bitnet.storage.gguf.container import NUMBERS, TYPES, TensorToWrite, write_file
-from bitnet.storage.gguf.names import norm_names, projection_names, rotary_rows, table_names
+from bitnet.storage.gguf.names import (
+    ROPE_FACTORS,
+    bias_names,
+    norm_names,
+    projection_names,
+    rotary_rows,
+    table_names,
+)
 from bitnet.tokenizer import BaseTokenizer
 from bitnet.tokenizer.gguf_write import vocabulary
 
@@ -102,7 +109,14 @@ def architecture(config: ModelConfig, type: str) -> str:
     if not config.sub_norm:
         if type == "I2_S":
             raise ValueError("the model has no sub-norms, which bitnet.cpp's architectures need; choose TQ2_0")
-        return "llama"
+        arch = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+        extra = {
+            "qkv_bias": config.qkv_bias and config.qk_norm,
+            "rope_factors": config.rope_factors and arch != "llama",
+        }
+        _refuse_parts(arch, extra)
+        return arch
+    _refuse_parts("bitnet", {name: getattr(config, name) for name in ("qkv_bias", "qk_norm", "rope_factors")})
     if not config.tie_word_embeddings:
         raise ValueError(
             "embedding and head are not tied, and the architecture bitnet has no head of its own; train with "
@@ -115,6 +129,15 @@ def architecture(config: ModelConfig, type: str) -> str:
             f"{config.hidden_size}; the architecture bitnet wants them equal. Train with head_dim = hidden_size / heads"
         )
     return "bitnet" if config.hidden_act == "silu" else "bitnet-b1.58"
+
+
+def _refuse_parts(arch: str, parts: JsonObject) -> None:
+    """Raise ValueError for what a model has (by name, whether it does) and an architecture has no place for."""
+    if found := [name for name, there in parts.items() if there]:
+        raise ValueError(
+            f"the model has {' and '.join(found)}, for which llama.cpp's architecture {arch} has no place; export a "
+            "Hugging Face folder"
+        )
 
 
 def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = None) -> dict[str, str]:
@@ -189,7 +212,11 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         if config.quantizer == "none":
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
         codes, scales[name] = codes_and_scale(module)
-        return encode_ternary(rotary_rows(config, arch, name, codes.cpu()), float(scales[name]), type)
+        codes = rotary_rows(config, arch, name, codes.cpu())
+        return encode_ternary(codes, float(scales[name]), type, inside=not scale_beside(arch, type))
+
+    def bias(name: str, module: Any) -> Tensor:
+        return rotary_rows(config, arch, name, _floats(module.bias))
 
     def scale(name: str, module: Any) -> Tensor:
         return scales.pop(name).view(1).cpu()
@@ -200,10 +227,15 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
     for ours, theirs in norm_names(config):
         shape = shapes[f"{ours}.weight"]
         yield entry(f"{theirs}.weight", shape, "F32", lambda module: _floats(module.weight), ours)
+    if config.rope_factors:
+        factors = torch.tensor(config.rope_factors)
+        yield entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda module: factors, "model")
+    for ours, theirs in bias_names(config):
+        yield entry(f"{theirs}.bias", shapes[f"{ours}.bias"], "F32", partial(bias, ours), ours)
     for ours, theirs in projection_names(config):
         type = types[theirs]
         yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(weight, type, ours), ours)
-        if config.quantizer != "none" and type != "I2_S":
+        if config.quantizer != "none" and scale_beside(arch, type):
             yield entry(f"{theirs}.scale", (1,), "F32", partial(scale, ours), ours)
 
 
@@ -219,18 +251,25 @@ def encode(weight: Tensor, type: str) -> Tensor:
     return blocks.quantize(weight, type)
 
 
-def encode_ternary(codes: Tensor, scale: float, type: str) -> Tensor:
-    """Ternary codes int8 `[N, K]`, exactly: block scales are 1, and the scale of the matrix has a tensor of its own
-    (I2_S keeps it behind the codes)."""
-    if type in FLOATS:
-        return codes.to(FLOATS[type])
+def scale_beside(arch: str, type: str) -> bool:
+    """Whether the scale of a ternary matrix has a tensor of its own, in float32. In llama.cpp's architecture qwen2 the
+    feed-forward layers do not look at it (v0.5.0), and I2_S keeps it behind the codes."""
+    return type != "I2_S" and arch != "qwen2"
+
+
+def encode_ternary(codes: Tensor, scale: float, type: str, *, inside: bool) -> Tensor:
+    """Ternary codes int8 `[N, K]`; with `inside` times their scale, which TQ1_0 and TQ2_0 round to float16, the floats
+    to themselves. Otherwise exactly: block scales are 1, and the scale of the matrix has a tensor of its own."""
     if type == "I2_S":
         return pack_i2_s(codes, scale)
+    scale = scale if inside else 1.0
+    if type in FLOATS:
+        return (codes * scale).to(FLOATS[type])
     if type == "TQ1_0":
-        return ternary.pack_tq1(codes)
+        return ternary.pack_tq1(codes, scale)
     packed = pack_codes(codes, 2).view(codes.shape[0], -1, 64)  # TQ2_0's quants have our bit layout
-    one = torch.ones(*packed.shape[:2], 1, dtype=torch.float16).view(torch.uint8)
-    return torch.cat([packed, one], dim=-1)
+    d = torch.full((*packed.shape[:2], 1), scale, dtype=torch.float16).view(torch.uint8)
+    return torch.cat([packed, d], dim=-1)
 
 
 def _table(type: str, module: Any) -> Tensor:

@@ -4,39 +4,94 @@ from typing import Literal
 
 from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
+from bitnet.storage.hf.rope import parse_rope
 
 Form = Literal["dense", "master", "packed", "packed-inverse"]
 
 # What a config.json leaves out has its class's default in transformers.
 _DEFAULTS: dict[str, JsonObject] = {
     "bitnet": {"hidden_act": "relu2", "num_key_value_heads": 5, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
-    "llama": {"hidden_act": "silu", "num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "llama": {"num_key_value_heads": None},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
 }
+_COMMON: JsonObject = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 _HEADS = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens", "model.embed_tokens.weight")
+# Fields that the functions below read.
+_READ = {
+    *_COMMON, "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+    "num_attention_heads", "num_key_value_heads", "quantization_config", "rope_scaling", "rope_parameters",
+    "original_max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "attention_bias", "mlp_bias",
+}  # fmt: skip
+# Fields that change nothing about the logits: of training, of generation, of the files, of other tasks.
+_HARMLESS = {
+    "architectures", "auto_map", "_name_or_path", "name_or_path", "_commit_hash", "_attn_implementation",
+    "_attn_implementation_autoset", "_flash_attn_2_enabled", "attn_implementation", "transformers_version",
+    "torch_dtype", "dtype", "use_cache", "cache_implementation", "initializer_range", "attention_dropout",
+    "hidden_dropout", "resid_pdrop", "embd_pdrop", "dropout", "gradient_checkpointing", "pretraining_tp",
+    "base_model_tp_plan",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+    "tokenizer_class", "prefix", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+    "task_specific_params", "torchscript", "use_bfloat16", "tf_legacy_loss", "return_dict", "return_dict_in_generate",
+    "output_attentions", "output_hidden_states", "output_scores", "max_length", "min_length", "max_new_tokens",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "bad_words_ids", "num_return_sequences", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "model_max_length",
+    "max_sequence_length", "is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed",
+    "fix_mistral_regex", "model_name", "license",
+}  # fmt: skip
+# Fields of other architectures, and the values at which they change nothing; null and what is empty never do.
+_NEUTRAL: dict[str, object] = {
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "embedding_multiplier", "residual_multiplier"), 1),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb", "lm_head_multiplier"), 1),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_nextn_predict_layers"), 0),
+    **dict.fromkeys(("chunk_size_feed_forward", "attn_logit_softcapping", "final_logit_softcapping"), 0),
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), False),
+    **dict.fromkeys(("use_mrope", "rope_interleaved", "qk_layernorm", "use_qk_norm", "qk_norm", "use_bias"), False),
+    **dict.fromkeys(("use_parallel_residual", "parallel_attn", "alibi", "use_moe", "qkv_bias"), False),
+    **dict.fromkeys(("is_causal", "use_rope"), True),
+}
 
 
 def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
     """Our configuration and the form of the weights, from the contents of config.json.
 
-    Raises ValueError for every field that asks for something this engine doesn't compute.
+    Raises ValueError for every field that asks for something this engine doesn't compute, and for fields of which that
+    is not known.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ValueError(
-            f"model_type is {kind!r}; the architectures that are understood are {' and '.join(_DEFAULTS)} "
-            "(BitNetForCausalLM, LlamaForCausalLM)"
+            f"model_type is {kind!r}; the architectures that are understood are bitnet and llama, and of those like "
+            "llama mistral, qwen2 and qwen3"
         )
-    values = {**_DEFAULTS[kind], "tie_word_embeddings": False, "max_position_embeddings": 2048, **values}
+    for name, value in values.items():
+        neutral = value in (None, "", [], {}) or (name in _NEUTRAL and value == _NEUTRAL[name])
+        if not (neutral or name in _READ or name in _HARMLESS):
+            raise ValueError(
+                f"{name} is {value!r:.200}, which is not understood for {kind} and may change what the model computes; "
+                "take a model without it, or remove it from config.json if it is a mere note"
+            )
+    values = {**_COMMON, **_DEFAULTS[kind], **values}
     for name in ("attention_bias", "mlp_bias"):
-        if values.get(name):
-            raise ValueError(f"{name} is set, and the projections here have no biases; no model of this kind loads")
-    if values.get("sliding_window") is not None:
-        raise ValueError(f"sliding_window is {values['sliding_window']!r}; attention here always sees the whole text")
+        if values.get(name) and (kind, name) != ("qwen2", "attention_bias"):  # whose biases are read
+            raise ValueError(
+                f"{name} is set, and the projections here have no such biases; no model of this kind loads"
+            )
+    _check_window(kind, values)
     activation = values["hidden_act"]
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(f"hidden_act {activation!r} is unknown; there are {', '.join(_ACTIVATIONS)}")
     heads = _integer(values, "num_attention_heads")
+    head_dim = None if values.get("head_dim") is None else _integer(values, "head_dim")
+    theta, factors = parse_rope(values, head_dim or _integer(values, "hidden_size") // heads)
     form = _form(values.get("quantization_config"))
     config = ModelConfig(
         vocab_size=_integer(values, "vocab_size"),
@@ -45,12 +100,15 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
         num_hidden_layers=_integer(values, "num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=heads if values["num_key_value_heads"] is None else _integer(values, "num_key_value_heads"),
-        head_dim=None if values.get("head_dim") is None else _integer(values, "head_dim"),
+        head_dim=head_dim,
         max_position_embeddings=_integer(values, "max_position_embeddings"),
-        rope_theta=_rope_theta(values),
+        rope_theta=theta,
+        rope_factors=factors,
         rms_norm_eps=_number("rms_norm_eps", values["rms_norm_eps"]),
         hidden_act=_ACTIVATIONS[activation],
         sub_norm=kind == "bitnet",
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         quantizer="none" if form == "dense" else "ternary",
     )
@@ -84,27 +142,31 @@ def _form(quantization: object) -> Form:
     return "master" if mode == "online" else "packed"
 
 
-def _rope_theta(values: JsonObject) -> float:
-    """theta of plain rotary positions, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    rope: JsonObject = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = values.get(name) or {}
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {value!r}; it must be an object")
-        kind = value.get("rope_type", value.get("type", "default"))
-        if kind != "default" or value.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"{name} is {value!r}; positions here are plain rotary (rope_type default), so the model would read "
-                "long texts wrongly; take a model without scaling"
-            )
-        rope.update(value)
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {values['partial_rotary_factor']!r}; whole heads are rotated here")
-    return _number("rope_theta", rope.get("rope_theta", values["rope_theta"]))
+def _check_window(kind: str, values: JsonObject) -> None:
+    """Raise ValueError where attention would not see the whole text."""
+    window, types = values.get("sliding_window"), values.get("layer_types") or []
+    if not isinstance(types, list) or any(name not in ("full_attention", "sliding_attention") for name in types):
+        raise ValueError(f"layer_types is {types!r:.200}; layers here are full_attention")
+    if kind.startswith("qwen"):  # theirs is off unless it is switched on, and then begins at a layer
+        sliding = values.get("use_sliding_window") and (
+            "sliding_attention" in types
+            or (not types and _integer(values, "num_hidden_layers") > _integer(values, "max_window_layers", 28))
+        )
+        window = window if sliding else None
+    elif "sliding_attention" in types:
+        raise ValueError("layer_types has sliding_attention; attention here always sees the whole text")
+    if window is None:
+        return
+    # A window as long as the model's longest text is none. llama and bitnet have no such field at all.
+    if kind in ("llama", "bitnet") or _integer(values, "sliding_window") < _integer(values, "max_position_embeddings"):
+        raise ValueError(
+            f"sliding_window is {window!r}; attention here always sees the whole text. To use the model for texts of "
+            "up to that length, lower max_position_embeddings to it in config.json"
+        )
 
 
-def _integer(values: JsonObject, name: str) -> int:
-    value = values.get(name)
+def _integer(values: JsonObject, name: str, default: int | None = None) -> int:
+    value = values.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
         raise ValueError(f"{name} is {value!r}; it must be a whole number from 1")
     return value

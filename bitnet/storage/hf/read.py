@@ -3,7 +3,7 @@
 A folder is config.json and model.safetensors, or shards of it under model.safetensors.index.json. What is understood:
 
     form             quantization_config              weights of the projections
-    dense            none                             floats, used as they are (BitNetForCausalLM, LlamaForCausalLM)
+    dense            none                             floats, used as they are (BitNet, Llama, Mistral, Qwen2, Qwen3)
     master           autobitlinear, online            latent floats, quantized in the forward pass
     packed           autobitlinear, offline           codes, and weight_scale = scale        (bitnet-b1.58-2B-4T)
     packed-inverse   bitlinear                        codes, and weight_scale = 1 / scale    (Falcon-E, HF1BitLLM)
@@ -16,10 +16,11 @@ configuration. The codes of a matrix [N, K] are uint8 [N / 4, K], by quarters of
 An offline folder may also hold the codes as floats [N, K]. Codes and scales go into PackedLinear as they are; nothing
 ternary is quantized again. Embedding and head stay float: `pack()` makes them INT8 for the native engine.
 
-Not understood, and refused with the reason: other architectures, biases, scaled rotary positions, norms inside the
-linear layers, and pickled weights, which could run code. Folders are not trusted: shards are plain names inside the
-folder, every shape is checked against the files' headers before anything of that size is made, and no code of the
-folder is run. Source: transformers' models/bitnet, models/llama, integrations/bitnet.py.
+Not understood, and refused with the reason: other architectures, biases elsewhere than in Qwen2, sliding windows,
+rotary positions but plain ones and Llama 3.1's, norms inside the linear layers, and pickled weights, which could run
+code. Folders are not trusted: shards are plain names inside the folder, every shape is checked against the files'
+headers before anything of that size is made, and no code of the folder is run. Source: transformers' models (bitnet,
+llama, mistral, qwen2, qwen3), integrations/bitnet.py.
 
 Letters: N out_features, K in_features.
 """

@@ -4,8 +4,9 @@
 
 `form` names the dialect, drawn in `bitnet/storage/hf/read.py`: packed and packed-inverse hold codes with their scale or
 its reciprocal, master the latent floats, to be quantized online, and a float model is a plain dense one. A model with
-sub-norms becomes a BitNetForCausalLM, one without a LlamaForCausalLM. Codes and scales come from the model's one
-quantization; 1 / scale is kept in float64, from which the same float32 scale comes back.
+sub-norms becomes a BitNetForCausalLM, one with biases behind q, k and v a Qwen2ForCausalLM, one with norms of the heads
+of q and k a Qwen3ForCausalLM, any other a LlamaForCausalLM. Codes and scales come from the model's one quantization;
+1 / scale is kept in float64, from which the same float32 scale comes back.
 
 A tokenizer becomes a tokenizer.json with sentencepiece's pieces and its merges in sentencepiece's order, and is
 compared with the original before it is given out. The one text that it reads differently is a real U+2581, which
@@ -20,15 +21,22 @@ from torch import Tensor
 
 from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.kernels import PACKED_BITS
-from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER
 from bitnet.storage.hf.card import CARD, Origin, model_card
 from bitnet.storage.hf.read import PACKED_ROWS, pack_rows
+from bitnet.storage.hf.rope import rope_parameters
 from bitnet.storage.safetensors import save_tensors
 from bitnet.tokenizer.json_write import GENERATION
 
+CLASSES = {
+    "bitnet": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 FORMS = ("packed", "packed-inverse", "master")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -76,6 +84,8 @@ def write(
             tensors[f"{name}.weight"] = unpack_codes(module.packed_weight, 8, columns) * module.weight_scale
         elif f"{name}.weight" in state:
             tensors[f"{name}.weight"] = state[f"{name}.weight"].detach()
+        if f"{name}.bias" in state:
+            tensors[f"{name}.bias"] = state[f"{name}.bias"].detach()
     # transformers takes the ids that begin and end a text from config.json too.
     special = json.loads(files.get(GENERATION, b"{}"))
     config = config_of(model, form)
@@ -111,7 +121,13 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
             f"{config.hidden_size}; transformers' attn_sub_norm has hidden_size weights. Train with head_dim = "
             "hidden_size / num_attention_heads"
         )
-    if not config.sub_norm and config.hidden_size % config.num_attention_heads:
+    if sum(parts := (config.sub_norm, config.qkv_bias, config.qk_norm)) > 1:
+        names = [name for name, part in zip(("sub_norm", "qkv_bias", "qk_norm"), parts, strict=True) if part]
+        raise ValueError(
+            f"the model has {' and '.join(names)}, and no class of transformers has them together; train with one of "
+            "them"
+        )
+    if kind_of(config) == "llama" and config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, as transformers' "
             "LlamaConfig wants it; choose a divisor"
@@ -138,13 +154,21 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
             )
 
 
+def kind_of(config: ModelConfig) -> str:
+    """The model_type of a configuration."""
+    parts = {"bitnet": config.sub_norm, "qwen3": config.qk_norm, "qwen2": config.qkv_bias}
+    return next((kind for kind, part in parts.items() if part), "llama")
+
+
 def config_of(model: BitNetForCausalLM, form: str) -> JsonObject:
     """The contents of config.json: every field written, since the classes' defaults are other models'."""
     config = model.config
     floats = model.model.norm.weight.dtype
+    rope = rope_parameters(config.rope_theta, config.rope_factors, config.head_width, config.max_position_embeddings)
+    scaled = rope["rope_type"] != "default"
     result: JsonObject = {
-        "architectures": ["BitNetForCausalLM" if config.sub_norm else "LlamaForCausalLM"],
-        "model_type": "bitnet" if config.sub_norm else "llama",
+        "architectures": [CLASSES[kind_of(config)]],
+        "model_type": kind_of(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -156,8 +180,9 @@ def config_of(model: BitNetForCausalLM, form: str) -> JsonObject:
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_range,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
+        "rope_parameters": rope,  # transformers 5
         "rope_theta": config.rope_theta,  # its predecessors, and llama.cpp's converter
+        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None,
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "dtype": str(floats).removeprefix("torch."),
