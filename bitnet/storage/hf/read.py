@@ -8,6 +8,8 @@ A folder is config.json and model.safetensors, or shards of it under model.safet
     packed           autobitlinear, offline           codes, and weight_scale = scale        (bitnet-b1.58-2B-4T)
     packed-inverse   bitlinear                        codes, and weight_scale = 1 / scale    (Falcon-E, HF1BitLLM)
 
+    A bias of the form packed is stored as bias / scale: there transformers multiplies it with the scale as well.
+
 `linear_class` defaults to bitlinear, so the meaning of weight_scale (shape [1]) turns over with one word of the
 configuration. The codes of a matrix [N, K] are uint8 [N / 4, K], by quarters of the rows: with c = q + 1, R = N / 4,
 
@@ -114,6 +116,9 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausal
         if name in packed:
             module = packed[name]
             state[f"{module}.packed_weight"], state[f"{module}.weight_scale"] = _ternary(tensors, module, form)
+        elif form == "packed" and name.endswith(".bias"):  # behind its matrix
+            scale = tensors.read(f"{name.removesuffix('.bias')}.weight_scale").double().view(1)
+            state[name] = (tensors.read(source[name]).double() * scale).float()
         else:
             state[name] = tensors.read(source[name]).to(torch.float32, copy=True)
     return BitNetForCausalLM.from_tensors(config, state)

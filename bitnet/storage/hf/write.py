@@ -85,7 +85,9 @@ def write(
         elif f"{name}.weight" in state:
             tensors[f"{name}.weight"] = state[f"{name}.weight"].detach()
         if f"{name}.bias" in state:
-            tensors[f"{name}.bias"] = state[f"{name}.bias"].detach()
+            bias, factor = state[f"{name}.bias"].detach(), tensors.get(f"{name}.weight_scale")
+            # transformers multiplies it with the scale in this form. In float64, so that it comes back to the bit.
+            tensors[f"{name}.bias"] = bias.cpu().double() / factor if form == "packed" and factor is not None else bias
     # transformers takes the ids that begin and end a text from config.json too.
     special = json.loads(files.get(GENERATION, b"{}"))
     config = config_of(model, form)
