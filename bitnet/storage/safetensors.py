@@ -57,11 +57,19 @@ class Tensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own or mapped from the file: copy what is to stay."""
+        return self._read(name, None)
+
+    def read_rows(self, name: str, first: int, end: int) -> Tensor:
+        """Rows of a tensor, `[end - first, ...]`."""
+        return self._read(name, slice(first, end))
+
+    def _read(self, name: str, rows: slice | None) -> Tensor:
         if name not in self._files:
             raise CheckpointError(f"{self.path} has no tensor {name}")
-        self._verify(self._files[name])
+        file = self._files[name]
+        self._verify(file)
         try:
-            tensor: Tensor = self._files[name].get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except SafetensorError as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
         return tensor

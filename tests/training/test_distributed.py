@@ -256,6 +256,6 @@ def test_damaged_shards_are_explained(tmp_path):
     assert float(read_whole(tmp_path / "shards", "optimizer.")["a.step"]) == 3
     with pytest.raises(ValueError, match=r"cannot be read.*another checkpoint"):
         read_shards(tmp_path / "shards", {"model.b": torch.zeros(2)})
-    (tmp_path / "shards" / ".metadata").write_bytes(b"nothing")
+    (tmp_path / "shards" / "index.json").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"cannot be read.*another checkpoint"):
         read_whole(tmp_path / "shards", "model.")
