@@ -10,8 +10,9 @@ python generate.py runs/demo --interactive
 
 python generate.py SmolLM2-135M-Instruct.gguf --chat --interactive
 
-The text goes to standard output, notes and the closing line of speeds to standard error. That line names the seed; the
-same seed gives the same text.
+The text goes to standard output, notes and the closing line of speeds to standard error. That line names the seed (the
+same seed gives the same text) and why the text ends there: stop (an end-of-text token or --stop), length
+(--max-new-tokens), context (the model's positions are full) or interrupted.
 """
 
 import dataclasses
@@ -86,8 +87,6 @@ def run(options: Options) -> None:
     from bitnet.kernels import use_backend
     from bitnet.tokenizer.chat import require
 
-    if options.text.sampling.greedy and options.samples > 1:
-        note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with use_backend(options.backend):
@@ -99,6 +98,8 @@ def run(options: Options) -> None:
             cache=options.cache,
             pack=options.pack,
         )
+        if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
+            note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
         writer = Writer(options, model)
         if options.chat:
             template = require(model.source.chat_template, model.source.path)
@@ -205,7 +206,8 @@ class Writer:
                 printer.show([completion.stop_reason is not None for completion in batch.completions])
         finally:  # Ctrl-C too
             printer.end_line()
-            print(f"{batch.stats} | seed {self.seed}", file=sys.stderr)
+            reasons = sorted({completion.stop_reason or "interrupted" for completion in batch.completions})
+            print(f"{batch.stats} | seed {self.seed} | stop reason {', '.join(reasons)}", file=sys.stderr)
             self.ids, self.text = ids + batch.completions[0].token_ids, batch.completions[0].text
 
 
@@ -246,6 +248,7 @@ class Printer:
 
 
 def check(options: Options) -> None:
+    options.text.sampling({})  # refuses what is out of range, before a model is read
     if options.samples < 1:
         raise ValueError(f"--samples is {options.samples}; generate at least 1")
     if options.threads is not None and options.threads < 1:

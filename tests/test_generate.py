@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import generate as cli
-from bitnet.inference.generation import (
-    SamplingConfig,
-)
+from bitnet.inference.options import DEFAULTS, SamplingConfig
 from tests import ROOT
 from tests.builders import expected_text, generate_ids, save_run, tiny_model
 from tests.vocabularies import stdlib_tokenizer
@@ -52,7 +50,10 @@ def call(capsys, monkeypatch, checkpoint):
     return run_main
 
 
-STATS = r"prefill \d+ tokens \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| seed (\d+)\n"
+STATS = (
+    r"prefill \d+ tokens \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| seed (\d+) "
+    r"\| stop reason (?:stop|length|context|interrupted)\n"
+)
 
 
 def test_the_same_seed_gives_the_same_text(call):
@@ -73,9 +74,7 @@ def test_the_same_seed_gives_the_same_text(call):
 def test_generate_prints_what_the_model_says(call, checkpoint, tokenizer):
     _, out, _ = call("--prompt", "text", "--max-new-tokens", "10", "--seed", "3", "--no-echo")
     ids = torch.tensor([tokenizer.encode("text", bos=True)])
-    new = generate_ids(tiny_model().pack(), ids, 10, SamplingConfig(0.8, top_p=0.95), seed=3, eos_id=tokenizer.eos_id)[
-        0
-    ].tolist()
+    new = generate_ids(tiny_model().pack(), ids, 10, DEFAULTS, seed=3, eos_id=tokenizer.eos_id)[0].tolist()
     assert out.removesuffix("\n") == tokenizer.decode(new).removesuffix("\n")
 
 

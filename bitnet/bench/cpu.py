@@ -42,8 +42,9 @@ from bitnet.bench.report import Report, Row, Value, headings, share, spread
 from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
-from bitnet.inference.generation import GenerationStats, SamplingConfig, TextStream, time_generation
+from bitnet.inference.generation import GenerationStats, TextStream, time_generation
 from bitnet.inference.loading import open_model
+from bitnet.inference.options import DEFAULTS
 from bitnet.kernels import cpu, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.machine import DTYPES, cpu_capabilities, process_memory, reset_peak_memory
@@ -52,7 +53,6 @@ from bitnet.tokenizer import BaseTokenizer, train_tokenizer
 
 Limits = dict[tuple[str, int], float]
 """By ("memory", threads) in GB/s and (instruction set, threads) in GOPS; empty without the native library."""
-SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # 0.4 MB of English that every Python has
 
 
@@ -162,7 +162,7 @@ def generate_once(
                 streams[row] = TextStream(tokenizer)
             streams[row].push(token % tokenizer.vocab_size)
 
-    return time_generation(model, torch.tensor([prompt] * batch), new, sampling=SAMPLING, consume=to_text)
+    return time_generation(model, torch.tensor([prompt] * batch), new, sampling=DEFAULTS, consume=to_text)
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def run(options: Options) -> int:
     prompt = pick_prompt(plan, tokenizer)
     report.notes += [
         f"medians of {options.repeat}; {plan.prompt} prompt tokens a row, {plan.new} steps behind them; "
-        f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}",
+        f"temperature {DEFAULTS.temperature}, top-p {DEFAULTS.top_p}, min-p {DEFAULTS.min_p}",
         "a model that fits the caches can exceed the limit, which is the memory's",
         *(["llama-bench's decoding draws no token and makes no text, ours does both"] if plan.peers else []),
         *(["--quick: too short to be a measurement"] if options.quick else []),

@@ -14,7 +14,7 @@ from bitnet.bench.gpu_timing import Call, Options, Row, copy_rate, in_turn, log,
 from bitnet.bench.random_models import float_twin, random_tensors
 from bitnet.inference.generation import GenerationStats, generate
 from bitnet.inference.gpu_engine import GpuEngine
-from bitnet.inference.options import SamplingConfig
+from bitnet.inference.options import DEFAULTS
 from bitnet.model import BitNetForCausalLM
 
 BATCHES = (1, 4, 16, 64)
@@ -124,7 +124,7 @@ def step_speed(engine: GpuEngine, twin: BitNetForCausalLM, ids: Tensor, capacity
 def text_speed(engine: GpuEngine, ids: Tensor, new: int) -> Row:
     """Tokens per second of whole texts, the host's part included, greedy and drawn."""
     row: Row = {}
-    for how, sampling in (("greedy", GREEDY), ("top_p", SamplingConfig(temperature=0.8, top_p=0.95))):
+    for how, sampling in (("greedy", GREEDY), ("top_p", DEFAULTS)):
         for _ in range(2):  # the second one is warm
             stats = GenerationStats()
             list(generate(engine, ids, max_new_tokens=new, sampling=sampling, seed=0, stats=stats))

@@ -77,7 +77,13 @@ def run(options: Options) -> None:
         template = source.chat_template.source if source.chat_template else None
         kind = options.type or ("Q8_0" if is_float else "TQ2_0")
         gguf_write.write(
-            model, options.out, kind, tokenizer=_vocabulary(source), chat_template=template, name=options.out.stem
+            model,
+            options.out,
+            kind,
+            tokenizer=_vocabulary(source),
+            chat_template=template,
+            name=options.out.stem,
+            sampling=source.sampling,
         )
     else:
         gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))

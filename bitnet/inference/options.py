@@ -2,7 +2,9 @@
 quick."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 _GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
 
@@ -39,28 +41,36 @@ class SamplingConfig:
         return self.temperature < _GREEDY_BELOW
 
 
+DEFAULTS = SamplingConfig(temperature=0.8, top_p=0.95, min_p=0.05)
+"""Where neither the user nor the model says otherwise."""
+
+
 @dataclass(frozen=True)
 class TextOptions:
-    """How a text is written."""
+    """How a text is written. How tokens are chosen is, unless given, what the model's generation_config.json (or its
+    GGUF file) says, and where that is silent `DEFAULTS`."""
 
     max_new_tokens: int = 200
     """Most tokens to generate."""
-    temperature: float = 0.8
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int = 0
-    """Sample from the k most likely tokens; 0 from all."""
-    top_p: float = 0.95
-    """Sample from the most likely tokens that hold this share of the probability; 1 from all."""
-    min_p: float = 0.0
-    """Leave out tokens less likely than this share of the most likely one; 0 leaves out none."""
-    repetition_penalty: float = 1.0
-    """Above 1, tokens that occurred become less likely."""
+    temperature: float | None = None
+    """Divides the logits; 0 always takes the most likely token. The model's own, or 0.8, unless given."""
+    top_k: int | None = None
+    """Sample from the k most likely tokens; 0 from all. The model's own, or 0, unless given."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that hold this share of the probability; 1 from all. The model's own, or 0.95,
+    unless given."""
+    min_p: float | None = None
+    """Leave out tokens less likely than this share of the most likely one; 0 leaves out none. The model's own, or 0.05,
+    unless given."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that occurred become less likely. The model's own, or 1, unless given."""
     seed: int | None = None
     """Start of the random numbers; without one it is random, and the result says which."""
     stop: tuple[str, ...] = ()
     """End the text before the first of these strings."""
 
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How each token is chosen. Raises ValueError for a value out of range."""
-        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+    def sampling(self, model: Mapping[str, Any]) -> SamplingConfig:
+        """How each token is chosen, where the model's own settings are `Source.sampling`. Raises ValueError for a value
+        out of range."""
+        given = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
+        return replace(DEFAULTS, **{**model, **{name: value for name, value in given.items() if value is not None}})

@@ -7,7 +7,8 @@
         print(piece, end="", flush=True)
     print(model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0))
 
-The keyword arguments are those of generate.py, with its defaults: the fields of `TextOptions`.
+The keyword arguments are those of generate.py, with its defaults: the fields of `TextOptions`. What is not given of
+temperature, top_k, top_p, min_p and repetition_penalty is what the model's generation_config.json or GGUF file says.
 """
 
 import secrets
@@ -21,7 +22,7 @@ import torch
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import GenerationStats, TextStream, generate, limit_new_tokens
 from bitnet.inference.loading import open_model
-from bitnet.inference.options import TextOptions
+from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.machine import DTYPES, pick_device
 from bitnet.storage.source import Source, open_source
 from bitnet.tokenizer import BaseTokenizer
@@ -81,6 +82,7 @@ class CompletionBatch:
         ids: Sequence[int],
         before: Sequence[int],
         options: TextOptions,
+        sampling: SamplingConfig,
         count: int,
     ) -> None:
         """`before`: the part of the ids that the text continues, see `TextStream`. Raises ValueError as `generate`."""
@@ -94,7 +96,7 @@ class CompletionBatch:
             model,
             torch.tensor([list(ids)] * count),
             max_new_tokens=room,
-            sampling=options.sampling,
+            sampling=sampling,
             seed=seed,
             eos_id=tokenizer.eos_ids,
             vocab_size=tokenizer.vocab_size,
@@ -180,7 +182,9 @@ class TextModel:
         """
         ids = self.encode(prompt)
         answer = _is_conversation(prompt) if answer is None else answer
-        return CompletionBatch(self.model, self.source.tokenizer, ids, () if answer else ids, options, count)
+        sampling = options.sampling(self.source.sampling)
+        before = () if answer else ids
+        return CompletionBatch(self.model, self.source.tokenizer, ids, before, options, sampling, count)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""
@@ -216,7 +220,7 @@ def load(
     run_on = pick_device(device)
     source = open_source(path, which=checkpoint)
     model = open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype])
-    _ = source.tokenizer  # what is wrong with it is said here, not at the first text
+    _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
     return TextModel(model, source)
 
 

@@ -9,6 +9,7 @@ The kind is told from the contents: the magic bytes of a file, the keys of a con
 puts a source on the fastest engine.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from bitnet.storage.hf.config import Form, parse_config
 from bitnet.storage.hf.write import TOKENIZER_FILES
 from bitnet.storage.json_files import CheckpointError, load_json
 from bitnet.storage.safetensors import CONFIG, MODEL, Tensors, open_tensors
+from bitnet.storage.sampling import Sampling, sampling_of_folder, sampling_of_gguf
 from bitnet.tokenizer import (
     BaseTokenizer,
     ChatTemplate,
@@ -41,6 +43,7 @@ from bitnet.tokenizer import (
     from_gguf_metadata,
     load_tokenizer,
 )
+from bitnet.tokenizer.json_write import GENERATION
 
 Kind = Literal["run", "packed", "quantized", "hf", "gguf"]
 
@@ -82,6 +85,14 @@ class Source:
         if self.file is not None:
             return chat_template_of_gguf(self.settings, self.tokenizer, str(self.path))
         return find_chat_template(self.path, self.tokenizer)
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the model's makers want tokens drawn, by the names of `SamplingConfig`; {} where they do not say. Raises
+        CheckpointError for what cannot be read."""
+        if self.file is not None:
+            return sampling_of_gguf(self.settings, self.path)
+        return sampling_of_folder(self.path)
 
     def model(self, *, device: torch.device | str = "cpu", quantizer: str | None = None) -> BitNetForCausalLM:
         """The model as it is stored, in evaluation mode: latent floats in float32, or codes as they are, with float
@@ -163,7 +174,11 @@ class Source:
         """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
         if self.file is None:
             return {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
-        return self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
+        files = self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
+        if self.sampling:
+            settings = json.loads(files.get(GENERATION, b"{}"))
+            files[GENERATION] = json.dumps(settings | {"do_sample": True} | self.sampling, indent=1).encode()
+        return files
 
 
 def open_source(path: str | Path, *, which: str = "best") -> Source:

@@ -26,7 +26,8 @@ from bitnet import kernels
 from bitnet.data.batches import Prefetcher
 from bitnet.data.feed import Feed
 from bitnet.evaluation.loss import Evaluation, evaluate_feed
-from bitnet.inference.generation import SamplingConfig, generate, limit_new_tokens
+from bitnet.inference.generation import generate, limit_new_tokens
+from bitnet.inference.options import DEFAULTS
 from bitnet.machine import eager
 from bitnet.model import BitNetForCausalLM, bit_linears
 from bitnet.training import checkpoint
@@ -232,7 +233,7 @@ class Trainer:
                 self.model,
                 torch.tensor([prompt], device=self.device),
                 max_new_tokens=limit_new_tokens(self.config.model, len(prompt), tokens),
-                sampling=SamplingConfig(temperature=0.8, top_p=0.95),
+                sampling=DEFAULTS,
                 seed=0,
                 eos_id=tokenizer.eos_ids,
                 vocab_size=tokenizer.vocab_size,

@@ -11,8 +11,8 @@ import torch
 
 import bitnet
 import generate as script
-from bitnet.inference.generation import SamplingConfig, generate
-from bitnet.inference.options import TextOptions
+from bitnet.inference.generation import generate
+from bitnet.inference.options import DEFAULTS, TextOptions
 from bitnet.inference.text_model import TextArguments, TextModel
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.tokenizer import ChatTemplate, train_tokenizer
@@ -52,7 +52,7 @@ def ids_of(model: TextModel, prompt: list[int], count: int, seed: int) -> list[i
         model.model,
         torch.tensor([prompt]),
         max_new_tokens=count,
-        sampling=SamplingConfig(0.8, top_p=0.95),
+        sampling=DEFAULTS,
         seed=seed,
         eos_id=tokenizer.eos_ids,
         vocab_size=tokenizer.vocab_size,
@@ -78,12 +78,12 @@ def test_a_chosen_seed_gives_the_text_again(model):
 
 
 def test_reasons_to_stop(model):
-    full = model.generate("self", max_new_tokens=1000, seed=5)
+    full = model.generate("self", max_new_tokens=1000, seed=5, min_p=0)
     assert full.prompt_tokens + full.new_tokens == model.positions
     assert full.stop_reason == "context"
     assert model.generate("self", max_new_tokens=8, seed=5).stop_reason == "length"
     middle = full.text[20:23]
-    stopped = model.generate("self", max_new_tokens=1000, seed=5, stop=[middle])
+    stopped = model.generate("self", max_new_tokens=1000, seed=5, min_p=0, stop=[middle])
     assert stopped.stop_reason == "stop"
     assert stopped.text == full.text[: full.text.index(middle)]
     assert stopped.new_tokens < full.new_tokens
@@ -98,8 +98,8 @@ def test_an_end_of_text_token_stops(model, monkeypatch):
 
 
 def test_a_stream_is_the_text_in_pieces(model):
-    whole = model.generate("self", max_new_tokens=30, seed=2)
-    stream = model.stream("self", max_new_tokens=30, seed=2)
+    whole = model.generate("self", max_new_tokens=30, seed=2, min_p=0)
+    stream = model.stream("self", max_new_tokens=30, seed=2, min_p=0)
     assert stream.completion.stop_reason is None
     first = next(stream)
     assert first

@@ -14,7 +14,7 @@ What an engine cannot express is refused with the reason and the alternative.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from bitnet.storage.gguf.names import (
     rotary_rows,
     table_names,
 )
+from bitnet.storage.sampling import sampling_metadata
 from bitnet.tokenizer import BaseTokenizer
 from bitnet.tokenizer.gguf_write import vocabulary
 
@@ -60,6 +61,7 @@ def write(
     chat_template: str | None = None,
     embedding_type: str | None = None,
     name: str = "bitnet",
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model, whole or not at all, one tensor in memory at a time.
 
@@ -70,6 +72,7 @@ def write(
                      six bits (Q8_0 or F16 where its rows do not fit), else the type itself or what the mixture says.
                      An INT8 embedding is written as the floats it stands for.
     name:            what the file says the model is called.
+    sampling:        how its tokens want to be drawn, as in `Source.sampling`.
 
     Raises ValueError, with the reason and the alternative, for what the engine cannot express, and OSError.
     """
@@ -81,6 +84,7 @@ def write(
         metadata |= vocabulary(tokenizer, config.vocab_size)
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
+    metadata |= sampling_metadata(sampling or {})
     write_file(path, metadata, sorted(_tensors(model, arch, types), key=lambda tensor: _layer(tensor.name)))
 
 
