@@ -142,20 +142,24 @@ def launches_of(engine: GpuEngine, batch: int) -> int:
     return len(launches)
 
 
-def unlike_eager(engine: GpuEngine, ids: Tensor) -> str:
-    """What is wrong with the graph of a step behind the prompt `ids`, whose logits must be the eager ones bit for bit
-    and within 5 % of those of one prefill; empty where nothing is. A speed is shown beside it."""
+def unlike_eager(engine: GpuEngine, ids: Tensor, steps: int = 9) -> str:
+    """What is wrong with the graph of a step, whose logits behind the prompt `ids` must be the eager ones bit for bit
+    and, at the median of its last `steps` positions, within 5 % of those of one prefill: a single one may lie on a
+    rounding border. Empty where nothing is. A speed is shown beside it."""
+    steps = min(steps, ids.shape[1] - 1)
     logits = []
     for graphs in (True, False):
         allowed, engine.graphs = engine.graphs, engine.graphs and graphs
         cache = engine.new_cache(len(ids), ids.shape[1])
-        engine(ids[:, :-1], cache, last_only=True)
-        logits.append(engine(ids[:, -1:], cache, last_only=True))
+        engine(ids[:, :-steps], cache, last_only=True)
+        logits.append(
+            torch.cat([engine(ids[:, i : i + 1], cache) for i in range(ids.shape[1] - steps, ids.shape[1])], 1)
+        )
         engine.graphs = allowed
     if not torch.equal(*logits):
         return "WRONG: the graph's logits are not the eager ones"
-    whole = engine(ids, last_only=True)
-    error = float((logits[0] - whole).norm() / whole.norm())
+    whole = engine(ids)[:, -steps:]
+    error = float(((logits[0] - whole).norm(dim=(0, 2)) / whole.norm(dim=(0, 2))).median())
     return "" if error < 0.05 else f"WRONG: logits of a step are {error:.0%} off those of a prefill"
 
 

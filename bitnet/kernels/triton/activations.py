@@ -39,6 +39,13 @@ def activation(x, at, inside, K: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
+def normalized(v, norm, K: tl.constexpr, EPS: tl.constexpr, stored: tl.constexpr):
+    """RMSNorm of a whole token v, zeros behind its K values; `norm` are the weights."""
+    mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
+    return (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32) * norm
+
+
+@triton.jit
 def scale_of(largest, SMALLEST: tl.constexpr):
     """The scale of a token whose absolute values, as integers, are at most `largest`. In that form they keep their
     order and a NaN is larger than any number: it becomes the scale, so that a token with one does not come out as
@@ -71,9 +78,7 @@ def quantize_kernel(
         norm = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     v = activation(x + row * K * (1 if GATE == "none" else 2), k, inside, K, GATE)
     if NORM:
-        mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
-        v = (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32)
-        v = v * norm
+        v = normalized(v, norm, K, EPS, stored)
         if weight.dtype.element_ty == stored:
             v = v.to(stored).to(tl.float32)
     s = scale_of(tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), SMALLEST)

@@ -22,8 +22,10 @@ from torch import Tensor
 from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton, wait_for_inputs
 
 TILE = 64
-"""Cached positions that a program of `attend` takes at a time."""
+"""Cached positions that a program of `attend` takes at a time, at most."""
 MAX_SPLITS = 32
+PROGRAMS = 128
+"""Of one launch of `attend`, at least, where there are positions enough for them; more were slower on an H200."""
 
 
 @triton.jit
@@ -85,6 +87,87 @@ def turned(pointer, d, inside, c, s, D: tl.constexpr):
     return own * c + tl.where(d < D // 2, -(other * s), other * s)
 
 
+@triton.jit
+def cached_tile(keys, values, tile, position, S, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Keys and values `[TILE, BLOCK]` of the tile's positions before `position`, zeros for the others. keys, values: of
+    one head, from its position 0 on."""
+    t = tile * TILE + tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK)[None, :]
+    old = ((t < position) & (t < S))[:, None] & (d < D)
+    at = t[:, None] * D + d
+    return tl.load(keys + at, mask=old, other=0.0), tl.load(values + at, mask=old, other=0.0)
+
+
+@triton.jit
+def angles(cos, sin, position, S, D: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """Cosine and sine `[1, BLOCK]` of a position, and where a key or value of it may be stored."""
+    d = tl.arange(0, BLOCK)[None, :]
+    here = position + tl.zeros([1, BLOCK], tl.int32)
+    exists = (here < S) & (here < POSITIONS) & (d < D)
+    c = tl.load(cos + position * D + d, mask=exists, other=0.0)
+    return c, tl.load(sin + position * D + d, mask=exists, other=0.0), exists
+
+
+@triton.jit
+def attend_tiles(
+    row, head, keys, values, k, v, c, s, exists, position, split, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Running maximum `[ROWS]`, sum and weighted values of the R query heads of key/value head `head` over every
+    SPLITS-th tile from `split` on, whose first is (k, v); the new key and value, taken from the token's `row` of qkv,
+    go to the cache."""
+    R: tl.constexpr = H // G
+    stored: tl.constexpr = k.dtype
+    r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    wide, heads = d < D, r < R
+    tile = split
+    query = turned(row + (head * R + r) * D, d, wide & heads, c, s, D).to(stored)
+    new_key = turned(row + (H + head) * D, d, wide, c, s, D).to(stored)
+    new_value = tl.load(row + (H + G + head) * D + d, mask=wide, other=0.0)
+    if position // TILE % SPLITS == split:
+        tl.store(keys + position * D + d, new_key, mask=exists)
+        tl.store(values + position * D + d, new_value, mask=exists)
+    # Matrix instructions take 16 rows, too many for one query: there every place of the tile keeps its own maximum and
+    # sum, and nothing passes between threads before the end.
+    places: tl.constexpr = TILE if R == 1 else ROWS
+    highest = tl.full([places], float("-inf"), tl.float32)
+    weight = tl.zeros([places], dtype=tl.float32)
+    acc = tl.zeros([places, BLOCK], dtype=tl.float32)
+    while tile <= position // TILE:
+        t = tile * TILE + tl.arange(0, TILE)
+        seen = (t <= position) & (t < S)
+        newest = (t == position)[:, None]  # on its way to memory: taken from here
+        k = tl.where(newest, new_key, k)
+        v = tl.where(newest, new_value, v)
+        if R == 1:
+            score = tl.where(seen, tl.sum(query.to(tl.float32) * k.to(tl.float32), 1) * SCALE, float("-inf"))
+            top = tl.maximum(highest, score)
+        else:
+            score = tl.dot(query, tl.trans(k), input_precision="ieee") * SCALE
+            score = tl.where(seen[None, :], score, float("-inf"))
+            top = tl.maximum(highest, tl.max(score, 1))
+        finite = tl.where(top == float("-inf"), 0.0, top)  # no position so far: -inf - -inf would be NaN
+        shrink = tl.exp2(highest - finite)
+        if R == 1:
+            share = tl.exp2(score - finite)
+            weight = weight * shrink + share
+            acc = acc * shrink[:, None] + share[:, None] * v.to(tl.float32)
+        else:
+            share = tl.exp2(score - finite[:, None])
+            weight = weight * shrink + tl.sum(share, 1)
+            acc = acc * shrink[:, None] + tl.dot(share.to(stored), v, input_precision="ieee")
+        highest = top
+        tile += SPLITS
+        k, v = cached_tile(keys, values, tile, position, S, D, BLOCK, TILE)
+    if R == 1:
+        top = tl.max(highest, 0)
+        shrink = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
+        weight = tl.sum(weight * shrink, 0)[None]
+        acc = tl.sum(acc * shrink[:, None], 0)[None, :]
+        highest = top[None]
+    return highest, weight, acc
+
+
 @triton.jit(do_not_specialize=["S"])
 def attend_kernel(
     qkv, cos, sin, start, keys, values, part, largest, total, arrived, out, S, H: tl.constexpr, G: tl.constexpr,
@@ -94,54 +177,22 @@ def attend_kernel(
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
     log2(e) / sqrt(D), so that powers are of 2. The program of a group that comes last joins the parts of all."""
     R: tl.constexpr = H // G
-    stored: tl.constexpr = qkv.dtype.element_ty
     group, split = tl.program_id(0), tl.program_id(1)
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     wide, heads = d < D, r < R
     if not AHEAD:
         wait_for_inputs(PDL)
     position = tl.load(start)
-    here = position + tl.zeros([1, BLOCK], tl.int32)
-    exists = (here < S) & (here < POSITIONS)
-    c = tl.load(cos + position * D + d, mask=wide & exists, other=0.0)
-    s = tl.load(sin + position * D + d, mask=wide & exists, other=0.0)
+    c, s, exists = angles(cos, sin, position, S, D, POSITIONS, BLOCK)
     cached = group.to(tl.int64) * S * D
-    tile = split
-    t = tile * TILE + tl.arange(0, TILE)
-    old = ((t < position) & (t < S))[:, None] & wide
-    k = tl.load(keys + cached + t[:, None] * D + d, mask=old, other=0.0)
-    v = tl.load(values + cached + t[:, None] * D + d, mask=old, other=0.0)
+    k, v = cached_tile(keys + cached, values + cached, split, position, S, D, BLOCK, TILE)
     if AHEAD:
         wait_for_inputs(PDL)
     row = qkv + (group // G).to(tl.int64) * (H + 2 * G) * D
-    query = turned(row + (group % G * R + r) * D, d, wide & heads, c, s, D).to(stored)
-    new_key = turned(row + (H + group % G) * D, d, wide, c, s, D).to(stored)
-    new_value = tl.load(row + (H + G + group % G) * D + d, mask=wide, other=0.0)
-    if position // TILE % SPLITS == split:
-        tl.store(keys + cached + position * D + d, new_key, mask=wide & exists)
-        tl.store(values + cached + position * D + d, new_value, mask=wide & exists)
-    highest = tl.full([ROWS], float("-inf"), tl.float32)
-    weight = tl.zeros([ROWS], dtype=tl.float32)
-    acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    while tile <= position // TILE:
-        seen = (t <= position) & (t < S)
-        newest = (t == position)[:, None]  # on its way to memory: taken from here
-        k = tl.where(newest, new_key, k)
-        v = tl.where(newest, new_value, v)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * SCALE
-        score = tl.where(seen[None, :], score, float("-inf"))
-        top = tl.maximum(highest, tl.max(score, 1))
-        finite = tl.where(top == float("-inf"), 0.0, top)  # no position so far: -inf - -inf would be NaN
-        share = tl.exp2(score - finite[:, None])
-        shrink = tl.exp2(highest - finite)
-        weight = weight * shrink + tl.sum(share, 1)
-        acc = acc * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
-        highest = top
-        tile += SPLITS
-        t = tile * TILE + tl.arange(0, TILE)
-        old = ((t < position) & (t < S))[:, None] & wide
-        k = tl.load(keys + cached + t[:, None] * D + d, mask=old, other=0.0)
-        v = tl.load(values + cached + t[:, None] * D + d, mask=old, other=0.0)
+    highest, weight, acc = attend_tiles(
+        row, group % G, keys + cached, values + cached, k, v, c, s, exists, position, split, S, H, G, D, SCALE, SPLITS,
+        ROWS, BLOCK, TILE,
+    )  # fmt: skip
     own = (group.to(tl.int64) * SPLITS + split) * ROWS
     tl.store(largest + own + tl.arange(0, ROWS), highest)
     tl.store(total + own + tl.arange(0, ROWS), weight)
@@ -160,7 +211,7 @@ def attend_kernel(
             weight += factor * tl.load(total + place + tl.arange(0, ROWS))
             acc += factor[:, None] * tl.load(part + (place + r) * BLOCK + d, mask=wide & heads, other=0.0)
         target = out + (group.to(tl.int64) * R + r) * D + d
-        tl.store(target, (acc / weight[:, None]).to(stored), mask=wide & heads)
+        tl.store(target, (acc / weight[:, None]).to(qkv.dtype.element_ty), mask=wide & heads)
 
 
 def embed(ids: Tensor, packed: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -209,7 +260,7 @@ class AttentionParts:
         programs = batch_size * groups
         # Enough programs for a large GPU, none without a tile of its own.
         most = MAX_SPLITS * 128 // max(128, block)  # the parts of wide heads fill registers
-        self.splits = max(1, min(most, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(1024, programs))))
+        self.splits = max(1, min(most, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(PROGRAMS, programs))))
         shape = (programs, self.splits, rows)
         self.part = torch.empty(*shape, block, dtype=torch.float32, device=device)
         self.largest, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
@@ -217,10 +268,20 @@ class AttentionParts:
 
 
 def _tile(heads: int, groups: int, width: int) -> tuple[int, int]:
-    """Rows and columns that a program of `attend` computes with; matrix instructions want 16 at least."""
+    """Rows and columns that a program of `attend` computes with; matrix instructions want 16 rows at least."""
     if heads % groups:
         raise ValueError(f"{heads} query heads cannot share {groups} key/value heads; give a multiple")
-    return max(16, power_of_2(heads // groups)), max(16, power_of_2(width))
+    rows = power_of_2(heads // groups)
+    return 1 if rows == 1 else max(16, rows), max(16, power_of_2(width))
+
+
+def _positions_and_warps(programs: int, rows: int, row_bytes: int) -> tuple[int, int]:
+    """Of a program of `attend`, best of 2 to 8 warps and 32 to 128 positions on an H200, for 4 to 64 sequences."""
+    if row_bytes > 256:
+        return (32 if row_bytes <= 512 else 16), 8  # what registers hold
+    if programs < 256:
+        return TILE, 8
+    return 32, 8 if rows == 1 and programs < 1024 else 4
 
 
 def attend(
@@ -244,10 +305,11 @@ def attend(
         check(name, table, torch.float32, keys.device, None, D)
     check("parts", parts.part, torch.float32, qkv.device, B * G, parts.splits, rows, block)
     out = torch.empty(B, 1, heads * D, dtype=qkv.dtype, device=qkv.device)
+    positions, warps = _positions_and_warps(B * G * parts.splits, rows, block * qkv.element_size())
     launch(
         attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, parts.part, parts.largest,
         parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
-        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
-        AHEAD=constant, TILE=TILE if block * qkv.element_size() <= 256 else 32 if block <= 128 else 16, warps=8,
+        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block, AHEAD=constant,
+        TILE=positions, warps=warps,
     )  # fmt: skip
     return out
