@@ -85,7 +85,18 @@ class BuildKernels(build_ext):
 
 HEADERS = [
     f"{FOLDER}/{name}.h"
-    for name in ("simd", "layout", "matmul", "attention", "forward", "isa", "pool", "blocks", "blocks_layout")
+    for name in (
+        "simd",
+        "layout",
+        "matmul",
+        "attention",
+        "forward",
+        "isa",
+        "pool",
+        "sampling",
+        "blocks",
+        "blocks_layout",
+    )
 ]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],

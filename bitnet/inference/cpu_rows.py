@@ -81,6 +81,11 @@ class BlockCache:
         self.lock = threading.Lock()
 
     @property
+    def tokens(self) -> int:
+        """Positions of all blocks."""
+        return len(self.shares) * BLOCK
+
+    @property
     def free_tokens(self) -> int:
         return len(self.free) * BLOCK
 

@@ -5,32 +5,28 @@
     for ids in generate(model, input_ids, max_new_tokens=200, sampling=SamplingConfig(0.8), seed=1, stats=stats):
         print(text.push(int(ids[0])), end="")
 
-A token is drawn in these steps, transformers' order:
+How a token is drawn is in `sampling.py`. Row i of a call draws the numbers of its own seed, which is seed + i where
+one seed is given, so a text depends on its seed, its prompt and its options. On the native engine it does not depend on
+anything else; in torch and on a GPU it can still differ between devices, batch sizes and thread counts where rounding
+in the model moves a logit.
 
-    1. repetition penalty   l = l / r if l > 0 else l * r, for every token of the prompt and of the text so far
-    2. temperature          w = exp((l - max l) / temperature); 0 takes the largest logit instead and ends here
-    3. top-k                the k largest
-    4. top-p                the smallest set of what is left whose mass reaches p of it, at least one token
-    5. min-p                what has at least min_p times the weight of the most likely token
-    6. draw                 the first token whose cumulative weight exceeds u * total, u uniform in [0, 1)
-
-Equal logits count in the order of their ids. One generator on the CPU, started from the seed, gives one u per row and
-step, also to rows that have finished. So a seed means the same numbers on every device, and a row's text depends on
-the seed, its prompt, its number and the batch size, not on the other rows' texts. It can still differ between
-devices, batch sizes and thread counts where rounding in the model moves a logit.
-
-Letters: B batch, T prompt length, V vocab_size, N candidates.
+Letters: B batch, T prompt length, V vocab_size.
 """
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.cpu_rows import BLOCK, BlockRow
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.options import SamplingConfig
+from bitnet.inference.rows import rows_of
+from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows
 from bitnet.model import ModelConfig
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
@@ -38,66 +34,6 @@ FILLER = -1
 """What `generate` yields for a row that has already ended."""
 
 _NOT_FINITE = -2  # in place of the id of a row whose logits are not
-
-
-def sample(
-    logits: Tensor, sampling: SamplingConfig, generator: torch.Generator | None, seen: Tensor | None = None
-) -> Tensor:
-    """Draw one token per row: logits `[B, V]` of any float dtype to ids int64 `[B]`, on the logits' device.
-
-    `seen` is a bool mask `[B, V]` of the tokens that the repetition penalty applies to. `generator` may be None
-    when decoding is greedy, and may live on another device. Inputs stay as they are.
-    """
-    logits = logits.float()
-    if seen is not None and sampling.repetition_penalty != 1:
-        penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.greedy:
-        return logits.argmax(-1)  # of equal ones the first
-
-    # From here on unnormalized probabilities, the largest exactly 1.
-    weights = torch.exp((logits - logits.amax(-1, keepdim=True)) / sampling.temperature)
-    ids = None  # of the candidates, in descending order, once something needs that order
-    if 0 < sampling.top_k < weights.shape[-1]:
-        kth = weights.topk(sampling.top_k).values[:, -1:]
-        weights, ids = (part[:, : sampling.top_k] for part in _descending(weights, kth))
-    if sampling.top_p < 1:
-        total = weights.sum(-1, keepdim=True, dtype=torch.float64)
-        if ids is None and weights.device.type != "cpu":
-            # Where waiting for a count costs more than sorting: all of them.
-            weights, ids = weights.sort(dim=-1, descending=True, stable=True)
-        elif ids is None:
-            # All tokens below this floor together weigh less than (1 - p) of the total, so none is in the set.
-            weights, ids = _descending(weights, total * (1 - sampling.top_p) / weights.shape[-1])
-        mass_before = weights.cumsum(-1, dtype=torch.float64) - weights
-        weights = weights.masked_fill(mass_before >= sampling.top_p * total, 0)
-    if sampling.min_p > 0:
-        weights = weights.masked_fill(weights < sampling.min_p, 0)
-
-    # Inverse CDF: one random number per row, where torch.multinomial draws V of them (3 ms at V = 128 k, one x86 core).
-    # u <= 1 - 2^-53, so u * total < total also after rounding, and a weight of 0 is never drawn.
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    device = None if generator is None else generator.device
-    u = torch.rand(len(weights), 1, generator=generator, dtype=torch.float64, device=device).to(weights.device)
-    drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
-    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
-
-
-def _descending(weights: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """All weights of `[B, V]` that reach their row's floor `[B, 1]`, in descending order, with their ids: `[B, N]`.
-
-    Rows with fewer than N of them are filled up with weights of 0, which are never drawn. Only N values are sorted.
-    """
-    reached = weights >= floor
-    counts = reached.sum(-1)
-    rows, columns = reached.nonzero(as_tuple=True)
-    places = torch.arange(len(rows), device=weights.device) - (counts.cumsum(0) - counts)[rows]
-    ids = rows.new_zeros(len(weights), int(counts.amax()))
-    values = weights.new_zeros(ids.shape)
-    ids[rows, places] = columns
-    values[rows, places] = weights[rows, columns]
-    values, order = values.sort(dim=-1, descending=True, stable=True)
-    return values, ids.gather(-1, order)
 
 
 @dataclass
@@ -118,6 +54,18 @@ class GenerationStats:
     decode_seconds: float = 0.0
     bytes_read: int = 0
     """Bytes that the decoding steps had to read: the model's `weight_bytes` and the filled cache at every step."""
+
+    def count(self, running: Sequence[int], prompt_tokens: int, bytes_read: int, seconds: float) -> None:
+        """One more step, which gave a token to each of these rows; the first one has read the prompts."""
+        if not self.new_tokens:
+            self.prompt_tokens += prompt_tokens
+            self.prefill_seconds += seconds
+        else:
+            self.decode_tokens += len(running)
+            self.decode_steps += 1
+            self.decode_seconds += seconds
+            self.bytes_read += bytes_read
+        self.new_tokens += len(running)
 
     @property
     def prefill_rate(self) -> float:
@@ -163,45 +111,91 @@ def limit_new_tokens(config: ModelConfig, prompt_tokens: int, max_new_tokens: in
 
 def generate(
     model: LanguageModel,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: SamplingConfig,
-    seed: int,
+    sampling: SamplingConfig | Sequence[SamplingConfig],
+    seed: int | Sequence[int],
     eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
     stats: GenerationStats | None = None,
 ) -> Iterator[Tensor]:
-    """Continue `input_ids` int64 `[B, T]` token by token: an iterator of ids int64 `[B]`, on the CPU.
+    """Continue prompts token by token: an iterator of ids int64 `[B]`, on the CPU.
+
+    input_ids:   int64 `[B, T]`, or lists of ids of any lengths.
+    sampling:    for all rows, or one for each.
+    seed:        of row 0, the others take the following ones; or one for each.
+    vocab_size:  leaves out the last rows of a head that is larger than its tokenizer.
 
     A row ends with `eos_id`, or any of several, which is yielded; from then on it yields FILLER (-1), and when all rows
-    have ended the iterator stops. Otherwise it stops after `max_new_tokens`, or earlier, where prompt and text fill the
-    model's positions (`limit_new_tokens` tells). The prompts of a batch have one length; padding is not supported.
-    `vocab_size` leaves out the last rows of a head that is larger than its tokenizer. Raises ValueError at once for
-    input the model cannot take, and later for logits that are not finite.
+    have ended the iterator stops. Otherwise a row ends after `max_new_tokens`, or earlier, where prompt and text fill
+    the model's positions (`limit_new_tokens` tells). Raises ValueError at once for input the model cannot take, and
+    later for logits that are not finite.
     """
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not len(input_ids):
+    if isinstance(input_ids, Tensor) and (input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not len(input_ids)):
         raise ValueError(
             f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; give int64 [batch, tokens], "
             "e.g. torch.tensor([ids])"
         )
-    config = model.config
-    max_new_tokens = limit_new_tokens(config, input_ids.shape[1], max_new_tokens)
-    smallest, largest = (int(bound) for bound in input_ids.aminmax())
-    if smallest < 0 or largest >= config.vocab_size:
+    prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(ids) for ids in input_ids]
+    stats = GenerationStats() if stats is None else stats
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
+    if not len(prompts) == len(seeds) == len(samplings):
         raise ValueError(
-            f"token id {smallest if smallest < 0 else largest} is outside the model's vocabulary (0 to "
-            f"{config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
+            f"there are {len(prompts)} prompts, {len(samplings)} samplings and {len(seeds)} seeds; give one for each"
         )
+    V = check_vocab_size(model.config, vocab_size)
+    rooms = [limit_new_tokens(model.config, len(ids), max_new_tokens) for ids in prompts]
+    samplers = [
+        RowSampler(how, number % 2**63 if row else number, ids, vocab_size=V)
+        for row, (how, number, ids) in enumerate(zip(samplings, seeds, prompts, strict=True))
+    ]
+    steps = draw_texts(model, prompts, samplers, rooms, ends, stats)
+    return (torch.tensor([FILLER if drawn is None else drawn.token for drawn in step]) for step in steps)
+
+
+def check_vocab_size(config: ModelConfig, vocab_size: int | None) -> int:
+    """Columns of the logits that count."""
     vocab_size = config.vocab_size if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= config.vocab_size:
         raise ValueError(f"vocab_size is {vocab_size}; the model's is {config.vocab_size}, give at most that")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
-    generator = torch.Generator().manual_seed(seed)
-    stats = GenerationStats() if stats is None else stats
-    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    return _generate(model, input_ids, max_new_tokens, sampling, generator, ends, vocab_size, stats)
+    return vocab_size
+
+
+def draw_texts(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    samplers: Sequence[RowSampler],
+    rooms: Sequence[int],
+    ends: Collection[int],
+    stats: GenerationStats,
+    memory: "Memory | None" = None,
+) -> Iterator[list[Drawn | None]]:
+    """Continue every prompt by at most its `rooms` tokens: what was drawn in each step, None for rows that have ended.
+
+    `memory`, of the native engine and a single prompt: where the model has read its beginning already. Raises
+    ValueError at once for ids outside the vocabulary, and later for logits that are not finite.
+    """
+    for ids in prompts:
+        smallest, largest = min(ids), max(ids)
+        if smallest < 0 or largest >= model.config.vocab_size:
+            raise ValueError(
+                f"token id {smallest if smallest < 0 else largest} is outside the model's vocabulary (0 to "
+                f"{model.config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
+            )
+    alike = len({(len(ids), room, *_plain(one)) for ids, room, one in zip(prompts, rooms, samplers, strict=True)}) == 1
+    if isinstance(model, Engine) or not alike or _plain(samplers[0])[0]:
+        return _draw_rows(model, prompts, samplers, rooms, set(ends), stats, memory)
+    return _draw_batch(model, prompts, samplers, rooms[0], set(ends), stats)
+
+
+def _plain(sampler: RowSampler) -> tuple[object, ...]:
+    """What the rows of a static batch must have in common; first, whether a row needs more than it does."""
+    how = sampler.sampling
+    more = bool(sampler.logprobs is not None or how.logit_bias or how.presence_penalty or how.frequency_penalty)
+    return more, how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty
 
 
 def time_generation(
@@ -232,69 +226,146 @@ def time_generation(
     return stats
 
 
+class Memory:
+    """The last text that a native engine has read, for the next one that begins alike. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[BlockRow, list[int]]] = []
+
+    def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int]:
+        """A row with room for so many tokens that has read as much of `ids` as is known, and how many that are: not
+        the last, whose logits are wanted."""
+        row, known = self._kept.pop() if self._kept else (None, [])
+        pairs = enumerate(zip(known, ids[:-1], strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
+        if row is None or row.cache.tokens < tokens:
+            cache = _cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
+            return cache.new_row(), 0
+        row.truncate(same)
+        return row, same
+
+    def put(self, row: BlockRow, ids: list[int]) -> None:
+        self._kept[:] = [(row, ids[: row.length])]
+
+
+def _cache_of(model: LanguageModel, tokens: int) -> Any:
+    """A cache of rows in the type that `model.new_cache` has."""
+    if isinstance(model, Engine):
+        return model.rows.new_cache(tokens, model.cache_dtype or "float32")
+    return rows_of(model).new_cache(tokens)
+
+
 @torch.inference_mode()
-def _generate(
+def _draw_rows(
     model: LanguageModel,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    sampling: SamplingConfig,
-    generator: torch.Generator,
-    ends: list[int],
-    vocab_size: int,
+    prompts: Sequence[list[int]],
+    samplers: Sequence[RowSampler],
+    rooms: Sequence[int],
+    ends: set[int],
     stats: GenerationStats,
-) -> Iterator[Tensor]:
-    B, T = input_ids.shape
-    cache = model.new_cache(B, T + max_new_tokens - 1)  # the last token is never fed back, so it needs no position
+    memory: Memory | None,
+) -> Iterator[list[Drawn | None]]:
+    rows, bytes_of_weights = rows_of(model), model.weight_bytes()
+    ids = [list(prompt) for prompt in prompts]
+    texts: dict[int, Any] = {}  # the rows that have not ended
+    started = time.perf_counter()
+    if memory is not None and isinstance(model, Engine) and len(ids) == 1:
+        texts[0], known = memory.take(model, ids[0], len(ids[0]) + rooms[0])
+        logits = rows.step([(texts[0], ids[0][known:])])
+    else:
+        cache = _cache_of(model, sum(-(-(len(p) + room) // BLOCK) * BLOCK for p, room in zip(ids, rooms, strict=True)))
+        # A prompt that several rows have is read once.
+        first: dict[tuple[int, ...], int] = {}
+        which = [first.setdefault(tuple(prompt), len(first)) for prompt in ids]
+        read = [cache.new_row() for _ in first]
+        logits = rows.step([(row, prompt) for row, prompt in zip(read, first, strict=True)])[which]
+        texts = {row: read[place].fork() for row, place in enumerate(which)}
+        for row in read:
+            row.close()
+    step = 0
+    try:
+        while True:
+            running = list(texts)
+            drawn = dict(zip(running, draw_rows([samplers[row] for row in running], logits), strict=True))
+            for row, one in drawn.items():
+                if not one.finite:
+                    raise _not_finite(len(ids[row]))
+                ids[row].append(one.token)
+            now = time.perf_counter()
+            filled = sum(texts[row].nbytes for row in running)
+            stats.count(running, sum(map(len, prompts)), bytes_of_weights + filled, now - started)
+            step += 1
+            yield [drawn.get(row) for row in range(len(ids))]
+            started = time.perf_counter()
+            for row in running:
+                if drawn[row].token in ends or step == rooms[row]:
+                    if memory is None:
+                        texts[row].close()
+                        del texts[row]
+                    else:
+                        return
+            if not texts:
+                return
+            logits = rows.step([(text, ids[row][-1:]) for row, text in texts.items()])
+    finally:
+        if memory is not None and 0 in texts:
+            memory.put(texts[0], ids[0])
+
+
+@torch.inference_mode()
+def _draw_batch(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    samplers: Sequence[RowSampler],
+    room: int,
+    ends: set[int],
+    stats: GenerationStats,
+) -> Iterator[list[Drawn | None]]:
+    """Prompts of one length in a static cache, for models that run batches faster than rows: in torch and on a GPU."""
+    (B, T), V, sampling = (len(prompts), len(prompts[0])), samplers[0].vocab_size, samplers[0].sampling
+    cache = model.new_cache(B, T + room - 1)  # the last token is never fed back, so it needs no position
     bytes_of_weights = model.weight_bytes()
-    tokens = input_ids.to(model.device)
+    tokens = torch.tensor(prompts).to(model.device)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=model.device)
-        seen.scatter_(1, tokens.clamp(max=vocab_size - 1), True)
-    finished = torch.zeros(B, dtype=torch.bool)
+        seen = torch.zeros(B, V, dtype=torch.bool, device=model.device)
+        seen.scatter_(1, tokens.clamp(max=V - 1), True)
+    finished = [False] * B
     arrival = _Arrival(B, model.device)
     started = time.perf_counter()
-    logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
-    for step in range(max_new_tokens):
+    logits = model(tokens, cache, last_only=True)[:, -1, :V]
+    for step in range(room):
         finite = logits.isfinite().all(-1)
         if arrival.asynchronous:
             logits = logits.where(finite[:, None], 0)  # something to draw from; refused when the ids are here
         elif not bool(finite.all()):
             raise _not_finite(T + step)
-        chosen = sample(logits, sampling, generator, seen)
+        uniform = None
+        if not sampling.greedy:
+            uniform = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64)
+        chosen = choose(logits, sampling, uniform, seen)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         filled = cache.nbytes
         tokens = chosen[:, None]
         arrival.send(torch.where(finite, chosen, _NOT_FINITE))
-        if arrival.asynchronous and step + 1 < max_new_tokens:
+        if arrival.asynchronous and step + 1 < room:
             # The device goes on with the next step while the host waits for this one's ids and uses them.
-            logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
-        ids = arrival.wait()
-        if bool((ids == _NOT_FINITE).any()):
+            logits = model(tokens, cache, last_only=True)[:, -1, :V]
+        ids = arrival.wait().tolist()
+        if _NOT_FINITE in ids:
             raise _not_finite(T + step)
         now = time.perf_counter()
         seconds, started = now - started, now  # of the device, which does not stop while the consumer works
-
-        running = int((~finished).sum())
-        stats.new_tokens += running
-        if step == 0:
-            stats.prompt_tokens += input_ids.numel()
-            stats.prefill_seconds += seconds
-        else:
-            stats.decode_tokens += running
-            stats.decode_steps += 1
-            stats.decode_seconds += seconds
-            stats.bytes_read += bytes_of_weights + filled
-        ids = ids.masked_fill(finished, FILLER)
-        for end in ends:
-            finished |= ids == end
-        yield ids
-        if bool(finished.all()):
+        running = [row for row in range(B) if not finished[row]]
+        stats.count(running, B * T, bytes_of_weights + filled, seconds)
+        yield [None if finished[row] else Drawn(ids[row]) for row in range(B)]
+        finished = [done or ids[row] in ends for row, done in enumerate(finished)]
+        if all(finished):
             return
-        if not arrival.asynchronous and step + 1 < max_new_tokens:
+        if not arrival.asynchronous and step + 1 < room:
             started = time.perf_counter()
-            logits = model(tokens, cache, last_only=True)[:, -1, :vocab_size]
+            logits = model(tokens, cache, last_only=True)[:, -1, :V]
 
 
 def _not_finite(tokens: int) -> ValueError:

@@ -3,7 +3,7 @@ quick."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 _GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
@@ -23,6 +23,12 @@ class SamplingConfig:
     """Keep tokens at least this likely relative to the most likely one; 0 keeps all."""
     repetition_penalty: float = 1.0
     """Makes tokens that occurred less likely, the CTRL paper's form (arXiv 1909.05858); 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the text has, the prompt not counted; 0 changes nothing."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it has it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -35,6 +41,9 @@ class SamplingConfig:
             raise ValueError(f"min_p is {self.min_p}; give a share between 0 (keep all) and 1, e.g. 0.05")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give 1 (off) or a bit more, e.g. 1.1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 (off) or a number, e.g. 0.5")
 
     @property
     def greedy(self) -> bool:
@@ -64,6 +73,10 @@ class TextOptions:
     unless given."""
     repetition_penalty: float | None = None
     """Above 1, tokens that occurred become less likely. The model's own, or 1, unless given."""
+    presence_penalty: float = 0.0
+    """Makes tokens that the text already has less likely by this much in the logit."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it has them."""
     seed: int | None = None
     """Start of the random numbers; without one it is random, and the result says which."""
     stop: tuple[str, ...] = ()
@@ -72,5 +85,5 @@ class TextOptions:
     def sampling(self, model: Mapping[str, Any]) -> SamplingConfig:
         """How each token is chosen, where the model's own settings are `Source.sampling`. Raises ValueError for a value
         out of range."""
-        given = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
+        given = {field.name: getattr(self, field.name, None) for field in fields(SamplingConfig)}
         return replace(DEFAULTS, **{**model, **{name: value for name, value in given.items() if value is not None}})

@@ -104,6 +104,11 @@ class PlainRow:
         if self.own is not None and self.own.length > length:
             self.own.length = length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a step reads of it."""
+        return 0 if self.own is None else int(self.own.nbytes)
+
     def close(self) -> None:
         if not self.closed:
             self.cache.rows.remove(self)

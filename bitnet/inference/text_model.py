@@ -5,6 +5,8 @@
     print(text, text.stop_reason, text.prompt_tokens, text.new_tokens)
     for piece in model.stream("My fellow citizens"):
         print(piece, end="", flush=True)
+    for text in model.generate_many(["One", "Two words", [1, 2, 3]], seed=1):    side by side, as fast as one batch
+        print(text)
     print(model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0))
 
 The keyword arguments are those of generate.py, with its defaults: the fields of `TextOptions`. What is not given of
@@ -13,16 +15,22 @@ temperature, top_k, top_p, min_p and repetition_penalty is what the model's gene
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypedDict, TypeGuard, Unpack, cast
 
-import torch
-
 from bitnet.inference.engine import LanguageModel
-from bitnet.inference.generation import GenerationStats, TextStream, generate, limit_new_tokens
+from bitnet.inference.generation import (
+    GenerationStats,
+    Memory,
+    TextStream,
+    check_vocab_size,
+    draw_texts,
+    limit_new_tokens,
+)
 from bitnet.inference.loading import open_model
 from bitnet.inference.options import SamplingConfig, TextOptions
+from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.machine import DTYPES, pick_device
 from bitnet.storage.source import Source, open_source
 from bitnet.tokenizer import BaseTokenizer
@@ -42,6 +50,8 @@ class TextArguments(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
     stop: Sequence[str]
 
@@ -60,6 +70,8 @@ class Completion:
     stop_reason: StopReason | None = None
     """stop: an end-of-text token or a stop string; length: max_new_tokens; context: the model's positions are full;
     None: not ended yet."""
+    drawn: list[Drawn] | None = None
+    """Of each of `token_ids` the log-probabilities, where they were asked for."""
 
     @property
     def new_tokens(self) -> int:
@@ -69,8 +81,19 @@ class Completion:
         return self.text
 
 
+@dataclass
+class Writing:
+    """One text to write: the token ids before it, and how it goes on."""
+
+    ids: list[int]
+    options: TextOptions
+    sampling: SamplingConfig
+    continues: bool = True
+    """The text goes on in the last word of `ids`; else it is one of its own, as an answer is."""
+
+
 class CompletionBatch:
-    """Several completions of one prompt, written together: an iterator over their next pieces of text.
+    """Several texts, written together: an iterator over their next pieces.
 
     `completions` and `stats` hold what there is so far, also after an interruption.
     """
@@ -79,44 +102,45 @@ class CompletionBatch:
         self,
         model: LanguageModel,
         tokenizer: BaseTokenizer,
-        ids: Sequence[int],
-        before: Sequence[int],
-        options: TextOptions,
-        sampling: SamplingConfig,
-        count: int,
+        texts: Sequence[Writing],
+        *,
+        logprobs: int | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        """`before`: the part of the ids that the text continues, see `TextStream`. Raises ValueError as `generate`."""
-        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-        room = limit_new_tokens(model.config, len(ids), options.max_new_tokens)
+        """`logprobs`, `memory`: see `RowSampler` and `draw_texts`. A text without a seed gets one of its own. Raises
+        ValueError as `generate`."""
         self.stats = GenerationStats()
-        self.completions = [Completion(len(ids), seed) for _ in range(count)]
-        self._last: StopReason = "length" if room == options.max_new_tokens else "context"
-        self._streams = [TextStream(tokenizer, options.stop, prompt=before) for _ in range(count)]
-        self._steps = generate(
-            model,
-            torch.tensor([list(ids)] * count),
-            max_new_tokens=room,
-            sampling=sampling,
-            seed=seed,
-            eos_id=tokenizer.eos_ids,
-            vocab_size=tokenizer.vocab_size,
-            stats=self.stats,
-        )
+        self.completions, self._streams, self._last = [], [], []
+        rooms, samplers = [], []
+        vocab_size = check_vocab_size(model.config, tokenizer.vocab_size)
+        for text in texts:
+            options = text.options
+            seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+            rooms.append(room := limit_new_tokens(model.config, len(text.ids), options.max_new_tokens))
+            samplers.append(RowSampler(text.sampling, seed, text.ids, vocab_size=vocab_size, logprobs=logprobs))
+            self.completions.append(Completion(len(text.ids), seed, drawn=None if logprobs is None else []))
+            last: StopReason = "length" if room == options.max_new_tokens else "context"
+            self._last.append(last)
+            self._streams.append(TextStream(tokenizer, options.stop, prompt=text.ids if text.continues else ()))
+        ids, ends = [text.ids for text in texts], tokenizer.eos_ids
+        self._steps = draw_texts(model, ids, samplers, rooms, ends, self.stats, memory if len(texts) == 1 else None)
 
     def __iter__(self) -> Iterator[list[str]]:
         """The next pieces, one string a completion, perhaps ""; the last ones are what had been held back."""
         for step in self._steps:
-            yield [self._push(i, token) for i, token in enumerate(step.tolist())]
+            yield [self._push(i, drawn) for i, drawn in enumerate(step)]
             if all(stream.finished for stream in self._streams):
                 return
         yield [self._close(i) for i in range(len(self._streams))]
 
-    def _push(self, i: int, token: int) -> str:
+    def _push(self, i: int, drawn: Drawn | None) -> str:
         stream, completion = self._streams[i], self.completions[i]
-        if stream.finished:
+        if stream.finished or drawn is None:
             return ""
-        piece = stream.push(token)
-        completion.token_ids.append(token)
+        piece = stream.push(drawn.token)
+        completion.token_ids.append(drawn.token)
+        if completion.drawn is not None:
+            completion.drawn.append(drawn)
         completion.text += piece
         if stream.finished:
             completion.stop_reason = "stop"
@@ -125,7 +149,7 @@ class CompletionBatch:
     def _close(self, i: int) -> str:
         completion, piece = self.completions[i], self._streams[i].close()
         completion.text += piece
-        completion.stop_reason = completion.stop_reason or self._last
+        completion.stop_reason = completion.stop_reason or self._last[i]
         return piece
 
 
@@ -145,22 +169,60 @@ class TextModel:
 
     def __init__(self, model: LanguageModel, source: Source) -> None:
         self.model, self.source = model, source
+        self._memory = Memory()
 
     @property
     def positions(self) -> int:
         """Most tokens of prompt and text together."""
         return self.model.config.max_position_embeddings
 
-    def generate(self, prompt: Prompt, **options: Unpack[TextArguments]) -> Completion:
+    def generate(self, prompt: Prompt, *, logprobs: int | None = None, **options: Unpack[TextArguments]) -> Completion:
         """Continue a text, token ids, or the messages of a conversation; options as in `TextOptions`.
 
-        Raises ValueError for a prompt that leaves no room and for options out of range.
+        `logprobs`: `Completion.drawn` then has the log-probability of every token and of so many of the likeliest. On
+        the native engine a prompt that begins like the last text is read from there on. Raises ValueError for a prompt
+        that leaves no room and for options out of range.
         """
-        return _whole(self.stream(prompt, **options))
+        return _whole(self.stream(prompt, logprobs=logprobs, **options))
 
-    def stream(self, prompt: Prompt, **options: Unpack[TextArguments]) -> CompletionStream:
-        """The same, piece by piece."""
-        return CompletionStream(self.batch(prompt, TextOptions(**options)))  # type: ignore[arg-type]
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        options: Sequence[TextOptions] | None = None,
+        *,
+        logprobs: int | None = None,
+        **same: Unpack[TextArguments],
+    ) -> list[Completion]:
+        """Continue prompts of any lengths together, each with its own options or all with the same.
+
+        With one seed for all, prompt i has seed + i. A text is what `generate` gives with its seed: on the native
+        engine to the last token, elsewhere as far as the model's rounding does not depend on its company.
+        """
+        if options is not None and (same or len(options) != len(prompts)):
+            raise ValueError(
+                f"there are {len(prompts)} prompts and {len(options)} options; give one for each, or names"
+            )
+        if options is None:
+            options = _numbered(TextOptions(**same), len(prompts))  # type: ignore[arg-type]
+        texts = [
+            Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not _is_conversation(prompt))
+            for prompt, how in zip(prompts, options, strict=True)
+        ]
+        if not texts:
+            return []
+        batch = CompletionBatch(self.model, self.source.tokenizer, texts, logprobs=logprobs)
+        for _ in batch:
+            pass
+        return batch.completions
+
+    def stream(
+        self, prompt: Prompt, *, logprobs: int | None = None, **options: Unpack[TextArguments]
+    ) -> CompletionStream:
+        """The same as `generate`, piece by piece."""
+        how = TextOptions(**options)  # type: ignore[arg-type]
+        text = Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not _is_conversation(prompt))
+        tokenizer, memory = self.source.tokenizer, self._memory
+        return CompletionStream(CompletionBatch(self.model, tokenizer, [text], logprobs=logprobs, memory=memory))
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[TextArguments]) -> Completion:
         """The answer to a conversation, [{"role": "user", "content": "..."}, ...], or to one message.
@@ -176,15 +238,15 @@ class TextModel:
     def batch(
         self, prompt: Prompt, options: TextOptions, count: int = 1, *, answer: bool | None = None
     ) -> CompletionBatch:
-        """`count` completions of one prompt, written together.
+        """`count` completions of one prompt, written together; number i has seed + i.
 
         `answer`: they are texts of their own and continue no word of the prompt; unless given, those of messages are.
         """
         ids = self.encode(prompt)
         answer = _is_conversation(prompt) if answer is None else answer
         sampling = options.sampling(self.source.sampling)
-        before = () if answer else ids
-        return CompletionBatch(self.model, self.source.tokenizer, ids, before, options, sampling, count)
+        texts = [Writing(ids, how, sampling, not answer) for how in _numbered(options, count)]
+        return CompletionBatch(self.model, self.source.tokenizer, texts, memory=self._memory)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""
@@ -222,6 +284,12 @@ def load(
     model = open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype])
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
     return TextModel(model, source)
+
+
+def _numbered(options: TextOptions, count: int) -> list[TextOptions]:
+    """The options of so many texts, their seeds one behind the other."""
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    return [replace(options, seed=seed + i if seed < 0 else (seed + i) % 2**63) for i in range(count)]
 
 
 def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

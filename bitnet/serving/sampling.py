@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitnet.inference.generation import sample
 from bitnet.inference.options import SamplingConfig
+from bitnet.inference.sampling import sample
 
 
 class Matcher(Protocol):

@@ -1,4 +1,4 @@
-"""Sampling, the decode loop, and the text it makes."""
+"""The decode loop, and the text it makes."""
 
 import itertools
 import re
@@ -13,131 +13,12 @@ from bitnet.inference.generation import (
     TextStream,
     generate,
     limit_new_tokens,
-    sample,
 )
 from bitnet.model import pack
 from bitnet.tokenizer import Tokenizer
 from tests.builders import expected_text, generate_ids, tiny_model
 
 GREEDY = SamplingConfig(temperature=0)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-# Sampling
-
-
-def brute_force(logits: list[float], s: SamplingConfig, seen: set[int]) -> list[float]:
-    """The distribution of one token, straight from the definitions, in Python floats."""
-    r = s.repetition_penalty
-    logits = [(x / r if x > 0 else x * r) if i in seen else x for i, x in enumerate(logits)]
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    kept = order[: s.top_k] if s.top_k else order
-    top = logits[order[0]]
-    weight = {i: torch.tensor((logits[i] - top) / s.temperature).double().exp().item() for i in kept}
-    if s.top_p < 1:
-        total = sum(weight.values())
-        size = next(n for n in range(1, len(kept) + 1) if sum(weight[i] for i in kept[:n]) >= s.top_p * total)
-        kept = kept[:size]
-    kept = [i for i in kept if weight[i] >= s.min_p]
-    total = sum(weight[i] for i in kept)
-    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        SamplingConfig(),
-        SamplingConfig(temperature=0.5),
-        SamplingConfig(temperature=1.7, top_k=5),
-        SamplingConfig(top_k=1),
-        SamplingConfig(top_k=100),
-        SamplingConfig(top_p=0.6),
-        SamplingConfig(top_p=0.999),
-        SamplingConfig(top_p=1e-9),
-        SamplingConfig(min_p=0.2),
-        SamplingConfig(min_p=1.0),
-        SamplingConfig(repetition_penalty=2.0),
-        SamplingConfig(0.8, 9, 0.9, 0.03, 1.3),
-        SamplingConfig(0.7, 0, 0.8, 0.1, 0.5),
-    ],
-    ids=str,
-)
-def test_sampling_has_the_distribution_of_the_definitions(config):
-    V, draws = 16, 20_000
-    logits = 1.5 * torch.randn(2, V)
-    seen = torch.rand(2, V) < 0.4
-    for row in range(2):
-        ids = sample(logits[row].expand(draws, V), config, seeded(), seen[row].expand(draws, V))
-        expected = torch.tensor(brute_force(logits[row].tolist(), config, set(seen[row].nonzero().flatten().tolist())))
-        assert ids.dtype == torch.int64
-        counts = torch.bincount(ids, minlength=V)
-        assert not counts[expected == 0].any(), "a token was drawn that the filters exclude"
-        allowed = expected > 0
-        chi_square = ((counts - draws * expected)[allowed] ** 2 / (draws * expected[allowed])).sum().item()
-        freedom = int(allowed.sum()) - 1
-        assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5, f"counts {counts.tolist()}, expected {expected}"
-
-
-def test_rows_of_a_batch_are_filtered_on_their_own():
-    # Row 0 is nearly certain, row 1 uniform: their nuclei have different sizes.
-    logits = torch.stack([torch.tensor([0.0, 20.0] + [0.0] * 8), torch.zeros(10)]).repeat(2000, 1)
-    ids = sample(logits, SamplingConfig(top_p=0.95), seeded()).view(-1, 2)
-    assert set(ids[:, 0].tolist()) == {1}
-    assert set(ids[:, 1].tolist()) == set(range(10))
-
-
-def test_ties_go_to_the_lowest_ids():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0, 3.0]])
-    assert sample(logits, GREEDY, None).tolist() == [1]
-    many = logits.expand(500, -1)
-    assert set(sample(many, SamplingConfig(top_k=2), seeded()).tolist()) == {1, 2}
-    assert set(sample(many, SamplingConfig(top_k=1), seeded()).tolist()) == {1}
-    # Four tokens of a quarter each, the rest negligible: three of them reach 0.7 of the mass, two do not.
-    quarters = torch.full((500, 300), -60.0)
-    quarters[:, [7, 99, 100, 250]] = 0.0
-    assert set(sample(quarters, SamplingConfig(top_p=0.7), seeded()).tolist()) == {7, 99, 100}
-
-
-def test_top_p_stops_at_the_token_that_reaches_it():
-    # Two halves, exactly: one of them has a mass of 0.5, and more than 0.5 takes both.
-    logits = torch.tensor([[0.0, 0.0]]).expand(200, 2)
-    assert set(sample(logits, SamplingConfig(top_p=0.5), seeded()).tolist()) == {0}
-    assert set(sample(logits, SamplingConfig(top_p=0.51), seeded()).tolist()) == {0, 1}
-
-
-def test_repetition_penalty_by_hand():
-    logits = torch.tensor([[2.0, 1.5, -1.0, -1.5]])
-    penalty = SamplingConfig(temperature=0, repetition_penalty=2.0)
-    assert sample(logits, penalty, None, torch.tensor([[True, False, False, False]])).tolist() == [1]  # 2 / 2 < 1.5
-    negative = torch.tensor([[-5.0, -9.0, -1.0, -1.5]])
-    assert sample(negative, penalty, None, torch.tensor([[False, False, True, False]])).tolist() == [3]  # -1 * 2 < -1.5
-    assert sample(logits, penalty, None).tolist() == [0]
-
-
-def test_extreme_logits_and_inputs_stay_as_they_are():
-    logits = torch.tensor([[3e38, -3e38, 0.0, 2.9e38]])
-    before, seen = logits.clone(), torch.tensor([[False, True, True, False]])
-    config = SamplingConfig(temperature=1e-5, top_p=0.99, repetition_penalty=1.5)
-    assert sample(logits, config, seeded(), seen).tolist() == [0]
-    assert torch.equal(logits, before)
-    assert seen.tolist() == [[False, True, True, False]]
-    assert sample(torch.tensor([[1.0, 2.0, float("-inf")]]), SamplingConfig(min_p=0.9), seeded()).tolist() == [1]
-    assert sample(logits.to(torch.bfloat16), SamplingConfig(), seeded()).tolist() == [0]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
-        ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0),
-    ],
-)  # fmt: skip
-def test_settings_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"{field} is {value}; give"):
-        SamplingConfig(**{field: value})
 
 
 # The decode loop

@@ -11,6 +11,7 @@
 #endif
 #define BN_ISA common
 #include "forward.h"
+#include "sampling.h"
 
 #define BN_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -100,7 +101,7 @@ BN_EXPORT int bn_available(const bn_kernels **out) {
 
 BN_EXPORT int64_t bn_struct_sizes(int which) {
     static const int64_t sizes[] = {sizeof(bn_matrix), sizeof(bn_layer), sizeof(bn_model), sizeof(bn_cache),
-                                    sizeof(bn_row), sizeof(bn_kernels)};
+                                    sizeof(bn_row), sizeof(bn_draw), sizeof(bn_kernels)};
     return sizes[which];
 }
 
@@ -108,6 +109,9 @@ BN_EXPORT int64_t bn_struct_sizes(int which) {
 BN_EXPORT int64_t bn_workspace_bytes(const bn_model *m, int64_t tokens, int64_t rows, int64_t longest, int threads) {
     return bn::common::lay_out(*m, tokens, rows, longest, threads, nullptr, nullptr);
 }
+
+// Scratch of a thread that draws from V logits.
+BN_EXPORT int64_t bn_draw_bytes(int64_t V) { return bn::common::draw_room_at(nullptr, V).bytes; }
 
 // Lines of a block of 16 rows with K columns.
 BN_EXPORT int32_t bn_lines(int64_t K, int codec) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "forward.h"
+#include "sampling.h"
 
 #define BN_STRING2(x) #x
 #define BN_STRING(x) BN_STRING2(x)
@@ -11,5 +12,5 @@
 extern "C" const bn_kernels BN_NAME(BN_ISA);
 extern "C" const bn_kernels BN_NAME(BN_ISA) = {
     BN_STRING(BN_ISA), BN_CODEC, bn::BN_ISA::quantize, bn::BN_ISA::matmul, bn::BN_ISA::forward,
-    bn::BN_ISA::peak,
+    bn::BN_ISA::peak, bn::BN_ISA::sample,
 };

@@ -65,6 +65,22 @@ typedef struct {
     int64_t length, tokens;
 } bn_row;
 
+// One row of a draw, sampling.h. Ids are distinct in each list.
+typedef struct {
+    const float *logits; // [V]
+    const int32_t *change_ids; // penalties of the answer's tokens and biases, added up
+    const float *changes;
+    const uint8_t *allowed; // [V], or NULL: every token
+    const int32_t *seen_ids; // of the repetition penalty
+    int32_t *top_ids; // [top_count], descending, and their log-probabilities
+    float *top_logprobs;
+    int64_t change_count, seen_count, top_count, top_k; // top_count -1: no log-probabilities at all
+    double top_p, uniform;
+    float min_p, temperature, repetition_penalty; // temperature 0: the largest
+    float logprob; // out, as all that follows
+    int64_t token, finite; // finite 0: some logit is not, and nothing was drawn
+} bn_draw;
+
 // Every instruction set exports one of these.
 typedef struct {
     const char *name;
@@ -78,4 +94,5 @@ typedef struct {
     // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that
     // was. For the machine's limits in bitnet.bench.
     int64_t (*peak)(int64_t rounds, int threads);
+    void (*sample)(bn_draw *rows, int64_t count, int64_t V, uint8_t *room, int threads);
 } bn_kernels;

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -72,6 +72,17 @@ class Row(ctypes.Structure):
     _fields_ = [("cache", POINTER(Cache)), ("blocks", c_void_p), ("length", c_int64), ("tokens", c_int64)]
 
 
+class Draw(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("logits", "change_ids", "changes", "allowed", "seen_ids")),
+        *((name, c_void_p) for name in ("top_ids", "top_logprobs")),
+        *((name, c_int64) for name in ("change_count", "seen_count", "top_count", "top_k")),
+        *((name, c_double) for name in ("top_p", "uniform")),
+        *((name, c_float) for name in ("min_p", "temperature", "repetition_penalty", "logprob")),
+        *((name, c_int64) for name in ("token", "finite")),
+    ]
+
+
 class Kernels(ctypes.Structure):
     """The function table of one instruction set."""
 
@@ -82,6 +93,7 @@ class Kernels(ctypes.Structure):
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
         ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qppqppi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
+        ("sample", ctypes.CFUNCTYPE(None, POINTER(Draw), *c_types("qqpi"))),
     ]
 
 
@@ -110,13 +122,14 @@ def library() -> ctypes.CDLL | None:
             lib.bn_struct_sizes.restype = c_int64
             lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int64, c_int]
             lib.bn_workspace_bytes.restype = c_int64
+            lib.bn_draw_bytes.argtypes, lib.bn_draw_bytes.restype = [c_int64], c_int64
             lib.bn_lines.argtypes = c_types("qi")
             lib.bn_pack.argtypes = c_types("pqqiqpiqqi")
             lib.bn_advise_huge_pages.argtypes = c_types("pq")
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
             # The structs are declared twice, here and in layout.h; a stale library must not be called.
-            for index, struct in enumerate((Matrix, Layer, Model, Cache, Row, Kernels)):
+            for index, struct in enumerate((Matrix, Layer, Model, Cache, Row, Draw, Kernels)):
                 if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
                     raise RuntimeError(
                         f"{path.name} was built from other sources than this Python ({struct.__name__} differs); "
