@@ -92,6 +92,47 @@ class Writing:
     """The text goes on in the last word of `ids`; else it is one of its own, as an answer is."""
 
 
+class OpenText:
+    """A text that is being written: what draws its tokens, and what they have come to."""
+
+    def __init__(self, model: LanguageModel, tokenizer: BaseTokenizer, text: Writing, logprobs: int | None) -> None:
+        """`logprobs`: see `RowSampler`. A text without a seed gets one of its own. Raises ValueError as `generate`."""
+        options = text.options
+        seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+        vocab_size = check_vocab_size(model.config, tokenizer.vocab_size)
+        self.ids, self.room = text.ids, limit_new_tokens(model.config, len(text.ids), options.max_new_tokens)
+        self.sampler = RowSampler(text.sampling, seed, text.ids, vocab_size=vocab_size, logprobs=logprobs)
+        self.completion = Completion(len(text.ids), seed, drawn=None if logprobs is None else [])
+        self._last: StopReason = "length" if self.room == options.max_new_tokens else "context"
+        self._stream = TextStream(tokenizer, options.stop, prompt=text.ids if text.continues else ())
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come: a stop string or an end-of-text token was met."""
+        return self._stream.finished
+
+    def push(self, drawn: Drawn | None) -> str:
+        """The piece of text that a token makes certain; None and what comes behind the end are left out."""
+        completion = self.completion
+        if self.finished or drawn is None:
+            return ""
+        piece = self._stream.push(drawn.token)
+        completion.token_ids.append(drawn.token)
+        if completion.drawn is not None:
+            completion.drawn.append(drawn)
+        completion.text += piece
+        if self.finished:
+            completion.stop_reason = "stop"
+        return piece
+
+    def close(self) -> str:
+        """What was held back, and the reason to stop."""
+        piece = self._stream.close()
+        self.completion.text += piece
+        self.completion.stop_reason = self.completion.stop_reason or self._last
+        return piece
+
+
 class CompletionBatch:
     """Several texts, written together: an iterator over their next pieces.
 
@@ -107,50 +148,21 @@ class CompletionBatch:
         logprobs: int | None = None,
         memory: Memory | None = None,
     ) -> None:
-        """`logprobs`, `memory`: see `RowSampler` and `draw_texts`. A text without a seed gets one of its own. Raises
-        ValueError as `generate`."""
+        """`logprobs`, `memory`: see `RowSampler` and `draw_texts`. Raises ValueError as `generate`."""
         self.stats = GenerationStats()
-        self.completions, self._streams, self._last = [], [], []
-        rooms, samplers = [], []
-        vocab_size = check_vocab_size(model.config, tokenizer.vocab_size)
-        for text in texts:
-            options = text.options
-            seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-            rooms.append(room := limit_new_tokens(model.config, len(text.ids), options.max_new_tokens))
-            samplers.append(RowSampler(text.sampling, seed, text.ids, vocab_size=vocab_size, logprobs=logprobs))
-            self.completions.append(Completion(len(text.ids), seed, drawn=None if logprobs is None else []))
-            last: StopReason = "length" if room == options.max_new_tokens else "context"
-            self._last.append(last)
-            self._streams.append(TextStream(tokenizer, options.stop, prompt=text.ids if text.continues else ()))
-        ids, ends = [text.ids for text in texts], tokenizer.eos_ids
-        self._steps = draw_texts(model, ids, samplers, rooms, ends, self.stats, memory if len(texts) == 1 else None)
+        self._texts = [OpenText(model, tokenizer, text, logprobs) for text in texts]
+        self.completions = [text.completion for text in self._texts]
+        ids, rooms = [text.ids for text in self._texts], [text.room for text in self._texts]
+        samplers, memory = [text.sampler for text in self._texts], memory if len(texts) == 1 else None
+        self._steps = draw_texts(model, ids, samplers, rooms, tokenizer.eos_ids, self.stats, memory)
 
     def __iter__(self) -> Iterator[list[str]]:
         """The next pieces, one string a completion, perhaps ""; the last ones are what had been held back."""
         for step in self._steps:
-            yield [self._push(i, drawn) for i, drawn in enumerate(step)]
-            if all(stream.finished for stream in self._streams):
+            yield [text.push(drawn) for text, drawn in zip(self._texts, step, strict=True)]
+            if all(text.finished for text in self._texts):
                 return
-        yield [self._close(i) for i in range(len(self._streams))]
-
-    def _push(self, i: int, drawn: Drawn | None) -> str:
-        stream, completion = self._streams[i], self.completions[i]
-        if stream.finished or drawn is None:
-            return ""
-        piece = stream.push(drawn.token)
-        completion.token_ids.append(drawn.token)
-        if completion.drawn is not None:
-            completion.drawn.append(drawn)
-        completion.text += piece
-        if stream.finished:
-            completion.stop_reason = "stop"
-        return piece
-
-    def _close(self, i: int) -> str:
-        completion, piece = self.completions[i], self._streams[i].close()
-        completion.text += piece
-        completion.stop_reason = completion.stop_reason or self._last[i]
-        return piece
+        yield [text.close() for text in self._texts]
 
 
 class CompletionStream(Iterator[str]):

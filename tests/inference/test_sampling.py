@@ -230,7 +230,7 @@ def test_penalties_and_bias_by_hand() -> None:
     sampling = SamplingConfig(temperature=0, presence_penalty=0.5, frequency_penalty=1.0, logit_bias={2: 0.25})
     sampler = RowSampler(sampling, 0, [0, 0, 0], vocab_size=3)  # the prompt does not count
     logits = torch.tensor([[2.0, 1.0, 0.6]])
-    assert [draw_rows([sampler], logits)[0].token for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert [draw_rows([sampler], logits)[0].token for _ in range(5)] == [0, 1, 2, 0, 0]
     # After 0: 0.5 1.0 0.85; after 1: 0.5 -0.5 0.85; after 2: 0.5 -0.5 -0.65; after 0: -0.5 -0.5 (the first), -0.65.
 
 
