@@ -37,6 +37,7 @@ TEXT_SUFFIXES = (".txt", ".text")
 DATA_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 _TABLES = (".csv", ".tsv", ".psv", ".xls", ".xlsx", ".ods")
 _STRING = r'"(?:[^"\\\x00-\x1f]|\\.)*"'
+_ENDS = (*", ]\t\r\n",)
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
 _JSON_START = re.compile(rf"\s*(?:\{{\s*{_STRING}\s*:|\[[\s\[]*(?:\{{\s*{_STRING}\s*:|{_STRING}\s*,))")
 
@@ -101,11 +102,11 @@ def not_utf8(raw: bytes, error: UnicodeDecodeError, file: Path, offset: int) -> 
 
 def _json_values(stream: BinaryIO, file: Path) -> Iterator[tuple[str, object]]:
     """Lines, where the first one holds a whole value, else values in any layout; or the elements of an array."""
-    offset, number, line = 0, 1, stream.readline(RECORD_BYTES + 1)
+    offset, number, line = 0, 1, stream.readline(_READ)
     while line and not line.removeprefix(codecs.BOM_UTF8).strip():
-        offset, number, line = offset + len(line), number + 1, stream.readline(RECORD_BYTES + 1)
+        offset, number, line = offset + len(line), number + 1, stream.readline(_READ)
     start = line.removeprefix(codecs.BOM_UTF8).strip()
-    if start[:1] == b"[" or (start[:1] == b"{" and not _is_json(start)):
+    if start[:1] == b"[" or (start[:1] == b"{" and not _is_json(start)):  # or the line goes on
         yield from _Values(line, stream, file, offset).read()
     else:
         yield from _json_lines(line, stream, file, offset, number)
@@ -113,7 +114,7 @@ def _json_values(stream: BinaryIO, file: Path) -> Iterator[tuple[str, object]]:
 
 def _is_json(line: bytes) -> bool:
     try:
-        return len(line) <= _READ and bool(json.loads(line))
+        return bool(json.loads(line))
     except (ValueError, RecursionError):
         return False
 
@@ -212,7 +213,7 @@ class _Values:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
                 # A number at the end of what was read may go on.
-                if isinstance(value, dict | list | str) or end < len(self._text) or not self._more():
+                if isinstance(value, dict | list | str) or self._text[end : end + 1] in _ENDS or not self._more():
                     self._at = end
                     return value
             except (ValueError, RecursionError) as error:
