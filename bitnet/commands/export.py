@@ -69,9 +69,9 @@ def run(options: Options) -> None:
         form = options.form or ("master" if is_float else "packed")
         files = source.tokenizer_files()
         if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
-            proto, positions = source.tokenizer.model_proto, model.config.max_position_embeddings
-            chat = source.chat_template is not None
-            files |= sentencepiece_files(proto, max_length=positions, chat=chat)
+            positions, chat = model.config.max_position_embeddings, source.chat_template
+            files |= sentencepiece_files(source.tokenizer, max_length=positions, chat=chat is not None)
+            files |= chat.files() if chat else {}
         hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
     elif options.to == "gguf":
         template = source.chat_template.source if source.chat_template else None

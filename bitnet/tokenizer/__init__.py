@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from bitnet.tokenizer.added import CONFIG, added_tokens, read_settings
 from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.gguf_read import from_gguf_metadata
-from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids, read_settings
-from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer
+from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids
+from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer, with_added_tokens
 
 __all__ = [
     "BaseTokenizer",
@@ -32,9 +33,9 @@ def load_tokenizer(
 ) -> BaseTokenizer:
     """The tokenizer in a file, or in a model's folder: tokenizer.json, or else tokenizer.model.
 
-    The former comes first: it knows tokens that were added to a model later. In our `own` folders it is the latter, of
-    which the former was made: it tells a U+2581 in a text from a space. `config` is what the folder's config.json
-    holds, where it has been read already. Raises ValueError for anything else.
+    The former comes first, in our `own` folders the latter, of which the former was made. Either has the tokens that
+    other files of the folder add to it. `config` is what the folder's config.json holds, where it has been read
+    already. Raises ValueError for anything else.
     """
     path = Path(path)
     if not path.is_dir():
@@ -43,6 +44,14 @@ def load_tokenizer(
     if found and found[-1 if own else 0] is HuggingFaceTokenizer:
         return HuggingFaceTokenizer.load(path, config)
     if found:
-        adds_bos = read_settings(path / "tokenizer_config.json").get("add_bos_token") is not False
-        return Tokenizer.load(path / Tokenizer.file_name, adds_bos=adds_bos, ends=tuple(end_ids(path, config)))
+        file, settings = path / Tokenizer.file_name, read_settings(path / CONFIG)
+        config = read_settings(path / "config.json") if config is None else config
+        tokenizer = Tokenizer.load(
+            file,
+            adds_bos=settings.get("add_bos_token") is not False,
+            legacy=settings.get("legacy") is not False if own else settings.get("legacy") is True,
+        )
+        proto = with_added_tokens(tokenizer.model_proto, added_tokens(path), config.get("vocab_size"), str(file))
+        ends = tuple(end_ids(path, config))
+        return Tokenizer(proto, str(file), adds_bos=tokenizer.adds_bos, legacy=tokenizer.legacy, ends=ends)
     raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")

@@ -88,7 +88,7 @@ class BaseTokenizer(ABC):
         if mark:
             parts[::2] = [part.replace(mark, "") for part in parts[::2]]
         # Texts stand at even places, special tokens at odd ones. An empty text has no ids, not even a space's.
-        encoded = iter(self.encode_batch([part for part in parts[::2] if part]))
+        encoded = iter(self._encode_parts([part for part in parts[::2] if part], bool(parts[0])))
         ids = []
         for place, part in enumerate(parts):
             if place % 2:
@@ -96,6 +96,10 @@ class BaseTokenizer(ABC):
             elif part:
                 ids += next(encoded)
         return ids
+
+    def _encode_parts(self, texts: Sequence[str], at_start: bool) -> list[list[int]]:
+        """Token ids of the texts between special tokens; at_start: nothing stands in front of the first one."""
+        return self.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special tokens have none, and bytes that are not UTF-8 become U+FFFD.

@@ -10,8 +10,8 @@ before have left. llama.cpp runs approximations of them, with which the ids agre
 and `gpt-4o` know the case of a to z only and no combining marks, its `deepseek-llm` and `deepseek-coder` take wide
 spaces such as U+3000 for ordinary ones, and none takes the long s of U+017F for an s in a contraction.
 
-Where sentencepiece keeps U+2581 and a space apart only because `Tokenizer` spells the former in bytes, llama.cpp
-doesn't: there U+2581 in a text is a space.
+A byte-level file that names no rule is cut by `default`, as llama.cpp does, with a warning; but that of Llama 3, which
+some converters forget (that of BitNet b1.58 2B-4T among them), is known by its vocabulary.
 
 Token types (ggml's numbers, sentencepiece's too): 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 """
@@ -19,16 +19,16 @@ Token types (ggml's numbers, sentencepiece's too): 1 normal, 2 unknown, 3 contro
 from __future__ import annotations
 
 import re
-import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer
 from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, import_tokenizers
+from bitnet.tokenizer.proto import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, new_model
 from bitnet.tokenizer.sentencepiece import Tokenizer
 
 T = TypeVar("T")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 # Endings that several rules share: contractions, then symbols and whitespace.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -84,6 +84,7 @@ _SAME_AS = {
     "gpt-4o": "llama4 kanana2 minimax-m2",
     "bloom": "poro-chat gpt3-finnish",
 }
+_LLAMA3_PIECES = 128_000  # behind which its special tokens begin
 _RULE_OF = {name: name for name in PRE_TOKENIZERS} | {
     name: rule for rule, names in _SAME_AS.items() for name in names.split()
 }
@@ -168,7 +169,8 @@ def _ends(ids: Mapping[str, int | None]) -> tuple[int, ...]:
 def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceTokenizer:
     library = import_tokenizers()
     pieces, types = _pieces(metadata, source)
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre", "")
+    name = _unnamed_rule(pieces, source) if name == "" else name
     if not isinstance(name, str) or name not in _RULE_OF:
         raise ValueError(
             f"{source} cuts texts into words by a rule named {name!r} that is not known here; use the tokenizer.json "
@@ -215,6 +217,23 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
     )
 
 
+def _unnamed_rule(pieces: Sequence[str], source: str) -> str:
+    """The rule of a file that names none: that of Llama 3 for its vocabulary, else llama.cpp's. Warns of either."""
+    is_llama_3 = tuple(pieces[_LLAMA3_PIECES : _LLAMA3_PIECES + 2]) == ("<|begin_of_text|>", "<|end_of_text|>")
+    taken = (
+        "the vocabulary is that of Llama 3, so its rule, llama-bpe, is taken"
+        if is_llama_3
+        else "the rule named default is taken, as llama.cpp does, which suits hardly any model; convert it again with "
+        "a newer converter, or use the tokenizer.json of the model"
+    )
+    warnings.warn(
+        f"{source} does not say by which rule it cuts texts into words (tokenizer.ggml.pre): {taken}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return "llama-bpe" if is_llama_3 else "default"
+
+
 def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
     pieces, types = _pieces(metadata, source)
     scores = _array(metadata, "scores", float, source) or [0.0] * len(pieces)
@@ -235,46 +254,8 @@ def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
         for i, kind in enumerate(types)
     ]
     names = {name: pieces[i] for name, i in ids.items() if i is not None}
-    proto = sentencepiece_proto(
+    proto = new_model(
         pieces, scores, types, names, add_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     )
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", True))
     return Tokenizer(proto, f"the tokenizer of {source}", adds_bos=adds_bos, ends=_ends(ids))
-
-
-def sentencepiece_proto(
-    pieces: Sequence[str],
-    scores: Sequence[float],
-    types: Sequence[int],
-    names: Mapping[str, str],
-    *,
-    add_dummy_prefix: bool,
-) -> bytes:
-    """A serialized sentencepiece model of byte-pair kind that leaves the text as it is, up to the dummy prefix.
-
-    `names` are the pieces that are "unknown", "bos", "eos" and "padding". Field numbers: sentencepiece_model.proto.
-    """
-    parts = []
-    for piece, score, kind in zip(pieces, scores, types, strict=True):
-        entry = _field(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
-        parts.append(_field(1, entry))
-    trainer = _field(3, 2) + _field(35, BYTE in types)  # model_type BPE, byte_fallback
-    for number, name in ((45, "unknown"), (46, "bos"), (47, "eos"), (48, "padding")):
-        trainer += _field(number, names.get(name, "").encode())
-    normalizer = _field(1, b"identity") + _field(3, add_dummy_prefix) + _field(4, False) + _field(5, True)
-    return b"".join([*parts, _field(2, trainer), _field(3, normalizer)])
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """One protobuf field: a varint for a number, length-delimited for bytes."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])

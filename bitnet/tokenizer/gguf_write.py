@@ -1,16 +1,15 @@
 """A tokenizer as GGUF metadata, such that llama.cpp gives the same ids.
 
 llama.cpp's "llama" tokenizer joins the two neighbours whose piece has the highest score, as sentencepiece's byte-pair
-models do, and knows neither normalization nor other kinds of model: those are refused. One text it reads differently: a
-U+2581 in it, which `Tokenizer` spells in bytes, is a space there. A tokenizer.json is `gguf_write_json.py`'s.
+models do, and knows neither normalization nor other kinds of model: those are refused. A tokenizer.json is
+`gguf_write_json.py`'s.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, gguf_write_json
-from bitnet.tokenizer.gguf_read import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from bitnet.tokenizer.proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, fields, section, user_defined
 
 _BYTE_PAIR = 2  # sentencepiece's TrainerSpec.ModelType
 _ALTERNATIVE = "export without a tokenizer, or to a Hugging Face folder"
@@ -53,7 +52,7 @@ def vocabulary(tokenizer: BaseTokenizer | JsonObject, vocab_size: int) -> JsonOb
 def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
     import sentencepiece
 
-    model_type = dict(_fields(_section(tokenizer.model_proto, 2))).get(3)
+    model_type = dict(fields(section(tokenizer.model_proto, 2))).get(3)
     if model_type != _BYTE_PAIR:
         raise ValueError(
             f"the sentencepiece model is not of byte-pair kind, the only one llama.cpp runs; {_ALTERNATIVE}"
@@ -69,7 +68,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
             "the sentencepiece model has no byte pieces, so llama.cpp could not encode every text; train one with "
             f"byte fallback, or {_ALTERNATIVE}"
         )
-    user_defined = _user_defined(tokenizer.model_proto)
+    apart = user_defined(tokenizer.model_proto)
 
     def kind(i: int) -> int:
         if processor.is_unknown(i):
@@ -80,7 +79,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
             return BYTE
         if processor.is_unused(i):
             return UNUSED
-        return USER_DEFINED if i in user_defined else NORMAL
+        return USER_DEFINED if i in apart else NORMAL
 
     metadata: JsonObject = {
         "tokenizer.ggml.model": "llama",
@@ -99,37 +98,3 @@ def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
     if tokenizer.pad_id is not None:
         metadata["tokenizer.ggml.padding_token_id"] = tokenizer.pad_id
     return metadata
-
-
-def _user_defined(proto: bytes) -> set[int]:
-    """Ids of user-defined pieces, the one kind that the sentencepiece library does not tell."""
-    entries = (value for number, value in _fields(proto) if number == 1)
-    return {i for i, entry in enumerate(entries) if (3, USER_DEFINED) in _fields(entry)}
-
-
-def _section(proto: bytes, number: int) -> bytes:
-    return next((value for field, value in _fields(proto) if field == number), b"")
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values of a protobuf message: int for a varint, bytes for everything else."""
-    offset = 0
-
-    def varint() -> int:
-        nonlocal offset
-        value = shift = 0
-        while True:
-            byte = data[offset]
-            offset, value, shift = offset + 1, value | (byte & 0x7F) << shift, shift + 7
-            if byte < 0x80:
-                return value
-
-    while offset < len(data):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        # Wire types: 1 and 5 are of fixed length, 2 has its length in front.
-        size = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, data[offset : offset + size]
-        offset += size

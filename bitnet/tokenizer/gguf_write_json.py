@@ -23,9 +23,10 @@ from collections.abc import Iterator, Sequence
 from bitnet.files import JsonObject
 from bitnet.tokenizer import HuggingFaceTokenizer, from_gguf_metadata
 from bitnet.tokenizer.base import END_OF_TEXT
-from bitnet.tokenizer.gguf_read import BYTE, CONTROL, GPT2_RULE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, rule_names
+from bitnet.tokenizer.gguf_read import GPT2_RULE, rule_names
 from bitnet.tokenizer.huggingface import SPACE_MARK
 from bitnet.tokenizer.json_write import probing_texts
+from bitnet.tokenizer.proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 _BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -201,11 +202,11 @@ def _compare(tokenizer: HuggingFaceTokenizer, metadata: JsonObject, parts: Seque
         _warn("puts a space in front of a text only if it has none, so texts that begin with one get other ids there")
         texts = [text for text in texts if not text.startswith(" ")]
     if metadata["tokenizer.ggml.model"] == "llama":
-        # U+2581 is a space to llama.cpp; and behind user-defined pieces it puts the prefix again, as the library does,
-        # and sentencepiece, which reads the metadata here, does not.
+        # Behind user-defined pieces llama.cpp puts the prefix again, as the library does, and sentencepiece, which
+        # reads the metadata here, does not.
         types = metadata["tokenizer.ggml.token_type"]
         apart = [p for p, kind in zip(metadata["tokenizer.ggml.tokens"], types, strict=True) if kind == USER_DEFINED]
-        pattern = re.compile("|".join(map(re.escape, [SPACE_MARK, *apart])))
+        pattern = re.compile("|".join(map(re.escape, apart)) or "(?!)")
         texts = [text for text in texts if not pattern.search(text)]
     for text, ids, theirs in zip(texts, tokenizer.encode_batch(texts), written.encode_batch(texts), strict=True):
         if ids != theirs:

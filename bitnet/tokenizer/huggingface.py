@@ -1,7 +1,7 @@
 """Tokenizers in a tokenizer.json, run by the `tokenizers` library (Hugging Face's, in Rust; an optional dependency).
 
-Which ids mean begin and end of text is not in that file. It is gathered from those beside it, in this order:
-tokenizer_config.json and special_tokens_map.json (texts), generation_config.json and config.json (ids).
+Which ids mean begin and end of text is not in that file. It is gathered from those beside it: tokenizer_config.json and
+special_tokens_map.json (texts), generation_config.json and config.json (ids). They may add tokens too (added.py).
 
 Two families are understood, told apart by the file's decoder, because `surface_bytes` must know each id's bytes:
 
@@ -19,8 +19,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet.files import JsonObject, read_json, write_atomic
-from bitnet.tokenizer.base import BaseTokenizer, check_encodable
+from bitnet.files import JsonObject, write_atomic
+from bitnet.tokenizer.added import CONFIG, FolderTokens, added_tokens, read_settings
+from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -55,6 +56,9 @@ class HuggingFaceTokenizer(BaseTokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # in the library's words: special tokens in a text are encoded as text
+        # Some files forget that these are no text.
+        plain = [token.content for token in backend.get_added_tokens_decoder().values() if not token.special]
+        _add(backend, [(text, {"special": True, "normalized": False}) for text in plain if text in END_OF_TEXT])
         added = backend.get_added_tokens_decoder()
         pieces = {token_id: piece for piece, token_id in backend.get_vocab().items()}
         pieces |= {token_id: token.content for token_id, token in added.items()}
@@ -89,7 +93,10 @@ class HuggingFaceTokenizer(BaseTokenizer):
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer file {os.fspath(path)!r} cannot be read: {error}") from error
         backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}")
-        return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent, config))
+        config = read_settings(path.parent / "config.json") if config is None else config
+        tokens = added_tokens(path.parent)
+        _complete(backend, tokens, config.get("vocab_size"), os.fspath(path))
+        return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent, config, tokens))
 
     @classmethod
     def from_json(cls, text: str, **settings: Any) -> HuggingFaceTokenizer:
@@ -211,15 +218,40 @@ def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[
     return marked, strips
 
 
-def _special_ids(backend: tokenizers.Tokenizer, folder: Path, model: Mapping[str, object] | None = None) -> JsonObject:
+def _add(backend: tokenizers.Tokenizer, tokens: Iterable[tuple[str, Mapping[str, bool]]]) -> None:
+    library = import_tokenizers()
+    backend.add_tokens([library.AddedToken(content, **flags) for content, flags in tokens])
+
+
+def _complete(backend: tokenizers.Tokenizer, tokens: FolderTokens, rows: object, source: str) -> None:
+    """Add the tokens of the other files of a folder to those of a tokenizer.json, as transformers does, but for those
+    that a model of so many rows has no row for. Raises ValueError for one with an id that it cannot have."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    size = backend.get_vocab_size(with_added_tokens=True)
+    for token in tokens.added:
+        is_new = backend.token_to_id(token.content) is None
+        if (token.id is None and token.content in known) or (is_new and type(rows) is int and size >= rows):
+            continue
+        flags = {name: getattr(token, name) for name in ("special", "normalized", "lstrip", "rstrip", "single_word")}
+        _add(backend, [(token.content, flags)])
+        size += is_new
+        found = backend.token_to_id(token.content)
+        if token.id is not None and found != token.id:
+            raise ValueError(
+                f"the files beside {source} give the token {token.content!r} the id {token.id}, and behind the tokens "
+                f"that are there it has {found}; the files belong to different tokenizers"
+            )
+
+
+def _special_ids(
+    backend: tokenizers.Tokenizer, folder: Path, model: Mapping[str, object], tokens: FolderTokens
+) -> JsonObject:
     """The constructor's settings, from the files beside a tokenizer.json; `model` is the contents of config.json."""
-    config, names = (read_settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    model = read_settings(folder / "config.json") if model is None else model
+    config = read_settings(folder / CONFIG)
     settings: JsonObject = {}
     for kind in ("bos", "eos", "unk", "pad"):
-        token = config.get(f"{kind}_token", names.get(f"{kind}_token"))
-        text = token.get("content") if isinstance(token, dict) else token
-        settings[f"{kind}_id"] = backend.token_to_id(text) if isinstance(text, str) else None
+        text = tokens.names.get(f"{kind}_token")
+        settings[f"{kind}_id"] = None if text is None else backend.token_to_id(text)
     ends = end_ids(folder, model)
     if settings["eos_id"] is None and ends:
         settings["eos_id"] = ends[0]
@@ -239,8 +271,3 @@ def end_ids(folder: Path, config: Mapping[str, object] | None = None) -> list[in
 
 def _ids(value: object) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
-
-
-def read_settings(path: Path) -> JsonObject:
-    """The object of a JSON file, {} where there is no such file. Raises ValueError naming a damaged one."""
-    return read_json(path) if path.is_file() else {}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import TYPE_CHECKING
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, Tokenizer
+from bitnet.tokenizer.proto import user_defined
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,14 +18,17 @@ GENERATION = "generation_config.json"
 SPACE_MARK = "\u2581"
 
 
-def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, chat: bool = False) -> dict[str, bytes]:
-    """What AutoTokenizer and `generate` need, by file name, from the bytes of a sentencepiece model.
+def sentencepiece_files(
+    model: bytes | Tokenizer, *, max_length: int | None = None, chat: bool = False
+) -> dict[str, bytes]:
+    """What AutoTokenizer and `generate` need, by file name, from a sentencepiece tokenizer or the bytes of its model.
 
-    max_length: positions of the model, in tokens. "<s>" goes in front of every text, as in training, and "<s>" inside
-    a text stays text, but with `chat`: transformers tokenizes what a chat template has written as it does any text.
-    Raises ValueError for a model that a tokenizer.json cannot express, found by comparing ids.
+    max_length: positions of the model, in tokens. "<s>" goes in front of every text where the tokenizer wants it, as in
+    training, and "<s>" inside a text stays text, but with `chat`: transformers tokenizes what a chat template has
+    written as it does any text. Raises ValueError for a model that a tokenizer.json cannot express, found by comparing
+    ids.
     """
-    tokenizer = Tokenizer.from_bytes(model_proto)
+    tokenizer = model if isinstance(model, Tokenizer) else Tokenizer.from_bytes(model)
     library = _byte_pair_tokenizer(tokenizer)
     _compare(tokenizer, library)
     bos, eos, unk = (tokenizer.id_to_piece(i) for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id))
@@ -34,11 +39,14 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, ch
         "unk_token": unk,
         "split_special_tokens": not chat,
         "clean_up_tokenization_spaces": False,
+        "add_bos_token": tokenizer.adds_bos,
+        "legacy": tokenizer.legacy,
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if max_length is not None:
         settings["model_max_length"] = max_length
-    generation: JsonObject = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
+    generation: JsonObject = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
     if tokenizer.pad_id is not None:
         settings["pad_token"] = tokenizer.id_to_piece(tokenizer.pad_id)
         generation["pad_token_id"] = tokenizer.pad_id
@@ -46,7 +54,7 @@ def sentencepiece_files(model_proto: bytes, *, max_length: int | None = None, ch
         "tokenizer.json": library.to_str(pretty=False).encode(),
         "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
         GENERATION: json.dumps(generation, indent=1).encode(),
-        Tokenizer.file_name: model_proto,
+        Tokenizer.file_name: tokenizer.model_proto,
     }
 
 
@@ -57,14 +65,15 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     two pieces, in the order of the scores.
     """
     import sentencepiece
-    from tokenizers import AddedToken, decoders, models, normalizers, processors
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
     vocab = {tokenizer.id_to_piece(i): i for i in range(tokenizer.vocab_size)}
     special = [i for i in range(tokenizer.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
     apart = {tokenizer.id_to_piece(i) for i in range(tokenizer.vocab_size) if processor.is_byte(i)}
-    apart |= {tokenizer.id_to_piece(i) for i in special}
+    defined = user_defined(tokenizer.model_proto)
+    apart |= {tokenizer.id_to_piece(i) for i in (*special, *defined)}
     pieces = vocab.keys() - apart
     # Every way to cut a piece in two pieces is a merge; that of the best score comes first, then that of the lowest
     # ids.
@@ -78,12 +87,18 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     unk, bos = tokenizer.id_to_piece(tokenizer.unk_id), tokenizer.id_to_piece(tokenizer.bos_id)
     library = Library(models.BPE(vocab=vocab, merges=pairs, unk_token=unk, fuse_unk=True, byte_fallback=True))
     library.add_special_tokens([AddedToken(tokenizer.id_to_piece(i), normalized=False) for i in special])
+    library.add_tokens(
+        [AddedToken(tokenizer.id_to_piece(i).replace(SPACE_MARK, " "), normalized=False) for i in sorted(defined)]
+    )
     marks: list[object] = [normalizers.Replace(" ", SPACE_MARK)]
     text: list[object] = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     if tokenizer.adds_space_prefix:
-        marks.insert(0, normalizers.Prepend(SPACE_MARK))
         text.append(decoders.Strip(" ", 1, 0))
-    library.normalizer = normalizers.Sequence(marks)
+    if tokenizer.adds_space_prefix and not tokenizer.legacy:
+        library.pre_tokenizer = pre_tokenizers.Metaspace(SPACE_MARK, "first", split=False)
+    else:
+        marks[:0] = [normalizers.Prepend(SPACE_MARK)] if tokenizer.adds_space_prefix else []
+        library.normalizer = normalizers.Sequence(marks)
     library.decoder = decoders.Sequence(text)
     library.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
@@ -114,6 +129,11 @@ def probing_texts(tokenizer: BaseTokenizer) -> list[str]:
 def _compare(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     """Raise ValueError unless both give the same ids for every piece, for pieces put together, and for odd texts."""
     texts = probing_texts(tokenizer)
+    if tokenizer.adds_space_prefix:
+        # Around user-defined pieces the library places the space otherwise, and Metaspace needs none in front of one.
+        apart = [tokenizer.surface_bytes(i).decode() for i in user_defined(tokenizer.model_proto)]
+        apart_at = re.compile("|".join([*map(re.escape, apart), *([] if tokenizer.legacy else ["^ "])]) or "(?!)")
+        texts = [text for text in texts if not apart_at.search(text)]
     for text, ids, encoding in zip(
         texts, tokenizer.encode_batch(texts), library.encode_batch(texts, add_special_tokens=False), strict=True
     ):

@@ -14,8 +14,8 @@ exact round trip:
   ":\\n" are learnt, 1.7 % fewer tokens on English prose and 7 % fewer on Python source than with lines (vocabulary
   4096).
 
-sentencepiece marks a space with U+2581 and therefore cannot tell a real U+2581 from a space. `Tokenizer.encode`
-spells that one character in byte pieces, so it survives; other consumers of an exported model read it as a space.
+sentencepiece marks a space with U+2581 and cannot tell a real U+2581 from a space: that one character becomes a space,
+as it does in transformers and llama.cpp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from typing import Any
 import sentencepiece
 
 from bitnet.files import write_atomic
-from bitnet.tokenizer.base import BaseTokenizer, check_encodable
+from bitnet.tokenizer.added import FolderTokens
+from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
+from bitnet.tokenizer.proto import CONTROL, USER_DEFINED, user_defined, with_pieces, without_dummy_prefix
 
 SPACE_MARK = "\u2581"  # sentencepiece's visible space
 BLOCK_CHARS = 4000  # length of one training block; far below the limit where sentencepiece drops a "sentence"
@@ -52,11 +54,18 @@ class Tokenizer(BaseTokenizer):
     unk_id: int
 
     def __init__(
-        self, model_proto: bytes, source: str = "model bytes", *, adds_bos: bool = True, ends: tuple[int, ...] = ()
+        self,
+        model_proto: bytes,
+        source: str = "model bytes",
+        *,
+        adds_bos: bool = True,
+        ends: tuple[int, ...] = (),
+        legacy: bool = True,
     ):
         """Parse a serialized sentencepiece model; ValueError naming `source` if it is not one or has no <s>, </s>.
 
-        `adds_bos` and `ends`, more ids that end a text, are what other files of a model may say about it.
+        `adds_bos`, `ends`, more ids that end a text, and `legacy` are what other files of a model may say about it. A
+        legacy tokenizer that puts a space in front of a text also puts one behind every special token in it.
         """
         self.model_proto = bytes(model_proto)
         processor = sentencepiece.SentencePieceProcessor()
@@ -79,11 +88,10 @@ class Tokenizer(BaseTokenizer):
         self.fingerprint = hashlib.sha256(self.model_proto).hexdigest()
 
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
-        self._byte_ids = {int(p[3:5], 16): i for i, p in enumerate(pieces) if processor.is_byte(i)}
         self._surfaces = [self._surface(i, p) for i, p in enumerate(pieces)]
         if any(not 0 <= i < self.vocab_size for i in ends):
             raise ValueError(f"{source} has {self.vocab_size} tokens, and the ids {ends} should end a text")
-        self.adds_bos = adds_bos
+        self.adds_bos, self.legacy = adds_bos, legacy
         self._ends = tuple(i for i in ends if i != self.eos_id)
         steering = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
         self._set_specials({pieces[i]: i for i in steering}, ends)
@@ -95,9 +103,9 @@ class Tokenizer(BaseTokenizer):
         # A piece never continues over the start of a word, so that words encode independently and a text may be cut
         # there.
         self._can_cut = exact and not any(re.search(f"[^{SPACE_MARK}]{SPACE_MARK}", p) for p in pieces)
-        self._spells_mark = (
-            exact and not self.adds_space_prefix and all(b in self._byte_ids for b in SPACE_MARK.encode())
-        )
+        # As transformers has it since its legacy mode: a space only in front of what begins with text.
+        self._first_only = self.adds_space_prefix and not legacy
+        self._apart = tuple(pieces[i].replace(SPACE_MARK, " ") for i in user_defined(self.model_proto))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **settings: Any) -> Tokenizer:
@@ -115,13 +123,14 @@ class Tokenizer(BaseTokenizer):
         return cls(model_proto)
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[bytes]]:
-        return partial(Tokenizer, adds_bos=self.adds_bos, ends=self._ends), (self.model_proto,)
+        return partial(Tokenizer, adds_bos=self.adds_bos, ends=self._ends, legacy=self.legacy), (self.model_proto,)
 
     def files(self) -> dict[str, bytes]:
         """The .model file, and two of Hugging Face's where it does not say everything; see the base class."""
         files = {self.file_name: self.model_proto}
-        if not self.adds_bos:
-            files["tokenizer_config.json"] = json.dumps({"add_bos_token": False}).encode()
+        settings = {"add_bos_token": self.adds_bos, "legacy": self.legacy}
+        if not all(settings.values()):
+            files["tokenizer_config.json"] = json.dumps({k: v for k, v in settings.items() if not v}).encode()
         if self._ends:
             files["generation_config.json"] = json.dumps({"eos_token_id": [self.eos_id, *self._ends]}).encode()
         return files
@@ -139,6 +148,12 @@ class Tokenizer(BaseTokenizer):
         """Token ids of each text, without special tokens; `threads` (sentencepiece's own) change only the speed."""
         if isinstance(texts, str):
             raise TypeError("encode_batch takes a list of texts, not one text: use encode")
+        if self._first_only and any(text.startswith(self._apart) for text in texts):
+            one = {True: self._without_prefix, False: self}
+            return [one[text.startswith(self._apart)]._encode([text], threads)[0] for text in texts]
+        return self._encode(texts, threads)
+
+    def _encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         segments: list[str] = []
         bounds = [0]
         for text in texts:
@@ -149,10 +164,16 @@ class Tokenizer(BaseTokenizer):
         except (UnicodeError, TypeError) as error:  # by sentencepiece version; it does not say which text it was
             check_encodable(segments)
             raise error
-        if self._spells_mark:
-            mark = [self._byte_ids[b] for b in SPACE_MARK.encode()]
-            encoded = [mark if segment == SPACE_MARK else ids for segment, ids in zip(segments, encoded, strict=True)]
         return [[i for ids in encoded[start:end] for i in ids] for start, end in pairwise(bounds)]
+
+    def _encode_parts(self, texts: Sequence[str], at_start: bool) -> list[list[int]]:
+        if not self._first_only:
+            return self.encode_batch(texts)
+        return self.encode_batch(texts[:at_start]) + self._without_prefix.encode_batch(texts[at_start:])
+
+    @cached_property
+    def _without_prefix(self) -> Tokenizer:
+        return Tokenizer(without_dummy_prefix(self.model_proto))
 
     def _surface(self, token_id: int, piece: str) -> bytes:
         if self._sp.is_byte(token_id):
@@ -168,16 +189,59 @@ class Tokenizer(BaseTokenizer):
         if not self._can_cut:
             yield text
             return
-        parts = re.split(f"({SPACE_MARK})", text) if self._spells_mark and SPACE_MARK in text else [text]
-        first = True
-        for part in parts:
-            start = 0
-            while start < len(part):
-                cut = _WORD_START.search(part, start + _SEGMENT_CHARS)
-                end = cut.start() if cut else len(part)
-                # A model that adds a space prefix puts back the one space that is left out here.
-                yield part[start + 1 : end] if self.adds_space_prefix and not first else part[start:end]
-                start, first = end, False
+        start = 0
+        while start < len(text):
+            cut = _WORD_START.search(text, start + _SEGMENT_CHARS)
+            end = cut.start() if cut else len(text)
+            # A model that adds a space prefix puts back the one space that is left out here.
+            yield text[start + 1 : end] if self.adds_space_prefix and start else text[start:end]
+            start = end
+
+
+def with_added_tokens(model_proto: bytes, tokens: FolderTokens, rows: object, source: str) -> bytes:
+    """A model with what other files of its folder add to it, as transformers knows it: special tokens as control
+    pieces, others as user-defined ones, and the names of the begin and the end of a text.
+
+    rows: of the model's embedding; tokens behind them are left out. Raises ValueError for a token with an id that it
+    cannot have, or that takes the spaces around it.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+    size = processor.vocab_size()
+    ids = {processor.id_to_piece(i): i for i in range(size)}
+    new: list[tuple[str, int]] = []
+    types: dict[int, int] = {}
+    defined = user_defined(model_proto)
+    for token in tokens.added:
+        kind = CONTROL if token.special or token.content in END_OF_TEXT else USER_DEFINED
+        piece = token.content if kind == CONTROL else token.content.replace(" ", SPACE_MARK)
+        found = ids.get(piece)
+        if found is None and type(rows) is int and size + len(new) >= rows:
+            continue
+        place = size + len(new) if found is None else found
+        if token.id not in (None, place):
+            raise ValueError(
+                f"{source} and the files beside it do not fit together: the token {token.content!r} has the id "
+                f"{token.id} there, and {place} by the pieces that are here; take all files from one model"
+            )
+        if token.strips:
+            raise ValueError(
+                f"{source}: the token {token.content!r} takes the spaces around it (lstrip, rstrip or single_word), "
+                "which a sentencepiece model cannot do; convert the tokenizer to a tokenizer.json with transformers"
+            )
+        if found is None:
+            new.append((piece, kind))
+            ids[piece] = place
+        elif found < size and not (processor.is_unknown(found) or processor.is_byte(found)):
+            has = CONTROL if processor.is_control(found) else USER_DEFINED if found in defined else None
+            if kind != has:
+                types[found] = kind
+    own = {"bos": processor.bos_id(), "eos": processor.eos_id()}
+    names = {kind: tokens.names.get(f"{kind}_token", "") for kind in own}
+    names = {kind: text for kind, text in names.items() if text in ids and ids[text] != own[kind]}
+    padding = tokens.names.get("pad_token", "")
+    if ids.get(padding, -1) >= size:
+        names["padding"] = padding
+    return with_pieces(model_proto, new, types, names) if new or types or names else model_proto
 
 
 def train_tokenizer(

@@ -139,11 +139,39 @@ def test_sentencepiece_as_llama_cpp_and_sentencepiece_do_it(tmp_path, prefix):
     for text in GGUF_TEXTS:
         assert ours.encode(text) == original.encode(text)
         assert ours.decode(ours.encode(text)) == original.decode(original.encode(text))
-    # llama.cpp reads U+2581 as a space.
     with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
-        assert differences(ours, theirs, [text for text in GGUF_TEXTS if "\u2581" not in text]) == []
+        assert differences(ours, theirs, GGUF_TEXTS) == []
         for text in ("<s>[INST] Hi [/INST] Yes </s><s>[INST] more", " <unk>  x</s>"):
             assert ours.encode(text, special=True) == theirs.tokenize(text, parse_special=True)
+
+
+def test_a_file_that_names_no_rule(tmp_path):
+    metadata = byte_level_metadata()
+    metadata.pop("tokenizer.ggml.pre", None)
+    texts = [text for text in GGUF_TEXTS if "\u017f" not in text]
+    for unnamed in (metadata, metadata | {"tokenizer.ggml.pre": ""}):
+        with pytest.warns(RuntimeWarning, match=r"x\.gguf does not say by which rule.*default is taken, as llama\.cpp"):
+            ours = from_gguf_metadata(unnamed, "x.gguf")
+        assert [*map(ours.encode, texts)] == [
+            *map(from_gguf_metadata(metadata | {"tokenizer.ggml.pre": "default"}).encode, texts)
+        ]
+    with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
+        assert differences(ours, theirs, texts) == []
+
+    # Llama 3's has its special tokens behind 128,000 pieces, and numbers of three digits.
+    kinds = metadata["tokenizer.ggml.token_type"]
+    tokens = [t for t, kind in zip(metadata["tokenizer.ggml.tokens"], kinds, strict=True) if kind == 1]
+    numbers = [f"{n:03}" for n in range(1000)]
+    pieces = list(dict.fromkeys([*tokens, *(str(n) for n in range(10, 100)), *numbers]))
+    pieces += [f"[{i}]" for i in range(128_000 - len(pieces))] + ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+    llama_3 = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.merges": []}
+    llama_3["tokenizer.ggml.token_type"] = [1] * 128_000 + [3] * 3
+    llama_3["tokenizer.ggml.bos_token_id"] = 128_000
+    with pytest.warns(RuntimeWarning, match="vocabulary is that of Llama 3, so its rule, llama-bpe, is taken"):
+        ours = from_gguf_metadata(llama_3)
+    assert [ours.id_to_piece(i) for i in ours.encode("1234567")] == ["123", "456", "7"]
+    assert ours.adds_bos
+    assert ours.eos_ids == (128_001, 128_002)
 
 
 def test_sentencepiece_with_what_converters_add(tmp_path):
@@ -158,7 +186,7 @@ def test_sentencepiece_with_what_converters_add(tmp_path):
     assert (ours.adds_bos, ours.eos_ids, ours.vocab_size) == (False, (2, 500), 504)
     assert pickle.loads(pickle.dumps(ours)).adds_bos is False
     with vocabulary(tmp_path / "vocab.gguf", metadata) as theirs:
-        assert differences(ours, theirs, [text for text in GGUF_TEXTS if "\u2581" not in text]) == []
+        assert differences(ours, theirs, GGUF_TEXTS) == []
         assert theirs.eog_ids() == set(ours.eos_ids)
 
 

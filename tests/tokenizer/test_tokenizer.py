@@ -29,13 +29,16 @@ def test_special_ids_and_size(tokenizer):
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_round_trip_of_nasty_text(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+    assert ids == tokenizer._sp.encode(text)
     assert not {tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)  # text never makes special tokens
 
 
 def test_round_trip_of_random_unicode(tokenizer):
     texts = random_texts(seed=0, count=500)
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts, threads=2)] == texts
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts, threads=2)] == [
+        text.replace("\u2581", " ") for text in texts
+    ]
 
 
 def test_no_space_is_invented(tokenizer):
@@ -84,7 +87,9 @@ def test_one_text_where_a_list_is_due_is_refused(tokenizer):
 @pytest.mark.parametrize("text", NASTY[:16], ids=range(16))
 def test_stream_equals_decode_for_text(tokenizer, text):
     stream = StreamDecoder(tokenizer)
-    assert "".join(stream.push(i) for i in tokenizer.encode(text, bos=True)) + stream.flush() == text
+    assert "".join(stream.push(i) for i in tokenizer.encode(text, bos=True)) + stream.flush() == text.replace(
+        "\u2581", " "
+    )
 
 
 def test_stream_holds_back_unfinished_characters(tokenizer):
@@ -241,7 +246,7 @@ def test_training_on_nothing(texts):
 def test_training_survives_reserved_characters():
     texts = ["a \x00 b \u2581 c \u2585 d\n" * 200 + stdlib_text()[:20_000]]
     tokenizer = train_tokenizer(texts, 400)
-    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0].replace("\u2581", " ")
 
 
 def test_blocks_join_to_the_text():

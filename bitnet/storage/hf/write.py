@@ -9,8 +9,7 @@ of q and k a Qwen3ForCausalLM, any other a LlamaForCausalLM. Codes and scales co
 1 / scale is kept in float64, from which the same float32 scale comes back.
 
 A tokenizer becomes a tokenizer.json with sentencepiece's pieces and its merges in sentencepiece's order, and is
-compared with the original before it is given out. The one text that it reads differently is a real U+2581, which
-`Tokenizer` spells in bytes and everyone else takes for a space.
+compared with the original before it is given out.
 """
 
 import json
