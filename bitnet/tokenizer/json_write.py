@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from typing import TYPE_CHECKING
 
 from bitnet.files import JsonObject
@@ -129,11 +128,8 @@ def probing_texts(tokenizer: BaseTokenizer) -> list[str]:
 def _compare(tokenizer: Tokenizer, library: tokenizers.Tokenizer) -> None:
     """Raise ValueError unless both give the same ids for every piece, for pieces put together, and for odd texts."""
     texts = probing_texts(tokenizer)
-    if tokenizer.adds_space_prefix:
-        # Around user-defined pieces the library places the space otherwise, and Metaspace needs none in front of one.
-        apart = [tokenizer.surface_bytes(i).decode() for i in user_defined(tokenizer.model_proto)]
-        apart_at = re.compile("|".join([*map(re.escape, apart), *([] if tokenizer.legacy else ["^ "])]) or "(?!)")
-        texts = [text for text in texts if not apart_at.search(text)]
+    if tokenizer.adds_space_prefix and not tokenizer.legacy:
+        texts = [text for text in texts if not text.startswith(" ")]  # Metaspace puts no space in front of one
     for text, ids, encoding in zip(
         texts, tokenizer.encode_batch(texts), library.encode_batch(texts, add_special_tokens=False), strict=True
     ):
