@@ -11,6 +11,7 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
     bn::share_out(threads, blocks, [&](int64_t n) {
         block b;
         unpack<K>(data + n * bytes_of(K), b);
+        __asm__ volatile("" ::: "memory"); // without it GCC 12 drops the stores below, of 16 groups, as dead ones
         float *y = out + n * size_of(K), d = half_value(b.d);
         constexpr int GROUPS = is_super(K) ? groups_of(K) : 1, SIZE = size_of(K) / GROUPS;
         for (int g = 0; g < GROUPS; g++) {
