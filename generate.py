@@ -98,6 +98,7 @@ def run(options: Options) -> None:
             cache=options.cache,
             pack=options.pack,
         )
+        model.warm_up()
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
             note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
         writer = Writer(options, model)

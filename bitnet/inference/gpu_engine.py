@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitnet.console import progress_bar
 from bitnet.inference.engine import beyond_kernels, build_exactly
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels import triton as backend
@@ -330,6 +331,18 @@ class GpuEngine:
         # Runs in whichever thread drops the cache, which may hold the lock: nothing here waits for it.
         self._free.append(storage)
         del self._free[:-_KEPT_STORAGES]
+
+    def warm_up(self, batch_sizes: Iterable[int] = (1,), prompts: Iterable[int] = (16, 32, 64, 128, 512, 1024)) -> None:
+        """Compile the kernels of these batch sizes and prompt lengths, in several processes and with a progress bar,
+        instead of one by one in silence at the first text. Does nothing where they were compiled before."""
+        from bitnet.kernels.triton.warm import compile_missing, variants_of
+
+        if self._device.type != "cuda":
+            return
+        variants = variants_of(self.calls(batch_sizes, prompts))
+        rows = compile_missing(variants, self._device)
+        for _ in progress_bar(rows, "compiling kernels", total=len(variants), unit="kernel", leave=False):
+            pass
 
     def calls(self, batch_sizes: Iterable[int], prompts: Iterable[int]) -> Iterator[Callable[[], object]]:
         """Calls that launch every kernel of decoding with these batch sizes and of prompts of these lengths, for

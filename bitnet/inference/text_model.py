@@ -28,6 +28,7 @@ from bitnet.inference.generation import (
     draw_texts,
     limit_new_tokens,
 )
+from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.inference.sampling import Drawn, RowSampler
@@ -187,6 +188,14 @@ class TextModel:
     def positions(self) -> int:
         """Most tokens of prompt and text together."""
         return self.model.config.max_position_embeddings
+
+    def warm_up(self) -> None:
+        """Compile what a GPU needs, now and with a progress bar instead of at the first text; elsewhere nothing.
+
+        It starts processes: a script calls it below `if __name__ == "__main__":`.
+        """
+        if isinstance(self.model, GpuEngine):
+            self.model.warm_up()
 
     def generate(self, prompt: Prompt, *, logprobs: int | None = None, **options: Unpack[TextArguments]) -> Completion:
         """Continue a text, token ids, or the messages of a conversation; options as in `TextOptions`.

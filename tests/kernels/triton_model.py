@@ -1,5 +1,9 @@
 """Embedding, rotation, attention and the whole engine in Triton's interpreter. Run by `test_triton.py`."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +12,7 @@ from torch import Tensor
 from bitnet import kernels
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine
-from bitnet.kernels.triton import attention, language, product
+from bitnet.kernels.triton import attention, language, product, warm
 from bitnet.kernels.triton.product import Plan
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding
@@ -191,6 +195,25 @@ def test_buffers_of_a_cache_that_is_gone_are_used_again() -> None:
     assert again.length == 0
     assert torch.equal(engine(ids, again), first)
     assert again.nbytes == 2 * 2 * 2 * 3 * 10 * 4
+
+
+def test_kernels_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = GpuEngine.from_model(packed_model(BASE), device="cpu")
+    engine.warm_up()  # nothing to do without a GPU
+    variants = warm.variants_of(engine.calls([1], [5]), "none")
+    assert {"quantize_kernel", "attend_kernel", "embed_kernel", "rotate_kernel"} <= {variant[1] for variant in variants}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled: list[int] = []
+
+    def compile_all(wanted: list[Any]) -> Iterator[dict[str, Any]]:
+        compiled.append(len(wanted))
+        yield {"kernel": "quantize_kernel"} | ({"error": "no memory"} if len(compiled) == 1 else {})
+
+    monkeypatch.setattr(warm, "compile_all", compile_all)
+    for seen in (1, 1, 0):  # one that failed is tried again
+        assert len(list(warm.compile_missing(variants, engine.device))) == seen
+    assert compiled == [len(variants)] * 2
+    assert len(list(warm.compile_missing(variants[:-1], engine.device))) == 1
 
 
 def test_few_caches_are_kept() -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,18 @@ def dependent_launch(device: torch.device) -> bool:
     if _dependent is not None:
         return _dependent
     return device.type == "cuda" and assembly() == "ptx" and _capability(device) >= (9, 0)
+
+
+def device_name(device: torch.device) -> str:
+    """As a part of a file's name."""
+    if device.type != "cuda" or recording():
+        return "none"
+    return torch.cuda.get_device_name(device).replace("/", " ")
+
+
+def cache_folder() -> Path:
+    """Where what was found out about this machine's kernels is kept, in Triton's own cache."""
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / "bitnet"
 
 
 @contextmanager

@@ -30,9 +30,11 @@ from bitnet.kernels.triton.dot4 import dot4_kernel
 from bitnet.kernels.triton.language import (
     INTERPRETED,
     assembly,
+    cache_folder,
     cdiv,
     check,
     dependent_launch,
+    device_name,
     launch,
     power_of_2,
     recording,
@@ -68,7 +70,7 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
     """The plan for M tokens, N rows of K codes; with `algorithm` the tile for that one. Raises ValueError for an
     algorithm that does not exist or cannot do this product."""
     if algorithm is None:
-        tuned = _tuned_plans(_device_name(device)).get(_key(M, N, K, bits))
+        tuned = _tuned_plans(device_name(device)).get(_key(M, N, K, bits))
         if tuned is not None:
             return tuned
         algorithm = "dot4" if M <= DOT4_TOKENS else "tensor_core" if M < DENSE_FROM else "dense"
@@ -233,7 +235,7 @@ def candidates(M: int, N: int, K: int, bits: int, device: torch.device) -> Itera
 
 def tune(M: int, N: int, K: int, bits: int, device: torch.device) -> Plan:
     """The fastest plan for a product on this device, measured once and kept in a file."""
-    name = _device_name(device)
+    name = device_name(device)
     known, key = _tuned_plans(name), _key(M, N, K, bits)
     if key in known:
         return known[key]
@@ -270,15 +272,8 @@ def _tuned_plans(device_name: str) -> dict[str, Plan]:
         return {}
 
 
-def _tune_file(device_name: str) -> Path:
-    folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
-    return Path(folder) / "bitnet" / f"{device_name} triton {triton.__version__}.json"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda" or recording():
-        return "none"
-    return torch.cuda.get_device_name(device).replace("/", " ")
+def _tune_file(name: str) -> Path:
+    return cache_folder() / f"{name} triton {triton.__version__}.json"
 
 
 def _stages(size: int, device: torch.device) -> int:

@@ -5,17 +5,20 @@ stays in Triton's cache folder, where the first real launch finds it. A model ha
 0.5 to 1.5 s of one core, which otherwise passes in silence, a little at every prompt of a new length.
 """
 
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitnet.kernels.triton.language import record
+from bitnet.files import write_atomic
+from bitnet.kernels.triton.language import cache_folder, device_name, record, triton
 
 # Module and name of a kernel, its arguments' types (17 for a number), constants and options: all of it pickles.
 Variant = tuple[str, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]
@@ -63,3 +66,25 @@ def compile_all(variants: list[Variant], processes: int | None = None) -> Iterat
                 yield future.result()
             except BrokenProcessPool:
                 return
+
+
+def mark_of(variants: list[Variant], device: torch.device) -> Path:
+    """The file that says that these variants lie in Triton's cache: asking Triton for each would take processes of its
+    own. Its name depends on the kernels' source, Triton's version and the GPU."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    key = repr((triton.__version__, device_name(device), sorted(map(repr, variants)), sources))
+    return cache_folder() / "compiled" / hashlib.sha256(key.encode()).hexdigest()
+
+
+def compile_missing(variants: list[Variant], device: torch.device) -> Iterator[Row]:
+    """`compile_all`, unless these variants were compiled before with the same cache."""
+    mark = mark_of(variants, device)
+    if mark.exists():
+        return
+    failed = 0
+    for row in compile_all(variants):
+        failed += "error" in row
+        yield row
+    if not failed:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(mark, "")
