@@ -10,6 +10,8 @@ python generate.py runs/demo --interactive
 
 python generate.py SmolLM2-135M-Instruct.gguf --chat --interactive
 
+python generate.py runs/demo --prompts prompts.jsonl --out answers.jsonl
+
 The text goes to standard output, notes and the closing line of speeds to standard error. That line names the seed (the
 same seed gives the same text) and why the text ends there: stop (an end-of-text token or --stop), length
 (--max-new-tokens), context (the model's positions are full) or interrupted.
@@ -55,7 +57,14 @@ class Options:
     system: str | None = None
     """With --chat: a system message, which stands before the conversation."""
     samples: int = 1
-    """Texts to generate from the prompt, as one batch."""
+    """Texts to generate from the prompt, as one batch; each has the seed after the one before."""
+    prompts: Path | None = None
+    """A file of JSON lines, {"prompt": "text"} or {"messages": [...]}, each with options of its own where it has them
+    ({"prompt": "x", "temperature": 0}): the texts go to --out."""
+    out: Path | None = None
+    """Where the texts of --prompts go, a line each. What it holds already is not written again."""
+    rows: int = 16
+    """With --prompts: texts that are written side by side."""
     echo: bool = True
     """Print the prompt in front of the text (never when interactive or in a chat)."""
     text: Annotated[TextOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
@@ -79,7 +88,7 @@ def run(options: Options) -> None:
     check(options)
     stop = tuple(unescape(string) for string in options.text.stop)
     options = dataclasses.replace(options, text=dataclasses.replace(options.text, stop=stop))
-    prompt = None if options.interactive else read_prompt(options.prompt)
+    prompt = None if options.interactive or options.prompts else read_prompt(options.prompt)
 
     import torch
 
@@ -102,7 +111,11 @@ def run(options: Options) -> None:
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
             note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
         writer = Writer(options, model)
-        if options.chat:
+        if options.prompts is not None and options.out is not None:
+            from bitnet.inference.batch import write_answers
+
+            write_answers(model, options.prompts, options.out, options.text, writer.seed, options.rows)
+        elif options.chat:
             template = require(model.source.chat_template, model.source.path)
             chat(writer, Conversation(template, options.system), prompt)
         elif prompt is not None:
@@ -254,6 +267,15 @@ def check(options: Options) -> None:
         raise ValueError(f"--samples is {options.samples}; generate at least 1")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads is {options.threads}; give at least 1")
+    if (options.prompts is None) != (options.out is None):
+        raise ValueError("--prompts and --out belong together; give both or neither")
+    if options.rows < 1:
+        raise ValueError(f"--rows is {options.rows}; write at least 1 text at a time")
+    if options.prompts is not None:
+        given = {"--prompt": options.prompt != "-", "--interactive": options.interactive, "--chat": options.chat}
+        given |= {"--system": options.system is not None, "--samples": options.samples > 1}
+        if others := [name for name, there in given.items() if there]:
+            raise ValueError(f"--prompts has all prompts in its file; leave out {' and '.join(others)}")
     if options.interactive and options.prompt != "-":
         raise ValueError("--prompt and --interactive exclude each other; enter the prompt in the session")
     if options.system is not None and not options.chat:

@@ -164,6 +164,16 @@ def check_vocab_size(config: ModelConfig, vocab_size: int | None) -> int:
     return vocab_size
 
 
+def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
+    """Raise ValueError for ids that the model does not know."""
+    smallest, largest = min(ids), max(ids)
+    if smallest < 0 or largest >= config.vocab_size:
+        raise ValueError(
+            f"token id {smallest if smallest < 0 else largest} is outside the model's vocabulary (0 to "
+            f"{config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
+        )
+
+
 def draw_texts(
     model: LanguageModel,
     prompts: Sequence[list[int]],
@@ -179,12 +189,7 @@ def draw_texts(
     ValueError at once for ids outside the vocabulary, and later for logits that are not finite.
     """
     for ids in prompts:
-        smallest, largest = min(ids), max(ids)
-        if smallest < 0 or largest >= model.config.vocab_size:
-            raise ValueError(
-                f"token id {smallest if smallest < 0 else largest} is outside the model's vocabulary (0 to "
-                f"{model.config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
-            )
+        check_ids(model.config, ids)
     alike = len({(len(ids), room, *_plain(one)) for ids, room, one in zip(prompts, rooms, samplers, strict=True)}) == 1
     if isinstance(model, Engine) or not alike or _plain(samplers[0])[0]:
         return _draw_rows(model, prompts, samplers, rooms, set(ends), stats, memory)
@@ -239,7 +244,7 @@ class Memory:
         pairs = enumerate(zip(known, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
         if row is None or row.cache.tokens < tokens:
-            cache = _cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
+            cache = cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
             return cache.new_row(), 0
         row.truncate(same)
         return row, same
@@ -248,7 +253,7 @@ class Memory:
         self._kept[:] = [(row, ids[: row.length])]
 
 
-def _cache_of(model: LanguageModel, tokens: int) -> Any:
+def cache_of(model: LanguageModel, tokens: int) -> Any:
     """A cache of rows in the type that `model.new_cache` has."""
     if isinstance(model, Engine):
         return model.rows.new_cache(tokens, model.cache_dtype or "float32")
@@ -273,7 +278,7 @@ def _draw_rows(
         texts[0], known = memory.take(model, ids[0], len(ids[0]) + rooms[0])
         logits = rows.step([(texts[0], ids[0][known:])])
     else:
-        cache = _cache_of(model, sum(-(-(len(p) + room) // BLOCK) * BLOCK for p, room in zip(ids, rooms, strict=True)))
+        cache = cache_of(model, sum(-(-(len(p) + room) // BLOCK) * BLOCK for p, room in zip(ids, rooms, strict=True)))
         # A prompt that several rows have is read once.
         first: dict[tuple[int, ...], int] = {}
         which = [first.setdefault(tuple(prompt), len(first)) for prompt in ids]

@@ -226,7 +226,7 @@ class TextModel:
         if options is None:
             options = _numbered(TextOptions(**same), len(prompts))  # type: ignore[arg-type]
         texts = [
-            Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not _is_conversation(prompt))
+            Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not is_conversation(prompt))
             for prompt, how in zip(prompts, options, strict=True)
         ]
         if not texts:
@@ -241,7 +241,7 @@ class TextModel:
     ) -> CompletionStream:
         """The same as `generate`, piece by piece."""
         how = TextOptions(**options)  # type: ignore[arg-type]
-        text = Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not _is_conversation(prompt))
+        text = Writing(self.encode(prompt), how, how.sampling(self.source.sampling), not is_conversation(prompt))
         tokenizer, memory = self.source.tokenizer, self._memory
         return CompletionStream(CompletionBatch(self.model, tokenizer, [text], logprobs=logprobs, memory=memory))
 
@@ -264,7 +264,7 @@ class TextModel:
         `answer`: they are texts of their own and continue no word of the prompt; unless given, those of messages are.
         """
         ids = self.encode(prompt)
-        answer = _is_conversation(prompt) if answer is None else answer
+        answer = is_conversation(prompt) if answer is None else answer
         sampling = options.sampling(self.source.sampling)
         texts = [Writing(ids, how, sampling, not answer) for how in _numbered(options, count)]
         return CompletionBatch(self.model, self.source.tokenizer, texts, memory=self._memory)
@@ -274,7 +274,7 @@ class TextModel:
         tokenizer = self.source.tokenizer
         if isinstance(prompt, str):
             return tokenizer.encode(prompt, bos=tokenizer.adds_bos)
-        if _is_conversation(prompt):
+        if is_conversation(prompt):
             return require(self.source.chat_template, self.source.path).encode(prompt)
         return [int(token) for token in cast("Sequence[int]", prompt)]
 
@@ -313,7 +313,8 @@ def _numbered(options: TextOptions, count: int) -> list[TextOptions]:
     return [replace(options, seed=seed + i if seed < 0 else (seed + i) % 2**63) for i in range(count)]
 
 
-def _is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+def is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
+    """Whether a prompt is messages, not a text or token ids."""
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 

@@ -1,0 +1,173 @@
+"""Texts for a file of prompts: `bitnet generate MODEL --prompts prompts.jsonl --out answers.jsonl`.
+
+A line of the file is an object with "prompt" (a text, or token ids) or "messages" (a conversation). Beside it may stand
+any field of `TextOptions` for this prompt; whatever else there is, an "id" for instance, is copied to the answer:
+
+    {"line": 1, "text": ..., "stop_reason": ..., "prompt_tokens": ..., "new_tokens": ..., "seed": ..., "of": ..., ...}
+
+Answers are written as the texts end, so in another order; "line" is the prompt's, from 1. Line i has the seed of all
+plus i - 1 unless it names one, and a text is what `generate` gives with that seed. A file of answers that is there
+already is gone on with: what it has is left out, and what was cut off in its last line is written again. "of" tells
+whether an answer is of this prompt and these options.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitnet.console import EveryFewSeconds, note, progress_bar, say
+from bitnet.inference.cpu_rows import BLOCK
+from bitnet.inference.generation import cache_of, check_ids
+from bitnet.inference.options import TextOptions
+from bitnet.inference.rows import rows_of
+from bitnet.inference.sampling import draw_rows
+from bitnet.inference.text_model import OpenText, TextModel, Writing, is_conversation
+
+_OPTIONS = {field.name for field in dataclasses.fields(TextOptions)}
+_ANSWER = ("line", "text", "stop_reason", "prompt_tokens", "new_tokens", "seed", "of")
+
+
+@dataclass
+class Asked:
+    """A line of the prompts."""
+
+    line: int
+    prompt: str | Sequence[int] | Sequence[Mapping[str, str]]
+    options: TextOptions
+    extra: dict[str, Any]
+    of: str
+
+
+def write_answers(model: TextModel, prompts: Path, out: Path, options: TextOptions, seed: int, rows: int) -> None:
+    """Write the texts of all prompts that have none yet to `out`, up to `rows` of them side by side.
+
+    Raises ValueError for a line that is not a prompt, has options out of range or leaves the model no room, before
+    anything is written, and for answers that are not of these prompts.
+    """
+    asked = list(_read(prompts, options, seed))
+    done = _answered(out, asked)
+    texts = deque(
+        (one, OpenText(model.model, model.source.tokenizer, _writing(model, one, prompts), None))
+        for one in asked
+        if one.line not in done
+    )
+    if done:
+        note(f"{out} has {len(done)} of {len(asked)} answers; {len(texts)} are left")
+    started, tokens, ended, progress = time.perf_counter(), 0, len(done), EveryFewSeconds()
+    with ExitStack() as stack:
+        file = stack.enter_context(open(out, "a", encoding="utf-8"))
+        bar = stack.enter_context(progress_bar(title="texts", total=len(asked), done=len(done), unit="text"))
+        for one, text in _written(model, texts, rows):
+            completion = text.completion
+            answer = {
+                "line": one.line, "text": completion.text, "stop_reason": completion.stop_reason,
+                "prompt_tokens": completion.prompt_tokens, "new_tokens": completion.new_tokens,
+                "seed": completion.seed, "of": one.of,
+            }  # fmt: skip
+            file.write(json.dumps(answer | one.extra, ensure_ascii=False) + "\n")
+            file.flush()
+            tokens += completion.new_tokens
+            ended += 1
+            bar.update(1)
+            if bar.disable and progress.due():
+                note(f"{ended} of {len(asked)} texts, {tokens / (time.perf_counter() - started):.0f} tok/s")
+    seconds = time.perf_counter() - started
+    say(f"{ended} of {len(asked)} texts in {out}, {tokens} new tokens, {tokens / max(seconds, 1e-9):.0f} tok/s")
+
+
+@torch.inference_mode()
+def _written(model: TextModel, waiting: "deque[tuple[Asked, OpenText]]", most: int) -> Iterator[tuple[Asked, OpenText]]:
+    """Every text once it has ended. A prompt is read beside the texts that go on, as soon as a row is free."""
+    rows, ends = rows_of(model.model), model.source.tokenizer.eos_ids
+    needs = sorted((len(text.ids) + text.room + BLOCK for _, text in waiting), reverse=True)
+    cache = cache_of(model.model, sum(needs[:most]) or 1)
+    running: list[tuple[Asked, OpenText, Any, list[int]]] = []  # with the row, and the tokens that it is about to read
+    while waiting or running:
+        while waiting and len(running) < most:
+            one, text = waiting.popleft()
+            running.append((one, text, cache.new_row(), text.ids))
+        logits = rows.step([(row, ids) for _, _, row, ids in running])
+        drawn = draw_rows([text.sampler for _, text, _, _ in running], logits)
+        left = []
+        for (one, text, row, _), token in zip(running, drawn, strict=True):
+            if not token.finite:
+                raise ValueError(f"the model's logits are not finite in the text of line {one.line}")
+            text.push(token)
+            if text.finished or token.token in ends or text.completion.new_tokens == text.room:
+                text.close()
+                row.close()
+                yield one, text
+            else:
+                left.append((one, text, row, [token.token]))
+        running = left
+
+
+def _read(path: Path, options: TextOptions, seed: int) -> Iterator[Asked]:
+    with open(path, encoding="utf-8") as file:
+        for line, content in enumerate(file, 1):
+            if not content.strip():
+                continue
+            where = f"{path}, line {line}"
+            try:
+                value = json.loads(content)
+            except ValueError as error:
+                raise ValueError(f"{where} is not JSON ({error})") from None
+            if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+                raise ValueError(f'{where}: give an object with either "prompt" or "messages"')
+            prompt = value.pop("prompt", None)
+            prompt = value.pop("messages", None) if prompt is None else prompt
+            listed = isinstance(prompt, list) and len(prompt) > 0
+            ids = listed and all(type(token) is int for token in prompt)
+            if not (isinstance(prompt, str) or ids or (listed and is_conversation(prompt))):
+                raise ValueError(f'{where}: "prompt" is a text or token ids, "messages" a list of objects')
+            if taken := sorted(set(value) & set(_ANSWER) - _OPTIONS):
+                raise ValueError(f'{where}: "{taken[0]}" is a field of the answers; give it another name')
+            own = {name: value.pop(name) for name in sorted(_OPTIONS & set(value))}
+            if isinstance(own.get("stop"), list):
+                own["stop"] = tuple(own["stop"])
+            how = dataclasses.replace(options, **{"seed": (seed + line - 1) % 2**63, **own})
+            kept = dataclasses.asdict(dataclasses.replace(how, seed=own.get("seed")))
+            of = hashlib.sha256(json.dumps([prompt, kept], sort_keys=True).encode()).hexdigest()[:16]
+            yield Asked(line, prompt, how, value, of)
+
+
+def _writing(model: TextModel, one: Asked, path: Path) -> Writing:
+    try:
+        sampling = one.options.sampling(model.source.sampling)
+        writing = Writing(model.encode(one.prompt), one.options, sampling, not is_conversation(one.prompt))
+        OpenText(model.model, model.source.tokenizer, writing, None)
+        check_ids(model.model.config, writing.ids)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}, line {one.line}: {error}") from None
+    return writing
+
+
+def _answered(path: Path, asked: Sequence[Asked]) -> set[int]:
+    """Lines that have an answer. A last line that was cut off is taken away."""
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    known, done = {one.line: one.of for one in asked}, set()
+    for number, content in enumerate(data[:whole].decode().splitlines(), 1):
+        try:
+            answer = json.loads(content)
+            line, of = answer["line"], answer["of"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path}, line {number} is no answer of this command; give another --out") from None
+        if known.get(line) != of:
+            raise ValueError(f"{path}, line {number} answers another prompt or other options; give another --out")
+        done.add(line)
+    if whole < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+    return done

@@ -1,0 +1,148 @@
+"""A file of prompts: the texts of `generate`, in whatever company; resuming; and what is refused."""
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitnet
+import generate as script
+from bitnet.inference.options import TextOptions
+from bitnet.inference.text_model import TextModel
+from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.tokenizer import ChatTemplate, train_tokenizer
+from bitnet.tokenizer.chat import PLAIN_TEMPLATE
+from bitnet.training.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    tokenizer = train_tokenizer([inspect.getsource(textwrap)], 512, threads=1)
+    torch.manual_seed(0)
+    model = BitNetForCausalLM(PRESETS["tiny"].replace(initializer_range=0.2)).eval()
+    config = {"model": dataclasses.asdict(model.config)}
+    files = tokenizer.files() | ChatTemplate(PLAIN_TEMPLATE, tokenizer).files()
+    save_checkpoint(
+        path, model=model.state_dict(), optimizer_state={}, state={"step": 1}, config=config, tokenizer=files, best=True
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> TextModel:
+    return bitnet.load(folder, device="cpu")
+
+
+LINES = [
+    {"prompt": "self", "id": "a"},
+    {"prompt": "def wrap(", "max_new_tokens": 3, "temperature": 0},
+    {"messages": [{"role": "user", "content": "What is wrapped?"}], "tag": [1, 2]},
+    {"prompt": [5, 6, 7], "seed": 99, "frequency_penalty": 0.5},
+    {"prompt": "the " * 40, "stop": ["e"]},
+    {"prompt": "return", "top_k": 3},
+    {"prompt": "x", "max_new_tokens": 20},
+]
+
+
+def write(path: Path, lines: list) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def call(folder: Path, prompts: Path, out: Path, *more: str) -> int:
+    options = ("--device", "cpu", "--max-new-tokens", "9", "--seed", "7", "--rows", "3")
+    return script.main([str(folder), "--prompts", str(prompts), "--out", str(out), *options, *more])
+
+
+def answers(path: Path) -> dict[int, dict]:
+    return {answer["line"]: answer for answer in map(json.loads, path.read_text().splitlines())}
+
+
+def test_answers_are_what_generate_gives(tmp_path: Path, folder: Path, model: TextModel) -> None:
+    prompts, out = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
+    assert call(folder, prompts, out) == 0
+    found = answers(out)
+    assert sorted(found) == list(range(1, len(LINES) + 1))
+    names = {field.name for field in dataclasses.fields(TextOptions)}
+    for line, asked in enumerate(LINES, 1):
+        own = {name: value for name, value in asked.items() if name in names}
+        alone = model.generate(
+            asked.get("prompt") or asked["messages"], **{"max_new_tokens": 9, "seed": 6 + line, **own}
+        )  # type: ignore[arg-type]
+        answer = found[line]
+        assert (answer["text"], answer["seed"], answer["stop_reason"]) == (alone.text, alone.seed, alone.stop_reason)
+        assert (answer["prompt_tokens"], answer["new_tokens"]) == (alone.prompt_tokens, alone.new_tokens)
+    assert found[1]["id"] == "a"
+    assert found[3]["tag"] == [1, 2]
+    many = model.generate_many([line["prompt"] for line in LINES[:2]], max_new_tokens=9, seed=7)  # type: ignore[misc]
+    assert many[0].text == found[1]["text"]
+    assert many[1].seed == 8
+
+
+def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out = write(tmp_path / "prompts.jsonl", LINES), tmp_path / "answers.jsonl"
+    assert call(folder, prompts, out) == 0
+    whole = answers(out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(lines[:3]) + lines[3][:25])
+    capsys.readouterr()
+    assert call(folder, prompts, out) == 0
+    assert "has 3 of 7 answers; 4 are left" in capsys.readouterr().err
+    assert answers(out) == whole
+    before = out.read_bytes()
+    assert call(folder, prompts, out) == 0
+    assert out.read_bytes() == before
+    # Other options, other prompts, another file: nothing is mixed, nothing is lost.
+    for more, changed in ((("--temperature", "0.1"), LINES), ((), [*LINES[:2], {"prompt": "other"}, *LINES[3:]])):
+        assert call(folder, write(prompts, changed), out, *more) == 2
+        assert "give another --out" in capsys.readouterr().err
+        assert out.read_bytes() == before
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine\n")
+    assert call(folder, prompts, foreign) == 2
+    assert foreign.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[1]", 'line 2: give an object with either "prompt" or "messages"'),
+        ('{"text": "x"}', 'give an object with either "prompt" or "messages"'),
+        ('{"prompt": 5}', '"prompt" is a text or token ids'),
+        ('{"prompt": []}', '"prompt" is a text or token ids'),
+        ('{"prompt": "x", "line": 4}', '"line" is a field of the answers'),
+        ('{"prompt": "x", "temperature": -1}', "line 2: temperature is -1"),
+        ('{"prompt": "x", "top_k": "many"}', "line 2: "),
+        ('{"prompt": [512]}', "line 2: token id 512"),
+        (json.dumps({"prompt": "word " * 300}), "line 2: .*leaves no room"),
+    ],
+)
+def test_bad_lines_are_named_before_anything_is_written(
+    line: str, message: str, tmp_path: Path, folder: Path, model: TextModel
+) -> None:
+    from bitnet.inference.batch import write_answers
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "x"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        write_answers(model, prompts, out, TextOptions(max_new_tokens=2), 0, 4)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "x"], "--prompts and --out belong together"),
+        (["--prompts", "x", "--out", "y", "--chat"], "leave out --chat"),
+        (["--prompts", "x", "--out", "y", "--rows", "0"], "--rows is 0"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["nowhere", *options]) == 2
+    assert message in capsys.readouterr().err
