@@ -1,20 +1,24 @@
 """Held-out loss by its definition, and the command that compares runs."""
 
 import dataclasses
+import io
 import math
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
 from bitnet.__main__ import main
-from bitnet.data.corpus import open_corpus
+from bitnet.data.corpus import Corpus, open_corpus
+from bitnet.data.feed import TextFeed
+from bitnet.data.mixture import tokenize_mixture
 from bitnet.data.tokens import TokenArray
 from bitnet.data.tokens_write import tokenize_corpus
-from bitnet.evaluation.loss import Evaluation, evaluate
+from bitnet.evaluation.loss import Evaluation, evaluate, evaluate_feed
 from bitnet.model import PRESETS, BitNetForCausalLM
-from bitnet.tokenizer import train_tokenizer
+from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.training.checkpoint import save_checkpoint
 
 CONFIG = PRESETS["tiny"].replace(vocab_size=300, quantizer="none")
@@ -64,6 +68,51 @@ def test_a_part_of_the_split_and_the_mode_of_the_model(model):
     model.eval()
     evaluate(model, tokens(20), context=16, bytes_per_token=2.0)
     assert not model.training
+
+
+def test_bytes_are_those_of_the_tokens_that_were_predicted(model):
+    array = tokens(1000)
+    sizes = torch.from_numpy(np.random.default_rng(1).integers(0, 9, 300).astype(np.float64))
+    whole = evaluate(model, array, context=16, bytes_per_token=sizes, batch_size=4)
+    part = evaluate(model, array, context=16, bytes_per_token=sizes, batch_size=4, max_tokens=130)
+    for result, count in ((whole, 999), (part, 128)):
+        labels = torch.from_numpy(array.read(1, count).astype(np.int64))
+        assert result.text_bytes == float(sizes[labels].sum())
+        assert result.bits_per_byte == pytest.approx(result.loss * count / math.log(2) / result.text_bytes)
+    nothing = evaluate(model, tokens(17), context=16, bytes_per_token=torch.zeros(300))
+    assert nothing.bits_per_byte == math.inf
+
+
+@pytest.mark.parametrize("kind", ["own", "prefixed"])
+def test_bits_per_byte_of_a_part_of_a_split(tmp_path, model, kind):
+    """A split whose beginning has other words than the rest: the bytes of a part are those of its text."""
+    texts = [f"{'internationalization ' * 9}{i}" if i % 40 < 20 else f"1 2 3 {i} x y z\n" * 9 for i in range(400)]
+    tokenizer = train_tokenizer(texts, 300)
+    if kind == "prefixed":
+        stream = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=stream, model_type="bpe", vocab_size=300, byte_fallback=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=3,
+        )  # fmt: skip
+        tokenizer = Tokenizer(stream.getvalue())
+    corpus = Corpus("two", lambda: texts, lambda: kind)
+    feed = TextFeed(tokenize_mixture({"two": corpus}, (1.0,), tokenizer, tmp_path), tokenizer, None, 16)
+    tokenized = feed.mixture.corpora["two"]
+    entry, split = tokenized.meta["splits"]["val"], tokenized.split("val")
+    (whole,) = feed.held_out(2)
+    labels = torch.cat([label for _, label in whole.batches]).flatten()
+    counted = whole.bytes_per_token[labels[labels != -100]].sum()
+    assert float(counted) == pytest.approx(entry["bytes"], rel=1e-9)
+    for limit in (64, 512, 1500):
+        (part,) = feed.held_out(2, limit)
+        ids = torch.cat([label for _, label in part.batches]).flatten()
+        text = b"".join(tokenizer.surface_bytes(i) for i in ids[ids != -100].tolist())
+        assert float(part.bytes_per_token[ids[ids != -100]].sum()) == pytest.approx(len(text), rel=0.02)
+        if kind == "own":
+            assert float(part.bytes_per_token[ids[ids != -100]].sum()) == len(text)
+            assert len(text) != pytest.approx(len(ids) * entry["bytes"] / len(split), rel=0.02)
+        result = evaluate_feed(model, feed, batch_size=2, max_tokens=limit)
+        assert result.bits_per_byte == pytest.approx(result.loss * result.tokens / math.log(2) / result.text_bytes)
 
 
 def test_perplexity_of_an_overflowing_loss_is_infinite():

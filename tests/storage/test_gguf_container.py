@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -219,3 +220,36 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         write_file(path, {"a": {}}, [good])
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def array(kind: int, count: int, content: bytes) -> bytes:
+    return string(b"k") + struct.pack("<IIQ", 9, kind, count) + content
+
+
+MILLIONS = {
+    "tensors": (3_000_000, 0, bytes(96_000_000), "announces 3000000 tensors, and 65536 is the most"),
+    "values": (0, 3_000_000, bytes(40_000_000), "announces 3000000 metadata values, and 65536 is the most"),
+    "strings": (0, 1, array(8, 3_000_000, bytes(24_000_000)), "announces 3000000 elements of k"),
+    "together": (0, 2, array(7, 2_000_000, bytes(2_000_000)) + array(7, 10**5, bytes(10**5)), "k' appears twice"),
+    "a length": (0, 1, array(8, 2, string(b"a") + struct.pack("<Q", 1 << 63)), "in string 1 of k"),
+}
+
+
+@pytest.mark.parametrize("case", MILLIONS)
+def test_headers_of_millions_of_entries_take_no_time(tmp_path, case):
+    tensors, values, body, message = MILLIONS[case]
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + body)
+    started = time.process_time()
+    with pytest.raises(GGUFError, match=message):
+        GGUFFile(tmp_path / "x.gguf")
+    assert time.process_time() - started < 1
+
+
+def test_a_vocabulary_as_large_as_any_is_read_at_once(tmp_path):
+    words = [f"\u2581{i}" for i in range(300_000)]
+    write_file(tmp_path / "x.gguf", {"tokens": words, "flags": [True, False] * 1000}, [])
+    started = time.process_time()
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert time.process_time() - started < 2
+    assert file.metadata["tokens"] == words
+    assert file.metadata["flags"] == [True, False] * 1000

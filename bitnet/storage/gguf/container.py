@@ -27,8 +27,10 @@ from bitnet.files import JsonObject, replacing
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
-MAX_ITEMS = 1 << 22
-"""Elements of all metadata arrays together, several times what the largest vocabulary needs."""
+MAX_ITEMS = 1 << 21
+"""Elements of all metadata arrays together; the largest vocabularies have 1.3 million, merges and scores included."""
+MAX_ENTRIES = 1 << 16
+"""Metadata values, and tensors; the largest models have some thousands."""
 
 # Type number: name, weights in a block, bytes of a block. I2_S is bitnet.cpp's, in a number that ggml has retired.
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -125,7 +127,7 @@ class GGUFFile:
             )
         # Counts from the file: each is held against the bytes that are left before a loop of that length runs.
         tensors, values = cursor.unpack("<Q"), cursor.unpack("<Q")
-        cursor.expect(values, 13, "metadata values")  # an empty key, a type and one byte
+        cursor.expect(values, 13, "metadata values", MAX_ENTRIES)  # an empty key, a type and one byte
         self.metadata: JsonObject = {}
         for _ in range(values):
             key = cursor.string("a metadata key")
@@ -135,7 +137,7 @@ class GGUFFile:
         self.alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(self.alignment) is not int or self.alignment not in (1 << i for i in range(3, 21)):
             raise GGUFError(f"general.alignment is {self.alignment!r:.40}; it must be a power of two from 8 on")
-        cursor.expect(tensors, 32, "tensors")
+        cursor.expect(tensors, 32, "tensors", MAX_ENTRIES)
         infos = [_tensor_info(cursor) for _ in range(tensors)]
         base = -(-cursor.offset // self.alignment) * self.alignment
         self.tensors = {info.name: info for info in (self._placed(info, base) for info in infos)}
@@ -179,8 +181,10 @@ class _Cursor:
     def unpack(self, layout: str) -> Any:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
 
-    def expect(self, count: int, smallest: int, what: str) -> None:
-        """Refuse a count that the bytes which are left cannot hold."""
+    def expect(self, count: int, smallest: int, what: str, most: int = MAX_ITEMS) -> None:
+        """Refuse a count that the bytes which are left cannot hold, or that no file has: reading them takes time."""
+        if count > most:
+            raise GGUFError(f"it announces {count} {what}, and {most} is the most that is read; it is damaged")
         if count * smallest > len(self.buffer) - self.offset:
             raise GGUFError(f"it announces {count} {what}, more than {len(self.buffer)} bytes can hold")
 
@@ -204,9 +208,33 @@ class _Cursor:
         self.items += count
         if self.items > MAX_ITEMS:
             raise GGUFError(f"its metadata arrays have over {MAX_ITEMS} elements")
-        if kind not in _SCALARS or kind == _BOOL:
-            return [self._scalar(kind, key) for _ in range(count)]
+        if kind == _STRING:
+            return self._strings(count, key)
+        if kind not in _SCALARS:
+            raise GGUFError(f"{key} has the unknown value type {kind}")
+        if kind == _BOOL:
+            return (np.frombuffer(self.take(count), np.uint8) != 0).tolist()
         return np.frombuffer(self.take(count * size), _SCALARS[kind]).tolist()
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """`string` that often; written out, since vocabularies are long."""
+        buffer, offset, length_at, strings = self.buffer, self.offset, struct.Struct("<Q").unpack_from, []
+        try:
+            for _ in range(count):
+                start = offset + 8
+                offset = start + length_at(buffer, offset)[0]
+                text = buffer[start:offset]
+                if len(text) != offset - start:
+                    break
+                strings.append(text.decode("utf-8"))
+        except struct.error:
+            pass
+        except UnicodeDecodeError:
+            raise GGUFError(f"a string of {key} is not UTF-8") from None
+        if len(strings) != count:
+            raise GGUFError(f"it ends inside its header, in string {len(strings)} of {key}")
+        self.offset = offset
+        return strings
 
     def _scalar(self, kind: int, key: str) -> Any:
         if kind == _STRING:
