@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.console import note
 from bitnet.data.feed import DataConfig, Feed, TextFeed, open_feed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import iter_eval_batches
@@ -28,7 +29,10 @@ def open_held_out(source: Source, text: str | None = None, context: int | None =
     """
     data, window = _data_of(source, text, context)
     template = require(source.chat_template, source.path) if data.chat else source.chat_template
-    return open_feed(data, source.tokenizer, template, window=window)
+    feed = open_feed(data, source.tokenizer, template, window=window)
+    for what in feed.mixture.losses() if text and isinstance(feed, TextFeed) else ():
+        note(what)
+    return feed
 
 
 def open_text(source: Source, text: str | None = None, context: int | None = None) -> TextFeed:

@@ -38,9 +38,12 @@ def load_tokenizer(
     already. Raises ValueError for anything else.
     """
     path = Path(path)
+    kinds: tuple[type[HuggingFaceTokenizer] | type[Tokenizer], ...] = (HuggingFaceTokenizer, Tokenizer)
+    if path.is_file() and path.name == Tokenizer.file_name:  # what lies beside it belongs to it
+        path, kinds = path.parent, (Tokenizer,)
     if not path.is_dir():
         return HuggingFaceTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)
-    found = [kind for kind in (HuggingFaceTokenizer, Tokenizer) if (path / kind.file_name).is_file()]
+    found = [kind for kind in kinds if (path / kind.file_name).is_file()]
     if found and found[-1 if own else 0] is HuggingFaceTokenizer:
         return HuggingFaceTokenizer.load(path, config)
     if found:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -52,7 +53,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
         Raises ValueError naming `source` for a decoder of another family and for ids outside the vocabulary.
         """
-        self._backend = backend
+        self._backend, self._lock = backend, threading.RLock()
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # in the library's words: special tokens in a text are encoded as text
@@ -139,10 +140,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
         if isinstance(texts, str):
             raise TypeError("encode_batch takes a list of texts, not one text: use encode")
         try:
-            if threads > 1:
-                batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-                return [encoding.ids for encoding in batch]
-            return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+            with self._lock:
+                if threads > 1:
+                    batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+                    return [encoding.ids for encoding in batch]
+                return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
         except (UnicodeError, TypeError) as error:  # by the library's version; it does not say which text it was
             check_encodable(texts)
             raise error
@@ -150,11 +152,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def _encode_special(self, text: str, mark: str = "") -> list[int]:
         if mark and mark in text:  # the library knows no marks
             return super()._encode_special(text, mark)
-        self._backend.encode_special_tokens = False
-        try:
-            return self.encode_batch([text])[0]
-        finally:
-            self._backend.encode_special_tokens = True
+        with self._lock:  # the setting is everyone's
+            self._backend.encode_special_tokens = False
+            try:
+                return self.encode_batch([text])[0]
+            finally:
+                self._backend.encode_special_tokens = True
 
 
 def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:

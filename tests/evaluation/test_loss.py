@@ -103,7 +103,7 @@ def test_bits_per_byte_of_a_part_of_a_split(tmp_path, model, kind):
     labels = torch.cat([label for _, label in whole.batches]).flatten()
     counted = whole.bytes_per_token[labels[labels != -100]].sum()
     assert float(counted) == pytest.approx(entry["bytes"], rel=1e-9)
-    for limit in (64, 512, 1500):
+    for limit in (64, 512):
         (part,) = feed.held_out(2, limit)
         ids = torch.cat([label for _, label in part.batches]).flatten()
         text = b"".join(tokenizer.surface_bytes(i) for i in ids[ids != -100].tolist())

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -106,6 +107,16 @@ def test_where_the_special_tokens_are_named(tmp_path):
     assert (ours.eos_id, ours.bos_id, ours.adds_bos) == (2, None, False)
     ours = files(tmp_path, backend, tokenizer_config={"bos_token": "<s>", "add_bos_token": True})
     assert (ours.bos_id, ours.adds_bos) == (0, True)
+
+
+def test_threads_share_a_tokenizer():
+    ours = HuggingFaceTokenizer(byte_level(True), eos_id=2)
+    text = "a <|im_end|> b " * 20
+    wanted = {special: ours.encode(text, special=special) for special in (True, False)}
+    assert wanted[True] != wanted[False]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [(n % 2 == 0, pool.submit(ours.encode, text, special=n % 2 == 0)) for n in range(400)]
+    assert all(job.result() == wanted[special] for special, job in jobs)
 
 
 def test_truncation_and_padding_of_a_file_do_not_apply(tmp_path):

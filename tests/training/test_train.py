@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,6 +251,26 @@ def test_resume_refuses_a_changed_corpus(tmp_path, corpus):
     text.write_text(lines.replace("cat", "cow"))
     with pytest.raises(CheckpointError, match="corpus has changed"):
         trainer.train(dataclasses.replace(config, steps=4), resume=True)
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path, corpus, monkeypatch):
+    """Paths were relative to where it began."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(corpus, tmp_path / "there" / "texts")
+    monkeypatch.chdir(tmp_path / "there")
+    data = recipes.DataConfig(corpus=("texts=0.5", "stdlib=0.5"), cache=str(tmp_path / "data"), max_bytes=50_000)
+    assert data.absolute().corpus == (f"{tmp_path / 'there' / 'texts'}=0.5", "stdlib=0.5")
+    assert data.absolute().absolute() == data.absolute()
+    data = recipes.DataConfig(corpus="texts", cache=str(tmp_path / "data"))
+    trainer.train(configuration(tmp_path, corpus, data=data, steps=2))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config, resume, *_ = trainer.parse(["--resume", str(tmp_path / "run"), "--steps", "3"])
+    assert trainer.train(config, resume).progress.step == 3
+    with pytest.raises(ValueError, match=f"'texts' in '{tmp_path / 'elsewhere'}', the current folder"):
+        trainer.train(configuration(tmp_path, corpus, data=data, out=str(tmp_path / "new")))
+    with pytest.raises(ValueError, match=f"'texts' in '{tmp_path / 'elsewhere'}', the current folder"):
+        trainer.train(configuration(tmp_path, corpus, data=recipes.DataConfig(chat="texts"), out=str(tmp_path / "new")))
 
 
 def test_minutes_become_steps(tmp_path, corpus):
