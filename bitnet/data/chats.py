@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -38,7 +36,7 @@ from bitnet.data.corpus import sha256_of
 from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
 from bitnet.data.unpack import unpacked_name
-from bitnet.files import JsonObject, write_atomic
+from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.tokenizer import ChatTemplate
 
 FORMAT_VERSION = 2
@@ -140,19 +138,14 @@ def tokenize_chats(
 
 def _write(folder: Path, arrays: dict[str, np.ndarray], meta: JsonObject) -> None:
     """Write a folder whole or not at all; one that another program finished first stays."""
-    work = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    work.mkdir(parents=True)
     try:
-        for name, array in arrays.items():
-            np.save(work / f"{_ARRAYS[name]}.npy", array, allow_pickle=False)
-        write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(folder, "conversations") as work:
+            for name, array in arrays.items():
+                np.save(work / f"{_ARRAYS[name]}.npy", array, allow_pickle=False)
+            write_atomic(work / "meta.json", json.dumps(meta, indent=2) + "\n")
+    except OSError:
+        if not folder.exists():
+            raise
 
 
 class TokenizedChats:

@@ -22,6 +22,7 @@ from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
 from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
+from bitnet.files import working_in
 from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
 from bitnet.machine import process_memory, reset_peak_memory
@@ -30,7 +31,8 @@ from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
 from bitnet.storage.folders import packed_quantizer, save_quantized
-from bitnet.storage.safetensors import MODEL, load_json
+from bitnet.storage.json_files import load_record
+from bitnet.storage.safetensors import MODEL
 from bitnet.storage.source import open_source
 
 NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
@@ -153,11 +155,13 @@ class Comparison:
         """Rows of an interrupted call with the same settings."""
         path = self.out / "table.json"
         if not path.exists():
+            if (self.out / "models").exists():  # whose models would be in the way, and are not ours to delete
+                raise ValueError(f"{self.out} has a folder 'models' and is no comparison; choose another --out")
             return {}
-        stored = load_json(path)
-        if stored.get("settings") != self.settings:
+        stored = load_record(path, table.Table)
+        if stored.settings != self.settings:
             raise ValueError(f"{self.out} holds a comparison with other settings; choose another --out or delete it")
-        return {row["name"]: Row(**row) for row in stored["rows"]}
+        return {row.name: row for row in stored.rows}
 
     def methods(self) -> list[str]:
         """Post-training methods that were asked for. Raises ValueError for one that does not exist."""
@@ -172,7 +176,11 @@ class Comparison:
 
     def run(self) -> None:
         """Fill the table, writing it after every row."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        with working_in(self.out, "comparison"):
+            self._fill()
+
+    def _fill(self) -> None:
+        self.write()  # from now on the folder is ours
         jobs: list[tuple[str, str | None]] = [("float32", None)]
         jobs += [(NATIVE_NAMES[quantizer], quantizer) for quantizer in self.runs if quantizer != "none"]
         pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
@@ -255,8 +263,8 @@ class Comparison:
 
     def write(self) -> None:
         """The table's files, each replaced whole."""
-        about = {"settings": self.settings, "context": self.context, "tokens": self.options.tokens}
-        table.write(self.out, list(self.rows.values()), about)
+        found = table.Table(self.settings, self.context, self.options.tokens, list(self.rows.values()))
+        table.write(self.out, found)
 
     def draw(self) -> None:
         """The pictures of the table."""

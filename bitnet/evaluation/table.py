@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,17 @@ class Row:
     """Time to quantize; None for trained models."""
     layer_errors: list[float] = field(default_factory=list)
     """Relative error of the residual stream behind each layer, post-training methods only."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What table.json holds."""
+
+    settings: str
+    """A sum of what all rows depend on."""
+    context: int
+    tokens: int
+    rows: list[Row]
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -81,14 +92,15 @@ def _grid(rows: Sequence[Row]) -> list[list[str]]:
     return [list(cells(rows[0])), *(list(cells(row).values()) for row in rows)]
 
 
-def write(folder: Path, rows: Sequence[Row], about: Mapping[str, object]) -> None:
-    """table.json (with what `about` says of all rows), table.csv and table.md in this folder, each replaced whole."""
-    stored = {**about, "rows": [dataclasses.asdict(row) for row in rows]}
-    write_atomic(folder / "table.json", json.dumps(stored, indent=1))
+def write(folder: Path, found: Table) -> None:
+    """table.json, and where there are rows table.csv and table.md, in this folder, each replaced whole."""
+    write_atomic(folder / "table.json", json.dumps(dataclasses.asdict(found), indent=1))
+    if not found.rows:
+        return
     text = io.StringIO()
     names = [field.name for field in dataclasses.fields(Row)]
     writer = csv.writer(text)
     writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    writer.writerows([getattr(row, name) for name in names] for row in found.rows)
     write_atomic(folder / "table.csv", text.getvalue())
-    write_atomic(folder / "table.md", markdown(rows))
+    write_atomic(folder / "table.md", markdown(found.rows))

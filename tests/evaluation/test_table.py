@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from bitnet.evaluation.table import Row, markdown, terminal, write
+from bitnet.evaluation.table import Row, Table, markdown, terminal, write
 
 ROW = Row("float32", "float", 32, 32, 1.5, 12.345, 0.1, 0, 0, 0, 1, "float")
 ROWS = [ROW, replace(ROW, name="gptq-4", perplexity=2e4, gap=0.5, kernel="dequantizes", decode=12.34, seconds=3.0)]
@@ -30,7 +30,7 @@ def test_markdown_has_a_cell_for_every_heading() -> None:
 
 
 def test_files_hold_every_number(tmp_path: Path) -> None:
-    write(tmp_path, ROWS, {"settings": "abc"})
+    write(tmp_path, Table("abc", 16, 64, ROWS))
     stored = json.loads((tmp_path / "table.json").read_text())
     assert stored["settings"] == "abc"
     assert [Row(**row) for row in stored["rows"]] == ROWS
