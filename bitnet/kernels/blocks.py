@@ -10,9 +10,17 @@ from bitnet import kernels
 from bitnet.kernels.cpu import blocks as native
 from bitnet.kernels.ops import dequantize_blocks as dequantize_op
 from bitnet.kernels.ops import is_eager
-from bitnet.quant.blocks import TYPES, BlockType, check_rows, check_weight, dequantize_blocks, quantize_blocks
+from bitnet.quant.blocks import (
+    READ_ONLY,
+    TYPES,
+    BlockType,
+    check_rows,
+    check_weight,
+    dequantize_blocks,
+    quantize_blocks,
+)
 
-__all__ = ["TYPES", "BlockType", "dequantize", "quantize"]
+__all__ = ["READ_ONLY", "TYPES", "BlockType", "dequantize", "quantize"]
 
 
 def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatible: bool = False) -> Tensor:
@@ -25,7 +33,7 @@ def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatib
 
 def dequantize(data: Tensor, kind: str) -> Tensor:
     """Rows of blocks to float32: see `bitnet.quant.blocks.dequantize_blocks`."""
-    if not _native_for(data):
+    if kind in READ_ONLY or not _native_for(data):
         return dequantize_blocks(data, kind)
     check_rows(data, kind)
     return native.dequantize(data, kind) if is_eager(data) else dequantize_op(data, kind)

@@ -1,6 +1,7 @@
 """The real ggml through ctypes, as an oracle: the quantizers and dequantizers of its block types.
 
-The library is that of the package libggml-python.
+The library is that of the package libggml-python, and for the types that it is too old for llama.cpp's own, beside
+`tests/oracles/llama.py`.
 """
 
 import ctypes
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import TYPES, row_bytes
+from bitnet.quant.blocks import READ_ONLY, TYPES, row_bytes
 from tests import oracles
+from tests.oracles import llama
 
 
 @functools.cache
@@ -25,8 +27,20 @@ def library(path: Path | None = None) -> Any:
     return library
 
 
+NEWER = ("Q1_0", "Q2_0", *READ_ONLY)
+
+
+def newer(kind: str) -> Path | None:
+    """The library of a type that the package's does not have."""
+    if kind not in NEWER:
+        return None
+    llama.library()  # skips or fails the test where it is not installed
+    return llama.FOLDER / "libggml-base.so"
+
+
 def quantize(x: Tensor, kind: str, importance: Tensor | None, path: Path | None = None) -> Tensor:
     """Rows float32 `[N, K]` to rows of bytes, on one thread, by the package's library or the one of a file."""
+    path = path or newer(kind)
     x, out = x.contiguous(), torch.empty(len(x), row_bytes(x.shape[1], kind), dtype=torch.uint8)
     weight = None if importance is None else importance.data_ptr()
     size = library(path).ggml_quantize_chunk(
@@ -39,9 +53,10 @@ def quantize(x: Tensor, kind: str, importance: Tensor | None, path: Path | None 
 def dequantize(data: Tensor, kind: str) -> Tensor:
     """Rows of bytes to float32 `[N, K]`."""
     name = kind.lower() if kind[0] != "Q" or kind[-1] != "K" else kind.replace("Q", "q")
-    function = getattr(library(), f"dequantize_row_{name}")
+    function = getattr(library(newer(kind)), f"dequantize_row_{name}")
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
-    data, columns = data.contiguous(), data.shape[1] // TYPES[kind].bytes * TYPES[kind].block_size
+    found = READ_ONLY.get(kind) or TYPES[kind]
+    data, columns = data.contiguous(), data.shape[1] // found.bytes * found.block_size
     out = torch.zeros(len(data), columns)
     function(data.data_ptr(), out.data_ptr(), out.numel())
     return out

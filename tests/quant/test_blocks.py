@@ -12,12 +12,12 @@ from bitnet.kernels import blocks, use_backend
 from bitnet.kernels.cpu import blocks as native_blocks
 from bitnet.kernels.cpu import native
 from bitnet.quant.blocks import (
+    READ_ONLY,
     TYPES,
     dequantize_blocks,
     ggml_search,
     kquants,
     quantize_blocks,
-    row_bytes,
     simple,
     ternary,
 )
@@ -28,7 +28,9 @@ from tests.quant.builders import noise
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
 FAMILY = {kind: family for family in (simple, kquants, ternary) for kind in family.BITS}
-TERNARY = ("TQ1_0", "TQ2_0")
+GGML_KINDS = [kind for kind in KINDS if kind != "PQ2_0"]  # which PrismML's fork alone has
+GGUF_KINDS = [kind for kind in GGML_KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
+TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "PQ2_0")
 BUILT = native_blocks.available()
 
 
@@ -90,7 +92,9 @@ D_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}  # byte 
 def random_bytes(kind: str, rows: int = 64, columns: int = K) -> Tensor:
     """Random blocks; d is infinite, NaN, denormal and 0 in some."""
     generator = torch.Generator().manual_seed(3)
-    data = torch.randint(0, 256, (rows, row_bytes(columns, kind)), dtype=torch.uint8, generator=generator)
+    found = READ_ONLY.get(kind) or TYPES[kind]
+    width = columns // found.block_size * found.bytes
+    data = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 2.0**-24, 0.0, -0.0]).half()
     data[: len(special), D_AT.get(kind, 0) :][:, :2] = special.view(torch.uint8).view(-1, 2)
     return data
@@ -117,7 +121,7 @@ def same_floats(a: Tensor, b: Tensor) -> bool:
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGML_KINDS)
 def test_dequantizers_give_ggml_s_floats(kind):
     data = random_bytes(kind)
     ours = dequantize_blocks(data, kind)
@@ -126,21 +130,46 @@ def test_dequantizers_give_ggml_s_floats(kind):
     assert same_floats(ours, ggml.dequantize(data, kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READ_ONLY)
+def test_four_bit_floats_are_read_as_ggml_does(kind):
+    """Every exponent and every scale, beside every code, on both paths."""
+    found = READ_ONLY[kind]
+    data = torch.randint(0, 256, (256, found.bytes), dtype=torch.uint8)
+    data[:, : 1 if kind == "MXFP4" else 4] = torch.arange(256, dtype=torch.uint8).view(-1, 1)
+    expected = ggml.dequantize(data, kind)
+    assert same_floats(dequantize_blocks(data, kind), expected)
+    assert same_floats(blocks.dequantize(data, kind), expected)
+    with pytest.raises(ValueError, match=f"block type '{kind}' is unknown"):
+        blocks.quantize(torch.zeros(2, 64), kind)
+
+
+def test_prism_s_blocks_are_pairs_of_ggml_s():
+    """PQ2_0 is Q2_0 with one scale for two blocks: of rows whose pairs have one largest weight ggml gives its bytes."""
+    x = all_rows().view(-1, 2, 64)
+    x[:, :, 0] = x.abs().amax(dim=(1, 2)).unsqueeze(1)
+    x = x.view(-1, K)
+    ours = blocks.quantize(x, "PQ2_0", compatible=True).view(-1, 34)
+    theirs = ggml.quantize(x, "Q2_0", None).view(-1, 2, 18)
+    assert torch.equal(theirs[:, 0, :2], theirs[:, 1, :2])
+    assert torch.equal(ours, torch.cat([theirs[:, 0], theirs[:, 1, 2:]], dim=1))
+    data = random_bytes("PQ2_0").view(-1, 34)
+    pairs = torch.cat([data[:, :18], data[:, :2], data[:, 18:]], dim=1)
+    assert same_floats(dequantize_blocks(data, "PQ2_0"), ggml.dequantize(pairs, "Q2_0"))
+
+
+@pytest.mark.parametrize("kind", GGUF_KINDS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid:RuntimeWarning")
 def test_dequantizers_give_gguf_py_s_floats(kind):
     gguf = oracles.require("gguf")
     data = random_bytes(kind)
     theirs = gguf.quants.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
     assert same_floats(dequantize_blocks(data, kind), torch.from_numpy(theirs.copy()))
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(TYPES[kind].number)] == (
-        TYPES[kind].block_size,
-        TYPES[kind].bytes,
-    )
+    found = READ_ONLY.get(kind) or TYPES[kind]
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(found.number)] == (found.block_size, found.bytes)
 
 
 @pytest.mark.parametrize("importance", importances())
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGML_KINDS)
 def test_torch_gives_ggml_s_bytes(kind, importance):
     x, weight = all_rows(), importances()[importance]
     theirs = ggml.quantize(x, kind, weight)
@@ -149,7 +178,7 @@ def test_torch_gives_ggml_s_bytes(kind, importance):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGML_KINDS)
 def test_native_code_gives_ggml_s_bytes(kind, isa):
     with native.use_instruction_set(isa):
         for seed in (0, 10, 20):
@@ -190,6 +219,7 @@ BETTER = {
     "Q4_0": (0.89, 0.95), "Q4_1": (0.80, 0.94), "Q5_0": (0.89, 0.90), "Q5_1": (0.80, 0.93), "Q8_0": (0.85, 0.60),
     "Q2_K": (0.78, 0.85), "Q3_K": (0.91, 0.94), "Q4_K": (0.96, 0.94), "Q5_K": (0.93, 0.90), "Q6_K": (0.90, 0.82),
     "IQ4_NL": (0.94, 0.93), "TQ1_0": (0.32, 0.32), "TQ2_0": (0.32, 0.32),
+    "Q1_0": (1.0001, 0.93), "Q2_0": (0.25, 0.18), "PQ2_0": (0.23, 0.19),
 }  # fmt: skip
 
 
@@ -208,10 +238,9 @@ def test_ternary_weights_keep_their_codes(kind):
     codes[1] = 0
     for compatible in (False, True):
         data = blocks.quantize(codes * 0.37, kind, compatible=compatible)
-        unpack = ternary.unpack_tq1 if kind == "TQ1_0" else ternary.unpack_tq2
-        found, d = unpack(data)
+        found, d = ternary.unpack_rows(data, kind)
         assert torch.equal(found, codes)
-        expected = torch.full((5, 2), 0.37).half().float()
+        expected = torch.full((5, 512 // TYPES[kind].block_size), 0.37).half().float()
         expected[1] = 0
         assert torch.equal(d, expected)
 
@@ -303,15 +332,21 @@ def test_pack_is_the_inverse_of_unpack(kind):
 
 @pytest.mark.parametrize(("pack", "unpack", "kind"), [
     (ternary.pack_tq1, ternary.unpack_tq1, "TQ1_0"), (ternary.pack_tq2, ternary.unpack_tq2, "TQ2_0"),
+    *((functools.partial(ternary.pack_rows, kind=kind), functools.partial(ternary.unpack_rows, kind=kind), kind)
+      for kind in ("Q2_0", "PQ2_0", "Q1_0")),
 ])  # fmt: skip
 def test_ternary_codes_go_in_and_come_out(pack, unpack, kind):
-    codes = torch.randint(-1, 2, (3, 512), dtype=torch.int8)
-    for scale in (1.0, 0.37, torch.rand(3, 2).half().float()):
+    codes, size = torch.randint(-1, 2, (3, 512), dtype=torch.int8), TYPES[kind].block_size
+    if kind == "Q1_0":
+        with pytest.raises(ValueError, match="codes are 0; Q1_0 holds -1 and 1, use Q2_0"):
+            pack(codes, 1.0)
+        codes[codes == 0] = 1
+    for scale in (1.0, 0.37, torch.rand(3, 512 // size).half().float()):
         data = pack(codes, scale)
         found, d = unpack(data)
         assert torch.equal(found, codes)
-        assert torch.equal(d, torch.as_tensor(scale).half().float().expand(3, 2))
-        assert torch.equal(dequantize_blocks(data, kind), codes * d.repeat_interleave(256, dim=1))
+        assert torch.equal(d, torch.as_tensor(scale).half().float().expand(3, 512 // size))
+        assert torch.equal(dequantize_blocks(data, kind), codes * d.repeat_interleave(size, dim=1))
 
 
 def test_tq2_0_lies_as_it_is_drawn():
@@ -320,6 +355,17 @@ def test_tq2_0_lies_as_it_is_drawn():
     for place in range(256):
         group, lane, byte = place // 128, place % 128 // 32, place % 32
         assert (data[32 * group + byte] >> (2 * lane) & 3) - 1 == codes[0, place]
+
+
+@pytest.mark.parametrize("kind", ["Q2_0", "PQ2_0", "Q1_0"])
+def test_newer_types_lie_as_they_are_drawn(kind):
+    size, lanes = TYPES[kind].block_size, 8 if kind == "Q1_0" else 4
+    codes = torch.randint(0, 2, (1, size), dtype=torch.int8) * 2 - 1
+    data = ternary.pack_rows(codes, 1.0, kind)[0].tolist()
+    assert data[:2] == [0, 0x3C]
+    for place in range(size):
+        found = data[2 + place // lanes] >> (place % lanes * 8 // lanes)
+        assert (2 * (found & 1) - 1 if kind == "Q1_0" else (found & 3) - 1) == codes[0, place]
 
 
 # Golden bytes: CRC-32 of ggml's bytes (plain, with importance) and of the default's, for the weights below.
@@ -337,6 +383,9 @@ GOLDEN = {
     "IQ4_NL": (0xFE481936, 0xF565D437, 0x83421CE7, 0x499062BB),
     "TQ1_0": (0x92C87543, 0x92C87543, 0xF02012BA, 0xA7B2F078),
     "TQ2_0": (0x8FB5700C, 0x8FB5700C, 0xFB9AF1BC, 0xA5BA1C7A),
+    "Q1_0": (0x7EF7DE86, 0x7EF7DE86, 0x7EF7DE86, 0xF97A7078),
+    "Q2_0": (0xDB379082, 0xDB379082, 0xC42F98D1, 0x579317E9),
+    "PQ2_0": (0xDDDE1BB9, 0xDDDE1BB9, 0xBB1F865F, 0x45F098DE),
 }
 
 
@@ -361,7 +410,7 @@ def test_golden_bytes(kind):
     assert golden(kind, compatible) + golden(kind, blocks.quantize) == GOLDEN[kind]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGML_KINDS)
 def test_golden_bytes_are_ggml_s(kind):
     assert golden(kind, ggml.quantize) == GOLDEN[kind][:2]
 

@@ -25,6 +25,8 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
             for (int i = 0; i < SIZE; i++) {
                 if (K == IQ4_NL)
                     y[g * SIZE + i] = scale * LEVELS[c[i] & 15];
+                else if (K == Q1_0)
+                    y[g * SIZE + i] = scale * (float)(2 * (int)c[i] - 1);
                 else if (minimum || K == Q4_1 || K == Q5_1)
                     y[g * SIZE + i] = scale * (float)c[i] + low;
                 else
@@ -82,6 +84,9 @@ struct uneven {
         for (int i = 1; i < 16; i++) found = x + x >= LEVELS[i - 1] + LEVELS[i] ? all(LEVELS[i]) : found;
         return found;
     }
+};
+struct signs {
+    BN_INLINE_MEMBER vf at(vf x) const { return x >= 0 ? all(1) : all(-1); }
 };
 BN_INLINE vf level_index(vf x) {
     vf found = {};
@@ -178,10 +183,23 @@ template <int K> void compatible_super(tile &t, bool important) {
 template <int K> void compatible_simple(tile &t, bool important) {
     constexpr int N = size_of(K), center = center_of(K), high = (1 << bits_of(K)) - 1;
     vf *x = t.x, *q = t.q, weight[32], most = {};
+    if (K == Q1_0) {
+        vf sum = {};
+        for (int i = 0; i < N; i++) {
+            sum += magnitude(x[i]);
+            q[i] = x[i] >= 0 ? all(1) : vf{};
+        }
+        t.l.d = half_of(sum / (float)N);
+        return;
+    }
     if (K >= TQ1_0 || K == Q8_0) {
         for (int i = 0; i < N; i++) most = largest_of(most, magnitude(x[i]));
         vf d = K == Q8_0 ? most / 127 : most, inv = inverse_or_zero(d);
-        for (int i = 0; i < N; i++) q[i] = round_away(x[i] * inv) + (float)center;
+        for (int i = 0; i < N; i++) {
+            vf scaled = x[i] * inv;
+            q[i] = round_away(scaled) + (float)center;
+            if (K >= Q2_0) q[i] = magnitude(scaled) < 1e9f ? q[i] : vf{}; // ggml's smallest integer, and then 0
+        }
         t.l.d = half_of(d);
         return;
     }
@@ -268,8 +286,8 @@ template <int K, bool WEIGHTED> void improve_super(tile &t) {
 
 template <int K, bool WEIGHTED> void improve_simple(tile &t) {
     constexpr int N = size_of(K), center = center_of(K), high = (1 << bits_of(K)) - 1;
-    constexpr bool minimum = K == Q4_1 || K == Q5_1, ternary = K >= TQ1_0;
-    const float first = ternary || K == Q8_0 ? -(center == 1 ? 1 : 127) : -center, last = ternary ? 1 : high - center;
+    constexpr bool minimum = K == Q4_1 || K == Q5_1, ternary = K == TQ1_0 || K == TQ2_0, two_bits = K >= Q2_0;
+    const float first = K == Q8_0 ? -127 : -center, last = ternary ? 1 : two_bits ? 2 : high - center;
     integers codes = {minimum ? 0.0f : first, last};
     vf error, scale, low = {}, starts[10], sum_w, sum_x;
     if constexpr (minimum) {
@@ -285,16 +303,21 @@ template <int K, bool WEIGHTED> void improve_simple(tile &t) {
         mean = mean / (float)N;
         for (int i = 0; i < 6; i++) starts[i + 1] = mean * (1.0f + 0.25f * (float)i + (i == 5 ? 0.25f : 0.0f));
         scale = fit_scale<N, WEIGHTED, true>(t.x, t.weight, starts, 7, codes, error);
+    } else if constexpr (K == Q1_0) {
+        starts[0] = vf{};
+        for (int i = 0; i < N; i++) starts[0] += magnitude(t.x[i]);
+        starts[0] = starts[0] / (float)N;
+        scale = fit_scale<N, WEIGHTED, true>(t.x, t.weight, starts, 1, signs(), error);
     } else if constexpr (K == IQ4_NL) {
         int count = scale_starts<N>(t.x, LEVELS[0], LEVELS[15], 14, starts);
         scale = fit_scale<N, WEIGHTED, true>(t.x, t.weight, starts, count, uneven(), error);
     } else {
-        int count = scale_starts<N>(t.x, first, last, K == Q4_0 ? 1 : 2, starts);
+        int count = scale_starts<N>(t.x, first, last, two_bits ? 0.5f : K == Q4_0 ? 1 : 2, starts);
         scale = fit_scale<N, WEIGHTED, true>(t.x, t.weight, starts, count, codes, error);
     }
     vf before = {};
     for (int i = 0; i < N; i++) {
-        vf code = K == IQ4_NL ? level_value(t.q[i]) : t.q[i] - (float)center;
+        vf code = K == IQ4_NL ? level_value(t.q[i]) : K == Q1_0 ? t.q[i] * 2 - 1 : t.q[i] - (float)center;
         vf difference = t.x[i] - (t.l.d * code + (minimum ? t.l.dmin : vf{}));
         before += (WEIGHTED ? t.weight[i] * difference : difference) * difference;
     }
@@ -303,7 +326,9 @@ template <int K, bool WEIGHTED> void improve_simple(tile &t) {
     if (minimum) t.l.dmin = better ? low : t.l.dmin;
     vf inv = inverse(scale);
     for (int i = 0; i < N; i++) {
-        vf q = K == IQ4_NL ? level_index(t.x[i] * inv) : codes.at((t.x[i] - low) * inv) + (float)center;
+        vf q = K == IQ4_NL ? level_index(t.x[i] * inv)
+               : K == Q1_0 ? (t.x[i] * inv >= 0 ? all(1) : vf{})
+                           : codes.at((t.x[i] - low) * inv) + (float)center;
         t.q[i] = better ? q : t.q[i];
     }
 }
@@ -393,6 +418,9 @@ template <int K> void quantize(const job &j) {
         case IQ4_NL: call(IQ4_NL); return 0; \
         case TQ1_0: call(TQ1_0); return 0;   \
         case TQ2_0: call(TQ2_0); return 0;   \
+        case Q1_0: call(Q1_0); return 0;     \
+        case Q2_0: call(Q2_0); return 0;     \
+        case PQ2_0: call(PQ2_0); return 0;   \
         default: return 1;                   \
     }
 

@@ -7,20 +7,22 @@ namespace {
 
 // ggml's numbers of the types.
 constexpr int Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14;
-constexpr int IQ4_NL = 20, TQ1_0 = 34, TQ2_0 = 35;
+constexpr int IQ4_NL = 20, TQ1_0 = 34, TQ2_0 = 35, Q1_0 = 41, Q2_0 = 42, PQ2_0 = 142;
 
 constexpr int bytes_of(int k) {
     constexpr int bytes[] = {0, 0, 18, 20, 0, 0, 22, 24, 34, 0, 84, 110, 144, 176, 210};
-    return k <= Q6_K ? bytes[k] : k == IQ4_NL ? 18 : k == TQ1_0 ? 54 : 66;
+    return k <= Q6_K ? bytes[k] : k == TQ1_0 ? 54 : k == TQ2_0 ? 66 : k == PQ2_0 ? 34 : 18;
 }
 constexpr bool is_super(int k) { return k >= Q2_K && k <= Q6_K; }
-constexpr int size_of(int k) { return is_super(k) || k == TQ1_0 || k == TQ2_0 ? 256 : 32; }
+constexpr int size_of(int k) {
+    return is_super(k) || k == TQ1_0 || k == TQ2_0 ? 256 : k == Q2_0 ? 64 : k == Q1_0 || k == PQ2_0 ? 128 : 32;
+}
 constexpr int groups_of(int k) { return k == Q4_K || k == Q5_K ? 8 : 16; }
 constexpr int bits_of(int k) {
     return k == Q2_K ? 2 : k == Q3_K ? 3 : k == Q5_0 || k == Q5_1 || k == Q5_K ? 5 : k == Q6_K ? 6 : k == Q8_0 ? 8 : 4;
 }
 constexpr int center_of(int k) {
-    return k == Q3_K ? 4 : k == Q6_K ? 32 : k == Q4_0 ? 8 : k == Q5_0 ? 16 : k == Q8_0 ? 128 : k >= TQ1_0 ? 1 : 0;
+    return k == Q3_K ? 4 : k == Q6_K ? 32 : k == Q4_0 ? 8 : k == Q5_0 ? 16 : k == Q8_0 ? 128 : k >= TQ1_0 && k != Q1_0 ? 1 : 0;
 }
 constexpr int limit_of(int k) { return k == Q2_K ? 15 : k == Q3_K ? 32 : k == Q6_K ? 128 : 63; }
 
@@ -113,6 +115,9 @@ template <int K> BN_INLINE void pack(const block &b, uint8_t *out) {
                 out[t.at + j] = (uint8_t)((number * 256 + 242) / 243);
             }
         put(out + 52, b.d);
+    } else if constexpr (K >= Q1_0) {
+        put(out, b.d);
+        pack_bits<size_of(K), K == Q1_0 ? 1 : 2, 1>(c, 0, out + 2);
     } else if constexpr (K == Q2_K) {
         for (int g = 0; g < 16; g++) out[g] = (uint8_t)(b.s[g] | b.m[g] << 4);
         pack_bits<256, 2, 32>(c, 0, out + 16);
@@ -167,6 +172,9 @@ template <int K> BN_INLINE void unpack(const uint8_t *in, block &b) {
                     c[t.first + i * t.width + j] = (uint8_t)((uint8_t)(in[t.at + j] * power) * 3 >> 8);
         }
         b.d = get(in + 52);
+    } else if constexpr (K >= Q1_0) {
+        b.d = get(in);
+        unpack_bits<size_of(K), K == Q1_0 ? 1 : 2, 1>(in + 2, 0, c);
     } else if constexpr (K == Q2_K) {
         for (int g = 0; g < 16; g++) b.s[g] = in[g] & 15, b.m[g] = in[g] >> 4;
         unpack_bits<256, 2, 32>(in + 16, 0, c);

@@ -2,8 +2,8 @@
 
 A row of K weights becomes K / block_size blocks, each with its own scales. `quantize_blocks` and `dequantize_blocks`
 take any type of `TYPES`; the files behind them draw the bits: `simple.py` (32 weights, one level), `kquants.py` (256
-weights, two levels) and `ternary.py`. This is the specification; `bitnet/kernels/blocks.py` chooses between it and
-native code with the same bytes.
+weights, two levels), `ternary.py` (ternary and binary) and `fp4.py`, whose types are only read. This is the
+specification; `bitnet/kernels/blocks.py` chooses between it and native code with the same bytes.
 
 Two quantizers: the default minimizes the squared error of what is stored, weighted with the importance if there is one
 (`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml_search.py`). The importance
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import kquants, simple, ternary
+from bitnet.quant.blocks import fp4, kquants, simple, ternary
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ TYPES = {
     "IQ4_NL": BlockType(20, 32, 18),
     "TQ1_0": BlockType(34, 256, 54),
     "TQ2_0": BlockType(35, 256, 66),
+    "Q1_0": BlockType(41, 128, 18),
+    "Q2_0": BlockType(42, 64, 18),
+    "PQ2_0": BlockType(142, 128, 34),
 }
+READ_ONLY = {"MXFP4": BlockType(39, 32, 17), "NVFP4": BlockType(40, 64, 36)}
+"""Types that are dequantized and not quantized."""
 # What llama.cpp takes for a row whose length is no multiple of 256.
 FALLBACK = {
     "Q2_K": "Q4_0",
@@ -60,6 +65,7 @@ FALLBACK = {
 LARGEST = 65504  # of float16
 _FAMILIES = (simple, kquants, ternary)
 _FAMILY = {name: family for family in _FAMILIES for name in TYPES if name in family.BITS}
+_DEQUANTIZE = {name: family.dequantize for name, family in _FAMILY.items()} | dict.fromkeys(READ_ONLY, fp4.dequantize)
 
 
 def block_type(kind: str) -> BlockType:
@@ -130,7 +136,7 @@ def quantize_blocks(x: Tensor, kind: str, importance: Tensor | None = None, *, c
 
 def check_rows(data: Tensor, kind: str) -> None:
     """Raises ValueError for what `dequantize_blocks` does not take."""
-    found = block_type(kind)
+    found = READ_ONLY.get(kind) or block_type(kind)
     if data.ndim != 2 or data.dtype != torch.uint8 or data.shape[1] % found.bytes:
         raise ValueError(f"{kind} rows must be uint8 [N, blocks * {found.bytes}], got {data.dtype} {list(data.shape)}")
 
@@ -139,8 +145,8 @@ def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
     """Rows of bytes uint8 `[N, row bytes]` to float32 `[N, K]`, to the last bit as ggml does. Raises ValueError for an
     unknown type and for rows that no number of blocks fills."""
     check_rows(data, kind)
-    found = block_type(kind)
+    found = READ_ONLY.get(kind) or block_type(kind)
     columns = data.shape[1] // found.bytes * found.block_size
     if not data.numel():
         return torch.empty(len(data), columns, device=data.device)
-    return _FAMILY[kind].dequantize(data.reshape(-1, found.bytes), kind).view(len(data), columns)
+    return _DEQUANTIZE[kind](data.reshape(-1, found.bytes), kind).view(len(data), columns)

@@ -163,6 +163,18 @@ def improve_scale(
     return pick(error < before, found, old)
 
 
+def improve_signs(x: Tensor, weight: Tensor, start: Tensor, old: Fields) -> Fields:
+    """As `improve_scale` for Q1_0, whose codes stand for -1 and 1; stored as 0 and 1."""
+
+    def quantize(scale: Tensor) -> Tensor:
+        return torch.where(x * inverse(scale) >= 0, 1.0, -1.0)
+
+    scale, error = fit_scale(x, weight, [start], quantize, stored)
+    found = Fields((quantize(scale) > 0).t().to(torch.uint8), scale.to(torch.float16))
+    before = Sums(x, weight, old.codes.t().float() * 2 - 1, old.scale.float()).error
+    return pick(error < before, found, old)
+
+
 def improve_levels(
     x: Tensor, weight: Tensor, starts: Sequence[Tensor], levels: Tensor, index: Callable[[Tensor], Tensor], old: Fields
 ) -> Fields:
