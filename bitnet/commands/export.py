@@ -33,8 +33,8 @@ class Options:
     """What to write; it must not exist."""
     to: Literal["packed", "hf", "gguf", "gptq"] = "packed"
     type: str | None = None
-    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, or for float models any block type, Q8_0
-    unless given."""
+    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, Q2_0, Q1_0 (binary ones), or for float models
+    any block type, Q8_0 unless given."""
     form: Literal["packed", "packed-inverse", "master"] | None = None
     """hf: packed (weight_scale multiplies), packed-inverse (it divides), or master (latent floats, quantized online);
     packed for ternary models unless given, master for float ones."""
@@ -76,7 +76,7 @@ def run(options: Options) -> None:
     elif options.to == "gguf":
         template = source.chat_template.source if source.chat_template else None
         kind = options.type or ("Q8_0" if is_float else "TQ2_0")
-        gguf_write.write(
+        rounded = gguf_write.write(
             model,
             options.out,
             kind,
@@ -85,6 +85,8 @@ def run(options: Options) -> None:
             name=options.out.stem,
             sampling=source.sampling,
         )
+        if rounded:
+            print(f"{kind}: the scales of the matrices were rounded to 16 bits, by {rounded:.1e} of themselves at most")
     else:
         gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))
     written = [options.out] if options.out.is_file() else list(options.out.iterdir())

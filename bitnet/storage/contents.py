@@ -14,6 +14,7 @@ from bitnet.files import JsonObject
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import ModelConfig
 from bitnet.quant import packed_width, quantize_ternary, unpack_codes
+from bitnet.quant.blocks import ternary as ternary_types
 from bitnet.storage.checksums import read_sums
 from bitnet.storage.gguf.container import GGUFFile, TensorInfo
 from bitnet.storage.gguf.read import FLOATS, dequantize, read_ternary
@@ -101,7 +102,7 @@ def _gguf(file: GGUFFile) -> Contents:
         if info.name.endswith(".scale") and f"{info.name.removesuffix('.scale')}.weight" in file.tensors:
             continue
         nbytes = info.nbytes + (scale.nbytes if scale is not None else 0)
-        ternary = info.type in ("TQ1_0", "TQ2_0", "I2_S") or (info.type in FLOATS and scale is not None)
+        ternary = info.type in (*ternary_types.SIZES, "I2_S") or (info.type in FLOATS and scale is not None)
         contents.entries.append(
             Entry(info.name, info.type, info.shape, nbytes, lambda i=info: load(i), ternary)  # type: ignore[misc]
         )

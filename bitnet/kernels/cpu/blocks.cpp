@@ -21,8 +21,7 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
             float low = minimum                ? -(half_value(b.dmin) * (float)b.m[g])
                       : K == Q4_1 || K == Q5_1 ? half_value(b.dmin)
                                                : 0.0f;
-            BN_LOOP
-            for (int i = 0; i < SIZE; i++) {
+            auto one = [&](int i) {
                 if (K == IQ4_NL)
                     y[g * SIZE + i] = scale * LEVELS[c[i] & 15];
                 else if (K == Q1_0)
@@ -31,6 +30,13 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
                     y[g * SIZE + i] = scale * (float)c[i] + low;
                 else
                     y[g * SIZE + i] = scale * (float)((int)c[i] - center_of(K));
+            };
+            // gcc 12 drops loops of 16 weights that it may not unroll and then vectorizes.
+            if constexpr (SIZE == 16)
+                for (int i = 0; i < SIZE; i++) one(i);
+            else {
+                BN_LOOP
+                for (int i = 0; i < SIZE; i++) one(i);
             }
         }
     });

@@ -17,7 +17,8 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,8 @@ TYPES: dict[int, tuple[str, int, int]] = {
     14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
     18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    36: ("I2_S", 128, 32), 41: ("Q1_0", 128, 18),
+    36: ("I2_S", 128, 32), 41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18), 142: ("PQ2_0", 128, 34),
+    143: ("PTQ1_0", 128, 28),
 }  # fmt: skip
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 I2_S_TAIL = 32  # bytes behind the codes of a whole I2_S tensor; the first four are its scale
@@ -140,10 +142,31 @@ class GGUFFile:
         cursor.expect(tensors, 32, "tensors", MAX_ENTRIES)
         infos = [_tensor_info(cursor) for _ in range(tensors)]
         base = -(-cursor.offset // self.alignment) * self.alignment
+        infos = self._told_apart(infos, base)
         self.tensors = {info.name: info for info in (self._placed(info, base) for info in infos)}
         if len(self.tensors) != len(infos):
             raise GGUFError("two tensors have the same name")
         self._check_overlap()
+
+    def _told_apart(self, infos: list[TensorInfo], base: int) -> list[TensorInfo]:
+        """The tensors, those of number 42 as PQ2_0 where it is that type's bytes that fill the file.
+
+        PrismML's files have blocks of 128 weights under the number that llama.cpp gave to blocks of 64.
+        """
+        starts = [*sorted(info.start for info in infos), self.size - base]
+        following = dict(pairwise(starts))
+
+        def fits(info: TensorInfo, kind: str) -> bool:
+            whole = info.shape[-1] % TYPES[NUMBERS[kind]][1] == 0
+            return whole and 0 <= following[info.start] - info.start - tensor_bytes(kind, info.shape) < self.alignment
+
+        unclear = [info for info in infos if info.type == "Q2_0"]
+        if all(fits(info, "Q2_0") for info in unclear) or not all(fits(info, "PQ2_0") for info in unclear):
+            return infos
+        return [
+            replace(info, type="PQ2_0", nbytes=tensor_bytes("PQ2_0", info.shape)) if info.type == "Q2_0" else info
+            for info in infos
+        ]
 
     def _placed(self, info: TensorInfo, base: int) -> TensorInfo:
         """The tensor at its absolute place, once that is known to lie in the file."""

@@ -1,9 +1,9 @@
 """GGUF files, in: the model of one in our classes, with float32 embedding, head and norms.
 
-Ternary tensors (TQ1_0, TQ2_0, I2_S, and float ones that hold {-s, 0, s}) become packed codes and a scale without a
-detour through floats, where every projection of the model is ternary with one scale a matrix. Otherwise the model is a
-float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary in the
-bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
+Ternary tensors (TQ1_0, TQ2_0, Q1_0, Q2_0, I2_S, and float ones that hold {-s, 0, s}) become packed codes and a scale
+without a detour through floats, where every projection of the model is ternary with one scale a matrix. Otherwise the
+model is a float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary
+in the bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
 
 What the architectures of `names.py` do not have (experts, windows, scaled rotary positions, other biases, tensors or
 activations) is refused with its name. No size is taken from the metadata that the tensors do not have.
@@ -216,7 +216,7 @@ def dequantize(file: GGUFFile, name: str) -> Tensor:
     info, data = file.tensors[name], torch.from_numpy(file.data(name))
     if info.type in FLOATS:
         return data.view(FLOATS[info.type]).to(torch.float32, copy=True).view(info.shape)
-    if info.type not in blocks.TYPES:
+    if info.type not in blocks.TYPES and info.type not in blocks.READ_ONLY:
         raise GGUFError(f"{name} is {info.type}, which has no dequantizer here; convert the file to another type")
     # Blocks run along rows: as many bytes a row as its blocks have.
     rows = data.view(-1, info.nbytes // (info.parameters // info.shape[-1]))
@@ -272,7 +272,7 @@ def read_ternary(file: GGUFFile, name: str, i2_s: str = "x86") -> tuple[Tensor, 
     if info.type == "I2_S":
         codes, scale = unpack_i2_s(torch.from_numpy(file.data(info.name)), _matrix(info), i2_s)
         found: tuple[Tensor, float] | None = (pack_codes(codes, 2), scale)
-    elif info.type in ("TQ1_0", "TQ2_0"):
+    elif info.type in ternary.SIZES:
         found = _from_blocks(torch.from_numpy(file.data(info.name)), info)
     elif info.type in FLOATS and (file.architecture in BITNET_ARCHITECTURES or f"{name}.scale" in file.tensors):
         found = _from_floats(dequantize(file, info.name))
@@ -289,14 +289,15 @@ def _matrix(info: TensorInfo) -> tuple[int, int]:
 
 def _from_blocks(data: Tensor, info: TensorInfo) -> tuple[Tensor, float] | None:
     rows, columns = _matrix(info)
+    size, nbytes = ternary.SIZES[info.type]
     if info.type == "TQ2_0":  # its quants have our bit layout
-        raw = data.view(rows, columns // 256, 66)
+        raw = data.view(rows, columns // size, nbytes)
         packed, scales = raw[..., :64].clone(), raw[..., 64:].clone().view(torch.float16).float()
     else:
-        codes, scales = ternary.unpack_tq1(data.view(rows, -1))
-        if codes.abs().max() > 1:
+        codes, scales = ternary.unpack_rows(data.view(rows, -1), info.type)
+        if codes.max() > 1:  # the weight 2
             return None
-        packed, scales = pack_codes(codes, 2).view(rows, -1, 64), scales.view(rows, -1, 1)
+        packed, scales = pack_codes(codes, 2).view(rows, -1, size // 4), scales.view(rows, -1, 1)
     used = scales[scales != 0]  # a block with scale 0 is a block of zeros, whatever its codes
     if used.numel() and not bool((used == used[0]).all()):
         return None

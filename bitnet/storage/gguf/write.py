@@ -3,12 +3,15 @@
     type                          model                        engine
     TQ1_0, TQ2_0, F16, BF16, F32  ternary, binary              llama.cpp, architecture bitnet
     I2_S                          ternary, binary              bitnet.cpp (x86 order), bitnet or bitnet-b1.58
+    Q2_0, Q1_0                    ternary, binary (and float)  every backend of llama.cpp; PQ2_0: PrismML's
     F32 .. Q2_K and mixtures      float (quantizer none)       llama.cpp; bitnet (sub-norms), llama, qwen2, qwen3
 
 The codes of a ternary matrix are stored as they are, -1, 0 and 1 with block scale 1, and the float32 scale in a tensor
-`.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. llama.cpp quantizes activations
-in its own way (8 bits for each 256 values, where the training had 8 bits a token), so its logits are close, not equal;
-in F16 and F32 it leaves activations alone.
+`.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. In Q2_0 and Q1_0, and in the
+architecture qwen2, the scale is in the blocks instead, as float16; what the rounding takes is given to the norm before
+the matrix, where that has one of its own (sub-norms), and is reported for the others. llama.cpp quantizes activations
+in its own way (8 bits for each 32 to 256 values, where the training had 8 bits a token), so its logits are close, not
+equal; in F16 and F32 it leaves activations alone.
 
 What an engine cannot express is refused with the reason and the alternative.
 """
@@ -44,11 +47,14 @@ from bitnet.tokenizer.gguf_write import vocabulary
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TERNARY = ("TQ2_0", "TQ1_0", "I2_S")
+SCALED = ("Q2_0", "Q1_0", "PQ2_0")
+"""Types that hold floats as well as ternary codes, with their scale in the blocks."""
 # llama.cpp's number for the type of most tensors, which it prints and otherwise ignores.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K": 11,
     "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K": 16, "Q5_K_M": 17,
     "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "I2_S": 40,
+    "Q1_0": 40, "Q2_0": 41, "PQ2_0": 41,
 }  # fmt: skip
 
 
@@ -62,8 +68,9 @@ def write(
     embedding_type: str | None = None,
     name: str = "bitnet",
     sampling: Mapping[str, float] | None = None,
-) -> None:
-    """Write a model, whole or not at all, one tensor in memory at a time.
+) -> float:
+    """Write a model, whole or not at all, one tensor in memory at a time. Returns by which part of itself the scale of
+    a ternary matrix was rounded at most: 0 where each is kept in float32, or where a norm has what was rounded.
 
     type:            of the projections, or a mixture such as Q4_K_M; see the top of this file.
     tokenizer:       one of sentencepiece's or a tokenizer.json's, or the `tokenizer.*` metadata of another GGUF file.
@@ -85,7 +92,9 @@ def write(
     if chat_template is not None:
         metadata["tokenizer.chat_template"] = chat_template
     metadata |= sampling_metadata(sampling or {})
-    write_file(path, metadata, sorted(_tensors(model, arch, types), key=lambda tensor: _layer(tensor.name)))
+    rounded = [0.0]
+    write_file(path, metadata, sorted(_tensors(model, arch, types, rounded), key=lambda tensor: _layer(tensor.name)))
+    return max(rounded)
 
 
 def architecture(config: ModelConfig, type: str) -> str:
@@ -98,9 +107,10 @@ def architecture(config: ModelConfig, type: str) -> str:
             f"the quantizer is {config.quantizer!r}, with a scale for each row, and no GGUF type has that; load the "
             "model with quantizer none and export its floats, or keep it as packed weights"
         )
-    if is_ternary and type not in TERNARY and type not in FLOATS:
+    if is_ternary and type not in TERNARY and type not in SCALED and type not in FLOATS:
         raise ValueError(
-            f"{type} would quantize ternary weights again; choose TQ2_0, TQ1_0, I2_S or F16, which hold them exactly"
+            f"{type} would quantize ternary weights again; choose TQ2_0, TQ1_0, I2_S or F16, which hold them exactly, "
+            "or Q2_0, which rounds their scales to float16"
         )
     if not is_ternary and type in TERNARY:
         raise ValueError(f"the weights are floats and {type} holds ternary ones; choose F16 or a type such as Q4_K_M")
@@ -158,7 +168,7 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
         for name, (_, columns) in projections.items():
             block = TYPES[NUMBERS[type]][1]
             if columns % block:
-                fallback = "F16" if type in TERNARY or columns % 32 else "Q8_0"
+                fallback = "F16" if config.quantizer != "none" or columns % 32 else "Q8_0"
                 raise ValueError(
                     f"{name} has rows of {columns} weights, no multiple of {type}'s {block}; choose {fallback}, or "
                     f"train with sizes that are multiples of {block}"
@@ -170,7 +180,7 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
     for table in tables:
         if embedding_type is not None:
             types[table] = embedding_type
-        if types[table] not in NUMBERS or types[table] in TERNARY:
+        if types[table] in TERNARY or types[table] not in (*FLOATS, *blocks.TYPES):
             raise ValueError(f"embedding type {types[table]!r} is not one of F32, F16, BF16 and the block types")
         for fallback in ("Q8_0", "F16"):
             if config.hidden_size % TYPES[NUMBERS[types[table]]][1]:
@@ -200,8 +210,17 @@ def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> JsonObjec
     }
 
 
-def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iterator[TensorToWrite]:
+def _tensors(
+    model: BitNetForCausalLM, arch: str, types: dict[str, str], rounded: list[float]
+) -> Iterator[TensorToWrite]:
+    """Every tensor; `rounded` gets what the scales of ternary matrices lose, as they are made."""
     config, shapes = model.config, model.config.tensor_shapes()
+    # Norms that stand before one matrix alone, to that matrix: its scale may be theirs.
+    projections, norms = dict(projection_names(config)), {}
+    if config.sub_norm and config.quantizer != "none":
+        for layer in (f"model.layers.{index}" for index in range(config.num_hidden_layers)):
+            norms[f"{layer}.self_attn.attn_sub_norm"] = f"{layer}.self_attn.o_proj"
+            norms[f"{layer}.mlp.ffn_sub_norm"] = f"{layer}.mlp.down_proj"
     scales: dict[str, Tensor] = {}  # from the one quantization that a weight gets when its turn comes, just before
 
     def entry(
@@ -217,7 +236,16 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
         codes, scales[name] = codes_and_scale(module)
         codes = rotary_rows(config, arch, name, codes.cpu())
-        return encode_ternary(codes, float(scales[name]), type, inside=not scale_beside(arch, type))
+        inside = not scale_beside(arch, type)
+        if inside and name not in norms.values():
+            rounded.append(abs(stored_scale(float(scales[name]), type) / float(scales[name]) - 1))
+        return encode_ternary(codes, float(scales[name]), type, inside=inside)
+
+    def norm(name: str, type: str, module: Any) -> Tensor:
+        if name not in norms or scale_beside(arch, type):
+            return _floats(module.weight)
+        scale = float(codes_and_scale(model.get_submodule(norms[name]))[1])
+        return _floats(module.weight) * (scale / stored_scale(scale, type))
 
     def bias(name: str, module: Any) -> Tensor:
         return rotary_rows(config, arch, name, _floats(module.bias))
@@ -229,8 +257,8 @@ def _tensors(model: BitNetForCausalLM, arch: str, types: dict[str, str]) -> Iter
         type = types[theirs]
         yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(_table, type), ours)
     for ours, theirs in norm_names(config):
-        shape = shapes[f"{ours}.weight"]
-        yield entry(f"{theirs}.weight", shape, "F32", lambda module: _floats(module.weight), ours)
+        type = types[projections[norms[ours]]] if ours in norms else "F32"
+        yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], "F32", partial(norm, ours, type), ours)
     if config.rope_factors:
         factors = torch.tensor(config.rope_factors)
         yield entry(ROPE_FACTORS, tuple(factors.shape), "F32", lambda module: factors, "model")
@@ -258,19 +286,31 @@ def encode(weight: Tensor, type: str) -> Tensor:
 def scale_beside(arch: str, type: str) -> bool:
     """Whether the scale of a ternary matrix has a tensor of its own, in float32. In llama.cpp's architecture qwen2 the
     feed-forward layers do not look at it (v0.5.0), and I2_S keeps it behind the codes."""
-    return type != "I2_S" and arch != "qwen2"
+    return type != "I2_S" and type not in SCALED and arch != "qwen2"
+
+
+def stored_scale(scale: float, type: str) -> float:
+    """A scale above 0 as the blocks or floats of a type hold it. Raises ValueError where that is 0 or infinite."""
+    if type in ("F32", "I2_S"):
+        return scale
+    stored = float(torch.tensor(scale, dtype=FLOATS.get(type, torch.float16)))
+    if not 0 < stored < float("inf"):
+        raise ValueError(
+            f"a matrix has the scale {scale:g}, which float16 does not hold; choose another type than {type}"
+        )
+    return stored
 
 
 def encode_ternary(codes: Tensor, scale: float, type: str, *, inside: bool) -> Tensor:
-    """Ternary codes int8 `[N, K]`; with `inside` times their scale, which TQ1_0 and TQ2_0 round to float16, the floats
-    to themselves. Otherwise exactly: block scales are 1, and the scale of the matrix has a tensor of its own."""
+    """Ternary codes int8 `[N, K]`; with `inside` times their scale, which blocks round to float16, the floats to
+    themselves. Otherwise exactly: block scales are 1, and the scale of the matrix has a tensor of its own."""
     if type == "I2_S":
         return pack_i2_s(codes, scale)
     scale = scale if inside else 1.0
     if type in FLOATS:
         return (codes * scale).to(FLOATS[type])
-    if type == "TQ1_0":
-        return ternary.pack_tq1(codes, scale)
+    if type != "TQ2_0":
+        return ternary.pack_rows(codes, scale, type)
     packed = pack_codes(codes, 2).view(codes.shape[0], -1, 64)  # TQ2_0's quants have our bit layout
     d = torch.full((*packed.shape[:2], 1), scale, dtype=torch.float16).view(torch.uint8)
     return torch.cat([packed, d], dim=-1)
