@@ -14,10 +14,9 @@ from bitnet.files import JsonObject
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import ModelConfig
 from bitnet.quant import packed_width, quantize_ternary, unpack_codes
-from bitnet.quant.blocks import ternary as ternary_types
 from bitnet.storage.checksums import read_sums
 from bitnet.storage.gguf.container import GGUFFile, TensorInfo
-from bitnet.storage.gguf.read import FLOATS, dequantize, read_ternary
+from bitnet.storage.gguf.read import FLOATS, TERNARY, dequantize, read_ternary
 from bitnet.storage.hf.read import PACKED_ROWS, unpack_rows
 from bitnet.storage.safetensors import Tensors, open_tensors
 from bitnet.storage.source import Source, open_source
@@ -102,7 +101,7 @@ def _gguf(file: GGUFFile) -> Contents:
         if info.name.endswith(".scale") and f"{info.name.removesuffix('.scale')}.weight" in file.tensors:
             continue
         nbytes = info.nbytes + (scale.nbytes if scale is not None else 0)
-        ternary = info.type in (*ternary_types.SIZES, "I2_S") or (info.type in FLOATS and scale is not None)
+        ternary = info.type in TERNARY or (info.type in FLOATS and scale is not None)
         contents.entries.append(
             Entry(info.name, info.type, info.shape, nbytes, lambda i=info: load(i), ternary)  # type: ignore[misc]
         )

@@ -35,6 +35,8 @@ from bitnet.storage.gguf.names import (
 )
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TERNARY = (*ternary.SIZES, "I2_S")
+"""Types whose codes are -1, 0 and 1."""
 _ZEROS = 0x55  # a byte of four codes of weight 0
 
 # Metadata of an architecture, by the end of the key: those that are read below, those that change nothing about the
