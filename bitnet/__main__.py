@@ -4,7 +4,8 @@ A command is a module of `bitnet/commands` (train.py and generate.py stand at th
 the fields of which are its arguments (or `parse(arguments, prog)`, which reads them), and `run(options)`, which may
 return an exit code. Exit codes:
 
-    0    done; also where the reader of the output has had enough, as in `| head`
+    0    done; also where the reader of the output has had enough, as in `| head`: what only prints ends there, what
+         trains, measures or writes goes on to its end
     1    done, and the answer is bad: training diverged, a gate of the benchmark is red
     2    wrong usage or input: "error: ...", with the value and the remedy
     130  Ctrl-C; 143 SIGTERM in training, which has saved
@@ -20,6 +21,8 @@ import bitnet
 from bitnet.console import error as print_error
 from bitnet.console import tolerant_streams
 
+PRINTERS = ("formats", "generate", "inspect")
+"""Commands that make nothing but what they print: they end where nobody reads it any more. The others go on."""
 COMMANDS = {
     "train": "train a model, or go on with a run",
     "generate": "continue a text with a model, or talk to it",
@@ -49,7 +52,8 @@ def execute(command: ModuleType | str, prog: str, arguments: Sequence[str] | Non
     """Run a command, the module or its name, with these arguments or the program's; returns the exit code."""
     code = 0
     try:
-        with tolerant_streams(line_buffering=True):
+        name = prog.split()[-1].removesuffix(".py")
+        with tolerant_streams(line_buffering=True, lasting=name not in PRINTERS):
             if isinstance(command, str):
                 command = importlib.import_module(f"bitnet.commands.{command}")
             arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -133,16 +133,65 @@ def table(rows: Sequence[Sequence[str]], right: Collection[int] = (), *, indent:
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
 
 
+_failed: set[str] = set()
+
+
 @contextlib.contextmanager
-def tolerant_streams(*, line_buffering: bool = False) -> Iterator[None]:
-    """Inside the block a character that the terminal lacks is printed as "?", and a reader that has had enough (as in
-    `| head`) ends the block quietly. With `line_buffering` a pipe sees every line at once."""
-    with contextlib.suppress(AttributeError):  # a test's or an IDE's stream need not be a TextIOWrapper
-        options = {"line_buffering": True} if line_buffering else {}
-        sys.stdout.reconfigure(errors="replace", **options)  # type: ignore[union-attr]
+def only_for_looking(what: str) -> Iterator[None]:
+    """Inside the block is what a person looks at and no result needs: where it fails, one warning says so, and the work
+    goes on."""
     try:
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more when it ends; that must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as failure:
+        if what not in _failed:
+            _failed.add(what)
+            warn(f"{what} failed, and the work goes on without it: {type(failure).__name__}: {failure}")
+
+
+class _Lasting:
+    """A text stream that goes nowhere once it cannot be written, as when a pipe's reader has left or a disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _to_nowhere(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _to_nowhere(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    # Its file, since what the stream still holds is written when the interpreter ends, and must not fail then either.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def tolerant_streams(*, line_buffering: bool = False, lasting: bool = False) -> Iterator[None]:
+    """Inside the block a character that a stream's encoding lacks is printed as "?". A reader of standard output that
+    has had enough (as in `| head`) ends the block quietly, or with `lasting` nothing but the output: what the block
+    makes is more than what it prints. With `line_buffering` a pipe sees every line at once."""
+    for stream, options in ((sys.stdout, {"line_buffering": True} if line_buffering else {}), (sys.stderr, {})):
+        with contextlib.suppress(AttributeError):  # a test's or an IDE's stream need not be a TextIOWrapper
+            stream.reconfigure(errors="replace", **options)  # type: ignore[union-attr]
+    # Messages about the work must never end it.
+    with contextlib.redirect_stderr(cast("TextIO", _Lasting(sys.stderr))), contextlib.ExitStack() as stack:
+        if lasting:
+            stack.enter_context(contextlib.redirect_stdout(cast("TextIO", _Lasting(sys.stdout))))
+        try:
+            yield
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _to_nowhere(sys.stdout)

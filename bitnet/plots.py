@@ -1,5 +1,7 @@
 """Every picture of the project, as PNG files: matplotlib is imported here and nowhere else."""
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,17 +24,52 @@ FAMILIES = {
 @contextmanager
 def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.2)) -> Iterator[Any]:
     """The axes of a new figure (an array of them for several), written to `path` at the end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    # A notebook's MPLBACKEND may be one that this process lacks, and its matplotlibrc another font or LaTeX.
+    with _environment(MPLBACKEND="agg"):
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
-    canvas = FigureCanvasAgg(Figure(figsize=size, layout="constrained"))
-    yield canvas.figure.subplots(rows, columns)
-    canvas.print_png(path)
+    own = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    # Names of runs and methods are names, whatever "$" is in them. A letter that the font lacks becomes a box.
+    with _without_warnings(), matplotlib.rc_context(own | {"text.parse_math": False}):
+        canvas = FigureCanvasAgg(Figure(figsize=size, layout="constrained"))
+        yield canvas.figure.subplots(rows, columns)
+        canvas.print_png(path)
 
 
-def draw_loss(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Training and validation loss over steps for one or several runs, as a PNG."""
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def draw_loss(runs: dict[str, list[dict[str, float]]], path: Path, *, switch: tuple[int, int] | None = None) -> None:
+    """Training and validation loss over steps for one or several runs, as a PNG; `switch` are the steps at which the
+    quantizers begin to count and from which they count in full."""
     with _figure(path) as axes:
+        last = max((row["step"] for rows in runs.values() for row in rows), default=0)
+        if switch is not None and switch[0] <= last:
+            begin, full = switch
+            if full > begin:
+                axes.axvspan(begin, min(full, last), color="#bbbbbb", alpha=0.3, lw=0, label="quantizers fade in")
+            else:
+                axes.axvline(begin, color="#888888", lw=1, ls="--", label="float before, quantized from here")
         for index, (name, rows) in enumerate(runs.items()):
             color = f"C{index}"
             training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -43,10 +80,12 @@ def draw_loss(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
                 axes.annotate(
                     f"{validation[-1][1]:.3f}",
                     validation[-1],
-                    (4, 8 - 20 * (index % 2)),
+                    (0, 8 - 20 * (index % 2)),
                     textcoords="offset points",
+                    ha="right",
                     color=color,
                 )
+        axes.margins(y=0.08)
         axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Loss (thin: training)")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -94,7 +133,8 @@ def draw_scatter(
                     axes.errorbar(
                         [p.x for p in chosen],
                         [min(p.y, ceiling) for p in chosen],
-                        yerr=[p.error if p.y < ceiling else 0 for p in chosen],
+                        # At the edge stands an arrow in the place of a value, which has no bar.
+                        yerr=[p.error if p.y <= ceiling else 0 for p in chosen],
                         fmt="o",
                         color=color,
                         ms=5,
@@ -158,39 +198,58 @@ def _place_names(axes: Any, points: Sequence[tuple[Point, float]]) -> None:
             text.remove()
 
 
-def draw_histograms(before: Tensor, after: Mapping[str, Tensor], path: Path, *, title: str, log: bool = False) -> None:
+def draw_histograms(
+    before: Tensor,
+    after: Mapping[str, Tensor],
+    path: Path,
+    *,
+    title: str,
+    notes: Mapping[str, str] | None = None,
+    log: bool = False,
+) -> None:
     """The values of a tensor before and after each of some quantizers, one panel a quantizer; `log` shows the tails.
 
-    `after` holds dequantized values. A quantizer with few levels is drawn as bars of the share of each level."""
+    `after` holds dequantized values. A quantizer with few levels is drawn as a line at each level, as high as its share
+    of the values; one with many as the outline of a density. `notes` stand behind the names; unless given, how many
+    values there are and how many of them are 0.
+    """
     columns = min(3, len(after))
     rows = -(-len(after) // columns)
-    limit = float(before.abs().float().quantile(0.999)) * 1.4
+    values = before.flatten().float()
+    limit = (float(values.abs().quantile(0.999)) or float(values.abs().max()) or 1.0) * 1.4
     with _figure(path, rows, columns, size=(3.6 * columns, 2.6 * rows + 0.4)) as grid:
         panels = list(grid.flat) if hasattr(grid, "flat") else [grid]
-        for axes, (name, values) in zip(panels, after.items(), strict=False):
-            axes.set_yscale("log" if log else "linear")
-            axes.hist(before.flatten().float().numpy(), bins=160, range=(-limit, limit), color="#bbbbbb", density=True)
-            levels, counts = values.flatten().float().unique(return_counts=True)
+        for axes, (name, quantized) in zip(panels, after.items(), strict=False):
+            quantized = quantized.flatten().float()
+            levels, counts = quantized.unique(return_counts=True)
+            shares = counts / len(quantized)
+            axes.hist(values.numpy(), bins=160, range=(-limit, limit), color="#bbbbbb", density=True)
             twin = axes.twinx()
-            twin.set_yscale("log" if log else "linear")
-            if len(levels) <= 256:
-                twin.bar(
-                    levels.numpy(), counts.numpy(), width=limit / (80 if len(levels) < 40 else 300), color="#d62728"
-                )
-                note = f"{len(levels)} levels"
+            for each in (axes, twin):
+                each.set_yscale("log" if log else "linear")
+                each.set_yticks([], minor=False)
+                each.set_yticks([], minor=True)
+            if len(levels) <= 40:
+                twin.vlines(levels.numpy(), 0 if not log else float(shares.min()) / 2, shares.numpy(), color="#d62728")
+                twin.plot(levels.numpy(), shares.numpy(), "o", color="#d62728", ms=3)
+                twin.set_ylim(float(shares.min()) / 2 if log else 0, float(shares.max()) * 1.2)
+                if len(levels) <= 3:
+                    for level, share in zip(levels.tolist(), shares.tolist(), strict=True):
+                        place = (float(level), float(share))
+                        twin.annotate(f"{share:.0%}", place, (4, 2), textcoords="offset points", fontsize=7)
+                axes.set_xlim(min(-limit, 1.1 * float(levels.min())), max(limit, 1.1 * float(levels.max())))
             else:
                 twin.hist(
-                    values.flatten().float().numpy(),
+                    quantized.numpy(),
                     bins=160,
                     range=(-limit, limit),
                     color="#d62728",
                     density=True,
                     histtype="step",
                 )
-                note = f"{len(levels):,} values"
-            twin.set_yticks([])
-            axes.set_yticks([])
-            axes.set_xlim(-limit, limit)
+                axes.set_xlim(-limit, limit)
+            zeros = float((quantized == 0).float().mean())
+            note = f"{len(levels):,} values, {zeros:.1%} zeros" if notes is None else notes[name]
             axes.tick_params(labelsize=7)
             axes.set_title(f"{name}: {note}", fontsize=9)
         for axes in panels[len(after) :]:
@@ -206,7 +265,9 @@ def draw_layers(errors: Mapping[str, Sequence[float]], path: Path, *, title: str
     rows = sorted(errors.items(), key=lambda item: item[1][-1])
     values = torch.tensor([row for _, row in rows]).clamp_min(1e-6).numpy()  # a logarithm is drawn
     layers = values.shape[1]
-    with _figure(path, size=(max(5.0, min(10.0, 2.5 + 0.3 * layers)), 1.2 + 0.17 * len(rows))) as axes:
+    # The bar needs a height that its numbers find room in, however few the rows are.
+    size = (max(5.0, min(10.0, 2.5 + 0.3 * layers)), max(2.6, 1.2 + 0.17 * len(rows)))
+    with _figure(path, size=size) as axes:
         image = axes.imshow(values, aspect="auto", cmap="viridis", norm=LogNorm())
         axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
         axes.set_xticks(range(0, layers, max(1, layers // 10)), range(1, layers + 1, max(1, layers // 10)))
@@ -214,7 +275,12 @@ def draw_layers(errors: Mapping[str, Sequence[float]], path: Path, *, title: str
             axes.text(layers - 0.4, index, f"{row[-1]:.2g}", va="center", fontsize=7)
         axes.set_xlabel("behind layer")
         axes.set_title(title, fontsize=9)
-        axes.figure.colorbar(image, ax=axes, pad=0.12)
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.12)
+        low, high = float(values.min()), float(values.max())
+        # Ticks of our own: few enough for any height, and without the mathematical text of a logarithmic axis.
+        ticks = sorted({low, (low * high) ** 0.5, high})
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks], fontsize=7)
+        bar.minorticks_off()
 
 
 def sample_values(tensor: Tensor, count: int = 200_000) -> Tensor:

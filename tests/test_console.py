@@ -1,12 +1,15 @@
 """What is printed to a person: messages, progress, tables, and streams that refuse them."""
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bitnet import console
+from tests import ROOT
 
 
 def test_a_table_aligns_its_columns_and_ends_no_line_in_spaces():
@@ -112,3 +115,51 @@ def test_a_message_does_not_import_the_bar(monkeypatch, capsys):
     console.note("x")
     assert "tqdm" not in sys.modules
     assert capsys.readouterr().err == "note: x\n"
+
+
+def test_what_is_only_for_looking_fails_with_one_warning(capsys):
+    for _ in range(3):
+        with console.only_for_looking("the test's picture"):
+            raise RuntimeError("no font")
+    with console.only_for_looking("something else"):
+        pass
+    err = capsys.readouterr().err
+    assert err == "warning: the test's picture failed, and the work goes on without it: RuntimeError: no font\n"
+    with pytest.raises(KeyboardInterrupt), console.only_for_looking("x"):
+        raise KeyboardInterrupt
+
+
+LASTING = """
+import sys
+from pathlib import Path
+from bitnet.console import note, tolerant_streams
+with tolerant_streams(line_buffering=True, lasting=True):
+    for i in range(20_000):
+        print("a line \u00b1", i)
+        note("\u00b1")
+open(sys.argv[1], "w").write("made")
+"""
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_work_that_lasts_outlives_its_readers(tmp_path, both):
+    made = tmp_path / "made"
+    child = subprocess.Popen(
+        [sys.executable, "-c", LASTING, made],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if both else subprocess.DEVNULL,
+        env=dict(os.environ, PYTHONIOENCODING="ascii"),
+    )
+    assert child.stdout.readline() == b"a line ? 0\n"
+    child.stdout.close()
+    assert child.wait(60) == 0
+    assert made.read_text() == "made"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_work_that_lasts_outlives_a_full_disk_under_its_output(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", LASTING, tmp_path / "made"], cwd=ROOT, stdout=full, stderr=full)
+    assert done.returncode == 0
+    assert (tmp_path / "made").read_text() == "made"

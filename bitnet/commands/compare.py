@@ -40,8 +40,6 @@ def run(options: Options) -> None:
     comparison = Comparison(options, train=TRAIN)
     try:
         comparison.run()
-        comparison.draw()
-        comparison.draw_distributions()
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on, {options.out} has the rows so far", file=sys.stderr)
         raise
@@ -50,3 +48,4 @@ def run(options: Options) -> None:
         "bits: of a code; stored: with scales. gap: loss above the float model's, nats; KL and top-1 against it too. "
         f"prefill, decode: tokens/s. MB: memory of the running model. In {options.out}: the table and pictures."
     )
+    comparison.draw()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from bitnet.console import table
+from bitnet.console import only_for_looking, table
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,6 @@ def run(options: Options) -> None:
         raise ValueError("no run was given; name a folder made by train.py, or a model of any kind")
     device = pick_device(options.device)
     results = [(run, *evaluate_model(run, device, pick_dtype(options.dtype, device), options.text)) for run in runs]
-    if options.picture:
-        draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
 
     def loss(part: Evaluation) -> str:
         return f"{part.loss:.4f} ± {part.standard_error:.4f}"
@@ -51,3 +49,6 @@ def run(options: Options) -> None:
         rows += [[f"  {corpus}", "", loss(part), "", "", ""] for corpus, part in result.corpora.items()]
     shown = rows if len(results) > 1 else [row[:-1] for row in rows]  # a gap to itself says nothing
     print(table(shown, right=[3, 4, 5]))
+    if options.picture:
+        with only_for_looking(f"the picture {options.picture}"):
+            draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bitnet.console import note, progress_bar, say
+from bitnet.console import note, only_for_looking, progress_bar, say
 from bitnet.evaluation import pictures, table
 from bitnet.evaluation.agreement import Reference
 from bitnet.evaluation.options import Options
@@ -267,9 +267,9 @@ class Comparison:
         table.write(self.out, found)
 
     def draw(self) -> None:
-        """The pictures of the table."""
-        pictures.draw_table(list(self.rows.values()), self.out)
-
-    def draw_distributions(self) -> None:
-        """Histograms of weights and activations of the float model, before and after quantizers of each kind."""
-        pictures.draw_distributions(self.model, self.windows[0][0], self.out)
+        """The pictures of the table, and histograms of weights and activations of the float model, before and after
+        quantizers of each kind."""
+        with only_for_looking("the pictures of the table"):
+            pictures.draw_table(list(self.rows.values()), self.out)
+        with only_for_looking("the pictures of the distributions"):
+            pictures.draw_distributions(self.model, self.windows[0][0], self.out)

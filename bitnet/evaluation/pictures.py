@@ -11,8 +11,11 @@ from bitnet.evaluation.table import Row
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import DecoderLayer
+from bitnet.model.weight_only import nominal_bits
 from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_quantize
 from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
+
+NF4_BLOCK = 64
 
 
 def draw_table(rows: Sequence[Row], folder: Path) -> None:
@@ -56,11 +59,21 @@ def draw_distributions(model: BitNetForCausalLM, ids: Tensor, folder: Path) -> N
 def _draw_weights(weight: Tensor, path: Path) -> None:
     codes = {name: kernels.quantize_weight(weight, name) for name in ("ternary", "binary", "int4", "int8")}
     after = {name: values * scale for name, (values, scale) in codes.items()}
-    after["nf4"] = dequantize_nf4(quantize_nf4(weight))
-    after["Q2_K"] = blocks.dequantize(blocks.quantize(weight, "Q2_K"), "Q2_K")
+    levels = {name: len(values.unique()) for name, (values, _) in codes.items()}
+    columns = weight.shape[1]
+    if columns % NF4_BLOCK == 0:
+        after["nf4"], levels["nf4"] = dequantize_nf4(quantize_nf4(weight, block_size=NF4_BLOCK)), 16
+    # The first type whose blocks fill the rows.
+    for kind in [kind for kind in ("Q2_K", "Q4_0") if columns % blocks.TYPES[kind].block_size == 0][:1]:
+        after[kind] = blocks.dequantize(blocks.quantize(weight, kind), kind)
+        levels[kind] = 2 ** int(nominal_bits(kind))
+    notes = {
+        name: f"{levels[name]} levels a scale, {float((values == 0).float().mean()):.1%} zeros"
+        for name, values in after.items()
+    }
     title = "gate_proj of the middle layer: float weights (grey) and what quantizers make of them (red)"
     samples = {name: plots.sample_values(values) for name, values in after.items()}
-    plots.draw_histograms(plots.sample_values(weight), samples, path, title=title)
+    plots.draw_histograms(plots.sample_values(weight), samples, path, title=title, notes=notes)
 
 
 def _draw_activations(x: Tensor, path: Path) -> None:

@@ -88,7 +88,7 @@ class TrainConfig:
     threads: int | None = None
     """CPU threads; torch's default unless given."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto (online if logged in, else offline), online, offline or off."""
+    """auto (online if logged in, else off), online, offline or off; online without a network is offline."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -151,6 +151,15 @@ class TrainConfig:
         behind = step - int(self.float_start * self.steps)
         ramp = int(self.ramp * self.steps)
         return 0.0 if behind < 0 else min(1.0, (behind + 1) / (ramp + 1))
+
+    @property
+    def switch(self) -> tuple[int, int] | None:
+        """The steps at which the quantizers begin to count and from which they count in full; None where they do all
+        along."""
+        if self.model.quantizer == "none" or not (self.float_start or self.ramp):
+            return None
+        begin = int(self.float_start * self.steps)
+        return begin, begin + int(self.ramp * self.steps)
 
     def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
         """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from bitnet.console import EveryFewSeconds, clock, progress_bar, say
+from bitnet.console import EveryFewSeconds, clock, note, only_for_looking, progress_bar, say
 from bitnet.evaluation.loss import Evaluation
 from bitnet.files import JsonObject, write_atomic
 from bitnet.plots import draw_loss
@@ -57,7 +57,8 @@ class Reporter:
         with self._warning(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._wandb:
-            self._wandb.log(values, step=step)
+            with only_for_looking("wandb"):
+                self._wandb.log(values, step=step)
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """A step was done, `seconds` into the run; every `log_every`-th is logged, unless its loss is no number."""
@@ -113,8 +114,8 @@ class Reporter:
     def draw(self) -> None:
         """Write the loss curve so far."""
         if not self.silent:
-            with self._warning():
-                draw_loss({self.path.parent.name: self.rows}, self.picture)
+            with only_for_looking("the picture of the loss"), self._warning():
+                draw_loss({self.path.parent.name: self.rows}, self.picture, switch=self.config.switch)
 
     @contextlib.contextmanager
     def _warning(self) -> Iterator[None]:
@@ -130,25 +131,41 @@ class Reporter:
         """Finish the bar, and the wandb run, if there is one."""
         self._bar.close()
         if self._wandb:
-            self._wandb.finish()
+            with only_for_looking("wandb"):
+                self._wandb.finish()
 
 
 def _start_wandb(folder: Path, config: JsonObject, mode: str) -> Any:
-    """A wandb run, or None. What was asked for by name raises ValueError where it fails; auto only warns."""
-    if mode == "off":
+    """A wandb run, or None. auto is online for who is logged in, what WANDB_MODE says, else off. Online without a
+    network is offline. What was asked for by name raises ValueError where it fails; auto only says so."""
+    chosen = os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
+    if chosen in ("off", "disabled"):
         return None
     try:
         os.environ.setdefault("WANDB_SILENT", "true")  # read when wandb is imported
         import wandb
 
-        chosen = mode
-        if mode == "auto":
-            chosen = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-        run = wandb.init(project="bitnet", name=folder.name, dir=str(folder), config=config, mode=chosen)  # type: ignore[arg-type]
+        if chosen == "auto":
+            if not wandb.login(prompt=False):
+                return None
+            chosen = "online"
+        about: JsonObject = {"project": "bitnet", "name": folder.name, "dir": str(folder), "config": config}
+        try:
+            run = wandb.init(**about, mode=chosen, settings=wandb.Settings(init_timeout=20))  # type: ignore[arg-type]
+        except Exception as error:
+            if chosen != "online":
+                raise
+            note(
+                f"wandb cannot be reached ({str(error).splitlines()[0]}), so this run is recorded offline; send it "
+                f"with: wandb sync {folder / 'wandb'}/offline-run-*"
+            )
+            chosen = "offline"
+            run = wandb.init(**about, mode=chosen)  # type: ignore[arg-type]
     except Exception as error:  # a tracker that does not start must not cost a training run
         if mode != "auto":
             raise ValueError(f"--wandb {mode} failed: {error}; pip install wandb, or use --wandb off") from error
-        print(f"note: no wandb ({error}); the metrics are in {folder}", file=sys.stderr)
+        if not isinstance(error, ImportError):
+            note(f"no wandb ({error}); the metrics are in {folder}")
         return None
     print(f"wandb     {chosen}, in {folder / 'wandb'}")
     return run
