@@ -28,11 +28,11 @@ BELOW: dict[str, tuple[str, ...]] = {
     "storage": ("model", "tokenizer"),
     "inference": ("storage",),
     "ptq": ("storage",),
-    "evaluation": ("inference", "ptq", "data"),
+    "evaluation": ("serving", "ptq", "data"),
     "training": ("evaluation",),
     "bench": ("training",),
     "serving": ("inference",),
-    "commands": ("bench", "serving"),
+    "commands": ("bench",),
     "bitnet": ("inference",),  # bitnet/__init__.py: the public names
     "__main__": ("commands", "bitnet"),
     "train": ("__main__",),

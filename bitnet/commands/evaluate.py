@@ -1,6 +1,7 @@
 """Held-out loss of one or several models; of a run of train.py, at its best checkpoint.
 
 bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+bitnet evaluate runs/demo --tasks arc_easy     tasks of lm-evaluation-harness (pip install bitnet[evaluate])
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ class Options:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products, as in train.py."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, instead of the held-out loss."""
+    task_folder: Path | None = None
+    """Folder with YAML files of more tasks."""
+    shots: int | None = None
+    """Examples in front of each question; the task's own number unless given."""
+    limit: int | None = None
+    """Questions of each task; all unless given."""
 
 
 def run(options: Options) -> None:
@@ -35,6 +44,9 @@ def run(options: Options) -> None:
     runs = options.runs
     if not runs:
         raise ValueError("no run was given; name a folder made by train.py, or a model of any kind")
+    if options.tasks:
+        _run_tasks(options)
+        return
     device = pick_device(options.device)
     results = [(run, *evaluate_model(run, device, pick_dtype(options.dtype, device), options.text)) for run in runs]
 
@@ -52,3 +64,28 @@ def run(options: Options) -> None:
     if options.picture:
         with only_for_looking(f"the picture {options.picture}"):
             draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
+
+
+def _run_tasks(options: Options) -> None:
+    """Print one line a task, metric and model. Raises ValueError where lm_eval is missing."""
+    try:
+        from bitnet.evaluation.harness import run_tasks
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; run pip install 'bitnet[evaluate]'") from error
+    from bitnet.inference.text_model import load
+
+    rows = [["model", "task", "metric", "value", "± standard error"]]
+    for path in options.runs:
+        dtype = "float32" if options.dtype == "auto" else options.dtype
+        found = run_tasks(
+            load(path, device=options.device, dtype=dtype), options.tasks, folder=options.task_folder,
+            shots=options.shots, limit=options.limit,
+        )  # fmt: skip
+        for task, values in found.items():
+            for name, value in values.items():
+                metric, _, kind = name.partition(",")
+                if isinstance(value, float) and not metric.endswith("_stderr"):
+                    deviation = values.get(f"{metric}_stderr,{kind}")
+                    shown = f"{deviation:.4f}" if isinstance(deviation, float) else "-"
+                    rows.append([path, task, metric, f"{value:.4f}", shown])
+    print(table(rows, right=[3, 4]))

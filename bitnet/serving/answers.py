@@ -101,7 +101,7 @@ def chat_logprobs(tokenizer: BaseTokenizer, tokens: Sequence[Token]) -> list[dic
         entry(token.id, token.score.logprob)
         | {"top_logprobs": [entry(token_id, value) for token_id, value in token.score.best]}
         for token in tokens
-        if token.score is not None
+        if token.score is not None and not token.ends
     ]
 
 

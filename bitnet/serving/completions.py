@@ -56,7 +56,7 @@ class Completions:
                 count=samples,
                 stop=body.stops,
                 alternatives=alternatives,
-                score_prompt=bool(body.echo and body.logprobs is not None),
+                scores_from=1 if body.echo and body.logprobs is not None else None,
                 ends=not body.ignore_eos,
             )
             for _, ids in self.prompts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet.inference.text_model import TextModel, load
+from bitnet.machine import available_memory
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.grammar import Grammars
 from bitnet.serving.scheduler import Scheduler
@@ -114,6 +115,14 @@ def open_all(given: tuple[str, ...], device: str, dtype: str, cache: str | None)
         if len(paths) > 1:
             raise ValueError(f"{' and '.join(paths)} would both be called {name!r}; give NAME=PATH for one of them")
     return [(name, load(path, device=device, dtype=dtype, cache=cache)) for name, path in names]
+
+
+def default_cache_tokens(model: TextModel, context: int, models: int) -> int:
+    """Memory for sixteen whole contexts, or for what a quarter of the free memory holds, at least one."""
+    config = model.model.config
+    bytes_per_token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
+    fits = int(min(available_memory(), 2**40) / 4 / models / bytes_per_token)
+    return max(context + 256, min(16 * context, fits))
 
 
 def now() -> int:

@@ -83,8 +83,8 @@ class Generation:
     """The text goes on from the prompt's; False: it is an answer and starts afresh."""
     alternatives: int | None = None
     """Give the log-probability of each token, and so many of the most likely tokens beside it."""
-    score_prompt: bool = False
-    """Give these of the prompt's tokens too."""
+    scores_from: int | None = None
+    """Give these of the prompt's tokens too, from this one on; nothing predicts the first one, token 0."""
     grammar: Callable[[], Matcher] | None = None
     """Makes the grammar that each sample keeps to."""
     ends: bool = True
@@ -99,6 +99,8 @@ class Token:
     start: int
     """Characters of the answer before it."""
     score: Score | None = None
+    ends: bool = False
+    """It ends the text and is none of it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Scores of the prompt's tokens from the second on."""
+    """Scores of the prompt's tokens, from the first that was to be scored."""
 
     scores: list[Score]
 
@@ -179,10 +181,10 @@ class Sample:
         generation = self.job.generation
         finish: Finish | None = None
         ended = token_id in self.ends
+        self.held.append(Token(token_id, self.released + self.text.held, found, ended))
         if ended:
             text, finish = self.text.close(), "stop"
         else:
-            self.held.append(Token(token_id, self.released + self.text.held, found))
             text = self.text.push(token_id) if token_id not in self.text.ends else ""
         stopped, matcher = self.text.finished and not ended, self.sampler.matcher
         if stopped or (matcher is not None and matcher.complete):
@@ -349,8 +351,9 @@ class Scheduler:
                 self._start(job, index, self._first_row(job))
 
     def _first_row(self, job: Job) -> Row:
-        if self._shared and not job.generation.score_prompt:
-            row = self._prefixes.fork(job.generation.prompt)
+        if self._shared:
+            # What is scored must be read: the token before it is the last whose logits are not needed.
+            row = self._prefixes.fork(job.generation.prompt[: job.generation.scores_from])
             if row is not None:
                 job.cached_tokens = row.length
                 self.metrics.cached_tokens.inc(row.length)
@@ -369,8 +372,10 @@ class Scheduler:
         room = PIECE if plan else ALONE
         for sample in self._running:
             if sample.reading and room > 0:
-                start = sample.row.length
+                start, scores_from = sample.row.length, sample.job.generation.scores_from
                 end = start + min(sample.pending, room) if self._shared else min(start + PIECE, len(sample.ids))
+                if scores_from is not None and start < scores_from - 1:
+                    end = min(end, scores_from - 1)  # up to there the last logits are enough
                 plan.append((sample, sample.ids[start:end]))
                 room -= end - start
         return plan
@@ -381,7 +386,8 @@ class Scheduler:
 
     @staticmethod
     def _wants_all(sample: Sample) -> bool:
-        return sample.reading and sample.job.generation.score_prompt
+        scores_from = sample.job.generation.scores_from
+        return scores_from is not None and sample.reading and sample.row.length >= scores_from - 1
 
     @torch.inference_mode()
     def _pass(self, part: Sequence[tuple[Sample, list[int]]], every: bool) -> None:
@@ -437,7 +443,7 @@ class Scheduler:
     def _begin(self, first: Sample, logits: Tensor) -> None:
         """The prompt is read: give its scores, let the other samples begin from it, and others from its blocks."""
         job, generation = first.job, first.job.generation
-        if generation.score_prompt and first.index == 0:
+        if generation.scores_from is not None and first.index == 0:
             self._outbox.append((job, PromptScores(first.scores)))
         samples = [first]
         if self._shared and first.index == 0:

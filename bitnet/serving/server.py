@@ -16,11 +16,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bitnet.console import note
 from bitnet.inference.text_model import TextModel
-from bitnet.machine import available_memory
 from bitnet.serving.app import make_app
 from bitnet.serving.guard import LOCAL_HOSTS, Rules
 from bitnet.serving.metrics import Metrics, ModelMetrics
-from bitnet.serving.models import Models, ServedModel, now
+from bitnet.serving.models import Models, ServedModel, default_cache_tokens, now
 from bitnet.serving.scheduler import Limits, Scheduler
 from bitnet.serving.worker import Worker
 
@@ -98,14 +97,6 @@ class Application:
         scheduler = Scheduler(model.model, tokenizer, limits, self.worker.post, metrics, self.worker.wake)
         self.metrics.watch(name, lambda: scheduler.counts)
         return ServedModel(name, model, context, settings.max_new_tokens, scheduler, now())
-
-
-def default_cache_tokens(model: TextModel, context: int, models: int) -> int:
-    """Memory for sixteen whole contexts, or for what a quarter of the free memory holds, at least one."""
-    config = model.model.config
-    bytes_per_token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
-    fits = int(min(available_memory(), 2**40) / 4 / models / bytes_per_token)
-    return max(context + 256, min(16 * context, fits))
 
 
 def protocol_class(io_seconds: float, most: int) -> type[H11Protocol]:

@@ -1,4 +1,4 @@
-"""The page in a headless Chromium: a chat by keyboard, branches, tokens, a phone's width, the dark, no request elsewhere.
+"""The page in a headless Chromium: a chat by keyboard, branches, tokens, a phone, the dark, no request elsewhere.
 
 Run by `make conformance`. SCREENSHOTS=folder keeps what it looked like.
 """
@@ -138,7 +138,9 @@ def test_stop_keeps_what_was_written(page, address):
     page.evaluate("document.getElementById('max_tokens').value = '400'")
     page.fill("#prompt", "Go on")
     page.keyboard.press("Enter")
-    while not page.locator("li.assistant .text").all_inner_texts()[:1] or len(page.inner_text("li.assistant .text")) < 3:
+    while (
+        not page.locator("li.assistant .text").all_inner_texts()[:1] or len(page.inner_text("li.assistant .text")) < 3
+    ):
         page.wait_for_timeout(20)
     page.keyboard.press("Escape")
     page.wait_for_selector("#stop", state="hidden")

@@ -114,7 +114,7 @@ def test_what_is_kept_gives_way_to_what_runs(model):
 
 def test_scores_of_a_prompt_are_the_models(model):
     bench, prompt = Bench(model), seeded(1, 100, 101, 500)[0]
-    job = bench.submit(Generation(prompt, 1, choice(1), alternatives=2, score_prompt=True))
+    job = bench.submit(Generation(prompt, 1, choice(1), alternatives=2, scores_from=1))
     bench.run()
     scores = bench.of(job)[0]
     assert isinstance(scores, PromptScores)
