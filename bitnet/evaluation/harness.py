@@ -18,12 +18,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bitnet.inference.options import SamplingConfig
+from bitnet.inference.rows import default_cache_tokens
 from bitnet.inference.text_model import TextModel
 from bitnet.serving.errors import ApiError
+from bitnet.serving.jobs import Event, Generation, Job, Limits, Piece, PromptScores
 from bitnet.serving.metrics import Metrics, ModelMetrics
-from bitnet.serving.models import default_cache_tokens
-from bitnet.serving.sampling import Choice
-from bitnet.serving.scheduler import Event, Generation, Job, Limits, Piece, PromptScores, Scheduler
+from bitnet.serving.scheduler import Scheduler
 from bitnet.tokenizer.chat import require
 
 DEFAULT_NEW_TOKENS = 256  # lm_eval's own
@@ -39,7 +39,7 @@ class BitnetLM(TemplateLM):
         self._tokenizer = model.source.tokenizer
         limits = Limits(
             model.positions,
-            default_cache_tokens(model, model.positions, 1),
+            default_cache_tokens(model.model.config, model.positions),
             queue=2**31,
             queue_seconds=math.inf,
             request_seconds=math.inf,
@@ -126,7 +126,7 @@ class BitnetLM(TemplateLM):
             ids = self.tok_encode(context)[-max(1, self._model.positions - count) :]
             count = min(count, self._model.positions - len(ids))
             stop = tuple(text for text in until if text)
-            generations.append(Generation(tuple(ids), count, Choice(sampling), stop=stop))
+            generations.append(Generation(tuple(ids), count, sampling, stop=stop))
         return [
             "".join(event.text for event in events if isinstance(event, Piece)) for events in self._run(generations)
         ]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitnet.inference.cpu_rows import CacheFullError, check_length, check_step
 from bitnet.inference.engine import LanguageModel
+from bitnet.machine import available_memory
 from bitnet.model import ModelConfig
 
 Step = Sequence[tuple[Any, Sequence[int]]]
@@ -168,3 +169,11 @@ class PlainRows:
         logits = self.model(new, row.own, last_only=not every)[0].float()
         row.ids = whole
         return logits[-len(ids) :]
+
+
+def default_cache_tokens(config: ModelConfig, context: int, models: int = 1) -> int:
+    """Room for sixteen whole texts of `context` tokens, or for what a quarter of the free memory holds of the keys and
+    values of so many models in float32, at least one text."""
+    bytes_per_token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
+    fits = int(min(available_memory(), 2**40) / 4 / models / bytes_per_token)
+    return max(context + 256, min(16 * context, fits))

@@ -22,7 +22,7 @@ class Score:
 
 def score(logits: Tensor, ids: list[int], alternatives: int = 0) -> list[Score]:
     """Scores of tokens `ids` (N of them) under logits float `[N, V]`, with so many of the most likely ones."""
-    logprobs = torch.log_softmax(logits.float(), -1)
+    logprobs = logits.double().log_softmax(-1).float()  # as `draw_rows` computes those of drawn tokens
     chosen = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     if not alternatives:
         return [Score(value, []) for value in chosen]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitnet.inference.scoring import Score
+from bitnet.serving.jobs import Job, Token
 from bitnet.serving.models import ServedModel, now
-from bitnet.serving.scheduler import Job, Token
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
 DONE = b"data: [DONE]\n\n"

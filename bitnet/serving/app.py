@@ -1,6 +1,5 @@
 """The application: every path, the form of every error, and the page."""
 
-import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,10 +13,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from bitnet.console import error as print_error
 from bitnet.serving import chat, completions, responses
 from bitnet.serving.errors import ApiError, plain_name
-from bitnet.serving.guard import PAGE_PATHS, Guard, Rules, extra
+from bitnet.serving.guard import LOG, PAGE_PATHS, Guard, Rules, extra
 from bitnet.serving.metrics import Metrics
 from bitnet.serving.models import Models
 from bitnet.serving.requests import ChatBody, CompletionBody, DetokenizeBody, ResponseBody, TokenizeBody
@@ -185,5 +183,5 @@ async def _gone(http: HttpRequest, error: Exception) -> Response:
 
 async def _fault(http: HttpRequest, error: Exception) -> Response:
     """A mistake of this server: the client learns that there is one, the log where."""
-    print_error("".join(traceback.format_exception(error)))
+    LOG.error("a handler failed", exc_info=error)
     return JSONResponse(ApiError(500, "the server failed on this request; its log says why").body(), 500)

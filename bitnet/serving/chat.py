@@ -1,7 +1,6 @@
 """POST /v1/chat/completions: a conversation is answered, with the model's own template."""
 
 import json
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -11,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 from bitnet.serving.answers import Usage, chat_logprobs, event, head
 from bitnet.serving.errors import invalid
 from bitnet.serving.grammar import ANY_OBJECT
+from bitnet.serving.jobs import Generation, Piece, Token
 from bitnet.serving.models import ServedModel
 from bitnet.serving.requests import ChatBody, Function, Message, NamedTool, ObjectFormat, SchemaFormat
-from bitnet.serving.scheduler import Generation, Piece, Token
 from bitnet.serving.streams import events, requests_of, stream, unless_gone
 from bitnet.serving.tools import Call, CallReader, call_schema, form_of, opening
 
@@ -81,7 +80,8 @@ class Chat:
         generation = Generation(
             tuple(prompt),
             max(1, min(left, model.default_new_tokens)) if limit is None else limit,
-            choice=body.choice(secrets.randbelow(2**31), model.tokenizer.vocab_size),
+            sampling=body.sampling(model.tokenizer.vocab_size, model.own_sampling),
+            seed=body.chosen_seed,
             count=body.n or 1,
             stop=body.stops,
             continues=False,

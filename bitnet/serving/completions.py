@@ -1,6 +1,5 @@
 """POST /v1/completions: a text goes on."""
 
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,9 +8,9 @@ from starlette.responses import JSONResponse, Response
 
 from bitnet.serving.answers import Usage, event, head, legacy_logprobs, legacy_of_tokens, offsets
 from bitnet.serving.errors import ApiError, invalid
+from bitnet.serving.jobs import Generation, Piece, PromptScores, Token
 from bitnet.serving.models import ServedModel
 from bitnet.serving.requests import CompletionBody
-from bitnet.serving.scheduler import Generation, Piece, PromptScores, Token
 from bitnet.serving.streams import events, requests_of, stream, unless_gone
 from bitnet.serving.worker import Request
 
@@ -44,7 +43,7 @@ class Completions:
         if body.max_tokens is None:
             longest = max(len(ids) for _, ids in self.prompts)
             new_tokens = max(1, min(new_tokens, model.context - longest))
-        seed = secrets.randbelow(2**31)
+        seed = body.chosen_seed
         alternatives = body.logprobs
         if samples > self.count and alternatives is None:
             alternatives = 0  # to choose by
@@ -52,7 +51,8 @@ class Completions:
             Generation(
                 tuple(ids),
                 new_tokens,
-                choice=body.choice(seed, model.tokenizer.vocab_size),
+                sampling=body.sampling(model.tokenizer.vocab_size, model.own_sampling),
+                seed=seed,
                 count=samples,
                 stop=body.stops,
                 alternatives=alternatives,

@@ -83,6 +83,8 @@ class GrammarMatcher:
         bits = np.unpackbits(self._words.view(np.uint8), bitorder="little", count=self._size)
         mask = torch.from_numpy(bits).bool()
         mask[self._ends] = self._matcher.is_accepting()
+        if not bool(mask.any()):
+            raise ValueError("the JSON schema leaves no token of this model to go on with")
         return mask
 
     def take(self, token_id: int) -> None:

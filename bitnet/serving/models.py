@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet.inference.text_model import TextModel, load
-from bitnet.machine import available_memory
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.grammar import Grammars
 from bitnet.serving.scheduler import Scheduler
@@ -28,6 +27,8 @@ class ServedModel:
     def __post_init__(self) -> None:
         self.tokenizer: BaseTokenizer = self.text_model.source.tokenizer
         self.template: ChatTemplate | None = self.text_model.source.chat_template
+        self.own_sampling = self.text_model.source.sampling
+        """What the model's makers say of how its tokens are chosen."""
         self.grammars = Grammars(self.tokenizer)
         identity = f"{self.text_model.model.config}{self.tokenizer.fingerprint}"
         self.fingerprint = "bitnet-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -115,14 +116,6 @@ def open_all(given: tuple[str, ...], device: str, dtype: str, cache: str | None)
         if len(paths) > 1:
             raise ValueError(f"{' and '.join(paths)} would both be called {name!r}; give NAME=PATH for one of them")
     return [(name, load(path, device=device, dtype=dtype, cache=cache)) for name, path in names]
-
-
-def default_cache_tokens(model: TextModel, context: int, models: int) -> int:
-    """Memory for sixteen whole contexts, or for what a quarter of the free memory holds, at least one."""
-    config = model.model.config
-    bytes_per_token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
-    fits = int(min(available_memory(), 2**40) / 4 / models / bytes_per_token)
-    return max(context + 256, min(16 * context, fits))
 
 
 def now() -> int:

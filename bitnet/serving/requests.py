@@ -4,13 +4,14 @@ Fields beyond OpenAI's, as other servers have them: top_k, min_p, repetition_pen
 (user, metadata, prompt_cache_key, ...) is taken and not used. None means left out.
 """
 
+import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitnet.inference.options import SamplingConfig
 from bitnet.serving.errors import invalid
-from bitnet.serving.sampling import Choice
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
@@ -61,20 +62,28 @@ class Writing(Body):
             raise ValueError("stream_options is of stream: true; leave it out")
         return self
 
-    def choice(self, seed: int, vocab_size: int) -> Choice:
-        """How tokens are chosen; `seed` where the request has none. Raises ApiError for a biased token that is none."""
+    def sampling(self, vocab_size: int, own: Mapping[str, float]) -> SamplingConfig:
+        """How tokens are chosen. What the request is silent about is as the model's own generation_config.json says
+        (`own`), else OpenAI's default. Raises ApiError for a biased token that is none."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         if bias and max(bias) >= vocab_size:
             raise invalid(f"logit_bias names token {max(bias)} and the last one is {vocab_size - 1}", "logit_bias")
-        sampling = SamplingConfig(
-            temperature=_or(self.temperature, 1.0),
-            top_k=self.top_k or 0,
-            top_p=_or(self.top_p, 1.0),
-            min_p=self.min_p or 0.0,
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
+        names = (
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
         )
-        chosen = seed if self.seed is None else self.seed % 2**63
-        return Choice(sampling, chosen, self.presence_penalty or 0.0, self.frequency_penalty or 0.0, bias)
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return SamplingConfig(**{**own, **given, "logit_bias": bias})
+
+    @property
+    def chosen_seed(self) -> int:
+        """The request's, or one that nobody knows."""
+        return secrets.randbelow(2**31) if self.seed is None else self.seed % 2**63
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -290,7 +299,3 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value

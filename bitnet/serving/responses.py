@@ -3,7 +3,6 @@
 Nothing is stored on the server: the conversation is sent again with every turn, and `previous_response_id` is refused.
 """
 
-import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from bitnet.serving.answers import Usage, event, new_id
 from bitnet.serving.chat import prompt_of
 from bitnet.serving.grammar import ANY_OBJECT
+from bitnet.serving.jobs import Generation, Piece
 from bitnet.serving.models import ServedModel, now
 from bitnet.serving.requests import Message, ObjectFormat, ResponseBody, ResponseSchema, Writing
-from bitnet.serving.scheduler import Generation, Piece
 from bitnet.serving.streams import events, requests_of, stream, unless_gone
 
 
@@ -36,12 +35,12 @@ class PlainResponse:
             schema = ANY_OBJECT if isinstance(wanted, ObjectFormat) else wanted.schema_
             grammar = model.grammars.json_schema(schema, "text.format")
         left = max(1, min(model.context - len(prompt), model.default_new_tokens))
+        writing = Writing(temperature=body.temperature, top_p=body.top_p)
         generation = Generation(
             tuple(prompt),
             body.max_output_tokens or left,
-            choice=Writing(temperature=body.temperature, top_p=body.top_p).choice(
-                secrets.randbelow(2**31), model.tokenizer.vocab_size
-            ),
+            sampling=writing.sampling(model.tokenizer.vocab_size, model.own_sampling),
+            seed=writing.chosen_seed,
             continues=False,
             grammar=grammar,
         )

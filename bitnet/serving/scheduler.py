@@ -15,189 +15,30 @@ places and no row is shared.
 `submit` and `cancel` may be called by any thread, everything else by the one that runs the engine.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bitnet.console import error as print_error
 from bitnet.inference.engine import LanguageModel
-from bitnet.inference.generation import TextStream
 from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
+from bitnet.inference.sampling import draw_rows
 from bitnet.inference.scoring import Score, score
 from bitnet.serving.errors import ApiError, invalid
+from bitnet.serving.jobs import Event, Job, Limits, Piece, PromptScores, Sample
 from bitnet.serving.metrics import ModelMetrics
 from bitnet.serving.prefix import PrefixCache
 from bitnet.serving.queue import FairQueue
-from bitnet.serving.sampling import Choice, Matcher, Sampler
 from bitnet.tokenizer import BaseTokenizer
 
+LOG = logging.getLogger("bitnet.serving")
 PIECE = 64
 """Tokens of a prompt that one pass reads while others write; about what as many texts cost that are being written."""
 ALONE = 512
 """The same while nobody writes."""
-SLACK = 64
-"""Tokens that a row may take beyond its length, since memory is handed out in blocks."""
-
-Finish = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one model's clients may ask for. Raises ValueError for a value out of range."""
-
-    context: int
-    """Most tokens of prompt and answer together."""
-    cache_tokens: int
-    """Tokens whose keys and values are held, of all texts together."""
-    parallel: int = 64
-    """Texts that are written at the same time."""
-    queue: int = 256
-    """Requests that may wait."""
-    queue_seconds: float = 60.0
-    """Longest wait of a request."""
-    request_seconds: float = 600.0
-    """Longest time from a request's arrival to its last token."""
-
-    def __post_init__(self) -> None:
-        for name in ("context", "cache_tokens", "parallel", "queue", "queue_seconds", "request_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A prompt, and what is to follow it."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    choice: Choice = field(default_factory=Choice)
-    count: int = 1
-    """Samples, each a text of its own."""
-    stop: tuple[str, ...] = ()
-    continues: bool = True
-    """The text goes on from the prompt's; False: it is an answer and starts afresh."""
-    alternatives: int | None = None
-    """Give the log-probability of each token, and so many of the most likely tokens beside it."""
-    scores_from: int | None = None
-    """Give these of the prompt's tokens too, from this one on; nothing predicts the first one, token 0."""
-    grammar: Callable[[], Matcher] | None = None
-    """Makes the grammar that each sample keeps to."""
-    ends: bool = True
-    """An end-of-text token ends the text."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token of an answer, with its score where it was asked for."""
-
-    id: int
-    start: int
-    """Characters of the answer before it."""
-    score: Score | None = None
-    ends: bool = False
-    """It ends the text and is none of it."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What came to one sample."""
-
-    index: int
-    text: str
-    tokens: list[Token]
-    finish: Finish | None = None
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """Scores of the prompt's tokens, from the first that was to be scored."""
-
-    scores: list[Score]
-
-
-Event = Piece | PromptScores | ApiError
-
-
-class Job:
-    """A request on its way through the scheduler."""
-
-    def __init__(self, generation: Generation, client: str = "") -> None:
-        self.generation, self.client = generation, client
-        self.arrived = time.monotonic()
-        self.cancelled = False
-        self.cached_tokens = 0
-        """Tokens of the prompt that were known; written before the first event."""
-        self.samples: list[Sample] = []
-        self.reserved = 0
-        self.done = False
-
-    def need(self, shared: bool) -> int:
-        """Tokens of memory that it takes at most."""
-        generation = self.generation
-        prompts = 1 if shared else generation.count
-        return prompts * (len(generation.prompt) + SLACK) + generation.count * (generation.max_new_tokens + SLACK)
-
-
-class Sample:
-    """One text of a job while it is read and written."""
-
-    def __init__(self, job: Job, index: int, row: Row, tokenizer: BaseTokenizer) -> None:
-        generation = job.generation
-        prompt = list(generation.prompt)
-        self.job, self.index, self.row = job, index, row
-        self.ids = prompt
-        self.prompt_length = len(prompt)
-        matcher = generation.grammar() if generation.grammar else None
-        self.sampler = Sampler(generation.choice, index, prompt, tokenizer.vocab_size, matcher)
-        self.text = TextStream(tokenizer, generation.stop, prompt=prompt if generation.continues else ())
-        self.released = 0  # characters that were given out
-        self.held: list[Token] = []  # tokens whose text was not yet
-        self.scores: list[Score] = []
-        self.last_token_at = 0.0
-        self.ends = frozenset(tokenizer.eos_ids) if generation.ends else frozenset()
-
-    @property
-    def pending(self) -> int:
-        """Tokens that the row has not yet read."""
-        return len(self.ids) - self.row.length
-
-    @property
-    def reading(self) -> bool:
-        """The prompt is not yet read."""
-        return self.row.length < self.prompt_length
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.ids) - self.prompt_length
-
-    def take(self, token_id: int, found: Score | None) -> Piece:
-        """Add a token to the text: what it makes certain."""
-        self.ids.append(token_id)
-        generation = self.job.generation
-        finish: Finish | None = None
-        ended = token_id in self.ends
-        self.held.append(Token(token_id, self.released + self.text.held, found, ended))
-        if ended:
-            text, finish = self.text.close(), "stop"
-        else:
-            text = self.text.push(token_id) if token_id not in self.text.ends else ""
-        stopped, matcher = self.text.finished and not ended, self.sampler.matcher
-        if stopped or (matcher is not None and matcher.complete):
-            finish = "stop"
-        elif not ended and self.new_tokens >= generation.max_new_tokens:
-            finish = "length"
-        if finish:
-            text += self.text.close()
-        self.released += len(text)
-        # A token goes out with its text; those of a stop string have none, and without one the last may have none.
-        sure = len(self.held) if finish and not stopped else sum(t.start < self.released for t in self.held)
-        tokens, self.held = self.held[:sure], [] if finish else self.held[sure:]
-        return Piece(self.index, text, tokens, finish)
 
 
 class Scheduler:
@@ -247,6 +88,8 @@ class Scheduler:
                 "for fewer samples or tokens",
                 "max_tokens", "context_length_exceeded",
             )  # fmt: skip
+        if (generation.alternatives or 0) > (known := self._tokenizer.vocab_size):
+            raise invalid(f"{generation.alternatives} likely tokens are asked for and there are {known}", "logprobs")
         with self._lock:
             if self._draining:
                 raise ApiError(503, "the server is shutting down; ask again later", code="shutting_down")
@@ -394,26 +237,29 @@ class Scheduler:
         started = time.perf_counter()
         try:
             logits = self._step([(sample.row, ids) for sample, ids in part], every)
-        except Exception as error:  # whatever an engine can raise must not end the others' server
-            print_error(f"a pass of the model failed: {type(error).__name__}: {error}")
+        except Exception:  # whatever an engine can raise must not end the others' server
+            LOG.exception("a pass of the model failed")
             for job in self._jobs(sample for sample, _ in part):
                 self._fail(job, ApiError(500, "the model failed on this request; the server's log says why"))
             return
         self.metrics.pass_seconds.observe(time.perf_counter() - started)
         self.metrics.pass_rows.observe(len(part))
-        vocab_size = self._tokenizer.vocab_size
+        ready: list[Sample] = []
+        behind: list[Tensor] = []
         for (sample, ids), out in zip(part, logits, strict=True):
             if sample.job.done:  # with another sample of it
                 continue
             self._queue.charge(sample.job.client, len(ids))
             if sample.row.length <= sample.prompt_length:
                 self.metrics.prompt_tokens.inc(len(ids))
-            try:
-                self._advance(sample, len(ids), out[..., :vocab_size].float().cpu())
-            except (ValueError, RuntimeError) as error:
-                self._fail(sample.job, ApiError(500, str(error)))
+            drawing = self._read(sample, len(ids), out)
+            ready += drawing
+            behind += [out[-1] if out.dim() == 2 else out] * len(drawing)
+        if ready:
+            as_they_are = isinstance(logits, Tensor) and ready == [sample for sample, _ in part]
+            self._draw(ready, logits if as_they_are else torch.stack(behind))  # type: ignore[arg-type]
 
-    def _step(self, steps: Step, every: bool) -> Iterable[Tensor]:
+    def _step(self, steps: Step, every: bool) -> Tensor | list[Tensor]:
         """Logits of a pass; what is kept for others gives way to it."""
         while True:
             try:
@@ -422,25 +268,21 @@ class Scheduler:
                 if not self._prefixes.drop():
                     raise
 
-    def _advance(self, sample: Sample, read: int, logits: Tensor) -> None:
-        """Go on behind a pass: logits `[V]` behind the last token read, or `[read, V]` while a prompt is scored."""
+    def _read(self, sample: Sample, read: int, logits: Tensor) -> list[Sample]:
+        """Whose next token is drawn from the logits behind a pass: `[V]` behind the last token read, or `[read, V]`
+        while a prompt is scored."""
         generation = sample.job.generation
         if logits.dim() == 2:
             start = sample.row.length - read
             wanted = sample.ids[start + 1 : sample.row.length + 1]
             if wanted:
-                sample.scores += score(logits[: len(wanted)], wanted, generation.alternatives or 0)
-            logits = logits[-1]
+                vocab_size = self._tokenizer.vocab_size
+                sample.scores += score(logits[: len(wanted), :vocab_size], wanted, generation.alternatives or 0)
         if sample.pending:
-            return
-        if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite: its training diverged or its dtype overflows")
-        if sample.new_tokens == 0:
-            self._begin(sample, logits)
-        else:
-            self._write(sample, logits)
+            return []
+        return self._begin(sample) if sample.new_tokens == 0 else [sample]
 
-    def _begin(self, first: Sample, logits: Tensor) -> None:
+    def _begin(self, first: Sample) -> list[Sample]:
         """The prompt is read: give its scores, let the other samples begin from it, and others from its blocks."""
         job, generation = first.job, first.job.generation
         if generation.scores_from is not None and first.index == 0:
@@ -449,24 +291,42 @@ class Scheduler:
         if self._shared and first.index == 0:
             self._prefixes.keep(first.row.fork(), first.ids)
             samples += [self._start(job, index, first.row.fork()) for index in range(1, generation.count)]
+        if generation.max_new_tokens:
+            return samples
         for sample in samples:
-            if generation.max_new_tokens:
-                self._write(sample, logits)
-            else:
-                self._finish(sample, Piece(sample.index, "", [], "length"))
+            self._finish(sample, Piece(sample.index, "", [], "length"))
+        return []
 
-    def _write(self, sample: Sample, logits: Tensor) -> None:
+    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
+        """The next token of each, under logits `[n, V or more]`."""
+        for sample in samples:
+            if sample.matcher is not None:
+                try:
+                    sample.sampler.allowed = sample.matcher.mask()
+                except ValueError as error:
+                    self._fail(sample.job, ApiError(500, str(error)))
+        if any(sample.job.done for sample in samples):
+            left = [index for index, sample in enumerate(samples) if not sample.job.done]
+            samples, logits = [samples[index] for index in left], logits[left]
+        for sample, drawn in zip(samples, draw_rows([sample.sampler for sample in samples], logits), strict=True):
+            if sample.job.done:
+                continue
+            try:
+                if not drawn.finite:
+                    raise ValueError("the model's logits are not finite: its training diverged or its dtype overflows")
+                self._write(sample, drawn.token, None if drawn.logprob is None else Score(drawn.logprob, drawn.top))
+            except ValueError as error:
+                self._fail(sample.job, ApiError(500, str(error)))
+
+    def _write(self, sample: Sample, token: int, found: Score | None) -> None:
         job, now = sample.job, time.monotonic()
         if sample.new_tokens:
             self.metrics.token_seconds.observe(now - sample.last_token_at)
         else:
             self.metrics.first_token_seconds.observe(now - job.arrived)
         sample.last_token_at = now
-        token = sample.sampler.draw(logits)
-        alternatives = job.generation.alternatives
-        found = None if alternatives is None else score(logits[None], [token], alternatives)[0]
-        piece = sample.take(token, found)
         self.metrics.new_tokens.inc()
+        piece = sample.take(token, found)
         if piece.finish:
             self._finish(sample, piece)
         elif piece.text or piece.tokens:

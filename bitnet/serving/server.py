@@ -14,13 +14,14 @@ from types import FrameType
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bitnet.console import note
+from bitnet.inference.rows import default_cache_tokens
 from bitnet.inference.text_model import TextModel
 from bitnet.serving.app import make_app
-from bitnet.serving.guard import LOCAL_HOSTS, Rules
+from bitnet.serving.guard import LOCAL_HOSTS, LOG, Rules
+from bitnet.serving.jobs import Limits
 from bitnet.serving.metrics import Metrics, ModelMetrics
-from bitnet.serving.models import Models, ServedModel, default_cache_tokens, now
-from bitnet.serving.scheduler import Limits, Scheduler
+from bitnet.serving.models import Models, ServedModel, now
+from bitnet.serving.scheduler import Scheduler
 from bitnet.serving.worker import Worker
 
 HEADER_BYTES = 32 << 10
@@ -88,7 +89,7 @@ class Application:
 
     def _serve(self, name: str, model: TextModel, settings: Settings, count: int) -> ServedModel:
         context = min(model.positions, settings.context or model.positions)
-        cache_tokens = settings.cache_tokens or default_cache_tokens(model, context, count)
+        cache_tokens = settings.cache_tokens or default_cache_tokens(model.model.config, context, count)
         limits = Limits(
             context, cache_tokens, settings.parallel, settings.queue, settings.queue_seconds, settings.request_seconds
         )
@@ -187,7 +188,8 @@ def serve(models: list[tuple[str, TextModel]], settings: Settings) -> None:
     server = Server(Application(models, settings), settings)
     with listen(settings) as listener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        note(f"{', '.join(name for name, _ in models)} on http://{host}:{listener.getsockname()[1]} (Ctrl-C ends)")
+        names, port = ", ".join(name for name, _ in models), listener.getsockname()[1]
+        LOG.info("%s on http://%s:%d (Ctrl-C ends)", names, host, port)
         server.run([listener])
 
 

@@ -10,8 +10,8 @@ from starlette.responses import Response, StreamingResponse
 
 from bitnet.serving.answers import DONE, event
 from bitnet.serving.errors import ApiError
+from bitnet.serving.jobs import Event, Generation
 from bitnet.serving.models import ServedModel
-from bitnet.serving.scheduler import Event, Generation
 from bitnet.serving.worker import Request, events_of
 
 T = TypeVar("T")

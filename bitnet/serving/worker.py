@@ -4,13 +4,15 @@ What a pass gave goes to the server's event loop in one call, and from there int
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 
-from bitnet.console import error as print_error
 from bitnet.serving.errors import ApiError
-from bitnet.serving.scheduler import Event, Generation, Job, Piece, Scheduler
+from bitnet.serving.jobs import Event, Generation, Job, Piece
+from bitnet.serving.scheduler import Scheduler
 
+LOG = logging.getLogger("bitnet.serving")
 IDLE_SECONDS = 1.0
 """Longest sleep, after which deadlines are looked at though nobody called."""
 
@@ -81,8 +83,8 @@ class Worker:
     def _step(scheduler: Scheduler) -> bool:
         try:
             return scheduler.step()
-        except Exception as error:  # a fault of ours must not leave every client waiting
-            print_error(f"the scheduler failed: {type(error).__name__}: {error}")
+        except Exception:  # a fault of ours must not leave every client waiting
+            LOG.exception("the scheduler failed")
             scheduler.abort(ApiError(500, "the server failed on this request; its log says why"))
             return True
 

@@ -10,8 +10,9 @@ import torch
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.text_model import TextModel
 from bitnet.kernels.cpu import native
+from bitnet.serving.jobs import Event, Generation, Job, Limits, Piece
 from bitnet.serving.metrics import Metrics, ModelMetrics
-from bitnet.serving.scheduler import Event, Generation, Job, Limits, Piece, Scheduler
+from bitnet.serving.scheduler import Scheduler
 from bitnet.serving.server import Application, Server, Settings, listen
 from bitnet.tokenizer import BaseTokenizer, ChatTemplate
 from tests.builders import tiny_model
@@ -28,7 +29,7 @@ class Source:
     """What a server asks of a model's files."""
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
-        self.tokenizer, self.path = tokenizer, "secret/place"
+        self.tokenizer, self.path, self.sampling = tokenizer, "secret/place", {"temperature": 0.9}
         self.chat_template = ChatTemplate(TOOL_TEMPLATE, tokenizer, "the chat template in secret/place")
 
 

@@ -35,7 +35,7 @@ def test_models(client):
 
 def test_a_completion_is_the_texts_of_the_python_api(client, model):
     answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0.8, top_p=0.9, seed=5)
-    wanted = model.generate(PROMPT, max_new_tokens=20, temperature=0.8, top_p=0.9, seed=5)
+    wanted = model.generate(PROMPT, max_new_tokens=20, temperature=0.8, top_p=0.9, min_p=0, seed=5)
     assert answer.choices[0].text == wanted.text
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (wanted.prompt_tokens, wanted.new_tokens)
     ids = model.encode(PROMPT)
@@ -93,7 +93,7 @@ def test_best_of_gives_the_likeliest(client):
 def test_a_chat_and_its_stream(client, model):
     options = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 16, "seed": 3}
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=3)
-    wanted = model.generate(CHAT, max_new_tokens=16, temperature=1, top_p=1, seed=3)
+    wanted = model.generate(CHAT, max_new_tokens=16, temperature=0.9, top_p=1, min_p=0, seed=3)
     message = whole.choices[0].message
     assert (message.role, message.content) == ("assistant", wanted.text)
     assert whole.usage.prompt_tokens == wanted.prompt_tokens

@@ -11,10 +11,9 @@ from bitnet.inference.rows import PlainRows, rows_of
 from bitnet.inference.text_model import TextModel
 from bitnet.serving import scheduler as scheduling
 from bitnet.serving.errors import ApiError
+from bitnet.serving.jobs import Generation, Piece, PromptScores
 from bitnet.serving.prefix import BLOCK, PrefixCache
 from bitnet.serving.queue import FairQueue
-from bitnet.serving.sampling import Choice
-from bitnet.serving.scheduler import Generation, Piece, PromptScores
 from tests.serving.builders import Bench, seeded, text_model
 
 pytest.importorskip("prometheus_client")
@@ -25,8 +24,8 @@ def model(tokenizer):
     return text_model(tokenizer)
 
 
-def choice(seed: int, **changes: object) -> Choice:
-    return Choice(SamplingConfig(temperature=0.9, top_p=0.95), seed, **changes)
+def choice(seed: int, **changes: float) -> dict:
+    return {"sampling": SamplingConfig(temperature=0.9, top_p=0.95, **changes), "seed": seed}
 
 
 def test_a_text_is_that_of_the_decode_loop(model):
@@ -39,7 +38,7 @@ def test_a_text_is_that_of_the_decode_loop(model):
         )
     ]  # fmt: skip
     bench = Bench(model)
-    job = bench.submit(Generation(tuple(prompt), 30, choice(5)))
+    job = bench.submit(Generation(tuple(prompt), 30, **choice(5)))
     bench.run()
     assert job.samples[0].ids[len(prompt) :] == wanted
     assert prompt == list(job.generation.prompt)
@@ -52,7 +51,9 @@ def test_texts_do_not_depend_on_what_runs_beside_them(model, monkeypatch):
     prompts[5] = prompts[4][:20] + prompts[5][:20]  # beginnings in common
     prompts[9] = prompts[4]
     generations = [
-        Generation(p, 1 + i % 20, choice(i, frequency=0.5 * (i % 2)), count=1 + (i % 5 == 0), alternatives=i % 3)
+        Generation(
+            p, 1 + i % 20, **choice(i, frequency_penalty=0.5 * (i % 2)), count=1 + (i % 5 == 0), alternatives=i % 3
+        )
         for i, p in enumerate(prompts)
     ]
     wanted = [bench_alone(model, generation) for generation in generations]
@@ -75,8 +76,8 @@ def bench_alone(model: TextModel, generation: Generation) -> tuple[list[str], li
 
 def test_sample_i_is_the_text_of_seed_plus_i(model):
     bench, prompt = Bench(model), seeded(1, 40, 41, 500)[0]
-    job = bench.submit(Generation(prompt, 12, choice(7), count=3))
-    alone = [bench.submit(Generation(prompt, 12, choice(7 + i))) for i in range(3)]
+    job = bench.submit(Generation(prompt, 12, **choice(7), count=3))
+    alone = [bench.submit(Generation(prompt, 12, **choice(7 + i))) for i in range(3)]
     bench.run()
     assert bench.texts(job) == [bench.texts(one)[0] for one in alone]
     assert len({*bench.texts(job)}) == 3
@@ -91,30 +92,30 @@ def test_samples_and_turns_share_what_was_read(model):
     def read() -> float:
         return metrics.prompt_tokens._value.get()
 
-    first = bench.submit(Generation(prompt, 8, choice(1), count=4))
+    first = bench.submit(Generation(prompt, 8, **choice(1), count=4))
     bench.run()
     assert read() == 64, "four samples read their prompt once"
     turn = (*first.samples[0].ids, 5, 6, 7)
-    second = bench.submit(Generation(turn, 8, choice(2)))
+    second = bench.submit(Generation(turn, 8, **choice(2)))
     bench.run()
     # The row lacks the last token of the first answer, which nothing was drawn behind.
     assert second.cached_tokens == 64 + 8 - 1
     assert read() == 64 + 4
-    assert bench.texts(second) == bench.alone(model, Generation(turn, 8, choice(2)))
+    assert bench.texts(second) == bench.alone(model, Generation(turn, 8, **choice(2)))
 
 
 def test_what_is_kept_gives_way_to_what_runs(model):
     bench = Bench(model, cache_tokens=600)
     prompts = seeded(12, 100, 120, 500)
-    jobs = [bench.submit(Generation(p, 10, choice(i))) for i, p in enumerate(prompts)]
+    jobs = [bench.submit(Generation(p, 10, **choice(i))) for i, p in enumerate(prompts)]
     bench.run()
     assert all(isinstance(bench.of(job)[-1], Piece) for job in jobs)
-    assert bench.texts(jobs[-1]) == bench.alone(model, Generation(prompts[-1], 10, choice(11)))
+    assert bench.texts(jobs[-1]) == bench.alone(model, Generation(prompts[-1], 10, **choice(11)))
 
 
 def test_scores_of_a_prompt_are_the_models(model):
     bench, prompt = Bench(model), seeded(1, 100, 101, 500)[0]
-    job = bench.submit(Generation(prompt, 1, choice(1), alternatives=2, scores_from=1))
+    job = bench.submit(Generation(prompt, 1, **choice(1), alternatives=2, scores_from=1))
     bench.run()
     scores = bench.of(job)[0]
     assert isinstance(scores, PromptScores)
@@ -127,7 +128,7 @@ def test_scores_of_a_prompt_are_the_models(model):
 
 def test_stop_strings_and_their_tokens(model):
     bench, prompt = Bench(model), seeded(1, 9, 10, 500)[0]
-    plain = Generation(prompt, 20, choice(3), alternatives=0)
+    plain = Generation(prompt, 20, **choice(3), alternatives=0)
     text = bench.alone(model, plain)[0]
     stop = text[6:9]
     job = bench.submit(dataclasses.replace(plain, stop=(stop,)))
@@ -141,8 +142,8 @@ def test_stop_strings_and_their_tokens(model):
 
 def test_a_job_that_left_runs_no_more(model):
     bench = Bench(model)
-    job = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 100, choice(3)))
-    other = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 5, choice(3)))
+    job = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 100, **choice(3)))
+    other = bench.submit(Generation(seeded(1, 9, 10, 500)[0], 5, **choice(3)))
     bench.scheduler.step()
     bench.scheduler.cancel(job)
     bench.run()
@@ -185,7 +186,7 @@ def test_late_requests_and_a_server_that_ends(model):
         bench.submit(Generation((5, 6), 5))
 
 
-def test_a_pass_that_fails_ends_its_jobs_alone(model, monkeypatch, capsys):
+def test_a_pass_that_fails_ends_its_jobs_alone(model, monkeypatch, caplog):
     bench = Bench(model)
     job = bench.submit(Generation((5, 6), 50))
     bench.scheduler.step()
@@ -193,7 +194,7 @@ def test_a_pass_that_fails_ends_its_jobs_alone(model, monkeypatch, capsys):
         patch.setattr(bench.scheduler._rows, "step", lambda *args, **kwargs: 1 / 0)
         bench.scheduler.step()
     assert bench.of(job)[-1].status == 500
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert "ZeroDivisionError" in caplog.text
     after = bench.submit(Generation((5, 6), 5))
     bench.run()
     assert bench.of(after)[-1].finish == "length"

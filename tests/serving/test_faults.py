@@ -1,0 +1,266 @@
+"""What clients and operators can do to a server: leave, send half a request or too much, idle, flood, stop it."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from bitnet.serving.server import Settings
+from tests import ROOT, oracles
+from tests.builders import save_run, tiny_model
+from tests.serving.builders import running
+
+httpx = oracles.require("httpx")
+LONG = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+def connect(address: str) -> socket.socket:
+    host, port = address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def request(path: str, body: bytes, length: int | None = None) -> bytes:
+    size = len(body) if length is None else length
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    ).encode() + body
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def strict(model):
+    """A server with short times and small limits, and what is behind it."""
+    with running(
+        model, io_seconds=1.0, body_bytes=20_000, connections=300, parallel=2, queue=2, api_keys=("secret", "other")
+    ) as (address, application):
+        yield address, application
+
+
+HEADERS = {"Authorization": "Bearer secret"}
+
+
+def test_a_client_that_leaves_frees_its_place(strict):
+    address, application = strict
+    (served,) = application.models
+    metrics = served.scheduler.metrics
+    for stream in (True, False):
+        before = metrics.cancelled._value.get()
+        with connect(address) as one:
+            body = json.dumps({**LONG, "stream": stream}).encode()
+            head = request("/v1/completions", body).replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\n\r\n", 1)
+            one.sendall(head)
+            until(lambda: served.scheduler.counts[0] == 1)
+        until(lambda wanted=before + 1: metrics.cancelled._value.get() == wanted)
+        until(lambda: served.scheduler.counts[0] == 0)
+
+
+def test_keys_are_wanted_everywhere_but_on_the_page(strict):
+    address, _ = strict
+    for path in ("/v1/models", "/metrics", "/nothing"):
+        answer = httpx.get(address + path)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    for key in ("secre", "secrets", "s\u00e9cret"):
+        assert httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == 401
+    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
+    assert httpx.get(f"{address}/v1/models", headers={"Authorization": "bearer other"}).status_code == 200
+    for path in ("/", "/page.js", "/page.css", "/icon.svg", "/health", "/ready", "/openapi.json"):
+        assert httpx.get(address + path).status_code == 200, path
+    assert "default-src 'none'" in httpx.get(address).headers["content-security-policy"]
+
+
+def test_only_names_of_this_machine_and_no_other_origin(address):
+    assert httpx.get(f"{address}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert httpx.get(f"{address}/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+    answer = httpx.get(f"{address}/v1/models", headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in answer.headers
+    assert httpx.post(
+        f"{address}/v1/completions", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}
+    ).is_error
+
+
+def test_long_bodies_and_bodies_that_are_no_json(strict):
+    address, _ = strict
+    with connect(address) as one:  # what the headers announce is refused before it comes
+        one.sendall(
+            request("/v1/completions", b"{", 10_000_000).replace(
+                b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\n\r\n", 1
+            )
+        )
+        assert b" 413 " in one.recv(1000)
+
+    def pieces():
+        for _ in range(100):
+            yield b" " * 1000
+
+    with contextlib.suppress(httpx.WriteError):  # the server need not read to the end
+        assert httpx.post(f"{address}/v1/completions", content=pieces(), headers=HEADERS).status_code == 413
+    bodies = [b"", b"[", b"[1]", b"null", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"1" * 5000, b"[" * 15_000]
+    bodies += [b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "top_p": 1e999}']
+    for body in bodies:
+        answer = httpx.post(
+            f"{address}/v1/completions", content=body, headers={**HEADERS, "Content-Type": "application/json"}
+        )
+        assert answer.status_code == 400, body[:40]
+        assert answer.json()["error"]["message"]
+
+
+def test_half_a_request_is_given_up(strict):
+    address, _ = strict
+    authorized = b"Host: localhost\r\nAuthorization: Bearer secret\r\n"
+    for half in (b"", b"POST /v1/comp", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea"):
+        with connect(address) as one:
+            one.sendall(half)
+            while one.recv(65536):
+                pass
+    with connect(address) as one:
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\n" + authorized + b"Content-Length: 100\r\n\r\n{")
+        assert b" 408 " in one.recv(1000)
+
+
+def test_many_idle_connections_leave_room(strict):
+    address, _ = strict
+    with contextlib.ExitStack() as stack:
+        for _ in range(280):
+            stack.enter_context(connect(address))
+        assert httpx.get(f"{address}/v1/models", headers=HEADERS).status_code == 200
+    until(lambda: httpx.get(f"{address}/health").status_code == 200)
+
+
+def test_a_client_that_does_not_read_is_left(strict, monkeypatch):
+    address, application = strict
+    (served,) = application.models
+    with connect(address) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps({**LONG, "n": 2, "logprobs": 20, "max_tokens": 450}).encode()
+        one.sendall(
+            request("/v1/completions", body).replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\n\r\n", 1)
+        )
+        until(lambda: served.scheduler.counts[0] > 0)
+        until(lambda: served.scheduler.counts[0] == 0)  # its texts are not held up, nor does anybody wait for it
+        assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_full_queue_is_refused(strict):
+    address, application = strict
+    (served,) = application.models
+    statuses = []
+
+    async def flood() -> None:
+        async with httpx.AsyncClient(headers=HEADERS, timeout=60) as client:
+            body = {"prompt": "x", "max_tokens": 300, "ignore_eos": True}
+            answers = await asyncio.gather(*(client.post(f"{address}/v1/completions", json=body) for _ in range(12)))
+            statuses.extend(answer.status_code for answer in answers)
+            refused = [answer for answer in answers if answer.status_code == 429]
+            assert all(
+                answer.headers["retry-after"] and answer.json()["error"]["code"] == "queue_full" for answer in refused
+            )
+
+    asyncio.run(flood())
+    assert set(statuses) == {200, 429}
+    assert statuses.count(200) >= 2
+    assert served.scheduler.counts[0] == 0
+
+
+def test_no_path_of_the_machine_in_an_answer(address):
+    for place, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x", "name": "y"}] * 3, "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 9000}], "max_tokens": 1}),
+        ("/v1/models", None),
+        ("/openapi.json", None),
+        ("/metrics", None),
+    ):
+        answer = httpx.get(address + place) if body is None else httpx.post(address + place, json=body)
+        assert "secret/place" not in answer.text
+        assert str(ROOT) not in answer.text
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0 can be reached .* --api-key"):
+        Settings(host="0.0.0.0")
+    assert Settings(host="0.0.0.0", insecure=True).rules.hosts is None
+    assert Settings(host="0.0.0.0", api_keys=("x",)).rules.api_keys == ("x",)
+    for wrong in ({"api_keys": ("",)}, {"api_keys": (" x",)}, {"context": 1}, {"io_seconds": 0}, {"connections": -1}):
+        with pytest.raises(ValueError, match="give"):
+            Settings(**wrong)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory, tokenizer):
+    """`bitnet serve` as its own process: address, process, folder of its model."""
+    run = save_run(
+        tmp_path_factory.mktemp("runs") / "demo", tiny_model(vocab_size=512, max_position_embeddings=512), tokenizer
+    )
+    command = [sys.executable, "-m", "bitnet", "serve", f"demo={run}", "--port", "0", "--threads", "1"]
+    server = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    line = server.stderr.readline()
+    address = re.search(r"http://\S+", line)
+    assert address, line
+    threading.Thread(target=server.stderr.read, daemon=True).start()
+    yield address[0], server, run
+    server.kill()
+    server.wait()
+
+
+def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
+    address, server, run = process
+    for path in sorted(run.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    texts: list[str] = []
+
+    def ask() -> None:
+        text = ""
+        with httpx.stream("POST", f"{address}/v1/completions", json={**LONG, "seed": 1}, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                ended.append(line == "data: [DONE]")
+        texts.append(text)
+
+    ended: list[bool] = []
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(ended) > 6)
+    server.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(60)
+    assert server.wait(60) == -signal.SIGTERM
+    assert sum(ended) == 3, "what ran was finished"
+    assert len(set(texts)) == 1
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        http.client.HTTPConnection(address.removeprefix("http://")).request("GET", "/health")
+
+
+def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    from bitnet.__main__ import main
+
+    assert main(["serve", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), str(tmp_path)]) == 2
+    assert "NAME=PATH" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
+    assert "--api-key" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "bitnet.serving.server", raising=False)
+    monkeypatch.delattr("bitnet.serving.server", raising=False)
+    assert main(["serve", str(tmp_path)]) == 2
+    assert "bitnet[serve]" in capsys.readouterr().err
