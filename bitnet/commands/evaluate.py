@@ -69,10 +69,9 @@ def run(options: Options) -> None:
 def _run_tasks(options: Options) -> None:
     """Print one line a task, metric and model. Raises ValueError where lm_eval is missing."""
     try:
-        from bitnet.evaluation.harness import run_tasks
+        from bitnet.evaluation.harness import load, run_tasks
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; run pip install 'bitnet[evaluate]'") from error
-    from bitnet.inference.text_model import load
 
     rows = [["model", "task", "metric", "value", "± standard error"]]
     for path in options.runs:

@@ -19,13 +19,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import default_cache_tokens
-from bitnet.inference.text_model import TextModel
+from bitnet.inference.text_model import TextModel, load
 from bitnet.serving.errors import ApiError
 from bitnet.serving.jobs import Event, Generation, Job, Limits, Piece, PromptScores
 from bitnet.serving.metrics import Metrics, ModelMetrics
 from bitnet.serving.scheduler import Scheduler
 from bitnet.tokenizer.chat import require
 
+__all__ = ["BitnetLM", "load", "run_tasks"]
 DEFAULT_NEW_TOKENS = 256  # lm_eval's own
 _WRITING = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p"}
 
