@@ -120,8 +120,9 @@ def _is_json(line: bytes) -> bool:
 
 
 def _json_lines(line: bytes, stream: BinaryIO, file: Path, offset: int, number: int) -> Iterator[tuple[str, object]]:
+    name = repr(str(file))
     while line:
-        where = f"{str(file)!r} line {number}"
+        where = f"{name} line {number}"
         if len(line) > RECORD_BYTES:
             raise _too_large(where)
         text = decode(line, file, offset)
