@@ -36,7 +36,7 @@ from bitnet.data.corpus import sha256_of
 from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
 from bitnet.data.unpack import unpacked_name
-from bitnet.files import JsonObject, new_folder, write_atomic
+from bitnet.files import JsonObject, new_folder, read_json, write_atomic
 from bitnet.tokenizer import ChatTemplate
 
 FORMAT_VERSION = 2
@@ -79,8 +79,7 @@ def tokenize_chats(
 
     Every round(1 / val_fraction) conversations one is held out, of fewer than that one. Memory holds the tokens of all
     of them. `field` names the list of messages (`read_conversations`). Raises ValueError for fewer than two with an
-    answer, for a template that does not take one of them, and for
-    an earlier folder that is damaged.
+    answer, for a template that does not take one of them, and for an earlier folder that is damaged.
     """
     if not 0 < val_fraction <= 0.5:
         raise ValueError(f"val_fraction is {val_fraction}: give a number above 0 and at most 0.5, e.g. 0.05")
@@ -166,7 +165,9 @@ class TokenizedChats:
         self.folder = folder
         self._packed: dict[tuple[str, int], ChatRows] = {}
         try:
-            self.meta: JsonObject = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.meta: JsonObject = read_json(folder / "meta.json")
+            if not all(type(self.meta.get(name)) is int for name in ("conversations", "unanswered", "null")):
+                raise ValueError("meta.json lacks a count")
             for name, file in _ARRAYS.items():
                 setattr(self, name, np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
             whole = len(self.tokens) == len(self.loss_mask) == self.starts[-1] and len(self.held_out) + 1 == len(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bitnet.files import JsonObject
+from bitnet.files import JsonObject, read_json
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100  # label that cross_entropy skips
@@ -61,7 +60,10 @@ class TokenizedCorpus:
                 f"{str(folder)!r} is no tokenized corpus: it has no meta.json; {remedy} by tokenize_corpus"
             )
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(folder / "meta.json")
+        except ValueError as error:
+            raise ValueError(f"{str(folder / 'meta.json')!r} is damaged ({error}); {remedy}") from error
+        try:
             if meta["format_version"] != FORMAT_VERSION:
                 raise ValueError(
                     f"{str(folder)!r} has format {meta['format_version']}, this program has {FORMAT_VERSION}; {remedy}"
@@ -69,7 +71,9 @@ class TokenizedCorpus:
             itemsize = np.dtype(meta["dtype"]).itemsize
             shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
             expected = {shard["file"]: shard["tokens"] * itemsize for shard in shards}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            if any(type(count) is not int for count in meta.get("skipped", {}).values()):
+                raise TypeError("'skipped' holds something else than counts")
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{str(folder / 'meta.json')!r} is damaged ({type(error).__name__}: {error}); {remedy}"
             ) from error

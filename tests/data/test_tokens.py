@@ -274,7 +274,7 @@ def test_damaged_folders_name_the_remedy(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"train-00000\.bin' is missing.*delete the folder"):
         TokenizedCorpus.load(folder)
     shard.write_bytes(good_shard)
-    for broken in ("{", "[]", "{}", good_meta.replace('"tokens"', '"toks"')):
+    for broken in ("{", "[]", "{}", good_meta.replace('"tokens"', '"toks"'), "[" * 10**5, '{"format_version": 1}'):
         meta.write_text(broken)
         with pytest.raises(ValueError, match=r"meta\.json' is damaged.*delete the folder"):
             TokenizedCorpus.load(folder)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import generate as cli
-from bitnet.inference.generation import SamplingConfig, generate
+from bitnet.inference.generation import generate
 from bitnet.inference.loading import open_model
+from bitnet.inference.options import DEFAULTS
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import ChatTemplate, HuggingFaceTokenizer, chat_template_of_gguf, find_chat_template
@@ -180,7 +181,7 @@ def answer(path, messages, n: int, seed: int) -> str:
     source = open_source(path)
     ids = torch.tensor([source.chat_template.encode(messages)])
     tokens = generate(
-        open_model(source), ids, max_new_tokens=n, sampling=SamplingConfig(0.8, top_p=0.95), seed=seed,
+        open_model(source), ids, max_new_tokens=n, sampling=DEFAULTS, seed=seed,
         eos_id=source.tokenizer.eos_ids,
     )  # fmt: skip
     return source.tokenizer.decode(int(t[0]) for t in tokens)
