@@ -12,7 +12,6 @@ demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches,
 	@if test -f runs/demo/checkpoints/index.json; \
 	  then $(BIN)/python train.py --resume runs/demo; \
 	  else $(BIN)/python train.py --preset demo --minutes $(MINUTES) --out runs/demo; fi
-	@$(BIN)/python -m bitnet evaluate runs/demo
 	@$(BIN)/python generate.py runs/demo --prompt "The people of the United States" --max-new-tokens 150 --seed 1
 
 twin: demo  ## the float model of the same shape, tokens and seed at its own learning rate, and the gap

@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 from bitnet.__main__ import execute
-from bitnet.console import error, say
+from bitnet.console import error, only_for_looking, say, warn
 from bitnet.data.feed import open_feed
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
 from bitnet.machine import compile_model, pick_device, pick_dtype, return_freed_blocks
 from bitnet.model import BitNetForCausalLM
+from bitnet.storage.json_files import load_record
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import find_chat_template, load_tokenizer
 from bitnet.training import checkpoint
@@ -159,8 +160,7 @@ def carry_out(trainer: Trainer, started: float) -> None:
     # Minutes become steps.
     if config.minutes:
         print("timing a few steps" + (" (the first one compiles)" if trainer.compiled else ""), flush=True)
-        steps = trainer.progress.step + trainer.steps_within(config.minutes)
-        config = trainer.config = dataclasses.replace(config, steps=steps, minutes=None)
+        config = trainer.config = trainer.plan(config.minutes)
     epochs = ", ".join(f"{n:.2f}" for n in trainer.feed.epochs(config.steps).values())
     print(
         f"training  {config.steps:,} steps of {config.tokens_per_step:,} tokens = "
@@ -169,6 +169,8 @@ def carry_out(trainer: Trainer, started: float) -> None:
 
     # From here on the run is on disk.
     if world.is_first:
+        if moved := _moved_switch(trainer):
+            warn(moved)
         trainer.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(trainer.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
     with (
@@ -179,6 +181,14 @@ def carry_out(trainer: Trainer, started: float) -> None:
         loop(trainer, reporter, saver, started)
     if trainer.progress.step == config.steps:
         checkpoint.consolidate_run(trainer.folder, world)  # of a sharded run what generate.py and the exports read
+
+
+def _moved_switch(trainer: Trainer) -> str | None:
+    """What to say where a run that goes on becomes quantized at another step than was planned."""
+    path = trainer.folder / checkpoint.CONFIG
+    if not trainer.progress.step or not path.exists():
+        return None
+    return trainer.config.moved_switch(load_record(path, TrainConfig), trainer.progress.step)
 
 
 def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> None:
@@ -216,7 +226,8 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
                 reporter.draw()
             # Generation runs in inference mode, in which FSDP cannot gather a sharded layer.
             if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
-                reporter.say("sample    " + " ".join(trainer.sample().split()))
+                with only_for_looking("the sample"):
+                    reporter.say("sample    " + " ".join(trainer.sample().split()))
         longest_pause = max(longest_pause, time.perf_counter() - pause)
 
         # No time left: twice the longest step and pause, since the next ones may be longer.
@@ -236,14 +247,16 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
 def validate(trainer: Trainer, reporter: Reporter) -> bool:
     """Report the loss on held-out data; returns whether it is the best one over the same part of it."""
     config, progress = trainer.config, trainer.progress
-    result = trainer.validate(whole=False)
+    # The last one is on everything, and its beginning is what the ones before were on.
+    everything = trainer.validate(whole=progress.step == config.steps and trainer.validates_whole)
+    result = everything.head or everything
     reporter.validation(progress.step, result)
     # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
     best = config.quantizer_strength(progress.step) == 1 and result.loss < progress.best_loss
     if best:
         progress.best_loss = result.loss
-    if progress.step == config.steps and result.tokens < trainer.feed.held_out_tokens:
-        reporter.validation(progress.step, trainer.validate(whole=True), whole=True)
+    if result.tokens < everything.tokens:
+        reporter.validation(progress.step, everything, whole=True)
     return best
 
 

@@ -8,8 +8,8 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Generic, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -58,22 +58,26 @@ def progress_bar(
     unit: str = "it",
     enabled: bool = True,
     leave: bool = True,
+    lines: bool = True,
 ) -> "tqdm[T]":
-    """A progress bar with rate and remaining time, on standard error where that is a terminal; silent elsewhere.
+    """A progress bar with rate and remaining time, on standard error where that is a terminal; elsewhere a line every
+    `LINE_SECONDS`, or with `lines=False` nothing.
 
     items: what to go through, or None for a bar that is told of `total` units by `update(n)`; done: units of an
     earlier call; unit: "B" is counted in kB and MB; leave: keep the full bar on the screen.
     """
     from tqdm import tqdm
 
-    columns, lines = _screen_size(sys.stderr)
+    if enabled and lines and not sys.stderr.isatty():
+        return cast("tqdm[T]", _Lines(items, title or "progress", total, done, unit))
+    columns, rows = _screen_size(sys.stderr)
     bar = tqdm(
         items,
         title,
         total,
         leave,
         ncols=columns,
-        nrows=lines,
+        nrows=rows,
         initial=done,
         unit=unit,
         unit_scale=unit == "B",
@@ -81,6 +85,52 @@ def progress_bar(
     )
     bar.dynamic_ncols = _screen_size
     return bar
+
+
+class _Lines(Generic[T]):
+    """What the callers of `progress_bar` use of a bar, for a log: lines that are some seconds apart, and none of what
+    takes less."""
+
+    disable = True
+
+    def __init__(self, items: Iterable[T] | None, title: str, total: int | None, done: int, unit: str) -> None:
+        self.items, self.title, self.total, self.n, self.unit = items, title, total, done, unit
+        if total is None and isinstance(items, Sized):
+            self.total = len(items)
+        self._lines = EveryFewSeconds()
+        self._lines.due()  # the first line is not due at once
+        self._started, self._first = time.perf_counter(), done
+
+    def __iter__(self) -> Iterator[T]:
+        for item in self.items or ():
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        if not self._lines.due():
+            return
+        scale, unit = (1_000_000, " MB") if self.unit == "B" else (1, f" {self.unit.strip()}")
+        line = f"{self.title}: {self.n // scale:,}" + (f" of {self.total // scale:,}" if self.total else "") + unit
+        if self.total and self.n > self._first:
+            seconds = time.perf_counter() - self._started
+            line += f", {clock(seconds * (self.total - self.n) / (self.n - self._first))} left"
+        say(line, sys.stderr)
+
+    def set_description(self, title: str) -> None:
+        self.title = title
+
+    def set_postfix_str(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> "_Lines[T]":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def _screen_size(stream: TextIO) -> tuple[int, int]:

@@ -30,7 +30,9 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     minutes: float | None = None
-    """Choose the number of steps so that training takes about this long on this machine."""
+    """Choose the number of steps, and of tokens to validate on, so that both take about this long on this machine; the
+    last validation is on all held-out tokens where that is at most a fifth of the time. Too short for 10 steps is
+    refused."""
     context: int | None = None
     """Tokens in a training sequence; the model's max_position_embeddings unless given."""
     batch_size: int = 16
@@ -160,6 +162,22 @@ class TrainConfig:
             return None
         begin = int(self.float_start * self.steps)
         return begin, begin + int(self.ramp * self.steps)
+
+    def moved_switch(self, before: "TrainConfig", step: int) -> str | None:
+        """What to say to somebody who goes on at this step with a run that had another configuration, where the switch
+        to quantized weights is another step now; None where it is not."""
+        if self.switch == before.switch:
+            return None
+
+        def words(switch: tuple[int, int] | None) -> str:
+            return "the beginning" if switch is None else f"step {switch[1]}"
+
+        moved = (
+            f"weights are quantized in full from {words(self.switch)} on, and were to be from {words(before.switch)} on"
+        )
+        if self.switch is not None and before.quantizer_strength(step) == 1 > self.quantizer_strength(step):
+            moved += f"; the run is at step {step} and goes back to float ones until then"
+        return f"{moved} (a share of the steps: --float-start and --ramp)"
 
     def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
         """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError

@@ -39,7 +39,7 @@ class Reporter:
         if not silent:
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
             self._wandb = _start_wandb(folder, dataclasses.asdict(config), config.wandb)
-        self._bar = progress_bar(total=config.steps, done=step, unit="step", enabled=not silent)
+        self._bar = progress_bar(total=config.steps, done=step, unit="step", enabled=not silent, lines=False)
         self._lines = EveryFewSeconds()
         self._since, self._logged = time.perf_counter(), step  # of the last logged step, without what `paused` holds
 

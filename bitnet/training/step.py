@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bitnet import kernels
+from bitnet.console import progress_bar
 from bitnet.data.batches import Prefetcher
 from bitnet.data.feed import Feed
 from bitnet.evaluation.loss import Evaluation, evaluate_feed
@@ -38,6 +39,9 @@ from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
 from bitnet.training.processes import World, replicate
 from bitnet.training.sharding import prepare_gathers
+
+MIN_STEPS = 10
+"""Fewer steps train nothing, and are no answer to --minutes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Trainer:
         self.config, self.world, self.device, self.dtype = config, world, device, dtype
         self.feed, self.model, self.optimizer, self.progress = feed, model, optimizer, progress
         self.compiled = compiled
+        self.validates_whole = True
+        """Whether the last validation is on all of the held-out data."""
         self.stop_signal: int | None = None
         """A signal that this process, or any other one, was sent: the step that runs is the last one."""
         self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
@@ -190,38 +196,76 @@ class Trainer:
             + f"\nmemory    {estimate(self.workload).summary()}"
         )
 
-    def steps_within(self, minutes: float) -> int:
-        """How many more steps fit into this time, from a few timed ones, whose updates are undone again."""
-        start_step = self.progress.step
+    def plan(self, minutes: float) -> TrainConfig:
+        """The configuration that spends about this time on training and validation, from a few timed steps, whose
+        updates are undone again. Raises ValueError where it is too short for `MIN_STEPS` more steps."""
+        config, start_step = self.config, self.progress.step
         weights = {name: self._aside(value) for name, value in self.model.state_dict().items()}
         moments = {name: self._aside(value) for name, value in self.optimizer.state().items()}
-        times = []
-        for trial in range(7):
+        times, begun = list[float](), time.perf_counter()
+        for _ in progress_bar(range(7), "timing steps", unit="step", enabled=self.world.is_first, leave=False):
             start = time.perf_counter()
             self.step()
-            if trial >= 2:  # the first ones compile, and touch memory for the first time
-                times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
+            # The first ones compile, and touch memory for the first time; one that takes long does not need company.
+            if len(times) > 1 and time.perf_counter() - begun > 0.2 * minutes * 60:
+                break
+        step = statistics.median(times[2:] or times[-1:])
         self.progress.step = start_step
         self.model.load_state_dict(weights)
-        self.optimizer = Optimizer(self.model, self.config.optim)
+        self.optimizer = Optimizer(self.model, config.optim)
         self.optimizer.load_state(moments)
-        # The rest of the time goes to validation, checkpoints and samples.
-        return self.world.broadcast(max(1, int(minutes * 60 * 0.93 / statistics.median(times))))
+        token = self._validation_seconds()
+        step, token = self.world.broadcast((step, token))
+        # No validation takes more than its share of the time; the rest goes to steps, checkpoints and samples.
+        budget, held_out = minutes * 60 * 0.97, self.feed.held_out_tokens
+        tokens = config.eval_tokens or held_out
+        if tokens * token > 0.1 * budget:
+            tokens = max(config.batch_size // config.micro_batches * config.window, int(0.1 * budget / token))
+        last = held_out if held_out * token <= 0.2 * budget else min(tokens, held_out)
+        steps = int((budget - last * token) / (step + min(tokens, held_out) * token / config.eval_every))
+        if steps < MIN_STEPS:
+            needed = (MIN_STEPS * step + last * token) / 60 / 0.97
+            raise ValueError(
+                f"{minutes:g} minutes are time for {max(0, steps)} steps of {step:.2g} s here, and training takes "
+                f"{MIN_STEPS} at least; give --minutes {max(needed * 1.2, minutes):.2g} or more, a smaller model or "
+                "batch, or a faster machine"
+            )
+        self.validates_whole = last == held_out
+        eval_tokens = None if tokens >= held_out and config.eval_tokens is None else tokens
+        return replace(config, steps=start_step + steps, eval_tokens=eval_tokens, minutes=None)
+
+    def _validation_seconds(self) -> float:
+        """Seconds of validation a token."""
+        seconds, result = 0.0, None
+        for _ in range(2):  # the first one compiles
+            start = time.perf_counter()
+            result = self._evaluate(max_tokens=1)  # a batch of each corpus
+            seconds = time.perf_counter() - start
+        assert result is not None
+        return seconds / result.tokens
 
     def _aside(self, tensor: Tensor) -> Tensor:
         """A copy, of whole tensors in main memory: a GPU that training fills has no room for a second state."""
         return tensor.clone() if self.world.strategy == "fsdp" else tensor.to("cpu", copy=True)
 
     def validate(self, *, whole: bool) -> Evaluation:
-        """Loss on the held-out part of the data, whole or its first `eval_tokens`."""
+        """Loss on the held-out part of the data, its first `eval_tokens`; or `whole`, where `head` is that of the first
+        ones."""
+        if not whole:
+            return self._evaluate(max_tokens=self.config.eval_tokens)
+        return self._evaluate(head_tokens=self.config.eval_tokens)
+
+    def _evaluate(self, *, max_tokens: int | None = None, head_tokens: int | None = None) -> Evaluation:
         self.set_products()
-        config = self.config
         return evaluate_feed(
             self.model,
             self.feed,
-            max_tokens=None if whole else config.eval_tokens,
-            batch_size=config.batch_size // config.micro_batches,
+            max_tokens=max_tokens,
+            head_tokens=head_tokens,
+            batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
+            progress=self.world.is_first,
         )
 
     def sample(self, tokens: int = 60) -> str:

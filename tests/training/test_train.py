@@ -233,7 +233,9 @@ def test_minutes_on_resume_are_added(tmp_path, corpus):
     run = trainer.train(configuration(tmp_path, corpus, steps=4))
     before = tensors(run.folder)
     more = trainer.prepare(dataclasses.replace(run.config, steps=100), resume=True)
-    assert more.steps_within(0.01) >= 1
+    planned = more.plan(0.1)
+    assert planned.steps >= 4 + 10
+    assert planned.minutes is None
     # Timing steps leave no trace in weights and moments.
     assert more.progress.step == 4
     for name, value in more.model.state_dict().items():
@@ -274,9 +276,9 @@ def test_a_run_goes_on_from_another_folder(tmp_path, corpus, monkeypatch):
 
 
 def test_minutes_become_steps(tmp_path, corpus):
-    run = trainer.train(configuration(tmp_path, corpus, minutes=0.02, eval_every=10_000))
+    run = trainer.train(configuration(tmp_path, corpus, minutes=0.05, eval_every=10_000))
     assert run.config.minutes is None
-    assert run.progress.step == run.config.steps >= 1
+    assert run.progress.step == run.config.steps >= 10
     assert json.loads((run.folder / "config.json").read_text())["steps"] == run.config.steps
 
 
