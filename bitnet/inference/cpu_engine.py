@@ -48,6 +48,9 @@ class NativeCache:
         self.keys, self.values = self.storage.keys, self.storage.values
         self.config, self.max_length, self.batch_size = config, max_length, batch_size
         self.blocks = torch.arange(batch_size, dtype=torch.int32)
+        self.rows = (native.Row * batch_size)()
+        for number, row in enumerate(self.rows):
+            row.cache.contents, row.blocks = self.storage.struct, self.blocks[number:].data_ptr()
         self.length = 0
         """Positions that are filled."""
 
@@ -237,11 +240,9 @@ class Engine:
             # Of the last position alone, only the last piece needs the head.
             count = ids.shape[1]
             wanted = range(B * count) if not last_only else range(count - 1, B * count, count)
-            rows = (native.Row * B)()
-            for b, row in enumerate(rows):
-                row.cache.contents, row.blocks = cache.storage.struct, cache.blocks[b:].data_ptr()
+            for row in cache.rows:
                 row.length, row.tokens = cache.length, count
-            self.forward(rows, ids.view(-1), wanted if not last_only or start + chunk >= T else (), part)
+            self.forward(cache.rows, ids.view(-1), wanted if not last_only or start + chunk >= T else (), part)
             cache.length += count
             if part is not logits:
                 logits[:, start : start + chunk] = part

@@ -92,11 +92,11 @@ class BlockCache:
     def new_row(self) -> "BlockRow":
         return BlockRow(self, [], 0)
 
-    def copy(self, source: int, target: int) -> None:
-        """The content of a block, to another."""
-        for tensor in (self.storage.keys, self.storage.values, self.storage.key_scale, self.storage.value_scale):
-            parts = tensor.view(len(self.shares), -1)
-            parts[target] = parts[source]
+    def copy(self, source: int, target: "BlockCache", to: int) -> None:
+        """The content of a block, to one of a cache of the same model and dtype."""
+        for name in ("keys", "values", "key_scale", "value_scale"):
+            tensor, other = getattr(self.storage, name), getattr(target.storage, name)
+            other.view(len(target.shares), -1)[to] = tensor.view(len(self.shares), -1)[source]
 
     def release(self, blocks: Sequence[int]) -> None:
         """One row less has these blocks."""
@@ -119,6 +119,18 @@ class BlockRow:
             for block in shared:
                 self.cache.shares[block] += 1
         return BlockRow(self.cache, shared, length)
+
+    def move(self, cache: BlockCache) -> "BlockRow":
+        """This row in another cache of the same model and dtype, which has room for it; the row is closed."""
+        blocks = []
+        with cache.lock:
+            for block in self.blocks:
+                blocks.append(to := cache.free.pop())
+                cache.shares[to] = 1
+                self.cache.copy(block, cache, to)
+        moved = BlockRow(cache, blocks, self.length)
+        self.close()
+        return moved
 
     def truncate(self, length: int) -> None:
         self.length, keep = check_length(self, length), -(-length // BLOCK)
@@ -329,7 +341,7 @@ def _reserve(rows: Sequence[tuple[BlockRow, Sequence[int]]]) -> None:
         for row in shared:
             block = cache.free.pop()
             cache.shares[block] = 1
-            cache.copy(row.blocks[-1], block)
+            cache.copy(row.blocks[-1], cache, block)
             cache.release([row.blocks[-1]])
             row.blocks[-1] = block
         for row, ids in rows:

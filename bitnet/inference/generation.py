@@ -243,11 +243,12 @@ class Memory:
         row, known = self._kept.pop() if self._kept else (None, [])
         pairs = enumerate(zip(known, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
+        if row is not None:
+            row.truncate(same)
         if row is None or row.cache.tokens < tokens:
             cache = cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
-            return cache.new_row(), 0
-        row.truncate(same)
-        return row, same
+            row = cache.new_row() if row is None else row.move(cache)
+        return row, row.length
 
     def put(self, row: BlockRow, ids: list[int]) -> None:
         self._kept[:] = [(row, ids[: row.length])]

@@ -247,3 +247,20 @@ def test_bad_stop_strings(tokenizer):
         TextStream(tokenizer, ["a", ""])
     with pytest.raises(TypeError, match="one string"):
         TextStream(tokenizer, "ab")
+
+
+def test_prompts_of_any_lengths_with_options_and_seeds_of_their_own():
+    model = tiny_model("none").double()
+    prompts = [[1, 2, 3], [5], list(range(20, 40))]
+    samplings = [GREEDY, SamplingConfig(1.2), SamplingConfig(0.9, top_p=0.8, frequency_penalty=0.3)]
+    rows = generate_ids(model, prompts, 9, samplings, seed=[4, 4, 8])
+    for row, (prompt, sampling, seed) in enumerate(zip(prompts, samplings, [4, 4, 8], strict=True)):
+        assert torch.equal(generate_ids(model, [prompt], 9, sampling, seed=seed), rows[row : row + 1])
+    batch = torch.randint(0, 512, (3, 4))
+    together = generate_ids(model, batch, 9, SamplingConfig(1.5), seed=6)  # row i has the seed 6 + i
+    for row in range(3):
+        assert torch.equal(
+            generate_ids(model, batch[row : row + 1], 9, SamplingConfig(1.5), seed=6 + row)[0], together[row]
+        )
+    with pytest.raises(ValueError, match="3 prompts, 1 samplings and 3 seeds"):
+        generate(model, prompts, max_new_tokens=2, sampling=[GREEDY], seed=0)

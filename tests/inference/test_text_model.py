@@ -172,3 +172,53 @@ def test_a_base_model_has_no_chat(model, tmp_path):
     base = bitnet.load(tmp_path / "base", device="cpu")
     with pytest.raises(ValueError, match="chat template"):
         base.chat("Hello")
+
+
+def test_prompts_of_any_lengths_are_written_together_as_alone(model):
+    prompts = ["self", "def wrap(self, text):", [5, 6, 7, 8], [{"role": "user", "content": "What is wrapped?"}]]
+    options = [TextOptions(max_new_tokens=6 + i, seed=10 - i, temperature=0.7 * i) for i in range(4)]
+    together = model.generate_many(prompts, options, logprobs=2)
+    for prompt, how, text in zip(prompts, options, together, strict=True):
+        alone = model.generate(
+            prompt, logprobs=2, max_new_tokens=how.max_new_tokens, seed=how.seed, temperature=how.temperature
+        )
+        assert alone == text
+        assert [drawn.token for drawn in text.drawn] == text.token_ids
+        assert all(len(drawn.top) == 2 and drawn.top[0][1] >= drawn.logprob for drawn in text.drawn)
+    numbered = model.generate_many(["self", "self"], seed=4, max_new_tokens=8)
+    assert [text.seed for text in numbered] == [4, 5]
+    assert numbered[1] == model.generate("self", seed=5, max_new_tokens=8)
+    assert model.generate_many([]) == []
+    with pytest.raises(ValueError, match="2 prompts and 1 options"):
+        model.generate_many(["a", "b"], [TextOptions()])
+    with pytest.raises(ValueError, match="logprobs is -1"):
+        model.generate("self", logprobs=-1)
+
+
+def test_a_conversation_is_not_read_again(model, monkeypatch):
+    if not hasattr(model.model, "rows"):
+        pytest.skip("rows of their own have only native engines")
+    read, forward = [], model.model.forward
+
+    def counted(rows, ids, wanted, logits):
+        read.append(len(ids))
+        forward(rows, ids, wanted, logits)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    messages = [{"role": "user", "content": "What is wrapped? " * 3}]
+    fresh = TextModel(model.model, model.source)
+    for turn in range(3):
+        prompt = model.source.chat_template.encode(messages)
+        read.clear()
+        answer = fresh.chat(messages, max_new_tokens=5, seed=turn)
+        if turn:
+            assert read[0] < 25 < len(prompt)
+        expected = TextModel(model.model, model.source).chat(messages, max_new_tokens=5, seed=turn)
+        assert answer == expected
+        messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "And?"}]
+    first = fresh.generate("self", seed=1, max_new_tokens=4)
+    assert fresh.generate("self", seed=1, max_new_tokens=4) == first
+    left = fresh.stream("self", seed=1, max_new_tokens=4)
+    assert next(left)
+    del left  # one that was not read to its end leaves a row that is right
+    assert fresh.generate("self", seed=1, max_new_tokens=4) == first

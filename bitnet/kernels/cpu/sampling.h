@@ -16,7 +16,7 @@
 namespace bn {
 namespace BN_ISA {
 
-enum { STRIP = 64, BUCKETS = 4096, FEW = 1024 };
+enum { STRIP = 256, BUCKETS = 4096, FEW = 1024 };
 
 // Scratch of one thread.
 struct draw_room {
@@ -61,60 +61,60 @@ BN_INLINE double weight_of(uint64_t key) {
 BN_INLINE int64_t id_of(uint64_t key) { return 0xFFFFFFFFu - (uint32_t)key; }
 BN_INLINE int bucket_of(uint64_t key) { return BUCKETS - 1 - (int)(key >> 50); } // weights are at most 1: below 4064
 
-// Largest of V floats, and in `odd` a NaN if one of them is not finite; strip_max may be null.
+// A strip of x that may end at V, as whole vectors: what is beyond is `fill`.
+BN_INLINE const float *strip_of(const float *x, int64_t i, int64_t V, float fill, float *spare) {
+    if (i + STRIP <= V) return x + i;
+    for (int64_t r = 0; r < STRIP; r++) spare[r] = i + r < V ? x[i + r] : fill;
+    return spare;
+}
+
+// Largest of V floats and of each strip, and in `odd` a NaN if one of them is not finite.
 BN_INLINE float largest(const float *x, int64_t V, float *strip_max, float *odd) {
-    vf not_finite = {};
-    float all = -INFINITY;
+    vf not_finite[4] = {};
+    float all = -INFINITY, spare[STRIP];
     for (int64_t i = 0; i < V; i += STRIP) {
-        vf peak = splat(-INFINITY);
-        float t[16];
-        for (int64_t j = i; j < i + STRIP && j < V; j += 16) {
-            vf v;
-            if (j + 16 <= V) {
-                v = load(x + j);
-            } else {
-                for (int r = 0; r < 16; r++) t[r] = j + r < V ? x[j + r] : x[V - 1];
-                v = load(t);
+        const float *strip = strip_of(x, i, V, x[V - 1], spare);
+        vf peak[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+        for (int64_t j = 0; j < STRIP; j += 64)
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                vf v = load(strip + j + 16 * r);
+                peak[r] = max(v, peak[r]);
+                not_finite[r] = fma(v, splat(0.0f), not_finite[r]);
             }
-            peak = max(v, peak);
-            not_finite = fma(v, splat(0.0f), not_finite);
-        }
-        float m = maximum(peak);
-        if (strip_max) strip_max[i / STRIP] = m;
+        float m = maximum(max(max(peak[0], peak[1]), max(peak[2], peak[3])));
+        strip_max[i / STRIP] = m;
         all = m > all ? m : all;
     }
-    if (odd) *odd = sum(not_finite);
+    *odd = sum((not_finite[0] + not_finite[1]) + (not_finite[2] + not_finite[3]));
     return all;
 }
 
-// weights[i] = exp((x[i] - top) / temperature), 0 below e^-87; the sum of each strip, of those that reach `least`, and
-// its largest. Null weights: sums alone. Returns the sum of all.
+// weights[i] = exp((x[i] - top) / temperature), 0 below e^-87; of each strip its largest, and the sum of those that reach
+// `least`. Null weights: the sum alone. Returns the sum of all.
 BN_INLINE double exponentiate(const float *x, int64_t V, float top, float temperature, float least, float *weights,
                               float *strip_max, double *strip_sum) {
     double total = 0;
+    float spare[STRIP];
     for (int64_t i = 0; i < V; i += STRIP) {
-        float strip[STRIP];
-        vf peak = {};
-        for (int64_t j = 0; j < STRIP; j += 16) {
-            float t[16];
-            bool whole = i + j + 16 <= V;
-            if (!whole)
-                for (int r = 0; r < 16; r++) t[r] = i + j + r < V ? x[i + j + r] : -INFINITY;
-            vf v = (load(whole ? x + i + j : t) - splat(top)) / splat(temperature);
-            vi keep = splat((int32_t)0) - ((as_int(v + splat(87.0f)) >> 31) + splat((int32_t)1));
-            vf e = as_float(as_int(exponential(v)) & keep);
-            store(strip + j, e);
-            peak = max(e, peak);
-        }
-        double parts[8] = {};
-        for (int j = 0; j < STRIP; j += 8)
-            for (int r = 0; r < 8; r++) parts[r] += strip[j + r] >= least ? (double)strip[j + r] : 0.0;
-        double s = ((parts[0] + parts[4]) + (parts[1] + parts[5])) + ((parts[2] + parts[6]) + (parts[3] + parts[7]));
+        const float *strip = strip_of(x, i, V, -INFINITY, spare);
+        vf peak[2] = {}, parts[2] = {};
+        for (int64_t j = 0; j < STRIP; j += 32)
+#pragma GCC unroll 2
+            for (int r = 0; r < 2; r++) {
+                vf v = (load(strip + j + 16 * r) - splat(top)) / splat(temperature);
+                vi keep = splat((int32_t)0) - ((as_int(v + splat(87.0f)) >> 31) + splat((int32_t)1));
+                vf e = as_float(as_int(exponential(v)) & keep);
+                peak[r] = max(e, peak[r]);
+                vi reach = splat((int32_t)0) - ((as_int(e - splat(least)) >> 31) + splat((int32_t)1));
+                parts[r] = parts[r] + as_float(as_int(e) & reach);
+                if (weights) store(weights + i + j + 16 * r, e);
+            }
+        double s = sum(parts[0] + parts[1]);
         total += s;
         if (weights) {
-            memcpy(weights + i, strip, sizeof strip);
             strip_sum[i / STRIP] = s;
-            strip_max[i / STRIP] = maximum(peak);
+            strip_max[i / STRIP] = maximum(max(peak[0], peak[1]));
         }
     }
     return total;
@@ -277,7 +277,7 @@ static void draw_one(bn_draw &d, const draw_room &room, int64_t V) {
                 l = l > 0 ? l / d.repetition_penalty : l * d.repetition_penalty;
             }
         x = work;
-        top = largest(x, V, room.strip_max, nullptr);
+        top = largest(x, V, room.strip_max, &odd);
     }
     if (d.temperature <= 0) {
         int64_t strip = 0;
