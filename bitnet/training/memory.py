@@ -146,13 +146,18 @@ def layer_activations(work: Workload) -> int:
     C, H, F = c.hidden_size, c.num_attention_heads, c.intermediate_size
     Q, K = H * c.head_width, c.num_key_value_heads * c.head_width
     attention = a * (2 * Q + 2 * K) + 4 * H + (a * work.window if work.masked else 0)
+    G = c.num_key_value_heads
+    # Of a head's norm: what goes in, what it was divided by, and what is multiplied with the weight.
+    of_heads = a * (Q + K) + 4 * (H + G) if c.qk_norm else 0
     shared = work.compiled or (not work.quantized and a == 4)
     # Without sub norms a float product reads what attention and feed-forward keep, and what the latter makes.
     own_output = 0 if not c.sub_norm and not work.quantized else Q
     if work.compiled:
         norms = 4 * C + 4 * 2 + (4 * 2 if c.sub_norm else 0) + a * C  # x, 1/rms, and o_proj's output for the second x
         inputs = 2 * C + 4 * 4 if work.int8 else a * (C + own_output + C + F)
-        return M * (norms + attention + a * 2 * F + inputs)
+        return M * (norms + attention + of_heads + a * 2 * F + inputs)
+    if c.qk_norm:
+        of_heads += 4 * (Q + K) + (0 if a == 4 else 4 * (Q + K))
     norms = 2 * 4 * (2 * C + 1)
     feed_forward = a * 3 * F
     sub_norms = 0
@@ -165,7 +170,7 @@ def layer_activations(work: Workload) -> int:
     else:
         own_output = Q if c.sub_norm or work.quantized else 0
         inputs = a * (5 * C + own_output + F)
-    return M * (norms + attention + feed_forward + sub_norms + inputs)
+    return M * (norms + attention + of_heads + feed_forward + sub_norms + inputs)
 
 
 def layer_input(work: Workload) -> int:

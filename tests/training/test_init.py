@@ -108,6 +108,35 @@ def test_a_float_model_of_another_project_becomes_ternary(tmp_path, corpus, monk
     assert trainer.prepare(twin).config.model == shape.replace(quantizer="none")
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"rope_factors": (1.0,) * 4 + (8.0,) * 4, "rope_theta": 50.0},
+        {"qkv_bias": True},
+        {"qk_norm": True, "head_dim": 8},
+    ],
+    ids=["llama3", "qwen2", "qwen3"],
+)
+def test_models_of_other_architectures_become_ternary(tmp_path, corpus, parts):
+    model = tiny_model("none", vocab_size=448, sub_norm=False, **parts)
+    hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=byte_pair_tokenizer().files())
+    shape = trainer.train(begin(tmp_path, corpus, tmp_path / "hf", steps=2)).config.model
+    width = model.config.head_width
+    assert shape == model.config.replace(
+        quantizer="ternary", head_dim=width, initializer_range=shape.initializer_range, rope_factors=shape.rope_factors
+    )
+    assert shape.rope_factors == pytest.approx(model.config.rope_factors)
+    run = open_source(tmp_path / "run")
+    assert run.config == shape
+    before, after = model.state_dict(), run.model().state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], value) for name, value in after.items())  # biases and norms learn as well
+    hf_write.write(run.model(), tmp_path / "again", "packed-inverse")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(open_source(tmp_path / "again").model()(ids), run.model()(ids), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["F16", "TQ2_0"])
 def test_a_gguf_file_goes_on_with_its_template(tmp_path, tokenizer, kind):
     model = tiny_model("none" if kind == "F16" else "ternary", vocab_size=300, hidden_size=256, intermediate_size=256)

@@ -26,6 +26,8 @@ SHAPES = {
     "grouped": {"num_key_value_heads": 2, "intermediate_size": 80},
     "relu2": {"num_key_value_heads": 4, "hidden_act": "relu2", "head_dim": 24, "intermediate_size": 56},
     "plain": {"num_key_value_heads": 4, "sub_norm": False, "tie_word_embeddings": False, "intermediate_size": 96},
+    "heads": {"num_key_value_heads": 2, "sub_norm": False, "qk_norm": True, "intermediate_size": 80},
+    "biases": {"num_key_value_heads": 2, "sub_norm": False, "qkv_bias": True, "intermediate_size": 80},
 }
 
 
