@@ -21,6 +21,7 @@ forms are full of them, but for the text of a message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,24 +38,22 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant",
     "developer": "system",
 }  # fmt: skip
-_SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemMessage", "sys", "system_instruction")
+# Names of fields without capitals and underscores.
+_SYSTEM = {"system", "sys", "systemprompt", "systemmessage", "systeminstruction", "sysprompt", "systemtext"}
 # Of a message, beside who says what: what no template reads and no one learns.
 _REMARKS = {
     "id", "message_id", "parent_id", "index", "timestamp", "created_at", "create_time", "date", "time", "model", "lang",
     "language", "source", "url", "tokens", "num_tokens", "token_count", "score", "rating", "hash",
 }  # fmt: skip
+# Words in the name of a record's field that says something about what is learnt.
 _NOT_UNDERSTOOD = {
-    "tools": "calls of tools", "functions": "calls of tools", "function_call": "calls of tools",
-    "tool_calls": "calls of tools", "tool_choice": "calls of tools", "documents": "documents to answer from",
-    "images": "pictures", "image": "pictures", "videos": "pictures", "video": "pictures", "audio": "sound",
-    "audios": "sound", "weight": "the weight of a whole conversation", "weights": "the weight of a whole conversation",
-    "sample_weight": "the weight of a whole conversation", "loss_weight": "the weight of a whole conversation",
-    "mask": "what is learnt", "loss_mask": "what is learnt", "masks": "what is learnt", "train": "what is learnt",
-    "train_on_inputs": "what is learnt", "train_on_input": "what is learnt",
-    "context": "a text to answer from", "chosen": "answers to prefer", "rejected": "answers to prefer",
-    "chat_template": "another template",
-    "chat_template_kwargs": "settings of a template",
+    "tool": "calls of tools", "function": "calls of tools", "document": "a text to answer from",
+    "context": "a text to answer from", "image": "pictures", "picture": "pictures", "video": "pictures",
+    "audio": "sound", "weight": "the weight of a conversation", "mask": "what is learnt", "loss": "what is learnt",
+    "train": "what is learnt", "chosen": "answers to prefer", "rejected": "answers to prefer",
+    "template": "another template", "persona": "who speaks",
 }  # fmt: skip
+_TEXTS = ("prompt", "completion", "response", "instruction", "input", "output", "history", "question", "answer")
 _HELP = (
     'it should be like {"messages": [{"role": "user", "content": "..."}, ...]}, in ShareGPT\'s or Alpaca\'s form, or '
     "a prompt and a completion; another name of the list of messages is given with --data.field"
@@ -102,11 +101,14 @@ def _conversation(record: object, where: str, field: str | None) -> Conversation
     if not isinstance(record, dict):
         raise ValueError(f"{where} is no conversation (it is a {type(record).__name__}); {_HELP}")
     given = {name: value for name, value in record.items() if not _empty(value)}
-    for name, what in _NOT_UNDERSTOOD.items():
-        if name in given and not (name == "weight" and given[name] == 1):
+    for name, value in given.items():
+        words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+        words += [word.removesuffix("s") for word in words]
+        what = next((_NOT_UNDERSTOOD[word] for word in words if word in _NOT_UNDERSTOOD), None)
+        if what and name != field and not (name == "weight" and value == 1):
             raise ValueError(
                 f"{where} has a field {name!r} ({what}), which is not understood and would be left out: "
-                f"{_short(given[name])}; remove the field, or the records that need it"
+                f"{_short(value)}; remove the field, or the records that need it"
             )
     lists = [field] if field else ["messages", "conversations"]
     found = [name for name in lists if name in given]
@@ -114,6 +116,13 @@ def _conversation(record: object, where: str, field: str | None) -> Conversation
         raise ValueError(f"{where} has both 'messages' and 'conversations'; choose one with --data.field")
     if found:
         conversation = _messages(given[found[0]], where, found[0])
+        said = {message["content"].strip() for message in conversation.messages}
+        for name in () if field else _TEXTS:  # some have the first question twice
+            if name in given and not (isinstance(given[name], str) and given[name].strip() in said):
+                raise ValueError(
+                    f"{where} has a field {name!r} beside {found[0]!r} that none of its messages says: "
+                    f"{_short(given[name])}; remove it, or read the messages alone with --data.field {found[0]}"
+                )
     elif not field and {"prompt", "completion"} <= given.keys():
         conversation = _completed(given, where)
     elif not field and "output" in given and {"instruction", "input"} & given.keys():
@@ -154,7 +163,7 @@ def _alpaca(given: Mapping[str, object], where: str) -> Conversation:
 
 def _with_system(conversation: Conversation, given: Mapping[str, object], where: str) -> Conversation:
     """The system message that a record has beside its messages, in front of them."""
-    texts = {name: given[name] for name in _SYSTEM if name in given}
+    texts = {name: text for name, text in given.items() if re.sub("[^a-z]", "", name.lower()) in _SYSTEM}
     if not texts:
         return conversation
     name, text = next(iter(texts.items()))

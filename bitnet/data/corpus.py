@@ -389,7 +389,9 @@ def _text_of(record: object, field: str, where: str) -> str | None:
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} has bytes in {field!r} that are not UTF-8: {error}") from error
     if not isinstance(text, str):
-        has = f"an object with {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        has = f"a {type(record).__name__}"
+        if isinstance(record, dict):
+            has = f"a {type(text).__name__}" if field in record else f"an object with {sorted(record)}"
         raise ValueError(
             f'{where} has no string in a field "{field}" (it is {has}); name the field that holds the text with '
             "--data.field"

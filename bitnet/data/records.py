@@ -105,11 +105,17 @@ def _json_values(stream: BinaryIO, file: Path) -> Iterator[tuple[str, object]]:
     offset, number, line = 0, 1, stream.readline(_READ)
     while line and not line.removeprefix(codecs.BOM_UTF8).strip():
         offset, number, line = offset + len(line), number + 1, stream.readline(_READ)
+        _check_blank(offset, file)
     start = line.removeprefix(codecs.BOM_UTF8).strip()
     if start[:1] == b"[" or (start[:1] == b"{" and not _is_json(start)):  # or the line goes on
         yield from _Values(line, stream, file, offset).read()
     else:
         yield from _json_lines(line, stream, file, offset, number)
+
+
+def _check_blank(size: int, file: Path) -> None:
+    if size > _READ:
+        raise ValueError(f"{str(file)!r} has more than {_READ:,} bytes of blank lines in a row; is it damaged?")
 
 
 def _is_json(line: bytes) -> bool:
@@ -120,13 +126,17 @@ def _is_json(line: bytes) -> bool:
 
 
 def _json_lines(line: bytes, stream: BinaryIO, file: Path, offset: int, number: int) -> Iterator[tuple[str, object]]:
-    name = repr(str(file))
+    name, blank = repr(str(file)), 0
     while line:
         where = f"{name} line {number}"
         if len(line) > RECORD_BYTES:
             raise _too_large(where)
         text = decode(line, file, offset)
-        if text.strip():
+        if not text.strip():
+            blank += len(line)
+            _check_blank(blank, file)
+        else:
+            blank = 0
             _check_parts(text, where)
             try:
                 yield where, json.loads(text)

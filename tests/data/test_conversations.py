@@ -36,6 +36,7 @@ FORMS = {
     "null keys": ({"messages": [m | {"weight": None, "tool_calls": None, "name": ""} for m in HI]}, HI, [0, 1]),
     "sharegpt": ({"conversations": GPT, "id": "a"}, HI, [0, 1]),
     "sharegpt in messages": ({"messages": GPT}, HI, [0, 1]),
+    "the first question twice": ({"messages": HI, "prompt": "hi ", "prompt_id": "7f"}, HI, [0, 1]),
     "both keys from parquet": ({"messages": [m | {"from": None, "value": None} for m in HI]}, HI, [0, 1]),
     "developer": ({"messages": [{"role": "developer", "content": "Be brief."}, *HI]}, SYSTEM + HI, [0, 0, 1]),
     "parts": (
@@ -68,7 +69,7 @@ def test_forms(tmp_path, name):
     assert read_one(tmp_path, record) == Conversation(messages, list(map(bool, learnt)))
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "systemPrompt", "sys"])
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system-message", "systemPrompt", "System", "sys"])
 @pytest.mark.parametrize("form", ["messages", "sharegpt", "prompt", "alpaca"])
 def test_system_messages_beside_the_messages(tmp_path, name, form):
     record, messages, learnt = FORMS[form]
@@ -119,7 +120,8 @@ REFUSED = {
     for name, value in {
         "tools": [{"type": "function"}], "functions": [{}], "images": ["a.png"], "weight": 0.5, "weights": [0, 1],
         "sample_weight": 2, "loss_mask": [0, 1], "train_on_inputs": True, "documents": ["x"], "mask": "user",
-        "chat_template": "{{ x }}", "context": "x", "function_call": "auto",
+        "chat_template": "{{ x }}", "context": "x", "function_call": "auto", "trainMask": [1], "loss": [0, 1],
+        "parallel_tool_calls": False, "prompt": "other", "instruction": "Be brief.",
     }.items()
 }  # fmt: skip
 

@@ -144,6 +144,9 @@ def test_what_only_looks_like_json_is_text(tmp_path):
         ('{"text": 1' + "0" * 5000 + "}", "not JSON"),
         ('[{"text": "\\udc00"}]', "record 1 holds half a surrogate pair"),
         ("plain words", "line 1 is not JSON"),
+        ('[{"text": {"nested": "x"}}]', r'no string in a field "text" \(it is a dict\)'),
+        ("\n" * (3 << 19), "bytes of blank lines in a row"),
+        ('{"text": "a"}' + "\n" * (3 << 19), "bytes of blank lines in a row"),
     ],
 )
 def test_bad_json_names_the_place(tmp_path, content, message):
