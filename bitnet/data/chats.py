@@ -37,6 +37,7 @@ from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
 from bitnet.data.unpack import unpacked_name
 from bitnet.files import JsonObject, new_folder, read_json, write_atomic
+from bitnet.records import checked
 from bitnet.tokenizer import ChatTemplate
 
 FORMAT_VERSION = 2
@@ -166,8 +167,12 @@ class TokenizedChats:
         self._packed: dict[tuple[str, int], ChatRows] = {}
         try:
             self.meta: JsonObject = read_json(folder / "meta.json")
-            if not all(type(self.meta.get(name)) is int for name in ("conversations", "unanswered", "null")):
-                raise ValueError("meta.json lacks a count")
+            for name, kind in (
+                ("name", str),
+                ("fingerprint", str),
+                *((n, int) for n in ("conversations", "unanswered", "null")),
+            ):
+                checked(kind, self.meta.get(name), f"{name} in meta.json")
             for name, file in _ARRAYS.items():
                 setattr(self, name, np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False))
             whole = len(self.tokens) == len(self.loss_mask) == self.starts[-1] and len(self.held_out) + 1 == len(

@@ -5,15 +5,39 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from bitnet.files import JsonObject, read_json
+from bitnet.records import Bounds, Form, checked
 
 FORMAT_VERSION = 1
 IGNORE_INDEX = -100  # label that cross_entropy skips
+
+
+Count = Annotated[int, Bounds(0, 2**53)]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A file of tokens, in meta.json."""
+
+    file: Annotated[str, Form(r"(train|val)-\d{5,9}\.bin", "the name of a file of tokens, like train-00000.bin")]
+    tokens: Count
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """A split, in meta.json and in the journal of one that is being written."""
+
+    documents: Count
+    bytes: Count
+    shards: list[ShardRecord]
+    tokens: Count = 0
 
 
 class TokenArray:
@@ -61,22 +85,19 @@ class TokenizedCorpus:
             )
         try:
             meta = read_json(folder / "meta.json")
+            if (version := meta.get("format_version")) != FORMAT_VERSION:
+                raise ValueError(f"it has format {version!r}, this program has {FORMAT_VERSION}")
+            dtype = checked(str, meta.get("dtype"), "dtype")
+            if dtype not in ("uint16", "uint32"):
+                raise ValueError(f"dtype is {dtype!r}, and tokens are uint16 or uint32")
+            splits = checked(dict[str, SplitRecord], meta.get("splits"), "splits")
+            checked(dict[str, int], meta.get("skipped", {}), "skipped")
+            if missing := {"train", "val"} - splits.keys():
+                raise ValueError(f"there is no split {missing.pop()!r}")
         except ValueError as error:
             raise ValueError(f"{str(folder / 'meta.json')!r} is damaged ({error}); {remedy}") from error
-        try:
-            if meta["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"{str(folder)!r} has format {meta['format_version']}, this program has {FORMAT_VERSION}; {remedy}"
-                )
-            itemsize = np.dtype(meta["dtype"]).itemsize
-            shards = [shard for split in ("train", "val") for shard in meta["splits"][split]["shards"]]
-            expected = {shard["file"]: shard["tokens"] * itemsize for shard in shards}
-            if any(type(count) is not int for count in meta.get("skipped", {}).values()):
-                raise TypeError("'skipped' holds something else than counts")
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{str(folder / 'meta.json')!r} is damaged ({type(error).__name__}: {error}); {remedy}"
-            ) from error
+        shards = [shard for split in splits.values() for shard in split.shards]
+        expected = {shard.file: shard.tokens * np.dtype(dtype).itemsize for shard in shards}
         for name, size in expected.items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:

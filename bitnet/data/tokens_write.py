@@ -34,8 +34,9 @@ import numpy as np
 
 from bitnet.console import progress_bar
 from bitnet.data.corpus import Corpus, sha256_of
-from bitnet.data.tokens import FORMAT_VERSION, TokenizedCorpus
-from bitnet.files import JsonObject, write_atomic
+from bitnet.data.tokens import FORMAT_VERSION, SplitRecord, TokenizedCorpus
+from bitnet.files import JsonObject, read_json, write_atomic
+from bitnet.records import checked
 from bitnet.tokenizer import BaseTokenizer
 
 JOURNAL = "journal.json"  # in a folder that is being written: how far it is complete
@@ -193,13 +194,14 @@ def _write_splits(
 def _read_journal(folder: Path, writers: dict[str, _ShardWriter], settings: JsonObject) -> int:
     """Return the writers to the last flush of a killed call, and the number of documents written by then."""
     try:
-        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        journal = read_json(folder / JOURNAL)
+        checked(dict[str, SplitRecord], journal["splits"], JOURNAL)  # its names are truncated below
         # Shards of another tokenizer or size cannot be continued.
         if any(journal[name] != value for name, value in settings.items()):
             return 0
         for split, writer in writers.items():
             writer.resume(journal["splits"][split])
-        return int(journal["documents"])
+        return checked(int, journal["documents"], JOURNAL)
     except (OSError, ValueError, KeyError):
         for writer in writers.values():
             writer.resume({"documents": 0, "bytes": 0, "shards": []})

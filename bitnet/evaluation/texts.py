@@ -11,7 +11,7 @@ from bitnet.data.feed import DataConfig, Feed, TextFeed, open_feed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import iter_eval_batches
 from bitnet.files import JsonObject
-from bitnet.records import checked
+from bitnet.storage.json_files import checked
 from bitnet.storage.safetensors import CONFIG, CheckpointError
 from bitnet.storage.source import Source
 from bitnet.tokenizer.chat import require

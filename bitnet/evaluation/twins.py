@@ -8,9 +8,8 @@ from typing import Any
 
 from bitnet.console import say
 from bitnet.model import ModelConfig
-from bitnet.records import checked
 from bitnet.storage.folders import CONFIG, INDEX, STATE, read_index, resolve
-from bitnet.storage.json_files import CheckpointError, Count, State, load_json, load_record
+from bitnet.storage.json_files import CheckpointError, Count, State, checked, load_json, load_record
 
 TWIN_FIELDS = ("model", "data", "steps", "context", "batch_size", "seed")
 """Fields of two runs' configurations that must agree, apart from the weight quantizer, for them to be twins."""

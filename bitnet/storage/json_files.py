@@ -8,6 +8,20 @@ from typing import Annotated, Any, TypeVar
 from bitnet.files import JsonObject, is_plain_file, parse_json, read_json
 from bitnet.records import Bounds, Form, checked
 
+__all__ = [
+    "Bounds",
+    "CheckpointError",
+    "Count",
+    "Form",
+    "Index",
+    "State",
+    "StepName",
+    "checked",
+    "load_json",
+    "load_record",
+    "read_metrics",
+]
+
 T = TypeVar("T")
 METRICS_LIMIT = 256 * 2**20
 

@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
         Raises ValueError naming `source` for a decoder of another family and for ids outside the vocabulary.
         """
-        self._backend, self._lock = backend, threading.RLock()
+        self._backend, self._source, self._lock = backend, source, threading.RLock()
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # in the library's words: special tokens in a text are encoded as text
@@ -140,7 +141,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         if isinstance(texts, str):
             raise TypeError("encode_batch takes a list of texts, not one text: use encode")
         try:
-            with self._lock:
+            with self._lock, library_errors(self._source):
                 if threads > 1:
                     batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
                     return [encoding.ids for encoding in batch]
@@ -163,13 +164,23 @@ class HuggingFaceTokenizer(BaseTokenizer):
 def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
     """The library's object for a tokenizer.json. Raises ValueError naming `source` for a file it does not take."""
     library = import_tokenizers()
-    try:
+    with library_errors(source):
         return library.Tokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+
+
+@contextmanager
+def library_errors(source: str) -> Iterator[None]:
+    """ValueErrors naming `source` in place of what the library raises: plain Exceptions, and for a panic in Rust a
+    BaseException."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # the library raises plain Exception, and a panic in Rust is a BaseException
+    except BaseException as error:
+        if isinstance(error, Exception) and type(error) is not Exception:
+            raise
         raise ValueError(
-            f"{source} is not a tokenizer.json that tokenizers {library.__version__} can read ({error}); "
+            f"{source} is not a tokenizer.json that tokenizers {import_tokenizers().__version__} can read ({error}); "
             "it is damaged, or needs a newer version: pip install -U tokenizers"
         ) from error
 

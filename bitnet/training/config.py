@@ -10,12 +10,18 @@ from bitnet.files import JsonObject
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
-from bitnet.records import checked
+from bitnet.storage.json_files import checked
 from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.processes import Strategy, World
 
 Remedy = Literal["stop", "skip", "rewind"]
+MOST_LAYERS = 4096
+# What a configuration cannot mean, and what would end in an abort or never: threads that no system starts, ...
+LARGEST = {
+    "threads": 1024, "batch_size": 2**20, "steps": 2**40, "keep_last": 1000, "minutes": 1e6, "max_minutes": 1e6,
+    "timeout_minutes": 1e6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, most in LARGEST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}; more than {most:,} helps nobody")
+        if self.model.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"{self.model.num_hidden_layers} layers are more than any model has; check the number")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches {self.micro_batches} does not divide batch_size {self.batch_size}")
         if self.window > self.model.max_position_embeddings:
@@ -117,8 +128,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-        if self.data.prefetch < 0:
-            raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches")
+        if not 0 <= self.data.prefetch <= 1024:
+            raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches, at most 1,024")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
         if not 0 <= self.float_start < 1:

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitnet.files import write_atomic
-from bitnet.records import Bounds, Form
-from bitnet.storage.json_files import Count, load_record
+from bitnet.storage.json_files import Bounds, Count, Form, load_record
 from bitnet.storage.safetensors import Tensors, open_tensors, save_tensors
 from bitnet.training.old_shards import METADATA, OldShards
 from bitnet.training.sharding import local_part, without_wrapper

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitnet.files import write_atomic
+from bitnet.files import read_json, write_atomic
 from bitnet.kernels.triton import weights
 from bitnet.kernels.triton.activations import padded
 from bitnet.kernels.triton.add_subtract import four_lanes_kernel, select_kernel
@@ -266,8 +266,7 @@ def _key(M: int, N: int, K: int, bits: int) -> str:
 @functools.cache
 def _tuned_plans(device_name: str) -> dict[str, Plan]:
     try:
-        stored = json.loads(_tune_file(device_name).read_text(encoding="utf-8"))
-        return {key: Plan(**fields) for key, fields in stored.items()}
+        return {key: Plan(**fields) for key, fields in read_json(_tune_file(device_name)).items()}
     except (OSError, ValueError, TypeError):
         return {}
 
