@@ -219,10 +219,10 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
 
 def _unnamed_rule(pieces: Sequence[str], source: str) -> str:
     """The rule of a file that names none: that of Llama 3 for its vocabulary, else llama.cpp's. Warns of either."""
-    is_llama_3 = tuple(pieces[_LLAMA3_PIECES : _LLAMA3_PIECES + 2]) == ("<|begin_of_text|>", "<|end_of_text|>")
+    known = is_llama_3(pieces)
     taken = (
         "the vocabulary is that of Llama 3, so its rule, llama-bpe, is taken"
-        if is_llama_3
+        if known
         else "the rule named default is taken, as llama.cpp does, which suits hardly any model; convert it again with "
         "a newer converter, or use the tokenizer.json of the model"
     )
@@ -231,7 +231,12 @@ def _unnamed_rule(pieces: Sequence[str], source: str) -> str:
         RuntimeWarning,
         stacklevel=4,
     )
-    return "llama-bpe" if is_llama_3 else "default"
+    return "llama-bpe" if known else "default"
+
+
+def is_llama_3(pieces: Sequence[str]) -> bool:
+    """Whether a vocabulary is that of Llama 3, by where its special tokens are."""
+    return tuple(pieces[_LLAMA3_PIECES : _LLAMA3_PIECES + 2]) == ("<|begin_of_text|>", "<|end_of_text|>")
 
 
 def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:

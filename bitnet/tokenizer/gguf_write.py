@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, HuggingFaceTokenizer, Tokenizer, gguf_write_json
+from bitnet.tokenizer.gguf_read import is_llama_3
 from bitnet.tokenizer.proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, fields, section, user_defined
 
 _BYTE_PAIR = 2  # sentencepiece's TrainerSpec.ModelType
@@ -25,6 +26,8 @@ def vocabulary(tokenizer: BaseTokenizer | JsonObject, vocab_size: int) -> JsonOb
         metadata = {key: value for key, value in tokenizer.items() if key.startswith("tokenizer.") and value != []}
         if "tokenizer.ggml.tokens" not in metadata:
             raise ValueError("the metadata hold no tokenizer.ggml.tokens; give those of a GGUF file with a tokenizer")
+        if not metadata.get("tokenizer.ggml.pre") and is_llama_3(metadata["tokenizer.ggml.tokens"]):
+            metadata["tokenizer.ggml.pre"] = "llama-bpe"  # by which it was read
     elif isinstance(tokenizer, Tokenizer):
         metadata = _sentencepiece(tokenizer)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
@@ -97,4 +100,4 @@ def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
     }
     if tokenizer.pad_id is not None:
         metadata["tokenizer.ggml.padding_token_id"] = tokenizer.pad_id
-    return metadata
+    return metadata | gguf_write_json.other_ends(tokenizer)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import HuggingFaceTokenizer, from_gguf_metadata
-from bitnet.tokenizer.base import END_OF_TEXT
+from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer
 from bitnet.tokenizer.gguf_read import GPT2_RULE, rule_names
 from bitnet.tokenizer.huggingface import SPACE_MARK
 from bitnet.tokenizer.json_write import probing_texts
@@ -183,11 +183,16 @@ def _scores(pieces: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
 def _special_ids(tokenizer: HuggingFaceTokenizer) -> JsonObject:
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": tokenizer.unk_id, "padding": tokenizer.pad_id}
-    # llama.cpp knows the common ends of a turn by their texts, and two more by these names.
-    ends = [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and tokenizer.id_to_piece(i) not in END_OF_TEXT]
-    ids |= dict(zip(("eot", "eom"), ends, strict=False))
     metadata: JsonObject = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    metadata |= other_ends(tokenizer)
     return metadata | {"tokenizer.ggml.add_bos_token": tokenizer.adds_bos, "tokenizer.ggml.add_eos_token": False}
+
+
+def other_ends(tokenizer: BaseTokenizer) -> JsonObject:
+    """The ends of a text or a turn beside `eos_id`: llama.cpp knows the common ones by their texts, and two more by
+    these names."""
+    ends = [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and tokenizer.id_to_piece(i) not in END_OF_TEXT]
+    return {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), ends, strict=False)}
 
 
 def _compare(tokenizer: HuggingFaceTokenizer, metadata: JsonObject, parts: Sequence[JsonObject]) -> None:

@@ -142,6 +142,7 @@ def test_exports_carry_them(tmp_path, models, name, prefix):
     # A GGUF file, in which every special token has a space behind it if any text has one.
     metadata = vocabulary(ours, ROWS)
     read = from_gguf_metadata(metadata)
+    assert set(read.eos_ids) == set(ours.eos_ids)
     assert {text: i for text, i in read.specials.items() if not text.startswith("[PAD")} == ours.specials
     assert read.eos_id == ours.eos_id
     if not prefix:

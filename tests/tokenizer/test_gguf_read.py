@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from bitnet.storage.gguf.container import GGUFFile
-from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata
+from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata, gguf_write
 from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
 from tests import oracles
@@ -172,6 +172,7 @@ def test_a_file_that_names_no_rule(tmp_path):
     assert [ours.id_to_piece(i) for i in ours.encode("1234567")] == ["123", "456", "7"]
     assert ours.adds_bos
     assert ours.eos_ids == (128_001, 128_002)
+    assert gguf_write.vocabulary(llama_3, len(pieces))["tokenizer.ggml.pre"] == "llama-bpe"
 
 
 def test_sentencepiece_with_what_converters_add(tmp_path):
