@@ -83,21 +83,11 @@ class BuildKernels(build_ext):
         return []  # a plain library, loaded by ctypes: no PyInit
 
 
-HEADERS = [
-    f"{FOLDER}/{name}.h"
-    for name in (
-        "simd",
-        "layout",
-        "matmul",
-        "attention",
-        "forward",
-        "isa",
-        "pool",
-        "sampling",
-        "blocks",
-        "blocks_layout",
-    )
-]
+_NAMES = (
+    "simd layout outputs activations matmul groups floats product attention forward isa pool sampling blocks "
+    "blocks_layout"
+)
+HEADERS = [f"{FOLDER}/{name}.h" for name in _NAMES.split()]
 setup(
     ext_modules=[Extension("bitnet.kernels.cpu._native", [f"{FOLDER}/dispatch.cpp"], depends=HEADERS, optional=True)],
     cmdclass={"build_ext": BuildKernels, "build_py": BuildModules},

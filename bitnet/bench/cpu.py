@@ -45,6 +45,7 @@ from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import GenerationStats, TextStream, time_generation
 from bitnet.inference.loading import open_model
 from bitnet.inference.options import DEFAULTS
+from bitnet.inference.weights import PackedWeights
 from bitnet.kernels import cpu, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.machine import DTYPES, cpu_capabilities, process_memory, reset_peak_memory
@@ -143,7 +144,9 @@ def load(plan: Plan) -> LanguageModel:
         with use_backend("native" if plan.native else "reference"):
             return open_model(plan.source, cache_dtype=plan.options.cache if plan.native else None)
     if plan.native:
-        return Engine(plan.config, random_tensors(plan.config), cache_dtype=plan.options.cache)
+        tensor = random_tensors(plan.config)
+        weights = PackedWeights(lambda name, *_: tensor(name), set(), plan.config.quantizer)
+        return Engine(plan.config, weights, cache_dtype=plan.options.cache)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BitNetForCausalLM(plan.config).pack().eval()

@@ -1,4 +1,4 @@
-"""A packed model as the native CPU kernels run it: one C call a forward pass, the same interface as the torch model.
+"""A model as the native CPU kernels run it: one C call a forward pass, the same interface as the torch model.
 
     model = open_source(path).model().pack()    2-bit projections, INT8 embedding and head
     engine = Engine.from_model(model)           the same weights in the run-time layout; the torch model can go
@@ -6,28 +6,26 @@
     logits = engine(ids, cache, last_only=True)
 
 The torch model is the specification: the integer products are equal to the last bit, the float operations between them
-(norms, softmax, activation) to rounding. Every instruction set computes the same bits. Weights are copied tensor by
-tensor into one block of memory (huge pages where the system has them) in the layout of `bitnet/kernels/cpu/layout.h`,
-so loading a file peaks at the size of that block and one tensor.
+(norms, softmax, activation) to rounding. Every instruction set computes the same bits. Weights of any format are copied
+piece by piece into one block of memory (`bitnet/inference/cpu_model.py`), so loading a file peaks at the size of that
+block and one piece.
 
-On disk a packed model keeps the canonical tensors (`bitnet/quant/packing.py`), which do not depend on the machine:
-`save_packed` in `bitnet/storage/folders.py` writes it, `open_model` in `bitnet/inference/loading.py` puts it here.
+On disk a model keeps tensors that do not depend on the machine; `open_model` in `bitnet/inference/loading.py` puts them
+here.
 """
 
 import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitnet.inference.cpu_model import NativeModel
 from bitnet.inference.cpu_rows import CACHE_DTYPES, MAX_CHUNK, Meeting, NativeRows, Storage
-from bitnet.inference.engine import beyond_kernels, build_exactly
-from bitnet.kernels import PACKED_BITS
+from bitnet.inference.weights import ModuleWeights, Weights
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
-from bitnet.model.transformer import rope_tables
-from bitnet.quant import packed_width
 
 
 class NativeCache:
@@ -61,142 +59,40 @@ class NativeCache:
 
 
 class Engine:
-    """A packed BitNet b1.58 model on the native CPU kernels. Called like `BitNetForCausalLM`.
+    """A model on the native CPU kernels. Called like `BitNetForCausalLM`.
 
-    `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
-    a file. Raises ValueError where the native kernels were not built, the model is not packed, or its tensors are not
-    exactly those of the configuration.
+    `weights` gives its tensors (`bitnet/inference/weights.py`), each once. Raises ValueError where the native kernels
+    were not built, for weights that they do not know, and for tensors that are not exactly those of the configuration.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensor: Callable[[str], Tensor],
-        names: Iterable[str] | None = None,
-        *,
-        cache_dtype: str | None = None,
-        codec: str | None = None,
-    ) -> None:
-        if config.quantizer == "none":
-            raise ValueError("the native engine runs packed weights and this is a float model; run it in torch")
-        if unknown := beyond_kernels(config):
-            raise ValueError(f"the native kernels do not compute {' and '.join(unknown)}; run the model in torch")
+    def __init__(self, config: ModelConfig, weights: Weights, *, cache_dtype: str | None = None) -> None:
         if cache_dtype not in (None, *CACHE_DTYPES):
             raise ValueError(f"cache dtype {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
         if config.head_width > 1024:
             raise ValueError(f"head_dim is {config.head_width}; the native attention takes at most 1024")
-        names = None if names is None else set(names)
-        if names is not None and config.num_hidden_layers > len(names):
-            raise ValueError(
-                f"the configuration says {config.num_hidden_layers} layers and there are {len(names)} tensors"
-            )
         native.kernels()
         self.config, self.cache_dtype = config, cache_dtype
-        self._keep: list[Tensor] = []
         self._workspaces: list[Tensor] = []  # that no call is using
-        self._bits = PACKED_BITS[config.quantizer]
-        self._codec = codec
-        self._matrices: list[native.Lines] = []
-        build_exactly(self._build, tensor, names)
+        self._model = NativeModel(config, weights)
+        self._struct = self._model.struct
         self.meeting = Meeting()
 
     @classmethod
-    def from_model(cls, model: BitNetForCausalLM, **options: str | None) -> "Engine":
-        """The engine of a packed torch model, which shares nothing with it afterwards."""
-        if not model.head_is_packed:
-            raise ValueError("the model is not packed; call model.pack() first")
-        tensors = model.state_dict()
-        return cls(model.config, tensors.__getitem__, tensors, **options)
+    def from_model(
+        cls,
+        model: BitNetForCausalLM,
+        *,
+        cache_dtype: str | None = None,
+        activations: str = "int8",
+        embeddings: str | None = None,
+        codec: str | None = None,
+    ) -> "Engine":
+        """The engine of a torch model of any weights but latent ones, which shares nothing with it afterwards.
 
-    def _build(self, tensor: Callable[..., Tensor]) -> None:
-        config = self.config
-        C, V, D, matrices = config.hidden_size, config.vocab_size, config.head_width, config.projections()
-        queries, keys, F = (matrices[name][0] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
-        layers = (native.Layer * config.num_hidden_layers)()
-        # Row offsets of what is multiplied together: q, k and v one behind the other, gate and up by blocks in turn.
-        starts = [0, _round_up(queries, 16), _round_up(queries, 16) + _round_up(keys, 16)]
-        shapes = {
-            "qkv": (starts[2] + _round_up(keys, 16), C),
-            "o": matrices["self_attn.o_proj"],
-            "gate_up": (2 * _round_up(F, 16), C),
-            "down": matrices["mlp.down_proj"],
-        }
-        codecs = {name: native.codec_of(self._bits, columns) for name, (_, columns) in shapes.items()}
-        if self._codec and self._bits == 2:
-            codecs = dict.fromkeys(shapes, self._codec)
-        sizes = {name: native.Lines.size(*shape, codecs[name]) for name, shape in shapes.items()}
-        head_size = native.Lines.size(V, C, "eight_bit")
-        arena = native.huge_pages(sum(sizes.values()) * config.num_hidden_layers + head_size)
-        self._keep.append(arena)
-        used = 0
-
-        def matrix(name: str, rows: int, columns: int, codec: str) -> native.Lines:
-            nonlocal used
-            size = native.Lines.size(rows, columns, codec)
-            lines = native.Lines(rows, columns, codec, arena[used : used + size])
-            used += size
-            self._matrices.append(lines)
-            return lines
-
-        def fill(lines: native.Lines, name: str, rows: int, bits: int, at: int = 0, step: int = 1) -> None:
-            packed = tensor(f"{name}.packed_weight", rows, packed_width(lines.columns, bits))
-            scale = tensor(f"{name}.weight_scale", 1 if bits == 2 else rows, 1)
-            lines.fill(packed, scale, bits, at=at, step=step)
-
-        def floats(name: str, size: int) -> int:
-            # The C structs hold bare addresses, so `_keep` holds the tensors.
-            value = tensor(name, size).detach().float().contiguous().clone()
-            self._keep.append(value)
-            return value.data_ptr()
-
-        # The largest tensor first, while nothing else is resident.
-        head, embedding = matrix("head", V, C, "eight_bit"), "model.embed_tokens"
-        fill(head, embedding if config.tie_word_embeddings else "lm_head", V, 8)
-
-        for index, layer in enumerate(layers):
-            prefix = f"model.layers.{index}."
-            made = {name: matrix(name, *shape, codecs[name]) for name, shape in shapes.items()}
-            if any(count % 16 for count in (queries, keys, F)):
-                for name in ("qkv", "gate_up"):
-                    made[name].memory.zero_()  # gaps between the parts; their scale is 0
-            for at, rows, part in zip(starts, (queries, keys, keys), ("q", "k", "v"), strict=True):
-                fill(made["qkv"], f"{prefix}self_attn.{part}_proj", rows, self._bits, at)
-            fill(made["o"], f"{prefix}self_attn.o_proj", C, self._bits)
-            for at, part in enumerate(("gate", "up")):
-                fill(made["gate_up"], f"{prefix}mlp.{part}_proj", F, self._bits, 16 * at, 2)
-            fill(made["down"], f"{prefix}mlp.down_proj", C, self._bits)
-            for name, lines in made.items():
-                setattr(layer, name, lines.struct)
-            layer.input_norm = floats(f"{prefix}input_layernorm.weight", C)
-            layer.post_norm = floats(f"{prefix}post_attention_layernorm.weight", C)
-            if config.sub_norm:
-                layer.attn_sub_norm = floats(f"{prefix}self_attn.attn_sub_norm.weight", queries)
-                layer.ffn_sub_norm = floats(f"{prefix}mlp.ffn_sub_norm.weight", F)
-
-        model = native.Model(
-            hidden=C,
-            intermediate=F,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=D,
-            vocab=V,
-            layers=config.num_hidden_layers,
-            relu2=config.hidden_act == "relu2",
-            eps=config.rms_norm_eps,
-            layer=layers,
-            norm=floats("model.norm.weight", C),
-            head=head.struct,
-        )
-        if not config.tie_word_embeddings:
-            table = tensor(f"{embedding}.packed_weight", V, packed_width(C, 8))
-            scale = tensor(f"{embedding}.weight_scale", V, 1)
-            self._keep += [table := table.clone(), scale := scale.float().clone()]
-            model.embedding, model.embedding_scale = table.data_ptr(), scale.data_ptr()
-            model.embedding_width = table.shape[1]
-        cos, sin = rope_tables(config)
-        self._keep += [cos, sin]
-        model.cos, model.sin = cos.data_ptr(), sin.data_ptr()
-        self._struct, self._layers = model, layers
+        activations, embeddings: as `open_model` takes them. codec: the layout of per-tensor ternary weights, two_bit or
+        base3, instead of the one that the instruction set in force is fastest with.
+        """
+        return cls(model.config, ModuleWeights(model, activations, embeddings, codec), cache_dtype=cache_dtype)
 
     def __call__(
         self, input_ids: Tensor, cache: NativeCache | None = None, *, last_only: bool = False, out: Tensor | None = None
@@ -279,7 +175,7 @@ class Engine:
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads, as they lie in memory."""
-        return sum(lines.memory.nbytes + lines.scale.nbytes for lines in self._matrices)
+        return self._model.weight_bytes()
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -25,7 +25,7 @@ class LanguageModel(Protocol):
 
 
 def beyond_kernels(config: ModelConfig) -> list[str]:
-    """Names of what this model computes and no engine's kernels do: it runs in torch."""
+    """Names of what this model computes and the Triton kernels do not: it runs in torch on a GPU."""
     return [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
 
 

@@ -1,23 +1,27 @@
 """A model on the fastest engine that runs it here: `open_model(path)`.
 
-Ternary weights stay the codes that they are, and run on the native engine where it was built; floats run as floats in
-torch.
+Weights of every format stay what they are, and run on the native engine where it was built.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.engine import LanguageModel, beyond_kernels
+from bitnet.inference.engine import LanguageModel, beyond_kernels, build_exactly
 from bitnet.inference.gpu_engine import GpuEngine
-from bitnet.kernels import native_wanted, quantize_weight, triton_wanted
+from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights
+from bitnet.kernels import native_wanted, triton_wanted
 from bitnet.model import BitNetForCausalLM
-from bitnet.quant import pack_codes
+from bitnet.model.weight_only import BlockLinear
+from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
+
+DEFAULT_ACTIVATIONS = "float"
 
 
 def open_model(
@@ -27,6 +31,8 @@ def open_model(
     pack: bool = True,
     cache_dtype: str | None = None,
     dtype: torch.dtype = torch.float32,
+    activations: str | None = None,
+    embeddings: str | None = None,
 ) -> LanguageModel:
     """A model ready to generate, of a source or what `open_source` takes.
 
@@ -35,38 +41,76 @@ def open_model(
                   False runs the float weights that training fake-quantizes, where there are such. Float models are
                   what they are.
     cache_dtype:  of keys and values in the native engine: float32 (None), float16 or int8. Nothing else takes it.
-    dtype:        of weights and cache of a model that runs in floats.
+    dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
+    activations:  in the native engine, of weights with a scale a group: "int8" with a scale a group, or "float", exact
+                  to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.
+    embeddings:   in the native engine, of a float embedding and head: "int8" (None, for models that are quantized in
+                  training) or "float16", exact to a source of 16 bits.
 
     Raises as `open_source` and `Source.model` do, and ValueError for packed weights that are not to run packed and for
-    a `cache_dtype` of a model that does not run on the native engine.
+    options of the native engine where the model does not run on it.
     """
     source, device = source if isinstance(source, Source) else open_source(source), torch.device(device)
-    native = native_wanted(device) and not beyond_kernels(source.config)
+    for name, value, known in (("activations", activations, ACTIVATIONS), ("embeddings", embeddings, EMBEDDINGS)):
+        if value not in (None, *known):
+            raise ValueError(f"{name} {value!r} are unknown; choose one of {', '.join(known)}")
+    native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
     if pack and source.kind == "packed" and native:
-        return _stream(source, cache_dtype)
+        return _stream(source, options)
+    if source.file is not None and native and dtype == torch.float32:
+        model = read_stored(source.file, source.config)
+        if model is not None and not _is_ternary(model):
+            return options.engine(model)
     # Our own folders are read onto the device that runs them; other files, and for the native engine, into memory.
     own = source.kind in ("run", "packed") and not (pack and native)
     model = source.model(device=device if own else "cpu")
     if model.config.quantizer != "none" and pack:
-        return _engine(model if source.kind == "packed" else model.pack(), device, cache_dtype)
+        return _engine(model, device, options, packed=source.kind == "packed")
     if model.is_packed and source.kind != "quantized":
         raise CheckpointError(
             f"{source.path} holds packed weights and no latent floats, so it cannot run without packing; give the run "
             "it was made from"
         )
-    _refuse_cache(cache_dtype, "torch", str(dtype).removeprefix("torch."))
+    if native and model.config.quantizer == "none" and dtype == torch.float32:
+        return options.engine(model)
+    _refuse(options, "torch", str(dtype).removeprefix("torch."))
     return model.to(device=device, dtype=dtype)
 
 
-def _refuse_cache(cache_dtype: str | None, runs_on: str, has: str) -> None:
-    if cache_dtype is not None:
-        raise ValueError(
-            f"cache {cache_dtype} is of the native CPU engine and this model runs on {runs_on}, whose cache is {has}; "
-            "leave it out"
+@dataclass(frozen=True)
+class EngineOptions:
+    """What only the native engine takes."""
+
+    cache_dtype: str | None
+    activations: str
+    embeddings: str | None
+
+    def engine(self, model: BitNetForCausalLM) -> Engine:
+        return Engine.from_model(
+            model, cache_dtype=self.cache_dtype, activations=self.activations, embeddings=self.embeddings
         )
 
 
-def _stream(source: Source, cache_dtype: str | None) -> Engine:
+def _is_ternary(model: BitNetForCausalLM) -> bool:
+    """Whether a file's projections may be ternary with one scale a matrix, which have kernels of their own."""
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    return isinstance(layer, BlockLinear) and layer.block_type in ("TQ1_0", "TQ2_0")
+
+
+def _refuse(options: EngineOptions, runs_on: str, cache: str) -> None:
+    if options.cache_dtype is not None:
+        raise ValueError(
+            f"cache {options.cache_dtype} is of the native CPU engine and this model runs on {runs_on}, whose cache is "
+            f"{cache}; leave it out"
+        )
+    if options.embeddings is not None:
+        raise ValueError(
+            f"embeddings {options.embeddings} are of the native CPU engine and this model runs on {runs_on}; "
+            "leave them out"
+        )
+
+
+def _stream(source: Source, options: EngineOptions) -> Engine:
     """A packed folder on the native engine, one tensor in memory at a time."""
 
     def read(name: str) -> Tensor:  # a mapping of its own for each, so that no more of the file stays resident
@@ -75,46 +119,33 @@ def _stream(source: Source, cache_dtype: str | None) -> Engine:
 
     try:
         with source.tensors() as tensors:
-            names = sorted(tensors.names)
+            names = set(tensors.names)
+        if source.config.num_hidden_layers > len(names):
+            raise ValueError(f"it says {source.config.num_hidden_layers} layers and there are {len(names)} tensors")
+        engines: list[Engine] = []
+
+        def build(tensor: Callable[..., Tensor]) -> None:
+            weights = PackedWeights(tensor, names, source.config.quantizer, options.embeddings or "int8")
+            engines.append(Engine(source.config, weights, cache_dtype=options.cache_dtype))
+
         with source.verifying():
-            return Engine(source.config, *_with_packed_embeddings(read, names), cache_dtype=cache_dtype)
+            build_exactly(build, read, names)
+        return engines[0]
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source.path / MODEL} does not hold the packed model of its {CONFIG}: {error}"
         ) from error
 
 
-def _engine(model: BitNetForCausalLM, device: torch.device, cache_dtype: str | None) -> LanguageModel:
-    """A packed model as the backend in force runs it on a device: an engine where there is one, else torch."""
-    runs = not beyond_kernels(model.config)
-    if runs and native_wanted(device):
-        return Engine.from_model(model.pack(), cache_dtype=cache_dtype)
-    if runs and triton_wanted(device):
-        _refuse_cache(cache_dtype, "the Triton engine", "bfloat16")
+def _engine(model: BitNetForCausalLM, device: torch.device, options: EngineOptions, *, packed: bool) -> LanguageModel:
+    """A ternary model as the backend in force runs it on a device: an engine where there is one, else torch."""
+    if native_wanted(device):
+        table = options.embeddings or "int8"
+        return options.engine(model.pack(embeddings=table == "int8"))
+    if not packed:
+        model.pack()
+    if triton_wanted(device) and not beyond_kernels(model.config):
+        _refuse(options, "the Triton engine", "bfloat16")
         return GpuEngine.from_model(model.to(device).pack(), device=device)
-    _refuse_cache(cache_dtype, "torch", "float32")
+    _refuse(options, "torch", "float32")
     return model.to(device)
-
-
-def _with_packed_embeddings(
-    read: Callable[[str], Tensor], names: list[str]
-) -> tuple[Callable[[str], Tensor], list[str]]:
-    """A packed model's tensors with the matrices that are float, embedding and head, quantized to INT8 as they are
-    read; in a file that holds them in INT8 nothing changes."""
-    floats = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in names]
-    made: dict[str, Tensor] = {}
-
-    def tensor(name: str) -> Tensor:
-        module = name.rpartition(".")[0]
-        if f"{module}.weight" not in floats:
-            return read(name)
-        if name not in made:
-            codes, scale = quantize_weight(read(f"{module}.weight"), "int8")
-            made.update({f"{module}.packed_weight": pack_codes(codes, 8), f"{module}.weight_scale": scale})
-        return made.pop(name)
-
-    for name in floats:
-        module = name.rpartition(".")[0]
-        # The engine asks for the packed tensors instead of the float one.
-        names = [*(n for n in names if n != name), f"{module}.packed_weight", f"{module}.weight_scale"]
-    return tensor, names

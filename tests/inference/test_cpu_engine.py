@@ -334,12 +334,10 @@ def test_output_memory_that_does_not_fit() -> None:
 def test_models_that_are_not_packed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"call model.pack\(\) first"):
         Engine.from_model(BitNetForCausalLM(BASE))
-    twin = BASE.replace(quantizer="none")
-    for model in (BitNetForCausalLM(twin), BitNetForCausalLM(twin).pack()):
-        with pytest.raises(ValueError, match=r"not packed|float model; run it in torch"):
-            Engine.from_model(model)
+    model = packed_model(BASE)
+    model.config = BASE.replace(head_dim=1026)
     with pytest.raises(ValueError, match="head_dim is 1026; the native attention takes at most 1024"):
-        Engine(BASE.replace(head_dim=1026), {}.__getitem__)
+        Engine.from_model(model)
 
 
 def test_without_the_library_there_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:

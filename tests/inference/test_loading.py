@@ -76,7 +76,9 @@ def test_float_models_of_hugging_face_run_in_their_dtype(tmp_path, tokenizer):
     model = tiny_model("none", sub_norm=False)
     files = sentencepiece_files(tokenizer.model_proto)
     hf_write.write(model, tmp_path / "hf", "master", tokenizer_files=files)
-    assert torch.equal(logits(open_model(tmp_path / "hf"), tokenizer), logits(model, tokenizer))
+    with use_backend("reference"):
+        assert torch.equal(logits(open_model(tmp_path / "hf"), tokenizer), logits(model, tokenizer))
+    torch.testing.assert_close(logits(open_model(tmp_path / "hf"), tokenizer), logits(model, tokenizer))
     half = open_model(tmp_path / "hf", dtype=torch.bfloat16)
     assert next(iter(half.parameters())).dtype == torch.bfloat16
     assert float((logits(half, tokenizer) - logits(model, tokenizer)).abs().max()) < 0.3

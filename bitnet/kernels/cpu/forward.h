@@ -17,6 +17,7 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "product.h"
 
 namespace bn {
 namespace BN_ISA {
@@ -25,25 +26,33 @@ enum { MAX_QUERIES = 4 };
 
 struct buffers {
     float *h, *a, *b; // [M, C], [M, max of qkv, F, heads and C] twice
-    int8_t *q;        // [M + 32, stride]
-    int64_t wide, stride;
-    float *scale;
-    int32_t *total;
+    uint8_t *x;       // activations of the tokens
+    int64_t wide;
     int32_t *row_of, *position; // of every token
     int64_t *items;             // [rows + 1]: where a row's pieces of attention begin
-    uint8_t *own;               // of the threads: scratch of the products, scores of the attention
-    int64_t own_bytes, scores;
+    uint8_t *own;               // of the threads: activations of one token; scratch of products and norms, scores
+    int64_t own_bytes, own_x, scores;
 };
-
-BN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // longest: positions of the longest row after the step.
 static int64_t lay_out(const bn_model &m, int64_t M, int64_t rows, int64_t longest, int threads, uint8_t *base,
                        buffers *to) {
-    int64_t Dp = round_up(m.head_dim, 16);
-    int64_t wide = round_up(max64(max64(m.layer[0].qkv.N, m.intermediate), max64((int64_t)m.heads * Dp, m.hidden)), 32);
-    int64_t widest = max64(max64(m.hidden, m.intermediate), (int64_t)m.heads * m.head_dim);
-    int64_t stride = round_up(widest + 20, 64), used = 64, C = round_up(m.hidden, 32);
+    int64_t D = m.head_dim, Dp = round_up(D, 16), used = 64;
+    int64_t qkv = round_up(m.heads * D, 16) + 2 * round_up(m.kv_heads * D, 16);
+    int64_t wide = round_up(max64(max64(qkv, m.intermediate), max64((int64_t)m.heads * Dp, m.hidden)), 32);
+    int64_t inputs = 0, input = 0, scratch = group_scratch(1); // an embedding: one chunk
+    auto most = [&](const bn_projection &p) {
+        inputs = max64(inputs, lay_out_inputs(p, M, nullptr, nullptr));
+        input = max64(input, lay_out_inputs(p, 1, nullptr, nullptr));
+        scratch = max64(scratch, max64(prepare_scratch(p), product_scratch(p, M)));
+    };
+    most(m.head);
+    for (int64_t i = 0; i < m.layers; i++) {
+        most(m.layer[i].qkv);
+        most(m.layer[i].o);
+        most(m.layer[i].gate_up);
+        most(m.layer[i].down);
+    }
     auto take = [&](int64_t bytes) {
         uint8_t *p = base ? (uint8_t *)round_up((int64_t)base, 64) + used - 64 : nullptr;
         used += round_up(bytes, 64);
@@ -51,49 +60,20 @@ static int64_t lay_out(const bn_model &m, int64_t M, int64_t rows, int64_t longe
     };
     buffers b;
     b.wide = wide;
-    b.stride = stride;
-    b.h = (float *)take(M * C * 4);
+    b.h = (float *)take(M * round_up(m.hidden, 64) * 4);
     b.a = (float *)take(M * wide * 4);
     b.b = (float *)take(M * wide * 4);
-    b.q = (int8_t *)take((round_up(M, 32) + 32) * stride);
-    b.scale = (float *)take(M * 4);
-    b.total = (int32_t *)take(M * 4);
+    b.x = take(inputs);
     b.row_of = (int32_t *)take(M * 4);
     b.position = (int32_t *)take(M * 4);
     b.items = (int64_t *)take((rows + 1) * 8);
     b.scores = round_up(longest, 16);
-    int64_t product = scratch_bytes(widest, M);
-    // attention: scores and padded queries and outputs; norms: one row
-    int64_t other = MAX_QUERIES * (b.scores + 2 * Dp) * 4 + 2 * Dp * 4 + stride * 5 + 256;
-    b.own_bytes = round_up(max64(product, other), 64) + 64;
+    int64_t attention = MAX_QUERIES * (b.scores + 2 * Dp) * 4 + 2 * Dp * 4; // scores, padded queries and outputs
+    b.own_x = round_up(input, 64);
+    b.own_bytes = b.own_x + round_up(max64(scratch, attention), 64) + 64;
     b.own = take(b.own_bytes * threads);
     if (to) *to = b;
     return used + 64;
-}
-
-// RMSNorm (weight NULL: none) and INT8 of one row of `width` floats, by way of `row`, a scratch of that size.
-BN_INLINE void norm_quantize(const float *x, const float *weight, int64_t width, float eps, float *row, int8_t *q,
-                             float *scale, int32_t *total) {
-    if (!weight) {
-        quantize_token(x, width, q, scale, total);
-        return;
-    }
-    int64_t whole = width / 16 * 16;
-    vf squares[4] = {};
-    int64_t i = 0;
-    for (; i + 64 <= whole; i += 64)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            vf v = load(x + i + 16 * j);
-            squares[j] = fma(v, v, squares[j]);
-        }
-    for (; i < whole; i += 16) squares[0] = fma(load(x + i), load(x + i), squares[0]);
-    float total_squares = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
-    for (; i < width; i++) total_squares += x[i] * x[i];
-    float inverse = 1.0f / sqrtf(total_squares / (float)width + eps);
-    for (i = 0; i < whole; i += 16) store(row + i, load(weight + i) * (load(x + i) * splat(inverse)));
-    for (; i < width; i++) row[i] = weight[i] * (x[i] * inverse);
-    quantize_token(row, width, q, scale, total);
 }
 
 // Rows whose keys and values are written in a phase of their own. A row of one token has one piece of attention for each
@@ -114,54 +94,46 @@ struct pass {
     member &self;
     uint8_t *own;
 
-    // The quantized tokens of the next product. One token is quantized by every thread, each in its own memory, once it
-    // is about to take pieces of the product: until then `x` says of what.
-    int8_t *q = nullptr;
-    float *scale = nullptr;
-    int32_t *total = nullptr;
-    const float *x = nullptr, *weight = nullptr;
-    int64_t width = 0, count = 0;
+    // The tokens that the next product takes. One token is prepared by every thread, each in its own memory, once it is
+    // about to take pieces of the product: until then `x` says of what.
+    prepared inputs = {};
+    const float *x = nullptr, *norm = nullptr;
+    int64_t count = 0;
 
-    // Norm and quantize `tokens` rows: row i of x, or wanted[i].
-    bool quantize(const float *from, int64_t x_stride, const float *norm, int64_t columns, int64_t tokens,
-                  const int32_t *wanted = nullptr) {
-        width = columns;
+    // Norm and activations, as `p` takes them, of `tokens` rows: row i of x, or wanted[i].
+    bool prepare_rows(const bn_projection &p, const float *from, int64_t stride, const float *weight, int64_t tokens,
+                      const int32_t *wanted = nullptr) {
         count = tokens;
-        weight = norm;
+        norm = weight;
         if (tokens == 1) {
-            x = from + (wanted ? wanted[0] : 0) * x_stride;
-            q = (int8_t *)((float *)own + buf.stride);
-            scale = (float *)(q + buf.stride);
-            total = (int32_t *)(scale + 1);
+            x = from + (wanted ? wanted[0] : 0) * stride;
+            lay_out_inputs(p, 1, own - buf.own_x, &inputs);
             return true;
         }
         x = nullptr;
-        q = buf.q;
-        scale = buf.scale;
-        total = buf.total;
+        lay_out_inputs(p, tokens, buf.x, &inputs);
         return self.each(tokens, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++) {
-                norm_quantize(from + (wanted ? wanted[i] : i) * x_stride, weight, width, m.eps, (float *)own,
-                              q + i * buf.stride, scale + i, total + i);
-                memset(q + i * buf.stride + width, 0, buf.stride - width);
-            }
+            for (int64_t i = first; i < last; i++)
+                prepare(p, from + (wanted ? wanted[i] : i) * stride, norm, m.eps, inputs, i, own);
         });
     }
 
-    bool product(const bn_matrix &w, float *y, int64_t y_stride, int64_t columns, int out) {
-        target to = {out, y, y_stride, columns, nullptr};
-        auto prepare = [&] {
-            if (!x) return;
-            norm_quantize(x, weight, width, m.eps, (float *)own, q, scale, total);
-            memset(q + width, 0, buf.stride - width);
+    bool multiply_rows(const bn_projection &p, float *y, int64_t stride, int out) {
+        auto one = [&] {
+            if (x) prepare(p, x, norm, m.eps, inputs, 0, own);
         };
-        // For one token the thread's own memory holds its activations; such a product needs no scratch.
-        return self.each(w.N / 32, prepare, [&](int64_t first, int64_t last) {
-            multiply(w, q, buf.stride, scale, total, count, to, first, last, own);
+        return self.each(panels_of(p, out), one, [&](int64_t first, int64_t last) {
+            product(p, inputs, count, out, y, stride, first, last, own);
         });
     }
 
-    void rope(const float *from, int64_t position, float *out) const {
+    // RMSNorm of a head (weight NULL: none) and its rotation, into out[D padded to 16].
+    void rope(const float *from, const float *weight, int64_t position, float *out) const {
+        alignas(64) float normed[1024];
+        if (weight) {
+            rms_norm(from, weight, m.head_dim, m.eps, normed);
+            from = normed;
+        }
         const float *cos = m.cos + position * m.head_dim, *sin = m.sin + position * m.head_dim;
         int64_t D = m.head_dim, half = D / 2;
         for (int64_t i = 0; i < half; i++) {
@@ -182,7 +154,7 @@ struct pass {
         int64_t v_at = k_at + round_up(m.kv_heads * D, 16);
         float *padded = (float *)own;
         const float *from = buf.a + token * buf.wide;
-        rope(from + k_at + g * D, buf.position[token], padded);
+        rope(from + k_at + g * D, m.layer[layer].k_norm, buf.position[token], padded);
         memcpy(padded + Dp, from + v_at + g * D, D * 4);
         for (int64_t d = D; d < Dp; d++) padded[Dp + d] = 0.0f;
         append<dtype>(padded, padded + Dp, cache_of<dtype>(rows[buf.row_of[token]], layer, g), buf.position[token]);
@@ -202,7 +174,7 @@ struct pass {
             float *p = (float *)own + 2 * Dp;
             for (int j = 0; j < n; j++) {
                 int64_t t = (first + j) / R, head = g * R + (first + j) % R;
-                rope(buf.a + (token + t) * buf.wide + head * D, row.length + t, p);
+                rope(buf.a + (token + t) * buf.wide + head * D, m.layer[layer].q_norm, row.length + t, p);
                 query[j] = p;
                 out[j] = p + Dp;
                 scores[j] = p + 2 * Dp;
@@ -258,31 +230,18 @@ struct pass {
 
     bool layer(int64_t index) {
         const bn_layer &l = m.layer[index];
-        int64_t C = round_up(m.hidden, 32), F = m.intermediate;
+        int64_t C = round_up(m.hidden, 64);
         int glu = m.relu2 ? OUT_GLU_RELU2 : OUT_GLU_SILU;
-        return quantize(buf.h, C, l.input_norm, m.hidden, M) && product(l.qkv, buf.a, buf.wide, l.qkv.N, OUT_STORE) &&
+        return prepare_rows(l.qkv, buf.h, C, l.input_norm, M) && multiply_rows(l.qkv, buf.a, buf.wide, OUT_STORE) &&
                attention(index) &&
-               quantize(buf.b, buf.wide, l.attn_sub_norm, (int64_t)m.heads * m.head_dim, M) &&
-               product(l.o, buf.h, C, m.hidden, OUT_ADD) &&
-               quantize(buf.h, C, l.post_norm, m.hidden, M) && product(l.gate_up, buf.a, buf.wide, 2 * F, glu) &&
-               quantize(buf.a, buf.wide, l.ffn_sub_norm, F, M) && product(l.down, buf.h, C, m.hidden, OUT_ADD);
+               prepare_rows(l.o, buf.b, buf.wide, l.attn_sub_norm, M) && multiply_rows(l.o, buf.h, C, OUT_ADD) &&
+               prepare_rows(l.gate_up, buf.h, C, l.post_norm, M) && multiply_rows(l.gate_up, buf.a, buf.wide, glu) &&
+               prepare_rows(l.down, buf.a, buf.wide, l.ffn_sub_norm, M) && multiply_rows(l.down, buf.h, C, OUT_ADD);
     }
 
     bool embed(const int64_t *ids) {
-        int64_t C = round_up(m.hidden, 32);
         return self.each(M, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++) {
-                int64_t row = ids[i];
-                float *h = buf.h + i * C;
-                if (m.embedding) {
-                    const uint8_t *codes = m.embedding + row * m.embedding_width;
-                    for (int64_t k = 0; k < m.hidden; k++) h[k] = (float)(codes[k] - 128) * m.embedding_scale[row];
-                } else {
-                    const uint8_t *lines = m.head.lines + row / 16 * m.head.lines_per_block * 64 + row % 16 * 4;
-                    for (int64_t k = 0; k < m.hidden; k++)
-                        h[k] = (float)(lines[k / 4 * 64 + k % 4] - 128) * m.head.scale[row];
-                }
-            }
+            for (int64_t i = first; i < last; i++) read_row(m.embedding, ids[i], buf.h + i * round_up(m.hidden, 64), own);
         });
     }
 };
@@ -308,11 +267,11 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
     }
     bn::run(threads, [&](member &self) {
         tiles ready(M > DIRECT);
-        pass p = {*m, rows, row_count, M, few, buf, self, buf.own + self.id * buf.own_bytes};
+        pass p = {*m, rows, row_count, M, few, buf, self, buf.own + self.id * buf.own_bytes + buf.own_x};
         bool here = p.embed(ids);
         for (int64_t i = 0; here && i < m->layers; i++) here = p.layer(i);
-        if (here && wanted_count && p.quantize(buf.h, round_up(m->hidden, 32), m->norm, m->hidden, wanted_count, wanted))
-            p.product(m->head, logits, m->vocab, m->vocab, OUT_STORE);
+        if (here && wanted_count && p.prepare_rows(m->head, buf.h, round_up(m->hidden, 64), m->norm, wanted_count, wanted))
+            p.multiply_rows(m->head, logits, m->vocab, OUT_STORE);
     });
     return 0;
 }
@@ -320,16 +279,45 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
 static int matmul(const bn_matrix *w, const int8_t *q, int64_t stride, const float *scale, const int32_t *total,
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads) {
     target to = {out, (float *)y, y_stride, columns, bias};
-    int64_t each = round_up(scratch_bytes(w->K, rows), 64);
+    int64_t each = round_up(token_scratch(w->K, rows), 64);
     uint8_t *scratch = rows <= DIRECT ? nullptr : (uint8_t *)malloc(each * threads + 64);
     if (rows > DIRECT && !scratch) return 1;
     bn::run(threads, [&](member &self) {
         tiles ready(rows > DIRECT);
         self.each(w->N / 32, [&](int64_t first, int64_t last) {
-            multiply(*w, q, stride, scale, total, rows, to, first, last, scratch + self.id * each);
+            multiply_tokens(*w, q, stride, scale, total, rows, to, first, last, scratch + self.id * each);
         });
     });
     free(scratch);
+    return 0;
+}
+
+// The product of one matrix outside of a model, of floats x[rows, inputs], to y.
+static int linear(const bn_matrix *w, const float *x, int64_t rows, float *y, int64_t y_stride, int64_t columns,
+                  int threads) {
+    bn_projection p = {};
+    p.part[0] = *w;
+    p.parts = 1;
+    p.rows[0] = (int32_t)columns;
+    int64_t bytes = lay_out_inputs(p, rows, nullptr, nullptr);
+    int64_t each = round_up(max64(prepare_scratch(p), product_scratch(p, rows)), 64) + 64;
+    uint8_t *memory = (uint8_t *)malloc(bytes + each * threads + 64);
+    if (!memory) return 1;
+    uint8_t *start = (uint8_t *)round_up((int64_t)memory, 64), *scratch = start + bytes;
+    prepared to;
+    lay_out_inputs(p, rows, start, &to);
+    bn::run(threads, [&](member &self) {
+        tiles ready(rows > DIRECT);
+        uint8_t *own = scratch + self.id * each;
+        bool here = self.each(rows, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++) prepare(p, x + i * w->inputs, nullptr, 0.0f, to, i, own);
+        });
+        if (here)
+            self.each(panels_of(p, OUT_STORE), [&](int64_t first, int64_t last) {
+                product(p, to, rows, OUT_STORE, y, y_stride, first, last, own);
+            });
+    });
+    free(memory);
     return 0;
 }
 

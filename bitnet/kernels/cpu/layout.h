@@ -11,7 +11,19 @@
 //     CODEC_EIGHT_BIT  c0                                             4 l + j                  w + 128
 //
 // The product runs on the unsigned codes; offset * sum(x) is subtracted at the end. A pad of K meets activations that
-// are zero.
+// are zero. These four have a scale a row and activations with a scale a token.
+//
+// With groups of columns that have scales of their own, and activations with a scale a segment (the group, or 32 columns
+// of it; 256 of CODEC_BASE3), lines come in steps of 32 columns, and a code of an odd number of bits is cut in two:
+//
+//     CODEC_ONE_BIT    one line      bit i of a byte: column 4 i + j
+//     CODEC_TWO_BIT    2 lines       as above
+//     CODEC_THREE_BIT  2 + 1 lines   the two low bits, then the third
+//     CODEC_FOUR_BIT   4 lines       as above; CODEC_LEVELS alike, its codes looked up in a table
+//     CODEC_FIVE_BIT   4 + 1 lines   CODEC_SIX_BIT: 4 + 2 lines   CODEC_EIGHT_BIT: 8 lines
+//     CODEC_BASE3      13 lines a step of 256 columns
+//
+// Floats lie column by column, 16 rows side by side: [N / 16, K, 16].
 //
 // CODEC_BASE3 holds five weights in a byte (1.6 bits each). Its byte is a fraction of 256 whose digits in base 3 are
 // the codes: with v_0 = byte and v_(i+1) = 3 v_i mod 256, c_i = (3 v_i - v_(i+1)) / 256. A product therefore needs no
@@ -21,20 +33,62 @@
 
 #include <stdint.h>
 
-enum { CODEC_BASE3 = 1, CODEC_TWO_BIT = 2, CODEC_FOUR_BIT = 4, CODEC_EIGHT_BIT = 8 };
-enum { OUT_STORE = 0, OUT_ADD = 1, OUT_GLU_SILU = 2, OUT_GLU_RELU2 = 3, OUT_INT32 = 4 };
+enum {
+    CODEC_BASE3 = 1, CODEC_TWO_BIT = 2, CODEC_THREE_BIT = 3, CODEC_FOUR_BIT = 4, CODEC_FIVE_BIT = 5, CODEC_SIX_BIT = 6,
+    CODEC_LEVELS = 7, CODEC_EIGHT_BIT = 8, CODEC_ONE_BIT = 9,
+    CODEC_FLOAT8 = 20, CODEC_FLOAT16 = 21, CODEC_BFLOAT16 = 22, CODEC_FLOAT32 = 23
+};
+enum { OUT_STORE = 0, OUT_ADD = 1, OUT_GLU_SILU = 2, OUT_GLU_RELU2 = 3, OUT_INT32 = 4, OUT_MULTIPLY = 5, OUT_SILU = 6,
+       OUT_RELU2 = 7 };
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_INT8 = 2 };
+// How activations meet a matrix: INT8 with a scale a token, with a given scale and zero point, with a scale a segment;
+// or as the floats that they are.
+enum { X_TOKEN = 0, X_STATIC = 1, X_GROUP = 2, X_FLOAT = 3 };
+// What a group of columns has of its own; rows r of a block side by side. s_r and t_r of w = s_r c + t_r:
+//     GROUPS_HALF        half d[16]                                     d             -center d
+//     GROUPS_HALF_MIN    half d[16], half m[16]                         d             m
+//     GROUPS_HALF_ZERO   half d[16], uint8 z[16]                        d             -z d
+//     GROUPS_FLOAT       float d[16]                                    d             -center d
+//     GROUPS_SUPER       int8 s[16]; super: half d[16]                  d s           -center d s
+//     GROUPS_SUPER_MIN   uint8 s[16], m[16]; super: half d[16], e[16]   d s           -e m
+//     GROUPS_NIBBLES     uint8 (s | m << 4)[16]; super: as above        d s           -e m
+// A super-block has 256 columns.
+enum {
+    GROUPS_NONE = 0, GROUPS_HALF = 1, GROUPS_HALF_MIN = 2, GROUPS_HALF_ZERO = 3, GROUPS_FLOAT = 4, GROUPS_SUPER = 5,
+    GROUPS_SUPER_MIN = 6, GROUPS_NIBBLES = 7
+};
 
 typedef struct {
     const uint8_t *lines; // [N / 16, lines_per_block, 64]
     const float *scale;   // [N], padded with zeros like the rows
-    int32_t N, K;         // N padded to 32, K as it is
+    const float *bias;    // [N] like it, or NULL
+    const uint8_t *groups;   // [N / 16, K / group, bytes of one], NULL without groups
+    const uint8_t *supers;   // [N / 16, K / 256, bytes of one]
+    const uint8_t *levels;   // [16]: the unsigned codes that CODEC_LEVELS stands for
+    const float *values;     // [16]: what the codes of CODEC_FOUR_BIT stand for where they are no integers
+    const int32_t *order;    // [K]: which input each column takes, -1 for none; NULL: column k takes input k
+    const float *divisor;    // [inputs]: divides the input, or NULL
+    int32_t N, K;            // N padded to 32; K as it is, with groups padded to 32 in every group
+    int32_t inputs;          // K of the layer
     int32_t codec, lines_per_block;
+    int32_t group, kind, center; // columns of a group, GROUPS_*, what a code of the weight 0 is
+    int32_t x;                   // X_*
+    float x_scale;               // of X_STATIC
+    int32_t x_zero;
 } bn_matrix;
 
+// What is multiplied together: one matrix, or as many as there are formats in it. Part i goes to rows at[i] of the
+// output, and rows[i] of it exist. A gate and an up of two formats are two parts at row 0.
+enum { MAX_PARTS = 3 };
 typedef struct {
-    bn_matrix qkv, o, gate_up, down; // gate_up: blocks of 16 rows of gate and up in turn
+    bn_matrix part[MAX_PARTS];
+    int32_t parts, at[MAX_PARTS], rows[MAX_PARTS];
+} bn_projection;
+
+typedef struct {
+    bn_projection qkv, o, gate_up, down; // one part of gate_up: blocks of 16 rows of gate and up in turn
     const float *input_norm, *attn_sub_norm, *post_norm, *ffn_sub_norm; // sub-norms may be NULL
+    const float *q_norm, *k_norm;                                      // [head_dim] of every head, or NULL
 } bn_layer;
 
 typedef struct {
@@ -43,10 +97,8 @@ typedef struct {
     const bn_layer *layer;
     const float *norm;
     const float *cos, *sin;    // [positions, head_dim]
-    const uint8_t *embedding;  // [vocab, embedding_width], code + 128; NULL if tied: then the head's lines are read
-    const float *embedding_scale;
-    int64_t embedding_width;
-    bn_matrix head;
+    bn_projection head;
+    bn_matrix embedding;       // the head's where they are tied
 } bn_model;
 
 // Where keys and values lie: in blocks of `block` positions, a multiple of 16, of all layers and key/value heads. Keys of
@@ -89,6 +141,8 @@ typedef struct {
                      int threads);
     int (*matmul)(const bn_matrix *w, const int8_t *q, int64_t stride, const float *scale, const int32_t *total,
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads);
+    // One matrix of any kind and floats x[rows, inputs], to y[rows, columns]. 1: no memory.
+    int (*linear)(const bn_matrix *w, const float *x, int64_t rows, float *y, int64_t y_stride, int64_t columns, int threads);
     int (*forward)(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const int32_t *wanted,
                    int64_t wanted_count, float *logits, void *workspace, int threads);
     // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that

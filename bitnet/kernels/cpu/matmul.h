@@ -6,8 +6,7 @@
 
 #include <stdlib.h>
 
-#include "layout.h"
-#include "simd.h"
+#include "activations.h"
 
 namespace bn {
 namespace BN_ISA {
@@ -16,7 +15,6 @@ BN_INLINE int offset_of(int codec) { return codec == CODEC_EIGHT_BIT ? 128 : cod
 BN_INLINE int quads_of(int codec) { // groups of four K in a line
     return codec == CODEC_BASE3 ? 5 : codec == CODEC_TWO_BIT ? 4 : codec == CODEC_FOUR_BIT ? 2 : 1;
 }
-BN_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 enum { PREFETCH = 8192 }; // bytes ahead: measured best of 0 to 16384 on a Xeon, with huge pages
 
@@ -263,34 +261,9 @@ struct tiles {
 
 // ---- from sums to outputs ----
 
-struct target { // where a product goes, and how
-    int out;
-    float *y;
-    int64_t stride, columns; // columns: how many of the N rows exist
-    const float *bias;
-};
-
-BN_INLINE vf gate(vf g, int out) {
-    if (out == OUT_GLU_RELU2) {
-        g = max(splat(0.0f), g); // in this order a NaN stays one
-        return g * g;
-    }
-    return g / (splat(1.0f) + exponential(-g));
-}
-
-BN_INLINE void put(float *y, vf v, int64_t columns, bool add) {
-    if (columns >= 16) {
-        store(y, add ? load(y) + v : v);
-    } else {
-        float t[16];
-        store(t, v);
-        for (int64_t r = 0; r < columns; r++) y[r] = add ? y[r] + t[r] : t[r];
-    }
-}
-
 // The sums of one token with the two blocks of panel `panel`, less the offset, scaled, and on to where they go.
-BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vi s0, vi s1, float scale, int32_t total,
-                      int64_t m) {
+BN_INLINE void finish_sums(const bn_matrix &w, const target &to, int64_t panel, vi s0, vi s1, float scale, int32_t total,
+                           int64_t m) {
     vi back = splat(offset_of(w.codec) * total);
     int64_t n = 32 * panel;
     s0 = s0 - back;
@@ -302,36 +275,23 @@ BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vi s0
         for (int64_t r = 0; r < 32 && n + r < to.columns; r++) y[r] = t[r];
         return;
     }
-    vf v0 = to_float(s0) * splat(scale) * load(w.scale + n);
-    vf v1 = to_float(s1) * splat(scale) * load(w.scale + n + 16);
-    if (to.out == OUT_GLU_SILU || to.out == OUT_GLU_RELU2) {
-        put(to.y + m * to.stride + n / 2, gate(v0, to.out) * v1, to.columns / 2 - n / 2, false);
-        return;
-    }
-    float *y = to.y + m * to.stride + n;
-    if (to.bias) {
-        float b[32];
-        for (int64_t r = 0; r < 32; r++) b[r] = n + r < to.columns ? to.bias[n + r] : 0.0f;
-        v0 = v0 + load(b);
-        v1 = v1 + load(b + 16);
-    }
-    put(y, v0, to.columns - n, to.out == OUT_ADD);
-    if (to.columns > n + 16) put(y + 16, v1, to.columns - n - 16, to.out == OUT_ADD);
+    finish(w, to, panel, to_float(s0) * splat(scale) * load(w.scale + n),
+           to_float(s1) * splat(scale) * load(w.scale + n + 16), m);
 }
 
 enum { DIRECT = 6 }; // unpacking a panel costs about as much as multiplying this many tokens, measured on AMX
 
 // Bytes of scratch that one thread needs for more than DIRECT tokens.
-BN_INLINE int64_t scratch_bytes(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
+BN_INLINE int64_t token_scratch(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
 
 // The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
-static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
+static void multiply_tokens(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
                      int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
     if (M <= DIRECT) { // a block is 8 KiB or so: the second token finds it in the first-level cache
         for (int64_t panel = first; panel < last; panel++)
             for (int64_t m = 0; m < M; m++)
-                finish(w, to, panel, block_times_token(w, 2 * panel, x + m * stride),
-                       block_times_token(w, 2 * panel + 1, x + m * stride), scale[m], total[m], m);
+                finish_sums(w, to, panel, block_times_token(w, 2 * panel, x + m * stride),
+                            block_times_token(w, 2 * panel + 1, x + m * stride), scale[m], total[m], m);
         return;
     }
     int64_t quads = round_up(w.lines_per_block * quads_of(w.codec), 16);
@@ -346,37 +306,8 @@ static void multiply(const bn_matrix &w, const int8_t *x, int64_t stride, const 
         panel_times_tokens(p0, p1, quads, x, stride, M, sums);
 #endif
         for (int64_t m = 0; m < M; m++)
-            finish(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);
+            finish_sums(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);
     }
-}
-
-// Per-token absmax INT8 of x[K], which is zero or readable up to a multiple of 16 past K: the codes, their sum, the
-// scale. A value that is not finite makes the scale NaN and with it the whole token, as in the reference.
-BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale, int32_t *total) {
-    vf peak = {}, odd = {};
-    int64_t whole = K / 16 * 16;
-    float tail[16] = {};
-    memcpy(tail, x + whole, (K - whole) * sizeof(float));
-    for (int64_t k = 0; k < whole; k += 16) {
-        vf v = load(x + k);
-        peak = max(absolute(v), peak);
-        odd = fma(v, splat(0.0f), odd);
-    }
-    peak = max(absolute(load(tail)), peak);
-    odd = fma(load(tail), splat(0.0f), odd);
-    float absmax = maximum(peak);
-    float s = (absmax > 1e-5f ? absmax : 1e-5f) / 127.0f;
-    vi sums = {};
-    for (int64_t k = 0; k < K; k += 16) {
-        vf v = k < whole ? load(x + k) : load(tail);
-        vi code = to_int(v / splat(s));
-        int8_t narrowed[16];
-        narrow(narrowed, code);
-        memcpy(q + k, narrowed, K - k < 16 ? K - k : 16);
-        sums = sums + code;
-    }
-    *scale = s + sum(odd);
-    *total = sum(sums);
 }
 
 } // namespace BN_ISA

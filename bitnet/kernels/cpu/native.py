@@ -36,15 +36,31 @@ def c_types(letters: str) -> list[type]:
 
 class Matrix(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("lines", "scale")),
-        *((name, c_int32) for name in ("N", "K", "codec", "lines_per_block")),
+        *((name, c_void_p) for name in ("lines", "scale", "bias", "groups", "supers", "levels", "values")),
+        *((name, c_void_p) for name in ("order", "divisor")),
+        *((name, c_int32) for name in ("N", "K", "inputs", "codec", "lines_per_block", "group", "kind", "center", "x")),
+        ("x_scale", c_float),
+        ("x_zero", c_int32),
+    ]
+
+
+MAX_PARTS = 3
+
+
+class Projection(ctypes.Structure):
+    _fields_ = [
+        ("part", Matrix * MAX_PARTS),
+        ("parts", c_int32),
+        ("at", c_int32 * MAX_PARTS),
+        ("rows", c_int32 * MAX_PARTS),
     ]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Projection) for name in ("qkv", "o", "gate_up", "down")),
         *((name, c_void_p) for name in ("input_norm", "attn_sub_norm", "post_norm", "ffn_sub_norm")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
     ]
 
 
@@ -54,9 +70,9 @@ class Model(ctypes.Structure):
         *((name, c_int32) for name in ("layers", "relu2")),
         ("eps", c_float),
         ("layer", POINTER(Layer)),
-        *((name, c_void_p) for name in ("norm", "cos", "sin", "embedding", "embedding_scale")),
-        ("embedding_width", c_int64),
-        ("head", Matrix),
+        *((name, c_void_p) for name in ("norm", "cos", "sin")),
+        ("head", Projection),
+        ("embedding", Matrix),
     ]
 
 
@@ -91,6 +107,7 @@ class Kernels(ctypes.Structure):
         ("codec", c_int32),
         ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
+        ("linear", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqpqqi"))),
         ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qppqppi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
         ("sample", ctypes.CFUNCTYPE(None, POINTER(Draw), *c_types("qqpi"))),
@@ -125,11 +142,13 @@ def library() -> ctypes.CDLL | None:
             lib.bn_draw_bytes.argtypes, lib.bn_draw_bytes.restype = [c_int64], c_int64
             lib.bn_lines.argtypes = c_types("qi")
             lib.bn_pack.argtypes = c_types("pqqiqpiqqi")
+            lib.bn_pack_codes.argtypes = c_types("pqqpiqqi")
+            lib.bn_pack_codes.restype = None
             lib.bn_advise_huge_pages.argtypes = c_types("pq")
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
             # The structs are declared twice, here and in layout.h; a stale library must not be called.
-            for index, struct in enumerate((Matrix, Layer, Model, Cache, Row, Draw, Kernels)):
+            for index, struct in enumerate((Matrix, Projection, Layer, Model, Cache, Row, Draw, Kernels)):
                 if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
                     raise RuntimeError(
                         f"{path.name} was built from other sources than this Python ({struct.__name__} differs); "
@@ -205,7 +224,8 @@ class Lines:
         if rows % 32:
             self.memory[(rows // 16) * per_block * 64 :].zero_()
         self.scale = torch.zeros(padded, dtype=torch.float32, device="cpu")
-        self.struct = Matrix(self.memory.data_ptr(), self.scale.data_ptr(), padded, columns, CODECS[codec], per_block)
+        self.struct = Matrix(self.memory.data_ptr(), self.scale.data_ptr(), N=padded, K=columns, inputs=columns)
+        self.struct.codec, self.struct.lines_per_block = CODECS[codec], per_block
 
     @staticmethod
     def size(rows: int, columns: int, codec: str) -> int:

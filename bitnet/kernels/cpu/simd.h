@@ -42,7 +42,7 @@ template <class T> struct pair {
 };
 #define BN_PAIRWISE(op)                                                                                                \
     template <class T> BN_INLINE pair<T> operator op(pair<T> a, pair<T> b) { return {a.lo op b.lo, a.hi op b.hi}; }
-BN_PAIRWISE(+) BN_PAIRWISE(-) BN_PAIRWISE(*) BN_PAIRWISE(/) BN_PAIRWISE(&)
+BN_PAIRWISE(+) BN_PAIRWISE(-) BN_PAIRWISE(*) BN_PAIRWISE(/) BN_PAIRWISE(&) BN_PAIRWISE(|)
 #undef BN_PAIRWISE
 template <class T> BN_INLINE pair<T> operator-(pair<T> a) { return {-a.lo, -a.hi}; }
 template <class T> BN_INLINE pair<T> operator&(pair<T> a, uint8_t mask) { return {a.lo & mask, a.hi & mask}; }
@@ -64,6 +64,13 @@ enum { NATIVE = 64 };
 typedef native<64>::f vf;
 typedef native<64>::i vi;
 typedef native<64>::b vb;
+#endif
+#if defined(BN_AVX512)
+enum { FLOAT_TILE = 12 }; // tokens whose float sums stay in registers
+#elif defined(BN_AVX2) || defined(BN_NEON)
+enum { FLOAT_TILE = 6 };
+#else
+enum { FLOAT_TILE = 1 };
 #endif
 typedef native<NATIVE>::f nf; // what one instruction works on; the scalar build leaves that to the compiler
 typedef native<NATIVE>::i ni;
@@ -152,7 +159,8 @@ BN_INLINE ni to_int(nf v) { return (ni)vcvtnq_s32_f32((float32x4_t)v); }
 
 #else
 
-BN_INLINE vi dot4(vi acc, vb w, vi x) {
+// A call, or the loops of every kernel would take minutes to compile.
+__attribute__((noinline)) static vi dot4(vi acc, vb w, vi x) {
     int8_t xs[4];
     int32_t first = x[0]; // all lanes are alike
     memcpy(xs, &first, 4);
@@ -161,7 +169,7 @@ BN_INLINE vi dot4(vi acc, vb w, vi x) {
     return acc;
 }
 BN_INLINE vi dot4_small(vi acc, vb w, vi x) { return dot4(acc, w, x); }
-BN_INLINE vf fma(vf a, vf b, vf c) {
+__attribute__((noinline)) static vf fma(vf a, vf b, vf c) {
     for (int r = 0; r < 16; r++) c[r] = __builtin_fmaf(a[r], b[r], c[r]);
     return c;
 }
@@ -183,6 +191,87 @@ BN_INLINE nf min(nf a, nf b) {
     return a;
 }
 #endif
+
+// Sums of short dot products: `add_small` up to EVERY times from zero, then `dot4_of`. Where dot products go by way of 16
+// bits, those are added first, and EVERY is what they hold of codes of this many bits.
+#if defined(BN_AVX2) && !defined(BN_AVXVNNI)
+BN_INLINE constexpr int every(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : 2; }
+BN_INLINE ni add_small(ni acc, nb w, ni x) {
+    return (ni)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+}
+BN_INLINE ni dot4_of(ni acc) { return (ni)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)); }
+#else
+BN_INLINE constexpr int every(int bits) { return 8; }
+#if defined(BN_AVX512) || !(defined(BN_AVX2) || defined(BN_NEON))
+BN_INLINE vi add_small(vi acc, vb w, vi x) { return dot4_small(acc, w, x); }
+#else
+BN_INLINE ni add_small(ni acc, nb w, ni x) { return dot4_small(acc, w, x); }
+#endif
+BN_INLINE ni dot4_of(ni acc) { return acc; }
+#endif
+template <class I, class B> BN_INLINE pair<I> add_small(pair<I> acc, pair<B> w, pair<I> x) {
+    return {add_small(acc.lo, w.lo, x.lo), add_small(acc.hi, w.hi, x.hi)};
+}
+template <class T> BN_INLINE pair<T> dot4_of(pair<T> acc) { return {dot4_of(acc.lo), dot4_of(acc.hi)}; }
+
+// Bits `from` on of every byte, moved to bits `to` on and masked there. Whole dwords are shifted: what comes in from the
+// neighbouring byte is masked away.
+template <int from, int to> BN_INLINE nb field(nb v, int mask) {
+    ni w = (ni)v;
+    if constexpr (from > to) w = w >> (from - to);
+    else if constexpr (from < to) w = w << (to - from);
+    return (nb)w & (uint8_t)mask;
+}
+template <int from, int to, class T> BN_INLINE pair<T> field(pair<T> v, int mask) {
+    return {field<from, to>(v.lo, mask), field<from, to>(v.hi, mask)};
+}
+
+// table[code] of codes below 16, for a table of bytes and one of floats (whose codes are the dwords).
+#if defined(BN_AVX512)
+BN_INLINE nb lookup(nb v, const uint8_t *table) {
+    __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (nb)_mm512_shuffle_epi8(t, (__m512i)v);
+}
+BN_INLINE nf lookup(ni v, const float *table) {
+    return (nf)_mm512_permutexvar_ps((__m512i)v, _mm512_loadu_ps(table));
+}
+#elif defined(BN_AVX2)
+BN_INLINE nb lookup(nb v, const uint8_t *table) {
+    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (nb)_mm256_shuffle_epi8(t, (__m256i)v);
+}
+BN_INLINE nf lookup(ni v, const float *table) {
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)v);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)v);
+    return (nf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)v, 28)));
+}
+#else
+BN_INLINE nb lookup(nb v, const uint8_t *table) {
+#if defined(BN_NEON)
+    return (nb)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)v);
+#else
+    for (int i = 0; i < NATIVE; i++) v[i] = table[v[i]];
+    return v;
+#endif
+}
+BN_INLINE nf lookup(ni v, const float *table) {
+    nf f;
+    for (int i = 0; i < NATIVE / 4; i++) f[i] = table[v[i]];
+    return f;
+}
+#endif
+template <class T, class E> BN_INLINE auto lookup(pair<T> v, const E *table) -> pair<decltype(lookup(v.lo, table))> {
+    return {lookup(v.lo, table), lookup(v.hi, table)};
+}
+
+// Byte j of every dword.
+template <int j> BN_INLINE ni byte_of(nb v) {
+    if constexpr (j == 0) return (ni)v & 255;
+    return ((ni)v >> (8 * j)) & 255;
+}
+template <int j, class T> BN_INLINE auto byte_of(pair<T> v) -> pair<decltype(byte_of<j>(v.lo))> {
+    return {byte_of<j>(v.lo), byte_of<j>(v.hi)};
+}
 
 BN_INLINE nf to_float(ni v) { return __builtin_convertvector(v, nf); }
 template <class T> BN_INLINE auto to_float(pair<T> v) -> pair<decltype(to_float(v.lo))> {
@@ -215,8 +304,11 @@ template <class T> BN_INLINE void opaque(pair<T> &v) { opaque(v.lo); opaque(v.hi
 
 // ---- bytes and half precision: 16 values in memory to and from a vector ----
 
+// widen: 16 signed bytes as floats, unsigned integers as int32; from_brain: bfloat16.
 #if defined(BN_AVX512) || defined(BN_AVX2)
 #if defined(BN_AVX512)
+BN_INLINE vi widen(const uint8_t *q) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)q)); }
+BN_INLINE vi widen(const uint16_t *p) { return (vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
 BN_INLINE vf widen(const int8_t *q) {
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
 }
@@ -226,6 +318,14 @@ BN_INLINE void to_half(uint16_t *p, vf v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
+BN_INLINE vi widen(const uint8_t *q) {
+    return {(ni)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)q)),
+            (ni)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(q + 8)))};
+}
+BN_INLINE vi widen(const uint16_t *p) {
+    return {(ni)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)),
+            (ni)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8)))};
+}
 BN_INLINE vf widen(const int8_t *q) {
     return {(nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q))),
             (nf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + 8))))};
@@ -244,6 +344,13 @@ BN_INLINE void to_half(uint16_t *p, vf v) {
 }
 #endif
 #else
+template <class T> BN_INLINE vi widen_each(const T *q) {
+    int32_t t[16];
+    for (int r = 0; r < 16; r++) t[r] = q[r];
+    return load(t);
+}
+BN_INLINE vi widen(const uint8_t *q) { return widen_each(q); }
+BN_INLINE vi widen(const uint16_t *q) { return widen_each(q); }
 BN_INLINE vf widen(const int8_t *q) {
     float t[16];
     for (int r = 0; r < 16; r++) t[r] = (float)q[r];
@@ -294,6 +401,13 @@ BN_INLINE void to_half(uint16_t *p, vf v) {
 }
 #endif
 
+BN_INLINE vf from_brain(const uint16_t *p) { return as_float(widen(p) << 16); }
+// E4M3FN times 2^-8: as half precision, whose exponent is biased by 8 more. A NaN gives 1.875, and is refused before.
+BN_INLINE vf from_float8(const uint8_t *p) {
+    uint16_t half[16];
+    for (int r = 0; r < 16; r++) half[r] = (uint16_t)((p[r] & 0x80) << 8 | (p[r] & 0x7F) << 7);
+    return from_half(half);
+}
 BN_INLINE vf absolute(vf v) { return as_float(as_int(v) & splat((int32_t)0x7FFFFFFF)); }
 
 // Sums and maxima over the 16 lanes, always as the same tree.

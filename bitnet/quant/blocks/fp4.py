@@ -30,6 +30,26 @@ def dequantize(raw: Tensor, kind: str) -> Tensor:
     return (_scales(raw[:, :4]).unsqueeze(2) * table[codes.long()]).flatten(1)
 
 
+def unpack(rows: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of bytes `[N, row bytes]` as indices into VALUES uint8 `[N, K]`, float16 scales of groups `[N, G]` of twice
+    the values (which are integers), and float32 scales of rows `[N]`. A group of MXFP4 below 2^-24 of its row's largest
+    counts as 0."""
+    if kind == "NVFP4":
+        raw = rows.reshape(-1, 36)
+        scale = _scales(raw[:, :4]) / 2
+        return (
+            unpack_bits(raw[:, 4:], 4, 8).view(len(rows), -1),
+            scale.half().view(len(rows), -1),
+            torch.ones(len(rows)),
+        )
+    raw = rows.reshape(-1, 17)
+    exponent = raw[:, 0].view(len(rows), -1).to(torch.int32)
+    largest = exponent.amax(1, keepdim=True)
+    scale = torch.ldexp(torch.ones(exponent.shape), exponent - largest).half()
+    of_row = torch.ldexp(torch.ones(len(rows), dtype=torch.float64), largest.view(-1) - 128).float()
+    return unpack_bits(raw[:, 1:], 4, 16).view(len(rows), -1), scale, of_row
+
+
 def _scales(raw: Tensor) -> Tensor:
     """UE4M3 bytes as float32."""
     exponent, fraction = ((raw >> 3) & 15).to(torch.int32), (raw & 7).float()

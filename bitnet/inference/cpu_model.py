@@ -1,0 +1,157 @@
+"""A model's weights in the native kernels' memory: every matrix repacked once, in one block of memory.
+
+What is multiplied together (q, k and v; gate and up) becomes one matrix where its parts lie alike, and otherwise one
+matrix a part: mixtures of GGUF types give a layer's values more bits than its queries.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitnet.inference.weights import Stored, Weights
+from bitnet.kernels.cpu import native
+from bitnet.kernels.cpu.matrices import NativeMatrix
+from bitnet.model import ModelConfig
+from bitnet.model.transformer import rope_tables
+
+
+@dataclass
+class _Part:
+    """Weights that share a matrix: each with its first row and the step of its blocks of 16 rows."""
+
+    weights: list[tuple[Stored, int, int]]
+    rows: int
+    at: int
+    """Of the projection's output."""
+
+    @property
+    def nbytes(self) -> int:
+        return NativeMatrix.nbytes(self.weights[0][0].form, self.rows)
+
+
+class NativeModel:
+    """The structs of `layout.h` for one model and the memory that they point to.
+
+    `struct` is what a forward pass takes. Raises ValueError for weights that the kernels do not know.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.matrices: list[NativeMatrix] = []
+        self._keep: list[Tensor] = []
+        self._tied = config.tie_word_embeddings
+        C, V, shapes = config.hidden_size, config.vocab_size, config.projections()
+        queries, keys = (_round_up(shapes[f"self_attn.{name}_proj"][0], 16) for name in ("q", "k"))
+
+        def read(prefix: str, *names: str) -> list[Stored]:
+            return [weights.matrix(prefix + name, *shapes[name]) for name in names]
+
+        table = weights.matrix("model.embed_tokens", V, C)
+        head = table if config.tie_word_embeddings else weights.matrix("lm_head", V, C)
+        plans = [[_Part([(head, 0, 1)], V, 0)]]
+        if not config.tie_word_embeddings:
+            plans.append([_Part([(table, 0, 1)], V, 0)])
+        for index in range(config.num_hidden_layers):
+            prefix = f"model.layers.{index}."
+            qkv = read(prefix, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+            gate_up = read(prefix, "mlp.gate_proj", "mlp.up_proj")
+            plans.append(_side_by_side(qkv, [0, queries, queries + keys]))
+            plans.append(_single(*read(prefix, "self_attn.o_proj")))
+            plans.append(_in_turn(gate_up))
+            plans.append(_single(*read(prefix, "mlp.down_proj")))
+        # One block, for huge pages; the largest tensors first, while nothing else is resident.
+        self._arena = native.huge_pages(sum(part.nbytes for plan in plans for part in plan))
+        self._used = 0
+        made = [self._projection(plan) for plan in plans]
+
+        layers = (native.Layer * config.num_hidden_layers)()
+        norms = {
+            "input_norm": "input_layernorm", "post_norm": "post_attention_layernorm",
+            "attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm",
+            "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
+        }  # fmt: skip
+        widths = config.norms()
+        first = len(made) - 4 * len(layers)
+        for index, layer in enumerate(layers):
+            layer.qkv, layer.o, layer.gate_up, layer.down = made[first + 4 * index : first + 4 * index + 4]
+            for field, name in norms.items():
+                if name in widths:
+                    setattr(layer, field, self._floats(weights, f"model.layers.{index}.{name}.weight", widths[name]))
+        cos, sin = rope_tables(config)
+        self._keep += [cos, sin]
+        self.struct = native.Model(
+            hidden=C,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_width,
+            vocab=V,
+            layers=config.num_hidden_layers,
+            relu2=config.hidden_act == "relu2",
+            eps=config.rms_norm_eps,
+            layer=layers,
+            norm=self._floats(weights, "model.norm.weight", C),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            head=made[0],
+            embedding=made[0 if config.tie_word_embeddings else 1].part[0],
+        )
+        self._layers = layers
+
+    def _projection(self, plan: list[_Part]) -> native.Projection:
+        projection = native.Projection(parts=len(plan))
+        for index, part in enumerate(plan):
+            form = part.weights[0][0].form
+            memory = self._arena[self._used : self._used + part.nbytes]
+            self._used += part.nbytes
+            matrix = NativeMatrix(form, part.rows, memory)
+            if any(weight.rows % 16 for weight, _, _ in part.weights):
+                memory.zero_()  # gaps between the weights; their scale is 0
+            for weight, at, step in part.weights:
+                for first, piece in weight.pieces():
+                    matrix.write(piece, at + first * step, step)
+                if weight.bias is not None:
+                    matrix.write_bias(weight.bias, at, step)
+            self.matrices.append(matrix)
+            projection.part[index] = matrix.struct
+            projection.at[index], projection.rows[index] = part.at, part.rows
+        return projection
+
+    def _floats(self, weights: Weights, name: str, size: int) -> int:
+        # The C structs hold bare addresses, so `_keep` holds the tensors.
+        value = weights.vector(name, size).detach().float().contiguous().clone()
+        self._keep.append(value)
+        return value.data_ptr()
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that a step of decoding reads, as they lie in memory: not an embedding of its own."""
+        read = self.matrices if self._tied else [self.matrices[0], *self.matrices[2:]]
+        return sum(matrix.weight_bytes() for matrix in read)
+
+
+def _single(weight: Stored) -> list[_Part]:
+    return [_Part([(weight, 0, 1)], weight.rows, 0)]
+
+
+def _side_by_side(weights: list[Stored], starts: list[int]) -> list[_Part]:
+    """Neighbours of one form share a matrix."""
+    parts: list[_Part] = []
+    for weight, start in zip(weights, starts, strict=True):
+        last = parts[-1] if parts else None
+        if last is not None and last.weights[-1][0].form.fits(weight.form):
+            last.weights.append((weight, start - last.at, 1))
+            last.rows = start - last.at + weight.rows
+        else:
+            parts.append(_Part([(weight, 0, 1)], weight.rows, start))
+    return parts
+
+
+def _in_turn(weights: list[Stored]) -> list[_Part]:
+    """Gate and up: their blocks of 16 rows in turn, or a matrix each."""
+    gate, up = weights
+    if gate.form.fits(up.form):
+        return [_Part([(gate, 0, 2), (up, 16, 2)], 2 * _round_up(gate.rows, 16), 0)]
+    return [_Part([(weight, 0, 1)], weight.rows, 0) for weight in weights]
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,308 @@
+"""Where an engine's weights come from: the modules of a model, or a packed folder, as rows for the native kernels.
+
+`stored(module)` says how a module's weight lies in memory (`bitnet/kernels/cpu/matrices.py`) and reads it in pieces, so
+that no more than one piece is in memory beside the engine. `activations` is "int8", which formats with groups take by
+groups, or "float", exact to the format's definition. BitNet layers and W8A8 say themselves what their activations are.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.kernels import PACKED_BITS, quantize_weight
+from bitnet.kernels.cpu import native
+from bitnet.kernels.cpu.matrices import Form, Piece, unsigned
+from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model.linear import BitLinear
+from bitnet.model.quantized import StaticInt8Linear
+from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
+from bitnet.quant.blocks import READ_ONLY, block_type, fp4, kquants, simple, ternary
+from bitnet.quant.gptq_layout import unpack_gptq
+from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
+from bitnet.quant.packing import pack_codes, packed_width
+
+ACTIVATIONS = ("int8", "float")
+EMBEDDINGS = ("int8", "float16")
+TABLES = ("model.embed_tokens", "lm_head")
+PIECE = 2**22
+"""Weights that are read at a time."""
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight `[rows, form.inputs]` that is read when it is wanted: `read(first, last)` gives rows."""
+
+    form: Form
+    rows: int
+    read: Callable[[int, int], Piece]
+    bias: Tensor | None = None
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        """All rows: the first row of each piece, a multiple of 32, and the piece."""
+        each = max(32, PIECE // max(self.form.columns, 1) // 32 * 32)
+        for first in range(0, self.rows, each):
+            yield first, self.read(first, min(first + each, self.rows))
+
+
+class Weights(Protocol):
+    """The tensors of one model by their names in the torch model."""
+
+    def matrix(self, name: str, rows: int, columns: int) -> Stored: ...
+
+    def vector(self, name: str, size: int) -> Tensor: ...
+
+
+class ModuleWeights:
+    """The weights of a torch model. `codec` is the layout of per-tensor ternary ones, None for the fastest. Raises
+    ValueError for modules that the kernels do not know."""
+
+    def __init__(
+        self, model: BitNetForCausalLM, activations: str, embeddings: str | None, codec: str | None = None
+    ) -> None:
+        self.model, self.activations, self.embeddings, self.codec = model, activations, embeddings, codec
+
+    def matrix(self, name: str, rows: int, columns: int) -> Stored:
+        module = self.model.get_submodule(name)
+        if self.embeddings is not None and name in TABLES:
+            return table_of(module, self.embeddings)
+        found = stored(module, self.activations)
+        if self.codec and found.form.kind == "none" and found.form.codec in ("base3", "two_bit"):
+            found = replace(found, form=replace(found.form, codec=self.codec))
+        assert (found.rows, found.form.inputs) == (rows, columns), name
+        return found
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self.model.get_parameter(name)
+
+
+class PackedWeights:
+    """The tensors of a packed folder, of which `tensor(name, *shape)` reads one and checks its shape."""
+
+    def __init__(
+        self, tensor: Callable[..., Tensor], names: set[str], quantizer: str, embeddings: str = "int8"
+    ) -> None:
+        self.tensor, self.names, self.bits, self.embeddings = tensor, names, PACKED_BITS[quantizer], embeddings
+
+    def matrix(self, name: str, rows: int, columns: int) -> Stored:
+        if name in TABLES and f"{name}.weight" in self.names:
+            return float_table(self.tensor(f"{name}.weight", rows, columns), self.embeddings)
+        if name in TABLES and self.embeddings != "int8":
+            raise ValueError(
+                f"{name} is INT8 in the file, so embeddings {self.embeddings!r} are not there; leave it out"
+            )
+        bits = 8 if name in TABLES else self.bits
+        packed = self.tensor(f"{name}.packed_weight", rows, packed_width(columns, bits))
+        scale = self.tensor(f"{name}.weight_scale", 1 if bits == 2 else rows, 1)
+        bias = self.tensor(f"{name}.bias", rows) if f"{name}.bias" in self.names else None
+        return of_packed(packed, scale, bits, columns, bias)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self.tensor(name, size)
+
+
+def table_of(module: nn.Module, embeddings: str) -> Stored:
+    """An embedding or head as `EMBEDDINGS` says. Raises ValueError for one that is not float any more."""
+    if type(module) in (nn.Linear, nn.Embedding, FloatLinear, FloatEmbedding):
+        weight = module.stored if isinstance(module, FloatLinear) else module.get_parameter("weight")
+        return float_table(weight, embeddings)
+    if isinstance(module, (PackedLinear, PackedEmbedding)) and embeddings == "int8":
+        return stored(module)
+    raise ValueError(f"embedding and head are stored as {type(module).__name__}, not in floats; leave embeddings out")
+
+
+def float_table(weight: Tensor, embeddings: str) -> Stored:
+    """A float embedding or head: "int8" with a scale a row, "float16" as 16 bits: bfloat16 where that is exact."""
+    weight = weight.detach()
+    if embeddings == "int8":
+        codes, scale = quantize_weight(weight.float(), "int8")
+        return of_packed(pack_codes(codes, 8), scale, 8, weight.shape[1])
+    if weight.dtype == torch.float32:
+        exact = torch.equal(weight.bfloat16().float(), weight)
+        weight = weight.bfloat16() if exact else weight.half()
+    if not all(end.isfinite() for end in weight.aminmax()):
+        raise ValueError("the embedding does not fit float16; leave embeddings out")
+    return of_floats(weight)
+
+
+def stored(module: nn.Module, activations: str = "int8") -> Stored:
+    """A module's weight. Raises ValueError for one that the kernels do not know."""
+    if isinstance(module, (PackedLinear, PackedEmbedding)):
+        columns = module.in_features if isinstance(module, PackedLinear) else module.embedding_dim
+        bits = module.bits if isinstance(module, PackedLinear) else 8
+        bias = module.bias if isinstance(module, PackedLinear) else None
+        return of_packed(module.packed_weight, module.weight_scale, bits, columns, bias)
+    if isinstance(module, FloatLinear):
+        scale = module.scale if module.dtype == "float8" else None
+        return of_floats(module.stored, module.bias, scale, module.dtype)
+    if isinstance(module, BlockLinear):
+        return of_blocks(module.data, module.block_type, module.in_features, activations, module.bias)
+    if isinstance(module, GroupLinear):
+        return _of_groups(module, activations)
+    if isinstance(module, NF4Linear):
+        return _of_nf4(module)
+    if isinstance(module, StaticInt8Linear):
+        return _of_static(module)
+    if isinstance(module, BitLinear) and module.quantizer != "none":
+        raise ValueError("the model holds latent weights that are not packed; call model.pack() first")
+    if type(module) in (nn.Linear, nn.Embedding, BitLinear):
+        return of_floats(module.get_parameter("weight"), getattr(module, "bias", None))
+    raise ValueError(f"the native kernels do not know {type(module).__name__}; run the model in torch")
+
+
+def of_packed(packed: Tensor, scale: Tensor, bits: int, columns: int, bias: Tensor | None = None) -> Stored:
+    """Rows of `bitnet/quant/packing.py`, a scale `[1, 1]` or `[N, 1]`; activations INT8 with a scale a token."""
+
+    def read(first: int, last: int) -> Piece:
+        return Piece(packed[first:last], scale=scale if scale.numel() == 1 else scale[first:last], bits=bits)
+
+    return Stored(Form(columns, native.codec_of(bits, columns)), len(packed), read, bias)
+
+
+def of_floats(
+    weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, dtype: str | None = None
+) -> Stored:
+    """A float matrix `[N, K]`, with a scale `[N, 1]` where there is one."""
+    weight = weight.detach()
+    form = Form(weight.shape[1], dtype or DTYPES[weight.dtype], "float")
+
+    def read(first: int, last: int) -> Piece:
+        return Piece(weight[first:last], scale=None if scale is None else scale[first:last])
+
+    return Stored(form, len(weight), read, bias)
+
+
+# Codec, kind, columns of a group, code of the weight 0.
+_BLOCKS = {
+    "Q4_0": ("four_bit", "half", 32, 8),
+    "Q4_1": ("four_bit", "half_min", 32, 0),
+    "Q5_0": ("five_bit", "half", 32, 16),
+    "Q5_1": ("five_bit", "half_min", 32, 0),
+    "Q8_0": ("eight_bit", "half", 32, 128),
+    "IQ4_NL": ("levels", "half", 32, 127),
+    "Q2_K": ("two_bit", "nibbles", 16, 0),
+    "Q3_K": ("three_bit", "super", 16, 4),
+    "Q4_K": ("four_bit", "super_min", 32, 0),
+    "Q5_K": ("five_bit", "super_min", 32, 0),
+    "Q6_K": ("six_bit", "super", 16, 32),
+    "TQ1_0": ("base3", "half", 256, 1),
+    "TQ2_0": ("two_bit", "half", 256, 1),
+    "Q2_0": ("two_bit", "half", 64, 1),
+    "PQ2_0": ("two_bit", "half", 128, 1),
+    "Q1_0": ("one_bit", "half_min", 128, 0),
+    "MXFP4": ("levels", "half", 32, 12),
+    "NVFP4": ("levels", "half", 16, 12),
+}
+
+
+def of_blocks(data: Tensor, kind: str, columns: int, activations: str, bias: Tensor | None = None) -> Stored:
+    """Rows of GGUF blocks, uint8 `[N, row bytes]`."""
+    codec, groups, group, center = _BLOCKS[kind]
+    # The values of 4-bit floats are halves.
+    values = simple.LEVELS if kind == "IQ4_NL" else tuple(int(2 * value) for value in fp4.VALUES)
+    levels = tuple(value + center for value in values) if codec == "levels" else ()
+    form = Form(columns, codec, _activations(activations), groups, group, center, levels)
+
+    def read(first: int, last: int) -> Piece:
+        return _unpacked(data[first:last], kind, columns)
+
+    return Stored(form, len(data), read, bias)
+
+
+def _unpacked(data: Tensor, kind: str, columns: int) -> Piece:
+    rows = len(data)
+    if kind in READ_ONLY:
+        codes, scale, of_row = fp4.unpack(data, kind)
+        return Piece(codes, [scale], scale=of_row)
+    family = kquants if kind in kquants.BITS else ternary if kind in ternary.BITS else simple
+    fields = family.unpack(data.reshape(-1, block_type(kind).bytes), kind)
+    codes = fields.codes.view(rows, columns)
+    scale = fields.scale.view(rows, -1)
+    minimum = None if fields.minimum is None else fields.minimum.view(rows, -1)
+    if kind == "Q1_0":  # d (2 c - 1) is 2 (d c - d / 2)
+        return Piece(codes, [scale, -scale / 2], scale=torch.full((1,), 2.0))
+    if fields.scales is None:
+        return Piece(codes, groups=[scale] if minimum is None else [scale, minimum])
+    scales = fields.scales.view(rows, -1)
+    if minimum is None or fields.minimums is None:
+        return Piece(codes, [scales.to(torch.int8)], [scale])
+    minimums = fields.minimums.view(rows, -1)
+    if kind == "Q2_K":
+        groups = [(scales | minimums << 4).to(torch.uint8)]
+    else:
+        groups = [scales.to(torch.uint8), minimums.to(torch.uint8)]
+    return Piece(codes, groups, [scale, minimum])
+
+
+def _activations(name: str) -> str:
+    return {"int8": "group", "float": "float"}[name]
+
+
+def _of_groups(layer: GroupLinear, activations: str) -> Stored:
+    """The layout of GPTQ checkpoints: columns in the order of their groups, each padded to what the kernels take."""
+    codec = {2: "two_bit", 3: "three_bit", 4: "four_bit", 8: "eight_bit"}[layer.bits]
+    groups = len(layer.scales)
+    counts = torch.bincount(layer.g_idx.long(), minlength=groups)
+    longest = int(counts.max())
+    group = 16 if longest <= 16 else -(-longest // 32) * 32
+    order: Tensor | None = torch.full((groups, group), -1, dtype=torch.int32)
+    assert order is not None
+    columns = torch.argsort(layer.g_idx, stable=True)
+    within = torch.arange(len(columns)) - (counts.cumsum(0) - counts)[layer.g_idx[columns].long()]
+    order[layer.g_idx[columns].long(), within] = columns.to(torch.int32)
+    order = order.flatten()
+    if torch.equal(order[: layer.in_features], torch.arange(layer.in_features, dtype=torch.int32)) and (
+        len(order) == layer.in_features or groups == 1
+    ):
+        order = None
+    form = Form(
+        layer.in_features, codec, _activations(activations), "half_zero", group, order=order, divisor=layer.input_scale
+    )
+    tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
+    words = 32 // layer.bits if layer.bits != 3 else 32  # rows whose zero points fill whole words
+
+    def read(first: int, last: int) -> Piece:
+        until = -(-last // words) * words
+        part = {
+            "qweight": tensors["qweight"][:, first:until],
+            "qzeros": tensors["qzeros"][:, first * layer.bits // 32 : until * layer.bits // 32],
+            "scales": tensors["scales"][:, first:until],
+            "g_idx": tensors["g_idx"],
+        }
+        weight = unpack_gptq(part, layer.bits, layer.version)
+        zero, rows = weight.zero_point[: last - first], weight.codes[: last - first]
+        if int(zero.max()) > 255:
+            raise ValueError(f"a zero point of {int(zero.max())}; the native kernels hold 255, run the model in torch")
+        if order is not None:
+            rows = torch.where(order >= 0, rows[:, order.clamp(min=0).long()], 0)
+        return Piece(rows, [weight.scale[: last - first].half(), zero.to(torch.uint8)])
+
+    return Stored(form, layer.out_features, read, layer.bias)
+
+
+def _of_nf4(layer: NF4Linear) -> Stored:
+    values = tuple(nf4_codebook().tolist())
+    form = Form(layer.in_features, "four_bit", "float", "float", layer.block_size, values=values)
+    double = layer.double_quant
+    scale = DoubleQuantized(layer.scale_codes, layer.scale, layer.scale_offset).dequantize() if double else layer.scale
+
+    def read(first: int, last: int) -> Piece:
+        return Piece(unsigned(layer.packed_weight[first:last], 4, layer.in_features), [scale[first:last].float()])
+
+    return Stored(form, layer.out_features, read, layer.bias)
+
+
+def _of_static(layer: StaticInt8Linear) -> Stored:
+    scale, zero = float(layer.activation_scale), int(layer.activation_zero_point)
+    form = Form(layer.in_features, "eight_bit", "static", x_scale=scale, x_zero=zero)
+    # The zero point's part of each sum is known beforehand.
+    bias = -zero * layer.weight_sum.double() * scale * layer.weight_scale.view(-1).double()
+    bias = bias.float() if layer.bias is None else (bias + layer.bias.double()).float()
+
+    def read(first: int, last: int) -> Piece:
+        return Piece(layer.packed_weight[first:last], scale=layer.weight_scale[first:last])
+
+    return Stored(form, layer.out_features, read, bias)
