@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 5
 UV := 0.13.9
 
-.PHONY: demo twin test lint lock clean
+.PHONY: demo twin test conformance lint lock clean
 
 demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
@@ -24,6 +24,11 @@ twin: demo  ## the float model of the same shape, tokens and seed at its own lea
 test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite
 	@export BITNET_REQUIRE_ORACLES=$${BITNET_REQUIRE_ORACLES:-$$(test -d $(VENV)/oracles/package \
 	  && $(BIN)/python -c "import triton" 2>/dev/null && echo 1)}; $(BIN)/python -m pytest
+
+# Tools with hundreds of packages of their own, so not among the tests of every change. The page needs a Chromium.
+conformance: $(VENV)/.dev $(VENV)/.native  ## the server under tools that nobody here wrote: schemathesis, lm-eval, Chromium
+	$(PIP) -r requirements-conformance.txt
+	BITNET_REQUIRE_ORACLES=1 $(BIN)/python -m pytest -n 0 tests/serving/conformance_*.py
 
 lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit together
 	$(BIN)/ruff format --check .

@@ -45,7 +45,7 @@ def _documented(*statuses: int, streams: bool = False) -> dict[int | str, dict[s
     """The answers of a path as its OpenAPI description has them."""
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"type": "object"}}  # of each event
     found: dict[int | str, dict[str, Any]] = {200: {"description": "The answer", "content": content}}
     return found | _errors(*statuses)
 

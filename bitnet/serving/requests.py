@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from bitnet.inference.options import SamplingConfig
 from bitnet.serving.errors import invalid
@@ -17,6 +17,16 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_off), Field(json_schema_extra={"const": False})]
+"""What can only be declined. (A literal False would take 0 too.)"""
 
 
 class Body(BaseModel):
@@ -28,7 +38,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: bool | None = None
     """A last chunk with the counts of tokens."""
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class Writing(Body):
@@ -201,7 +211,7 @@ class ChatBody(Writing):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
@@ -269,7 +279,7 @@ class ResponseBody(Body):
     top_p: float | None = Field(default=None, gt=0, le=1)
     text: ResponseText | None = None
     stream: bool | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
