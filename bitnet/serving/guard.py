@@ -144,7 +144,8 @@ class _Exchange:
         elif self.rules.log_texts:
             self.texts.append(message.get("body", b""))
         # The transport takes what fits its buffer and waits for the reader with the rest.
-        await asyncio.wait_for(self._send(message), self.rules.io_seconds)
+        async with asyncio.timeout(self.rules.io_seconds):
+            await self._send(message)
 
     def _too_long(self) -> ApiError:
         return ApiError(

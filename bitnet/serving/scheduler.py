@@ -36,7 +36,8 @@ from bitnet.tokenizer import BaseTokenizer
 
 LOG = logging.getLogger("bitnet.serving")
 PIECE = 64
-"""Tokens of a prompt that one pass reads while others write; about what as many texts cost that are being written."""
+"""Tokens of prompts that one pass reads while others write, or twice as many as texts are being written: a pass that
+takes long anyway takes a little longer, and those who wait for their first token wait fewer passes."""
 ALONE = 512
 """The same while nobody writes."""
 
@@ -212,7 +213,7 @@ class Scheduler:
     def _plan(self) -> list[tuple[Sample, list[int]]]:
         """Who reads which tokens in this pass."""
         plan = [(sample, sample.ids[-1:]) for sample in self._running if not sample.reading]
-        room = PIECE if plan else ALONE
+        room = max(PIECE, 2 * len(plan)) if plan else ALONE
         for sample in self._running:
             if sample.reading and room > 0:
                 start, scores_from = sample.row.length, sample.job.generation.scores_from
