@@ -36,6 +36,8 @@ def random_tensors(config: ModelConfig) -> Callable[[str], Tensor]:
     def tensor(name: str) -> Tensor:
         path, _, kind = name.rpartition(".")
         module = path.split(".", 3)[-1]  # inside a layer
+        if kind == "bias":
+            return torch.zeros(config.biases()[module])
         if module in shapes:
             N, K = shapes[module]
             return torch.full((1, 1), 0.02) if kind == "weight_scale" else codes[: N * packed_width(K, 2)].view(N, -1)

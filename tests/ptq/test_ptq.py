@@ -32,6 +32,7 @@ SHAPES = {
     "sub-norms": {},
     "no sub-norms": {"sub_norm": False},
     "grouped queries": {"sub_norm": False, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    "biases and head norms": {"sub_norm": False, "qkv_bias": True, "qk_norm": True},
 }
 KINDS = {
     "fp16": FloatLinear, "bf16": FloatLinear, "fp8": FloatLinear, "nf4": NF4Linear, "w8a8-dynamic": PackedLinear,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitnet.inference.engine import beyond_kernels
+from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM, bit_linears
 from bitnet.model.linear import codes_and_scale
@@ -147,6 +148,12 @@ def test_engines_leave_what_they_do_not_compute_to_torch(tmp_path: Path, arch: s
             assert torch.equal(opened(ids), packed(ids))
         else:
             assert (opened(ids) - packed(ids)).norm() < 0.02 * packed(ids).norm()
+
+
+def test_the_gpu_engine_names_what_it_does_not_compute() -> None:
+    for part in ("qkv_bias", "qk_norm"):
+        with pytest.raises(ValueError, match=f"Triton kernels do not compute {part}; run the model in torch"):
+            GpuEngine(SHAPE.replace(**{part: True}), lambda name: torch.empty(0))
 
 
 LLAMA_VALUES = {**BASE, "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}

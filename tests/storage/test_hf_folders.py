@@ -183,6 +183,7 @@ QUANTIZATION = "quantization_config"
         ({QUANTIZATION: {"quant_method": "gptq"}}, "quant_method 'gptq', and only 'bitnet' is understood"),
         ({QUANTIZATION: {"quant_method": "bitnet", "use_rms_norm": True}}, "use_rms_norm"),
         ({QUANTIZATION: {"quant_method": "bitnet", "linear_class": "x"}}, "linear_class 'x'"),
+        ({QUANTIZATION: {"quant_method": "bitnet", "group_size": 64}}, "has group_size 64, which is not understood"),
         ({QUANTIZATION: {"quant_method": "bitnet", "modules_to_not_convert": []}}, "lm_head is quantized too"),
         ({QUANTIZATION: {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head", "(a+)+$"]}}, "in float"),
     ],

@@ -22,6 +22,10 @@ _COMMON: JsonObject = {
 }  # fmt: skip
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 _HEADS = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens", "model.embed_tokens.weight")
+# Fields of quantization_config; rms_norm_eps is of a norm that is refused.
+_QUANTIZATION = (
+    "quant_method", "linear_class", "quantization_mode", "modules_to_not_convert", "use_rms_norm", "rms_norm_eps",
+)  # fmt: skip
 # Fields that the functions below read.
 _READ = {
     *_COMMON, "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
@@ -126,6 +130,12 @@ def _form(quantization: object) -> Form:
             f"quantization_config says quant_method {method!r}, and only 'bitnet' is understood; take the "
             "unquantized model"
         )
+    for name, value in quantization.items():
+        if value is not None and name not in _QUANTIZATION:
+            raise ValueError(
+                f"quantization_config has {name} {value!r:.100}, which is not understood and may change the weights; "
+                "take the unquantized model"
+            )
     if quantization.get("use_rms_norm"):
         raise ValueError("quantization_config has use_rms_norm, a norm inside every linear layer; there is none here")
     float_modules = quantization.get("modules_to_not_convert")
