@@ -50,6 +50,24 @@ class Moments:
         return (self.sum / self.hessian.tokens).float()
 
 
+class SplitHessian:
+    """Of a projection's input: the Hessian of the first four fifths of every sequence, and of the rest, held out."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.fitted, self.held_out = HessianSum(in_features, device), HessianSum(in_features, device)
+
+    def update(self, x: Tensor) -> None:
+        cut = x.shape[-2] - x.shape[-2] // 5
+        self.fitted.update(x[..., :cut, :])
+        if cut < x.shape[-2]:
+            self.held_out.update(x[..., cut:, :])
+
+    def matrix(self) -> Tensor:
+        """Of all inputs, float32 `[K, K]`."""
+        tokens = self.fitted.tokens + self.held_out.tokens
+        return ((self.fitted.total + self.held_out.total) * (2 / tokens)).float()
+
+
 class Maxima:
     """Of a projection's input: the largest magnitude of each channel."""
 

@@ -24,6 +24,7 @@ Letters: N output channels (rows), K input channels (columns), G groups, S chann
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,29 @@ from bitnet.quant.grouped import (
 )
 
 MAX_DAMPING = 1e4
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+SAMPLED_ROWS = 64
+
+
+def choose_damping(
+    weight: Tensor, fitted: Tensor, held_out: Tensor, grid: Grid | None = None, *, group_size: int = 128, **options: Any
+) -> float | None:
+    """The damping of `DAMPINGS` whose quantized weight does best on inputs that it was not fitted to, or None where
+    rounding to nearest does better than all of them.
+
+    weight: float `[N, K]`, of which up to `SAMPLED_ROWS` rows are tried; fitted, held_out: Hessians `[K, K]` of two
+    parts of the calibration inputs; options: those of `gptq_quantize`. The fewer the tokens for each channel, the more
+    damping a fit needs not to learn their noise: no constant is right. Raises ValueError as `gptq_quantize` does.
+    """
+    grid = grid or Grid()
+    rows = weight[:: -(-len(weight) // SAMPLED_ROWS)] if len(weight) else weight
+    best, least = None, layer_error(rows, round_to_nearest(rows, grid, group_size).dequantize(), held_out).sum()
+    for damping in DAMPINGS:
+        quantized = gptq_quantize(rows, fitted, grid, group_size=group_size, damping=damping, **options)
+        error = layer_error(rows, quantized.dequantize(), held_out).sum()
+        if error < least:
+            best, least = damping, error
+    return best
 
 
 class HessianSum:
@@ -90,7 +114,8 @@ def gptq_quantize(
     """Quantize a weight for inputs with this Hessian; explained at the top of this file.
 
     weight: float `[N, K]`; hessian: `[K, K]`, symmetric; group_size: -1 is one group a row. `damping` times the mean of
-    H's diagonal is added to it (0.003, the paper's 0.01 in the original), ten times more until it can be inverted.
+    H's diagonal is added to it (0.003, which wants many tokens a channel, see `choose_damping`; the paper's 0.01 in the
+    original), ten times more until it can be inverted.
     Without `search`, each group's grid is that of `min_max_qparams` and stays (in the original, `search` is the paper
     code's `mse`). `sweeps` is how often the sweep is done, `rounds` how often coordinate descent follows. A channel
     whose input was always 0 is rounded to its grid (the original makes it 0). `static_groups` concerns the original

@@ -40,7 +40,7 @@ KINDS = {
 }  # fmt: skip
 BLOCK_METHODS = [method for method in METHODS if method.startswith("gguf")]
 PLAIN_METHODS = [method for method in METHODS if method not in BLOCK_METHODS]
-QUICK = Options(progress=False, group_size=32)
+QUICK = Options(progress=False, group_size=32, damping=0.01)
 
 
 def float_model(**changes: object) -> BitNetForCausalLM:
@@ -418,8 +418,35 @@ def test_models_that_cannot_be_quantized_are_named() -> None:
 
 def test_too_little_text_for_gptq_warns() -> None:
     model = float_model(intermediate_size=256)
-    with pytest.warns(RuntimeWarning, match="144 calibration tokens are fewer than the 256"):
+    with pytest.warns(
+        RuntimeWarning, match=r"144 calibration tokens are fewer than 4 for each of the 256 channels.*give 1,024"
+    ):
         quantize_model(model, "gptq-4", ids(3), QUICK)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize_model(float_model(), "gptq-4", ids(3), QUICK)
+        quantize_model(float_model(), "gptq-4", ids(11), QUICK)
+
+
+def test_gptq_chooses_its_damping_on_held_out_tokens(monkeypatch) -> None:
+    chosen: list[float | None] = []
+    original, choices = drivers.gptq_quantize, iter([0.3, None, 0.1, 0.03] * 2)
+
+    def choose(weight: Tensor, fitted: Tensor, held_out: Tensor, grid: Grid, **options: object) -> float | None:
+        assert fitted.shape == held_out.shape == (weight.shape[1],) * 2
+        assert not torch.equal(fitted, held_out)
+        return next(choices)
+
+    def spy(*arguments: object, damping: float | None, **options: object):
+        chosen.append(damping)
+        return original(*arguments, damping=damping, **options)
+
+    monkeypatch.setattr(drivers, "choose_damping", choose)
+    monkeypatch.setattr(drivers, "gptq_quantize", spy)
+    model = quantize_model(float_model(), "gptq-4", ids(), replace(QUICK, damping=None))
+    assert chosen == [0.3, 0.3, 0.3, 0.1, 0.1, 0.03] * 2  # o_proj was rounded
+    rounded = quantize_model(float_model(), "rtn-int4", options=QUICK)
+    name = "model.layers.0.self_attn.o_proj"
+    assert torch.equal(model.get_submodule(name).qweight, rounded.get_submodule(name).qweight)
+    chosen.clear()
+    quantize_model(float_model(), "gptq-4", ids(), replace(QUICK, damping=None, algorithm="original"))
+    assert chosen == [None] * 14
