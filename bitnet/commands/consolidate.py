@@ -17,6 +17,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Convert every sharded checkpoint of the runs named."""
+    from bitnet.files import working_in
     from bitnet.storage.folders import SHARDS
     from bitnet.training.checkpoint import consolidate
 
@@ -26,5 +27,6 @@ def run(options: Options) -> None:
         checkpoints = sorted((folder / "checkpoints").glob(f"step-*/{SHARDS}"))
         if not checkpoints:
             raise ValueError(f"{folder} has no sharded checkpoint; give a run of train.py --parallel fsdp")
-        for shards in checkpoints:
-            print(consolidate(shards.parent))
+        with working_in(folder, "run"):
+            for shards in checkpoints:
+                print(consolidate(shards.parent))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SPACE_MARK = "\u2581"
 _EOS = "eos_token_id"
+MOST_GROWTH = 1000
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -68,6 +69,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         if not 0 < self.vocab_size <= 2 * len(pieces) + 65536:
             raise ValueError(f"{source} has {len(pieces)} tokens and ids up to {self.vocab_size - 1}: it is damaged")
         self._pieces = [pieces.get(i, "") for i in range(self.vocab_size)]
+        check_growth(backend, source)
         surface, self.adds_space_prefix = _read_decoder(backend, source)
         self._surfaces = [surface(piece) for piece in self._pieces]
         for i, token in added.items():
@@ -200,6 +202,29 @@ def byte_of_character() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
+    """Raise ValueError for normalizers that make a text far longer than it is: a few replacements in a row, each of one
+    letter by a thousand, would take all memory for a word."""
+    growth = 1.0
+
+    def visit(node: Mapping[str, Any]) -> None:
+        nonlocal growth
+        for part in node.get("normalizers") or ():
+            visit(part)
+        if node.get("type") == "Replace":
+            fixed = node.get("pattern", {}).get("String")
+            growth *= max(1.0, len(node["content"]) / max(1, len(fixed)) if fixed else len(node["content"]) + 1)
+        elif node.get("type") == "Prepend":
+            growth += len(node["prepend"])
+
+    if backend.normalizer:
+        visit(json.loads(backend.normalizer.__getstate__()))
+    if growth > MOST_GROWTH:
+        raise ValueError(
+            f"{source}: its normalizers can make a text {growth:,.0f} times as long; it was made to do harm"
+        )
 
 
 def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str], bytes], bool]:

@@ -289,6 +289,21 @@ def test_tokenizer_files(tokenizer_folder, name):
             load()
 
 
+def test_normalizers_that_explode_are_refused(tokenizer_folder):
+    path = tokenizer_folder / "tokenizer.json"
+    good = json.loads(path.read_text())
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    long = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a" * 2000}
+    nested = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replace] * 6}] * 5}
+    for normalizer in ({"type": "Sequence", "normalizers": [replace] * 30}, long, nested):
+        path.write_text(json.dumps(good | {"normalizer": normalizer}))
+        with pytest.raises(ValueError, match="times as long; it was made to do harm"):
+            load_tokenizer(tokenizer_folder)
+    usual = [{"type": "Prepend", "prepend": "\u2581"}, replace | {"pattern": {"String": " "}, "content": "\u2581"}]
+    path.write_text(json.dumps(good | {"normalizer": {"type": "Sequence", "normalizers": usual}}))
+    load_tokenizer(tokenizer_folder)
+
+
 def test_configurations_there_and_back(run):
     config = trainer.parse(["--resume", str(run)]).config
     assert TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
