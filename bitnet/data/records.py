@@ -294,4 +294,4 @@ def _rows_at_once(group: Any, field: str | None, number: int) -> int:
             "with smaller row groups"
         )
     # A row of several columns, which are no dictionaries in memory, may hold as much as the whole group unpacks to.
-    return min(1024, max(1, (group.num_rows * _READ if field else _UNPACKED) // max(1, full)))
+    return min(1024, max(1, (group.num_rows * _READ if field else _UNPACKED // 4) // max(1, full)))

@@ -79,10 +79,18 @@ def added_tokens(folder: Path) -> FolderTokens:
     return FolderTokens(added, {key: token.content for key, token in names.items()})
 
 
+def _text(content: str, place: Path) -> str:
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} has the token {content!r:.60}, half a surrogate pair; it is damaged") from None
+    return content
+
+
 def _token(value: object, special: bool, place: Path, token_id: int | None = None) -> AddedToken | None:
     """A token as the files write it, a text or an object; None for no token."""
     if isinstance(value, str):
-        return AddedToken(value, special, token_id) if value else None
+        return AddedToken(_text(value, place), special, token_id) if value else None
     if not isinstance(value, Mapping):
         if value is None or value is False:
             return None
@@ -92,7 +100,7 @@ def _token(value: object, special: bool, place: Path, token_id: int | None = Non
     special = value.get("special", special)
     if not isinstance(content, str) or not all(isinstance(flag, bool) for flag in (special, *flags.values())):
         raise ValueError(f"{place} has the token {value!r:.60}, whose fields are of other kinds; it is damaged")
-    return AddedToken(content, special, token_id, **flags) if content else None
+    return AddedToken(_text(content, place), special, token_id, **flags) if content else None
 
 
 def _of_decoder(decoder: object, place: Path) -> Iterator[AddedToken]:
@@ -110,7 +118,7 @@ def _of_list(ids: JsonObject, special: set[str], place: Path) -> Iterator[AddedT
         if type(token_id) is not int or not 0 <= token_id < 10**9:
             raise ValueError(f"{place} gives the token {content!r:.40} the id {token_id!r:.40}; it is damaged")
         if content:
-            yield AddedToken(content, content in special, token_id, normalized=content not in special)
+            yield AddedToken(_text(content, place), content in special, token_id, normalized=content not in special)
 
 
 def read_settings(path: Path) -> JsonObject:

@@ -267,15 +267,17 @@ def _complete(backend: tokenizers.Tokenizer, tokens: FolderTokens, rows: object,
     that a model of so many rows has no row for. Raises ValueError for one with an id that it cannot have."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     size = backend.get_vocab_size(with_added_tokens=True)
+    wanted = []
     for token in tokens.added:
         is_new = backend.token_to_id(token.content) is None
-        if (token.id is None and token.content in known) or (is_new and type(rows) is int and size >= rows):
-            continue
-        flags = {name: getattr(token, name) for name in ("special", "normalized", "lstrip", "rstrip", "single_word")}
-        _add(backend, [(token.content, flags)])
-        size += is_new
+        if (token.id is not None or token.content not in known) and not (is_new and type(rows) is int and size >= rows):
+            wanted.append(token)
+            size += is_new
+    names = ("special", "normalized", "lstrip", "rstrip", "single_word")
+    _add(backend, [(token.content, {name: getattr(token, name) for name in names}) for token in wanted])
+    for token in wanted:
         found = backend.token_to_id(token.content)
-        if token.id is not None and found != token.id:
+        if token.id not in (None, found):
             raise ValueError(
                 f"the files beside {source} give the token {token.content!r} the id {token.id}, and behind the tokens "
                 f"that are there it has {found}; the files belong to different tokenizers"

@@ -171,7 +171,14 @@ def test_what_does_not_fit_together(tmp_path, models):
         with pytest.raises(ValueError, match=r"added_tokens\.json gives the token '<x>'"):
             load_tokenizer(tmp_path / "m")
     (tmp_path / "m" / "added_tokens.json").unlink()
-    for damaged in ([], {"x": {}}, {"5": 7}, {"5": {"content": 1}}, {"5": {"content": "a", "special": "yes"}}):
+    for damaged in (
+        [],
+        {"x": {}},
+        {"5": 7},
+        {"5": {"content": 1}},
+        {"5": {"content": "a", "special": "yes"}},
+        {"5": "\ud800"},
+    ):
         (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": damaged}))
         with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
             load_tokenizer(tmp_path / "m")
