@@ -27,6 +27,7 @@ from bitnet.model.linear import codes_and_scale
 from bitnet.storage import folders
 from bitnet.storage.checksums import CHECKSUMS, verifying
 from bitnet.storage.folders import warn_once
+from bitnet.storage.foreign import refuse_foreign, refuse_pointer
 from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import read as hf_read
@@ -195,8 +196,10 @@ def open_source(path: str | Path, *, which: str = "best") -> Source:
     if path.is_file():
         file = _gguf_file(path)
         return Source(path, "gguf", gguf_read.read_config(file), file.metadata, file=file)
+    refuse_foreign(path)
     if not (path / CONFIG).is_file() or (path / "checkpoints").is_dir():
         path = folders.resolve(path, which)
+        refuse_foreign(path)
     settings = load_json(path / CONFIG)
     if isinstance(settings.get("model"), dict):
         kind: Kind = "quantized" if "quantization" in settings else "packed" if settings.get("packed") else "run"
@@ -223,6 +226,7 @@ def _config(folder: Path, values: JsonObject) -> ModelConfig:
 
 
 def _gguf_file(path: Path) -> GGUFFile:
+    refuse_pointer(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
