@@ -260,9 +260,13 @@ def _files_corpus(
         total = min(total, max_bytes) if total is not None else max_bytes
 
     def identify() -> str:
-        # Read as records, the same bytes are other documents.
-        read_as = {file: f" field {field}" if file in records else "" for file in files}
-        return sha256_of(*(f"{f.relative_to(root).as_posix()} {_file_digest(f)}{read_as[f]}" for f in files))
+        lines = []
+        for file in files:
+            # Read as records, or another field of them, the same bytes are other documents than the name says.
+            usual = field == "text" and suffix_of(file.name) in (".jsonl", ".parquet")
+            read_as = f" field {field}" if file in records and not usual else ""
+            lines.append(f"{file.relative_to(root).as_posix()} {_file_digest(file)}{read_as}")
+        return sha256_of(*lines)
 
     return Corpus(
         name,

@@ -247,6 +247,8 @@ def test_the_field_is_named(tmp_path):
     assert documents(tmp_path / "a.jsonl", field="content") == ["one"]
     named, usual = (open_corpus(tmp_path / "a.jsonl", field=field).fingerprint() for field in ("content", None))
     assert named != usual
+    (tmp_path / "a.json").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert documents(tmp_path / "a.json") == ["other"]
     open_corpora([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], field="content")
     with pytest.raises(ValueError, match="'content' is given, and 'b' is plain text"):
         open_corpora(str(tmp_path / "b.txt"), field="content")
