@@ -76,6 +76,10 @@ class Options:
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
     cache: Literal["float32", "float16", "int8"] | None = None
     """Of keys and values in the native engine, float32 by itself: fewer bits read less in long texts."""
+    activations: Literal["int8", "float"] | None = None
+    """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
+    embeddings: Literal["int8", "float16"] | None = None
+    """In the native engine, of a float embedding and head: int8 by itself for ternary models, float16 is exact."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -106,6 +110,8 @@ def run(options: Options) -> None:
             dtype=options.dtype,
             cache=options.cache,
             pack=options.pack,
+            activations=options.activations,
+            embeddings=options.embeddings,
         )
         model.warm_up()
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
@@ -221,7 +227,10 @@ class Writer:
         finally:  # Ctrl-C too
             printer.end_line()
             reasons = sorted({completion.stop_reason or "interrupted" for completion in batch.completions})
-            print(f"{batch.stats} | seed {self.seed} | stop reason {', '.join(reasons)}", file=sys.stderr)
+            print(
+                f"{batch.stats} | {self.model.kernel} | seed {self.seed} | stop reason {', '.join(reasons)}",
+                file=sys.stderr,
+            )
             self.ids, self.text = ids + batch.completions[0].token_ids, batch.completions[0].text
 
 

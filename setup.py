@@ -66,7 +66,7 @@ class BuildKernels(build_ext):
                 pool.submit(compile_one, "blocks", [*flags, f"-DBN_BUILD={name}"], name)
                 for name, flags in builds.items()
             ]
-            needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool")]
+            needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool", "repack")]
             compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", sets[name]), sets))
         found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
         print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")

@@ -142,7 +142,8 @@ def load(plan: Plan) -> LanguageModel:
     """The model of the plan, packed, for the instruction set in force."""
     if plan.source is not None:
         with use_backend("native" if plan.native else "reference"):
-            return open_model(plan.source, cache_dtype=plan.options.cache if plan.native else None)
+            cache = plan.options.cache if plan.native else None
+            return open_model(plan.source, cache_dtype=cache, activations=plan.options.activations)
     if plan.native:
         tensor = random_tensors(plan.config)
         weights = PackedWeights(lambda name, *_: tensor(name), set(), plan.config.quantizer)

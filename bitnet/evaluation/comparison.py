@@ -24,6 +24,7 @@ from bitnet.evaluation.texts import calibration_sequences, held_out_windows, ope
 from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
 from bitnet.files import working_in
 from bitnet.inference.generation import time_generation
+from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
@@ -54,10 +55,10 @@ def layer_outputs(model: BitNetForCausalLM, ids: Tensor) -> list[Tensor]:
 
 
 def kernel_of(model: BitNetForCausalLM) -> str:
-    """What multiplies the projections: native (the whole model in the engine), int8 (integer products layer by layer),
-    dequantizes, or float."""
+    """What multiplies the projections of a model in torch: int8 (integer products layer by layer), dequantizes, or
+    float."""
     if packed_quantizer(model):
-        return "native"
+        return "int8"
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     if all(isinstance(module, nn.Linear) for module in projections):
         return "float"
@@ -250,7 +251,7 @@ class Comparison:
             gap_error=score.gap_error,
             kl=score.kl,
             top1=score.top1,
-            kernel=kernel_of(model),
+            kernel=stored.kernel if isinstance(stored, Engine) else kernel_of(model),
             seconds=seconds,
         )
         del stored

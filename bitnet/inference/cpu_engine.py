@@ -166,6 +166,11 @@ class Engine:
         return NativeRows(self)
 
     @property
+    def kernel(self) -> str:
+        """What multiplies: "native int8" or "native float", by the activations of the projections."""
+        return f"native {'+'.join(self._model.activations())}"
+
+    @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 

@@ -122,6 +122,11 @@ class NativeModel:
         self._keep.append(value)
         return value.data_ptr()
 
+    def activations(self) -> list[str]:
+        """How the projections take their inputs, "int8" or "float" or both."""
+        layers = self.matrices[1 if self._tied else 2 :]
+        return sorted({"float" if matrix.form.activations == "float" else "int8" for matrix in layers})
+
     def weight_bytes(self) -> int:
         """Bytes of the weights that a step of decoding reads, as they lie in memory: not an embedding of its own."""
         read = self.matrices if self._tied else [self.matrices[0], *self.matrices[2:]]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypedDict, TypeGuard, Unpack, cast
 
+from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import (
     GenerationStats,
@@ -185,6 +186,13 @@ class TextModel:
         self._memory = Memory()
 
     @property
+    def kernel(self) -> str:
+        """What multiplies: "native int8" or "native float", by the activations, "triton" or "torch"."""
+        if isinstance(self.model, Engine):
+            return self.model.kernel
+        return "triton" if isinstance(self.model, GpuEngine) else "torch"
+
+    @property
     def positions(self) -> int:
         """Most tokens of prompt and text together."""
         return self.model.config.max_position_embeddings
@@ -287,6 +295,8 @@ def load(
     dtype: str = "float32",
     cache: str | None = None,
     pack: bool = True,
+    activations: str | None = None,
+    embeddings: str | None = None,
 ) -> TextModel:
     """Open any model: a run, a packed or quantized folder, a Hugging Face folder or hub name, a GGUF file.
 
@@ -295,6 +305,8 @@ def load(
     dtype:       of weights, activations and cache of a model that runs in floats.
     cache:       of keys and values in the native CPU engine: float32 (None), float16 or int8.
     pack:        False runs a run's float weights, fake-quantized as in training.
+    activations: int8 or float (None), of weights with group scales in the native CPU engine.
+    embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
 
     Raises ValueError or OSError, naming what is wrong with the path.
     """
@@ -302,7 +314,8 @@ def load(
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     run_on = pick_device(device)
     source = open_source(path, which=checkpoint)
-    model = open_model(source, device=run_on, pack=pack, cache_dtype=cache, dtype=DTYPES[dtype])
+    engine = {"cache_dtype": cache, "activations": activations, "embeddings": embeddings}
+    model = open_model(source, device=run_on, pack=pack, dtype=DTYPES[dtype], **engine)
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
     return TextModel(model, source)
 

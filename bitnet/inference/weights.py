@@ -19,7 +19,7 @@ from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import BitLinear
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
-from bitnet.quant.blocks import READ_ONLY, block_type, fp4, kquants, simple, ternary
+from bitnet.quant.blocks import READ_ONLY, fp4, simple
 from bitnet.quant.gptq_layout import unpack_gptq
 from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
 from bitnet.quant.packing import pack_codes, packed_width
@@ -207,34 +207,13 @@ def of_blocks(data: Tensor, kind: str, columns: int, activations: str, bias: Ten
     form = Form(columns, codec, _activations(activations), groups, group, center, levels)
 
     def read(first: int, last: int) -> Piece:
-        return _unpacked(data[first:last], kind, columns)
+        if kind in READ_ONLY:
+            codes, scale, of_row = fp4.unpack(data[first:last], kind)
+            return Piece(codes, [scale], scale=of_row)
+        # d (2 c - 1) of Q1_0 is 2 (d c - d / 2).
+        return Piece(data[first:last], scale=torch.full((1,), 2.0) if kind == "Q1_0" else None, blocks=kind)
 
     return Stored(form, len(data), read, bias)
-
-
-def _unpacked(data: Tensor, kind: str, columns: int) -> Piece:
-    rows = len(data)
-    if kind in READ_ONLY:
-        codes, scale, of_row = fp4.unpack(data, kind)
-        return Piece(codes, [scale], scale=of_row)
-    family = kquants if kind in kquants.BITS else ternary if kind in ternary.BITS else simple
-    fields = family.unpack(data.reshape(-1, block_type(kind).bytes), kind)
-    codes = fields.codes.view(rows, columns)
-    scale = fields.scale.view(rows, -1)
-    minimum = None if fields.minimum is None else fields.minimum.view(rows, -1)
-    if kind == "Q1_0":  # d (2 c - 1) is 2 (d c - d / 2)
-        return Piece(codes, [scale, -scale / 2], scale=torch.full((1,), 2.0))
-    if fields.scales is None:
-        return Piece(codes, groups=[scale] if minimum is None else [scale, minimum])
-    scales = fields.scales.view(rows, -1)
-    if minimum is None or fields.minimums is None:
-        return Piece(codes, [scales.to(torch.int8)], [scale])
-    minimums = fields.minimums.view(rows, -1)
-    if kind == "Q2_K":
-        groups = [(scales | minimums << 4).to(torch.uint8)]
-    else:
-        groups = [scales.to(torch.uint8), minimums.to(torch.uint8)]
-    return Piece(codes, groups, [scale, minimum])
 
 
 def _activations(name: str) -> str:

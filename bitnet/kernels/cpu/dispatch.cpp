@@ -165,47 +165,6 @@ BN_EXPORT int bn_pack(const uint8_t *packed, int64_t N, int64_t width, int bits,
     return no_codes ? 2 : 0;
 }
 
-// Unsigned codes [N, K], K a multiple of 32 (256 of CODEC_BASE3), to lines with groups; rows go where bn_pack puts them.
-BN_EXPORT void bn_pack_codes(const uint8_t *codes, int64_t N, int64_t K, uint8_t *lines, int codec, int64_t at,
-                             int64_t step, int threads) {
-    int64_t per_step = codec == CODEC_BASE3 ? 256 : 32, each = bn::common::step_lines(codec), per_block = K / per_step * each;
-    uint8_t fraction[243];
-    for (int n = 0; n < 243; n++) fraction[n] = (uint8_t)((256 * n + 242) / 243);
-    bn::share_out(threads, N, [&](int64_t n) {
-        uint8_t *out = lines + (at / 16 + n / 16 * step) * per_block * 64 + n % 16 * 4;
-        for (const uint8_t *c = codes + n * K; c < codes + n * K + K; c += per_step, out += 64 * each) {
-            if (codec == CODEC_BASE3) {
-                for (int l = 0; l < 13; l++)
-                    for (int j = 0; j < 4; j++) {
-                        int number = 0;
-                        for (int i = 0, k = 20 * l + j; i < 5; i++, k += 4) number = 3 * number + (k < 256 ? c[k] : 0);
-                        out[64 * l + j] = fraction[number];
-                    }
-                continue;
-            }
-            for (int l = 0; l < each; l++)
-                for (int j = 0; j < 4; j++) out[64 * l + j] = 0;
-            auto put = [&](int line, int bits, int shift) { // `bits` of each code from `shift` on, from a line on
-                int per_line = 8 / bits;
-                for (int q = 0; q < 8; q++)
-                    for (int j = 0; j < 4; j++)
-                        out[64 * (line + q / per_line) + j] |=
-                            (uint8_t)((c[4 * q + j] >> shift & ((1 << bits) - 1)) << (bits * (q % per_line)));
-            };
-            switch (codec) {
-            case CODEC_ONE_BIT: put(0, 1, 0); break;
-            case CODEC_TWO_BIT: put(0, 2, 0); break;
-            case CODEC_THREE_BIT: put(0, 2, 0); put(2, 1, 2); break;
-            case CODEC_FOUR_BIT:
-            case CODEC_LEVELS: put(0, 4, 0); break;
-            case CODEC_FIVE_BIT: put(0, 4, 0); put(4, 1, 4); break;
-            case CODEC_SIX_BIT: put(0, 4, 0); put(4, 2, 4); break;
-            default: put(0, 8, 0);
-            }
-        }
-    });
-}
-
 // Ask for huge pages: streaming weights from 4 KiB pages costs a fifth of the bandwidth. A hint, so it cannot fail.
 BN_EXPORT void bn_advise_huge_pages(void *start, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

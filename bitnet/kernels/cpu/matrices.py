@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.cpu import native
+from bitnet.quant.blocks import block_type
 from bitnet.quant.packing import unpack_codes
 
 CODECS = native.CODECS | {
@@ -117,6 +118,7 @@ class Piece:
     supers: list[Tensor] = field(default_factory=list)
     scale: Tensor | None = None
     bits: int = 8
+    blocks: str | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -177,6 +179,12 @@ class NativeMatrix:
             _interleave(rows_of, lines.view(-1, form.columns, 16), at, step)
             return
         codes = piece.codes.contiguous()
+        if piece.blocks is not None:
+            number, memory = block_type(piece.blocks).number, (self._lines, self._groups, self._supers)
+            target = *(part.data_ptr() for part in memory), at, step, native.threads()
+            failed = lib.bn_pack_blocks(codes.data_ptr(), rows, form.columns, number, *target)
+            assert not failed, piece.blocks
+            return
         if codes.shape[1] < form.padded:
             codes = torch.nn.functional.pad(codes, (0, form.padded - codes.shape[1]))
         target = self._lines.data_ptr(), CODECS[form.codec], at, step, native.threads()

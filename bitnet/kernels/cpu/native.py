@@ -144,6 +144,7 @@ def library() -> ctypes.CDLL | None:
             lib.bn_pack.argtypes = c_types("pqqiqpiqqi")
             lib.bn_pack_codes.argtypes = c_types("pqqpiqqi")
             lib.bn_pack_codes.restype = None
+            lib.bn_pack_blocks.argtypes = c_types("pqqipppqqi")
             lib.bn_advise_huge_pages.argtypes = c_types("pq")
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
