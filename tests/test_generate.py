@@ -51,8 +51,8 @@ def call(capsys, monkeypatch, checkpoint):
 
 
 STATS = (
-    r"prefill \d+ tokens \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| seed (\d+) "
-    r"\| stop reason (?:stop|length|context|interrupted)\n"
+    r"prefill \d+ tokens \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| "
+    r"(?:native int8|torch) \| seed (\d+) \| stop reason (?:stop|length|context|interrupted)\n"
 )
 
 

@@ -23,8 +23,8 @@ from bitnet.evaluation.table import Row
 from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
 from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
 from bitnet.files import working_in
-from bitnet.inference.generation import time_generation
 from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
