@@ -1,6 +1,8 @@
-"""Log-probabilities of tokens under a model: of those that were drawn, and of a text that is already there.
+"""Log-probabilities of tokens under a model, of those that were drawn and of a text that is already there; and a vector
+for a whole text.
 
-They are the model's own, natural logarithms of the softmax of its logits, before temperature, penalties and bias.
+Log-probabilities are the model's own, natural logarithms of the softmax of its logits, before temperature, penalties
+and bias.
 
 Letters: N positions, V vocab_size.
 """
@@ -9,6 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from bitnet.inference.engine import LanguageModel
+from bitnet.model import BitNetForCausalLM
 
 
 @dataclass(frozen=True)
@@ -33,3 +39,15 @@ def score(logits: Tensor, ids: list[int], alternatives: int = 0) -> list[Score]:
         order = row[places].sort(descending=True, stable=True).indices[:alternatives]
         found.append(Score(value, list(zip(places[order].tolist(), row[places[order]].tolist(), strict=True))))
     return found
+
+
+@torch.inference_mode()
+def embedding(model: LanguageModel, ids: list[int]) -> Tensor:
+    """The mean of the last layer's output over a text's tokens, behind the final norm, float32 `[C]` of length 1.
+
+    Raises ValueError for an engine, which gives logits alone.
+    """
+    if not isinstance(model, BitNetForCausalLM):
+        raise ValueError("this model runs on an engine that gives no hidden states; embeddings need a model in torch")
+    hidden = model.model(torch.tensor([ids], device=model.device), None)[0]
+    return F.normalize(hidden.float().mean(0), dim=0).cpu()

@@ -13,12 +13,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from bitnet.serving import chat, completions, responses
+from bitnet.serving import chat, completions, embeddings, responses
 from bitnet.serving.errors import ApiError, plain_name
 from bitnet.serving.guard import LOG, PAGE_PATHS, Guard, Rules, extra
 from bitnet.serving.metrics import Metrics
 from bitnet.serving.models import Models
-from bitnet.serving.requests import ChatBody, CompletionBody, DetokenizeBody, ResponseBody, TokenizeBody
+from bitnet.serving.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, ResponseBody, TokenizeBody
 from bitnet.serving.streams import ClientGoneError
 from bitnet.serving.worker import Worker
 
@@ -87,6 +87,10 @@ def make_app(models: Models, worker: Worker, metrics: Metrics, rules: Rules, cor
     @app.post("/v1/responses", responses=_documented(*ASKED, streams=True), response_model=None)
     async def respond(body: ResponseBody, http: HttpRequest) -> Response:
         return await responses.respond(models.find(body.model), body, http)
+
+    @app.post("/v1/embeddings", responses=_documented(*ASKED), response_model=None)
+    async def embed(body: EmbeddingBody, http: HttpRequest) -> Response:
+        return await embeddings.embed(models.find(body.model), body, http)
 
     @app.get("/v1/models", responses=_documented(*GOT))
     async def list_models() -> dict[str, Any]:

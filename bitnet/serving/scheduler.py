@@ -18,7 +18,9 @@ places and no row is shared.
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch import Tensor
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
 from bitnet.inference.sampling import draw_rows
-from bitnet.inference.scoring import Score, score
+from bitnet.inference.scoring import Score, embedding, score
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.jobs import Event, Job, Limits, Piece, PromptScores, Sample
 from bitnet.serving.metrics import ModelMetrics
@@ -57,7 +59,7 @@ class Scheduler:
         """`post` gets what every pass gave, on the engine's thread; `wake` is called when there is new work."""
         self.limits, self.metrics = limits, metrics
         self._tokenizer, self._post, self._wake = tokenizer, post, wake
-        self._rows = rows_of(model)
+        self._model, self._rows = model, rows_of(model)
         self._shared = not isinstance(self._rows, PlainRows)
         self._cache = self._rows.new_cache(limits.cache_tokens)
         self._prefixes = PrefixCache()
@@ -67,6 +69,7 @@ class Scheduler:
         self._outbox: list[tuple[Job, Event]] = []
         self._lock = threading.Lock()
         self._inbox: list[Job] = []
+        self._texts: deque[tuple[list[int], Future[Tensor]]] = deque()
         self._draining = False
 
     # Any thread
@@ -99,6 +102,20 @@ class Scheduler:
             self._inbox.append(job)
         self._wake()
 
+    def embed(self, ids: list[int]) -> "Future[Tensor]":
+        """The vector of a text, computed between two passes. Raises ApiError as `submit` does."""
+        if len(ids) > self.limits.context:
+            raise invalid(f"a text has {len(ids)} tokens; at most {self.limits.context} fit here", "input")
+        future: Future[Tensor] = Future()
+        with self._lock:
+            if self._draining:
+                raise ApiError(503, "the server is shutting down; ask again later", code="shutting_down")
+            if len(self._texts) >= self.limits.queue:
+                raise ApiError(429, f"{self.limits.queue} texts wait already; ask again later", code="queue_full")
+            self._texts.append((ids, future))
+        self._wake()
+        return future
+
     def cancel(self, job: Job) -> None:
         """Stop working for a job, whose client has gone."""
         job.cancelled = True
@@ -122,8 +139,8 @@ class Scheduler:
         self._receive()
         self._dismiss()
         self._admit()
-        passed = bool(self._running)
-        if passed:
+        passed = self._embed_one() or bool(self._running)
+        if self._running:
             plan = self._plan()
             scored = [self._wants_all(sample) for sample, _ in plan]
             for every in (False, True):
@@ -142,6 +159,8 @@ class Scheduler:
     def abort(self, error: ApiError) -> None:
         """End everything at once with an error."""
         self._receive()
+        while self._texts:
+            self._texts.popleft()[1].cancel()
         for job in self._jobs(self._running):
             self._fail(job, error)
         for job in self._queue.remove(lambda job: True):
@@ -149,6 +168,19 @@ class Scheduler:
         if self._outbox:
             self._post(self._outbox)
             self._outbox = []
+
+    def _embed_one(self) -> bool:
+        """Compute the next vector that somebody still waits for."""
+        while self._texts:
+            ids, future = self._texts.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(embedding(self._model, ids))
+                    self.metrics.prompt_tokens.inc(len(ids))
+                except Exception as error:  # for whom it was computed
+                    future.set_exception(error)
+                return True
+        return False
 
     def _receive(self) -> None:
         with self._lock:

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 
+from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.text_model import TextModel
 from bitnet.serving.errors import plain_name
 from tests import oracles
+from tests.builders import tiny_model
+from tests.serving.builders import Source, running
 
 openai = oracles.require("openai")
 PROMPT = "def wrap(text"
@@ -186,6 +191,30 @@ def test_responses(client, model):
     turn = [{"role": "user", "content": "Hi"}, answer.output[0].to_dict(), {"role": "user", "content": "More"}]
     again = client.responses.create(model="tiny", input=turn, max_output_tokens=2, instructions="Be brief.")
     assert again.usage.input_tokens > answer.usage.input_tokens
+
+
+def test_embeddings_are_the_mean_of_the_last_layer(client, model, tokenizer):
+    if isinstance(model.model, Engine):
+        with pytest.raises(openai.InternalServerError, match="logits alone"):
+            client.embeddings.create(model="tiny", input="x")
+    torch_model = tiny_model("none", vocab_size=tokenizer.vocab_size)
+    with (
+        running(TextModel(torch_model, Source(tokenizer))) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as own,
+    ):
+        texts = ["def wrap(text", "import os", "def wrap(texts"]
+        found = own.embeddings.create(model="tiny", input=texts)  # as base64
+        vectors = torch.tensor([one.embedding for one in found.data])
+        plain = own.embeddings.create(model="tiny", input=texts[0], encoding_format="float").data[0].embedding
+        with pytest.raises(openai.BadRequestError, match="at most 128"):
+            own.embeddings.create(model="tiny", input=[[5] * 200])
+    with torch.no_grad():
+        ids = torch.tensor([tokenizer.encode(texts[0], bos=tokenizer.adds_bos)])
+        wanted = torch.nn.functional.normalize(torch_model.model(ids, None)[0].mean(0), dim=0)
+    torch.testing.assert_close(vectors[0], wanted)
+    torch.testing.assert_close(torch.tensor(plain), wanted)
+    similarity = vectors @ vectors.T
+    assert similarity[0, 2] > similarity[0, 1]
 
 
 @pytest.mark.parametrize(

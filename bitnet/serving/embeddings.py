@@ -1,0 +1,52 @@
+"""POST /v1/embeddings: the mean of a model's last layer over each text.
+
+A causal model was not trained for this: the vectors compare texts roughly, and only with others of the same model.
+"""
+
+import asyncio
+import base64
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from bitnet.model import BitNetForCausalLM
+from bitnet.serving.completions import prompts_of
+from bitnet.serving.errors import ApiError
+from bitnet.serving.models import ServedModel
+from bitnet.serving.requests import EmbeddingBody
+from bitnet.serving.streams import unless_gone
+
+
+async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> Response:
+    """Raises ApiError for a model whose engine has no hidden states, and as `Scheduler.embed`."""
+    if not isinstance(model.text_model.model, BitNetForCausalLM):
+        raise ApiError(
+            501, f"{model.name!r} runs on an engine that gives logits alone; embeddings need one that runs in torch",
+            param="model", code="no_embeddings",
+        )  # fmt: skip
+    texts = [ids for _, ids in prompts_of(model, body.input, "input")]
+    futures = [asyncio.wrap_future(model.scheduler.embed(ids)) for ids in texts]
+    vectors: list[Tensor] = await unless_gone(http, _all(futures))
+    count = sum(map(len, texts))
+    data: list[dict[str, Any]] = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format == "base64")}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
+
+
+async def _all(futures: list[asyncio.Future[Tensor]]) -> list[Tensor]:
+    try:
+        return list(await asyncio.gather(*futures))
+    except asyncio.CancelledError:
+        if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            raise
+        raise ApiError(503, "the server has shut down", code="shutting_down") from None
+
+
+def _encoded(vector: Tensor, base64_wanted: bool) -> str | list[float]:
+    numbers = vector.numpy().astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode() if base64_wanted else numbers.tolist()
