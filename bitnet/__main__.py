@@ -80,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if name in COMMANDS:
         return execute(name, f"bitnet {name}", rest)
+    with tolerant_streams():
+        return _without_command(name)
+
+
+def _without_command(name: str) -> int:
     if name in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

@@ -229,6 +229,14 @@ def _to_nowhere(stream: TextIO) -> None:
 
 
 @contextlib.contextmanager
+def _quiet_end() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+
+
+@contextlib.contextmanager
 def tolerant_streams(*, line_buffering: bool = False, lasting: bool = False) -> Iterator[None]:
     """Inside the block a character that a stream's encoding lacks is printed as "?". A reader of standard output that
     has had enough (as in `| head`) ends the block quietly, or with `lasting` nothing but the output: what the block
@@ -241,7 +249,8 @@ def tolerant_streams(*, line_buffering: bool = False, lasting: bool = False) -> 
         if lasting:
             stack.enter_context(contextlib.redirect_stdout(cast("TextIO", _Lasting(sys.stdout))))
         try:
-            yield
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _to_nowhere(sys.stdout)
+            with _quiet_end():
+                yield
+        finally:  # behind --help too, which exits
+            with _quiet_end():
+                sys.stdout.flush()

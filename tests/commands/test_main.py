@@ -162,3 +162,15 @@ def test_a_terminal_that_lacks_a_character_sees_a_question_mark():
     )
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"INT8 ?4" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["formats", "--help"], ["--version"], ["formats", "3.1416"]])
+def test_a_reader_that_is_not_there_is_no_error(arguments):
+    """| true, which has closed the pipe before anything is written; nothing fails when the interpreter ends either."""
+    code = f"import sys; from bitnet.__main__ import main; sys.stdin.read(); sys.exit(main({arguments}))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    _, err = child.communicate(b"")
+    assert (child.returncode, err) == (0, b"")
