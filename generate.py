@@ -74,6 +74,8 @@ class Options:
     """Run on packed weights; --no-pack runs the float weights that training fake-quantizes."""
     backend: Literal["auto", "native", "reference"] = "auto"
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
+    gpu_layers: int | None = None
+    """Of a packed model larger than the GPU's memory: so many of its layers run there, the others on the CPU."""
     cache: Literal["float32", "float16", "int8"] | None = None
     """Of keys and values in the native engine, float32 by itself: fewer bits read less in long texts."""
     activations: Literal["int8", "float"] | None = None
@@ -109,6 +111,7 @@ def run(options: Options) -> None:
             device=options.device,
             dtype=options.dtype,
             cache=options.cache,
+            gpu_layers=options.gpu_layers,
             pack=options.pack,
             activations=options.activations,
             embeddings=options.embeddings,

@@ -102,17 +102,31 @@ class Engine:
         With a cache, the tokens continue the ones it holds. `out`, of the result's shape, saves its allocation.
         Raises ValueError for ids or lengths that the model or the cache cannot take.
         """
-        config = self.config
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
         B, T = input_ids.shape
         smallest, largest = (int(bound) for bound in input_ids.aminmax())
-        if smallest < 0 or largest >= config.vocab_size:
+        if smallest < 0 or largest >= self.config.vocab_size:
             raise ValueError(
                 f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
-                f"{config.vocab_size - 1})"
+                f"{self.config.vocab_size - 1})"
             )
-        cache = self.new_cache(B, T) if cache is None else cache
+        return self._run(input_ids, None, self.new_cache(B, T) if cache is None else cache, last_only, out)
+
+    def go_on(self, hidden: Tensor, cache: NativeCache, *, last_only: bool = False) -> Tensor:
+        """The same of the residual stream, float32 `[B, T, C]`, that other layers have left before this engine's first.
+        Raises ValueError for another shape and for lengths that the cache cannot take."""
+        width = self.config.hidden_size
+        if hidden.dim() != 3 or hidden.shape[2] != width or hidden.dtype != torch.float32 or not hidden.numel():
+            raise ValueError(f"hidden is {hidden.dtype} {list(hidden.shape)}; give float32 [batch, tokens, {width}]")
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)  # not looked at
+        return self._run(ids, hidden, cache, last_only, None)
+
+    def _run(
+        self, input_ids: Tensor, hidden: Tensor | None, cache: NativeCache, last_only: bool, out: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        B, T = input_ids.shape
         if cache.config != config:
             raise ValueError("the cache belongs to a model of another shape; take one from new_cache")
         if cache.batch_size != B:
@@ -138,15 +152,25 @@ class Engine:
             wanted = range(B * count) if not last_only else range(count - 1, B * count, count)
             for row in cache.rows:
                 row.length, row.tokens = cache.length, count
-            self.forward(cache.rows, ids.view(-1), wanted if not last_only or start + chunk >= T else (), part)
+            wanted = wanted if not last_only or start + chunk >= T else ()
+            stream = None if hidden is None else hidden[:, start : start + chunk].contiguous()
+            self.forward(cache.rows, ids.view(-1), wanted, part, stream)
             cache.length += count
             if part is not logits:
                 logits[:, start : start + chunk] = part
         return logits
 
-    def forward(self, rows: Any, ids: Tensor | array.array, wanted: Sequence[int], logits: Tensor) -> None:
+    def forward(
+        self,
+        rows: Any,
+        ids: Tensor | array.array,
+        wanted: Sequence[int],
+        logits: Tensor,
+        hidden: Tensor | None = None,
+    ) -> None:
         """Run the new tokens `ids`, int64, of rows (an array of `native.Row`), one row behind the other, and write the
-        logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`. Any number of threads may."""
+        logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`. With `hidden`, contiguous
+        float32 `[len(ids), C]`, they begin there and not at their embeddings. Any number of threads may."""
         lib, threads = native.library(), native.threads()
         assert lib is not None
         longest = _round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
@@ -157,7 +181,8 @@ class Engine:
         tokens = ids.data_ptr() if isinstance(ids, Tensor) else ids.buffer_info()[0]
         numbers = array.array("i", wanted)
         target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), workspace.data_ptr(), threads
-        native.kernels().forward(self._struct, rows, len(rows), tokens, *target)
+        stream = None if hidden is None else hidden.data_ptr()
+        native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
         self._workspaces.append(workspace)
 
     @property

@@ -99,8 +99,10 @@ class GpuEngine:
     """A packed BitNet b1.58 model on the Triton kernels. Called like `BitNetForCausalLM`.
 
     `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
-    a file. `dtype` is that of the residual stream, the cache and attention. Raises ValueError where Triton or the GPU
-    is missing, the model is not packed, or its tensors are not exactly those of the configuration.
+    a file. `dtype` is that of the residual stream, the cache and attention. With `layers` it is the first layers of a
+    model alone, and a call returns the residual stream behind them, float32 `[B, T, C]`, instead of logits. Raises
+    ValueError where Triton or the GPU is missing, the model is not packed, or its tensors are not exactly those of the
+    configuration.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class GpuEngine:
         device: torch.device | str = "cuda",
         dtype: str = "bfloat16",
         graphs: bool = True,
+        layers: int | None = None,
     ) -> None:
         if config.quantizer == "none":
             raise ValueError("the engine runs packed weights and this is a float model; run it in torch")
@@ -123,12 +126,15 @@ class GpuEngine:
         backend.require(self._device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
-        self.config, self.dtype = config, DTYPES[dtype]
+        self._whole = layers is None
+        self.config = config if layers is None else config.replace(num_hidden_layers=layers)
+        self.dtype = DTYPES[dtype]
         self.graphs = graphs and self._device.type == "cuda"
         self._free: list[_Storage] = []  # the newest last
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self._device) if self.graphs else None
-        build_exactly(self._build, lambda name: tensor(name).detach().to(self._device), names)
+        # Of the first layers alone, names are left over.
+        build_exactly(self._build, lambda name: tensor(name).detach().to(self._device), names if self._whole else None)
 
     @classmethod
     def from_model(cls, model: BitNetForCausalLM, **options: Any) -> "GpuEngine":
@@ -155,12 +161,12 @@ class GpuEngine:
         def norm(name: str, size: int) -> Tensor:
             return tensor(f"{name}.weight", size).float().contiguous()
 
-        table = "model.embed_tokens"
-        self._head = matrix("", {table if config.tie_word_embeddings else "lm_head": V}, C, 8)
-        self._table, self._table_scale = self._head.packed, self._head.scale.view(V, 1)
-        if not config.tie_word_embeddings:
-            self._table = tensor(f"{table}.packed_weight", V, packed_width(C, 8)).contiguous()
-            self._table_scale = tensor(f"{table}.weight_scale", V, 1).float().contiguous()
+        table = matrix("", {"model.embed_tokens": V}, C, 8)
+        self._table, self._table_scale = table.packed, table.scale.view(V, 1)
+        self._head: _Matrix | None = None
+        if self._whole:
+            self._head = table if config.tie_word_embeddings else matrix("", {"lm_head": V}, C, 8)
+            self._norm = norm("model.norm", C)
         self._matrices: list[dict[str, _Matrix]] = []
         self._norms: list[dict[str, Tensor | None]] = []
         for index in range(config.num_hidden_layers):
@@ -177,7 +183,6 @@ class GpuEngine:
             names |= {"gate_up": "post_attention_layernorm", "down": "mlp.ffn_sub_norm"}
             found = {part: norm(prefix + name, norms[name]) if name in norms else None for part, name in names.items()}
             self._norms.append(found)
-        self._norm = norm("model.norm", C)
         self._cos, self._sin = (part.to(self._device) for part in rope_tables(config))
 
     @torch.inference_mode()
@@ -298,6 +303,8 @@ class GpuEngine:
             gate_up = projected(h, matrix["gate_up"], norm["gate_up"])
             h = projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
         h = h.view(B, T, -1)
+        if self._head is None:
+            return h.float()
         last = h[:, -1:] if last_only else h
         last = last.reshape(-1, config.hidden_size).contiguous()
         logits = projected(last, self._head, self._norm, dtype=torch.float32)
@@ -357,7 +364,8 @@ class GpuEngine:
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads."""
-        return self._head.nbytes + sum(matrix.nbytes for layer in self._matrices for matrix in layer.values())
+        matrices = [matrix for layer in self._matrices for matrix in layer.values()]
+        return sum(matrix.nbytes for matrix in matrices) + (self._head.nbytes if self._head else 0)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:

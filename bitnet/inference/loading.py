@@ -13,6 +13,7 @@ from torch import Tensor
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel, beyond_kernels, build_exactly
 from bitnet.inference.gpu_engine import GpuEngine
+from bitnet.inference.split_engine import SplitEngine
 from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights
 from bitnet.kernels import native_wanted, triton_wanted
 from bitnet.model import BitNetForCausalLM
@@ -33,6 +34,7 @@ def open_model(
     dtype: torch.dtype = torch.float32,
     activations: str | None = None,
     embeddings: str | None = None,
+    gpu_layers: int | None = None,
 ) -> LanguageModel:
     """A model ready to generate, of a source or what `open_source` takes.
 
@@ -46,6 +48,8 @@ def open_model(
                   to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.
     embeddings:   in the native engine, of a float embedding and head: "int8" (None, for models that are quantized in
                   training) or "float16", exact to a source of 16 bits.
+    gpu_layers:   of a packed model, so many of its first layers on the GPU `device` and the others and the head on the
+                  native engine, for a model larger than the GPU's memory; 0: none, all or more: all.
 
     Raises as `open_source` and `Source.model` do, and ValueError for packed weights that are not to run packed and for
     options of the native engine where the model does not run on it.
@@ -54,6 +58,12 @@ def open_model(
     for name, value, known in (("activations", activations, ACTIVATIONS), ("embeddings", embeddings, EMBEDDINGS)):
         if value not in (None, *known):
             raise ValueError(f"{name} {value!r} are unknown; choose one of {', '.join(known)}")
+    if gpu_layers is not None and gpu_layers < source.config.num_hidden_layers:
+        if gpu_layers < 0:
+            raise ValueError(f"gpu_layers is {gpu_layers}; give 0 or more")
+        if gpu_layers:
+            return _split(source, gpu_layers, device, cache_dtype, pack)
+        device = torch.device("cpu")
     native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
     if pack and source.kind == "packed" and native:
         return _stream(source, options)
@@ -89,6 +99,23 @@ class EngineOptions:
         return Engine.from_model(
             model, cache_dtype=self.cache_dtype, activations=self.activations, embeddings=self.embeddings
         )
+
+
+def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | None, pack: bool) -> SplitEngine:
+    if device.type == "cpu" and not triton_wanted(device):
+        raise ValueError(f"{gpu_layers} layers are to run on a GPU and the device is {device}; name a GPU, or give 0")
+    for there, what in (
+        (triton_wanted(device), "Triton kernels"),
+        (native_wanted(torch.device("cpu")), "native kernels"),
+    ):
+        if not there:
+            raise ValueError(
+                f"layers are divided between engines and the {what} are not in force; leave gpu_layers out"
+            )
+    if source.config.quantizer == "none" or not pack:
+        raise ValueError("layers of packed models alone are divided; leave gpu_layers out")
+    model = source.model()
+    return SplitEngine.from_model(model.pack(), gpu_layers, device=device, cache_dtype=cache)
 
 
 def _is_ternary(model: BitNetForCausalLM) -> bool:

@@ -33,6 +33,7 @@ from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.inference.sampling import Drawn, RowSampler
+from bitnet.inference.split_engine import SplitEngine
 from bitnet.machine import DTYPES, pick_device
 from bitnet.storage.source import Source, open_source
 from bitnet.tokenizer import BaseTokenizer
@@ -202,7 +203,7 @@ class TextModel:
 
         It starts processes: a script calls it below `if __name__ == "__main__":`.
         """
-        if isinstance(self.model, GpuEngine):
+        if isinstance(self.model, (GpuEngine, SplitEngine)):
             self.model.warm_up()
 
     def generate(self, prompt: Prompt, *, logprobs: int | None = None, **options: Unpack[TextArguments]) -> Completion:
@@ -294,6 +295,7 @@ def load(
     device: str = "auto",
     dtype: str = "float32",
     cache: str | None = None,
+    gpu_layers: int | None = None,
     pack: bool = True,
     activations: str | None = None,
     embeddings: str | None = None,
@@ -304,6 +306,7 @@ def load(
     device:      cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.
     dtype:       of weights, activations and cache of a model that runs in floats.
     cache:       of keys and values in the native CPU engine: float32 (None), float16 or int8.
+    gpu_layers:  of a packed model larger than the GPU's memory, so many layers there and the others on the CPU.
     pack:        False runs a run's float weights, fake-quantized as in training.
     activations: int8 or float (None), of weights with group scales in the native CPU engine.
     embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
@@ -315,7 +318,7 @@ def load(
     run_on = pick_device(device)
     source = open_source(path, which=checkpoint)
     engine = {"cache_dtype": cache, "activations": activations, "embeddings": embeddings}
-    model = open_model(source, device=run_on, pack=pack, dtype=DTYPES[dtype], **engine)
+    model = open_model(source, device=run_on, pack=pack, dtype=DTYPES[dtype], gpu_layers=gpu_layers, **engine)
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
     return TextModel(model, source)
 

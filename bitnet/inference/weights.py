@@ -79,6 +79,26 @@ class ModuleWeights:
         return self.model.get_parameter(name)
 
 
+class LaterLayers:
+    """The weights of a model without its first layers."""
+
+    def __init__(self, weights: Weights, first: int) -> None:
+        self.weights, self.first = weights, first
+
+    def matrix(self, name: str, rows: int, columns: int) -> Stored:
+        return self.weights.matrix(self._renamed(name), rows, columns)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self.weights.vector(self._renamed(name), size)
+
+    def _renamed(self, name: str) -> str:
+        prefix = "model.layers."
+        if not name.startswith(prefix):
+            return name
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(index) + self.first}.{rest}"
+
+
 class PackedWeights:
     """The tensors of a packed folder, of which `tensor(name, *shape)` reads one and checks its shape."""
 

@@ -132,6 +132,16 @@ def test_smollm2_answers(capsys):
     assert int(re.search(r"decode (\d+) tokens", captured.err)[1]) < 24  # ended by itself
 
 
+def test_layers_on_a_gpu(tmp_path, tokenizer):
+    ternary, floats = (save_run(tmp_path / name, tiny_model(name), tokenizer) for name in ("ternary", "none"))
+    assert type(open_model(ternary, gpu_layers=0)) is type(open_model(ternary))
+    for layers, message in ((1, "the device is cpu; name a GPU, or give 0"), (-1, "gpu_layers is -1")):
+        with pytest.raises(ValueError, match=message):
+            open_model(ternary, gpu_layers=layers)
+    with pytest.raises(ValueError, match="the device is cpu"):
+        open_model(floats, gpu_layers=1)
+
+
 def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
     folder = save_run(tmp_path / "run", tiny_model("none"), tokenizer)
     with pytest.raises(ValueError, match=r"cache int8 .* runs on torch, whose cache is bfloat16; leave it out"):

@@ -12,6 +12,8 @@ from torch import Tensor
 from bitnet import kernels
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine
+from bitnet.inference.split_engine import SplitEngine
+from bitnet.kernels.cpu import native
 from bitnet.kernels.triton import attention, language, product, warm
 from bitnet.kernels.triton.product import Plan
 from bitnet.model import BitNetForCausalLM
@@ -214,6 +216,31 @@ def test_kernels_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch
         assert len(list(warm.compile_missing(variants, engine.device))) == seen
     assert compiled == [len(variants)] * 2
     assert len(list(warm.compile_missing(variants[:-1], engine.device))) == 1
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason="the native kernels were not built")
+def test_layers_are_divided_between_two_engines() -> None:
+    config = CONFIGS["relu2, untied"].replace(num_hidden_layers=3)
+    model = packed_model(config)
+    ids = torch.randint(config.vocab_size, (2, 9))
+    expected = torch_logits(model, ids)
+    for on_gpu in (1, 2):
+        engine = SplitEngine.from_model(model, on_gpu, device="cpu", dtype="float32")
+        cache = engine.new_cache(2, 16)
+        prompt = engine(ids[:, :7], cache)
+        steps = [engine(ids[:, i : i + 1], cache, last_only=True) for i in (7, 8)]
+        assert cache.length == 9
+        assert cache.nbytes > 0
+        torch.testing.assert_close(torch.cat([prompt, *steps], 1), expected, rtol=2e-4, atol=2e-4)
+        whole = GpuEngine.from_model(model, device="cpu")
+        assert whole._head is not None
+        assert engine.gpu.weight_bytes() * 3 == (whole.weight_bytes() - whole._head.nbytes) * on_gpu
+        assert engine.weight_bytes() == engine.gpu.weight_bytes() + engine.cpu.weight_bytes()
+    greedy = SamplingConfig(0.0)
+    text = [int(step[0]) for step in generate(engine, ids[:1], max_new_tokens=4, sampling=greedy, seed=0)]
+    assert text == [int(step[0]) for step in generate(model, ids[:1], max_new_tokens=4, sampling=greedy, seed=0)]
+    with pytest.raises(ValueError, match="give 1 to 2"):
+        SplitEngine.from_model(model, 3, device="cpu")
 
 
 def test_few_caches_are_kept() -> None:

@@ -239,6 +239,14 @@ struct pass {
                prepare_rows(l.down, buf.a, buf.wide, l.ffn_sub_norm, M) && multiply_rows(l.down, buf.h, C, OUT_ADD);
     }
 
+    // From the residual stream [M, hidden] that other layers have left.
+    bool go_on(const float *hidden) {
+        return self.each(M, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++)
+                memcpy(buf.h + i * round_up(m.hidden, 64), hidden + i * m.hidden, m.hidden * sizeof(float));
+        });
+    }
+
     bool embed(const int64_t *ids) {
         return self.each(M, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++) read_row(m.embedding, ids[i], buf.h + i * round_up(m.hidden, 64), own);
@@ -247,8 +255,8 @@ struct pass {
 };
 
 // The new tokens `ids` of all rows, row by row, and logits [wanted_count, vocab] behind those whose numbers are wanted.
-static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const int32_t *wanted,
-                   int64_t wanted_count, float *logits, void *workspace, int threads) {
+static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const float *hidden,
+                   const int32_t *wanted, int64_t wanted_count, float *logits, void *workspace, int threads) {
     int64_t M = 0, longest = 0;
     for (int64_t i = 0; i < row_count; i++) {
         M += rows[i].tokens;
@@ -268,7 +276,7 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
     bn::run(threads, [&](member &self) {
         tiles ready(M > DIRECT);
         pass p = {*m, rows, row_count, M, few, buf, self, buf.own + self.id * buf.own_bytes + buf.own_x};
-        bool here = p.embed(ids);
+        bool here = hidden ? p.go_on(hidden) : p.embed(ids);
         for (int64_t i = 0; here && i < m->layers; i++) here = p.layer(i);
         if (here && wanted_count && p.prepare_rows(m->head, buf.h, round_up(m->hidden, 64), m->norm, wanted_count, wanted))
             p.multiply_rows(m->head, logits, m->vocab, OUT_STORE);

@@ -108,7 +108,7 @@ class Kernels(ctypes.Structure):
         ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
         ("linear", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqpqqi"))),
-        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qppqppi"))),
+        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qpppqppi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
         ("sample", ctypes.CFUNCTYPE(None, POINTER(Draw), *c_types("qqpi"))),
     ]
@@ -126,7 +126,7 @@ _requested = os.environ.get("BITNET_CPU_ISA", "auto")
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built or does not load."""
-    folder = Path(__file__).parent
+    folder = Path(os.environ.get("BITNET_NATIVE_FOLDER") or Path(__file__).parent)  # another one for dev/sanitize.py
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"_native{suffix}"
         if path.exists():
