@@ -149,10 +149,11 @@ class Engine:
                 part = torch.empty(B, ids.shape[1], config.vocab_size)
             # Of the last position alone, only the last piece needs the head.
             count = ids.shape[1]
-            wanted = range(B * count) if not last_only else range(count - 1, B * count, count)
+            wanted = range(count - 1, B * count, count) if last_only else range(B * count)
+            if last_only and start + chunk < T:
+                wanted = range(0)
             for row in cache.rows:
                 row.length, row.tokens = cache.length, count
-            wanted = wanted if not last_only or start + chunk >= T else ()
             stream = None if hidden is None else hidden[:, start : start + chunk].contiguous()
             self.forward(cache.rows, ids.view(-1), wanted, part, stream)
             cache.length += count
