@@ -10,6 +10,9 @@ from bitnet.__main__ import main
 from bitnet.inference.loading import open_model
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
+from bitnet.ptq.drivers import Options
+from bitnet.ptq.methods import quantize_model
+from bitnet.storage.hf import gptq
 from bitnet.storage.safetensors import load_tensors
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import train_tokenizer
@@ -161,3 +164,22 @@ def test_the_list_of_methods_and_a_packed_source(folder: Path, tmp_path: Path, c
     assert "gptq-4" in capsys.readouterr().out
     assert main(["quantize", str(folder / "ternary"), str(tmp_path / "out"), "--method", "rtn-int4"]) == 2
     assert "trained with ternary weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("group_size", "written"), [(64, 64), (-1, -1), (128, None)])
+def test_gptq_groups_that_are_whole_rows_of_some_layers(tmp_path: Path, group_size: int, written: int | None) -> None:
+    """Rows of 64 and of 128: a group of 64 is all of the one and half of the other."""
+    changes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = ModelConfig(vocab_size=64, num_hidden_layers=1, quantizer="none", sub_norm=False, **changes)
+    options = Options(progress=False, group_size=group_size)
+    if written is None:
+        with pytest.raises(ValueError, match="does not divide the 64 input channels"):
+            quantize_model(BitNetForCausalLM(config), "rtn-int4", options=options)
+        return
+    gptq.write(quantize_model(BitNetForCausalLM(config), "rtn-int4", options=options), tmp_path / "q", {})
+    about = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    assert about["group_size"] == written
+    scales = {name: tensor.shape[0] for name, tensor in load_tensors(tmp_path / "q" / "model.safetensors").items()}
+    stem = "model.layers.0.mlp"
+    groups = scales[f"{stem}.gate_proj.scales"], scales[f"{stem}.down_proj.scales"]
+    assert groups == ((1, 2) if written == 64 else (1, 1))

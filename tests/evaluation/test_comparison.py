@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from bitnet import plots
 from bitnet.__main__ import main
 from bitnet.evaluation import comparison
 from bitnet.evaluation.agreement import Reference
-from bitnet.evaluation.comparison import layer_outputs, measure_in_child
+from bitnet.evaluation.comparison import Comparison, layer_outputs, measure_in_child
+from bitnet.evaluation.table import Row
 from bitnet.evaluation.twins import find_twins
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.training import config as recipes
@@ -168,3 +170,32 @@ def test_labels_of_a_scatter_do_not_cover_each_other(tmp_path: Path) -> None:
     points.append(plots.Point("broken", "native", 1, math.inf))
     plots.draw_scatter(points, tmp_path / "p.png", xlabel="MB", title="t")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_comes_before_the_pictures_and_whatever_they_do(monkeypatch, capsys):
+    drawn: list[str] = []
+
+    class Compared:
+        rows: ClassVar[dict] = {"m": Row("m", "float", 32, 32, 1.0, 2.0, 0.1, 0, 0, 0, 1, "float")}
+
+        def __init__(self, options, train):
+            pass
+
+        def run(self):
+            pass
+
+        draw = Comparison.draw
+        out, model, windows = Path("nowhere"), None, [(None,)]
+
+    def fails(*arguments, **options):
+        drawn.append(capsys.readouterr().out)
+        raise ValueError("rows of 576 weights are no multiple of 256")
+
+    monkeypatch.setattr("bitnet.evaluation.comparison.Comparison", Compared)
+    monkeypatch.setattr("bitnet.evaluation.pictures.draw_table", fails)
+    monkeypatch.setattr("bitnet.evaluation.pictures.draw_distributions", fails)
+    assert main(["compare", "model"]) == 0
+    assert drawn[0].startswith("model  bits")
+    err = capsys.readouterr().err
+    assert err.count("warning: the pictures of") == 2
+    assert "576 weights" in err
