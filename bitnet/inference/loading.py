@@ -17,7 +17,8 @@ from bitnet.inference.split_engine import SplitEngine
 from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights
 from bitnet.kernels import native_wanted, triton_wanted
 from bitnet.model import BitNetForCausalLM
-from bitnet.model.weight_only import BlockLinear
+from bitnet.storage.gguf.container import GGUFFile
+from bitnet.storage.gguf.read import TERNARY, read_ternary
 from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
@@ -67,9 +68,9 @@ def open_model(
     native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
     if pack and source.kind == "packed" and native:
         return _stream(source, options)
-    if source.file is not None and native and dtype == torch.float32:
+    if source.file is not None and native and dtype == torch.float32 and not _is_ternary(source.file):
         model = read_stored(source.file, source.config)
-        if model is not None and not _is_ternary(model):
+        if model is not None:
             return options.engine(model)
     # Our own folders are read onto the device that runs them; other files, and for the native engine, into memory.
     own = source.kind in ("run", "packed") and not (pack and native)
@@ -118,10 +119,11 @@ def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | N
     return SplitEngine.from_model(model.pack(), gpu_layers, device=device, cache_dtype=cache)
 
 
-def _is_ternary(model: BitNetForCausalLM) -> bool:
-    """Whether a file's projections may be ternary with one scale a matrix, which have kernels of their own."""
-    layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    return isinstance(layer, BlockLinear) and layer.block_type in ("TQ1_0", "TQ2_0")
+def _is_ternary(file: GGUFFile) -> bool:
+    """Whether a file's projections are in blocks of ternary codes and, as far as one of them shows, have one scale a
+    matrix, as models that were trained ternary: these have kernels, and `Source.model()` finds out the rest."""
+    name = "blk.0.ffn_down"
+    return file.tensors[f"{name}.weight"].type in TERNARY and read_ternary(file, name) is not None
 
 
 def _refuse(options: EngineOptions, runs_on: str, cache: str) -> None:

@@ -1,6 +1,7 @@
 """bitnet export and quantize as a user runs them: round trips between all forms, and refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,16 @@ def test_gptq_groups_that_are_whole_rows_of_some_layers(tmp_path: Path, group_si
     stem = "model.layers.0.mlp"
     groups = scales[f"{stem}.gate_proj.scales"], scales[f"{stem}.down_proj.scales"]
     assert groups == ((1, 2) if written == 64 else (1, 1))
+
+
+def test_what_a_type_rounds_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(folder / "ternary"), str(tmp_path / "a.gguf"), "--to", "gguf", "--type", "Q2_0"]) == 0
+    found = re.search(r"Q2_0: the scales of the matrices were rounded to 16 bits, by (\S+) of", capsys.readouterr().out)
+    assert found
+    assert 0 < float(found[1]) < 2**-11
+    for name, (before, scale) in codes(folder / "ternary").items():
+        after, rounded = codes(tmp_path / "a.gguf")[name]
+        assert torch.equal(before, after)
+        assert float(rounded) == float(scale.half())
+    assert main(["export", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 0
+    assert "rounded" not in capsys.readouterr().out  # TQ2_0 keeps the scale beside

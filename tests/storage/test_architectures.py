@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.inference.engine import beyond_kernels
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM, bit_linears
@@ -66,14 +65,14 @@ def test_folders_of_transformers_are_read_and_written(transformers, tmp_path: Pa
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = open_model(tmp_path / "theirs")
-    assert isinstance(ours, BitNetForCausalLM)
+    ours, engine = open_source(tmp_path / "theirs").model(), open_model(tmp_path / "theirs")
     ids = random_ids(ours.config, 2, 60)
     with torch.no_grad():
-        expected, logits = theirs(ids).logits, ours(ids)
+        expected, logits, native = theirs(ids).logits, ours(ids), engine(ids)
     assert expected.std() > 0.3
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    assert_same_text(ours, theirs, ids[:, :40])
+    for model, found in ((ours, logits), (engine, native)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert_same_text(model, theirs, ids[:, :40])
 
     hf_write.write(ours, tmp_path / "ours", "master")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
@@ -135,19 +134,14 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, arch: str, quantizer: str) 
     assert (ours - theirs).square().mean().sqrt() < 2e-3 * theirs.std()  # keys and values are float16 there
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
-def test_engines_leave_what_they_do_not_compute_to_torch(tmp_path: Path, arch: str) -> None:
-    """A packed ternary model of these: the logits of the torch model, whatever the engine."""
+@pytest.mark.parametrize("arch", PARTS)
+def test_ternary_models_of_these_run_on_the_engine(tmp_path: Path, arch: str) -> None:
     model = gguf_model(sub_norm=False, **PARTS[arch])
-    hf_write.write(model, tmp_path / "x")
+    hf_write.write(model, tmp_path / "x", "packed-inverse")
     ids = random_ids(SHAPE, 1, 9)
     opened, packed = open_model(tmp_path / "x"), model.pack()
     with torch.no_grad():
-        if beyond_kernels(model.config):
-            assert isinstance(opened, BitNetForCausalLM)
-            assert torch.equal(opened(ids), packed(ids))
-        else:
-            assert (opened(ids) - packed(ids)).norm() < 0.02 * packed(ids).norm()
+        assert (opened(ids) - packed(ids)).norm() < 0.02 * packed(ids).norm()
 
 
 def test_the_gpu_engine_names_what_it_does_not_compute() -> None:

@@ -75,6 +75,10 @@ def test_models_trained_here_run_in_llama_cpp(tmp_path: Path, shape: str, kind: 
             key = f"{name.rpartition('.')[0]}.{norm}.weight"
             product = back.state_dict()[key] * stored.view(1)
             torch.testing.assert_close(product, norms[key] * scale.view(1), rtol=3e-7, atol=0)
+    opened, packed = open_model(tmp_path / "x.gguf"), model.pack()
+    with torch.no_grad():  # as it was trained: 8 bits a token, and an INT8 table
+        assert opened.config.quantizer == "ternary"
+        assert distance(opened(IDS[None])[0], packed(IDS[None])[0]) < 0.05
 
 
 def test_what_the_types_do_not_hold_is_refused(tmp_path: Path) -> None:
