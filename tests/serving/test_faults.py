@@ -226,25 +226,26 @@ def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
         path.unlink() if path.is_file() else path.rmdir()
     texts: list[str] = []
 
-    def ask() -> None:
+    def ask(number: int) -> None:
         text = ""
         with httpx.stream("POST", f"{address}/v1/completions", json={**LONG, "seed": 1}, timeout=60) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     text += json.loads(line[6:])["choices"][0]["text"]
-                ended.append(line == "data: [DONE]")
+                lines[number].append(line)
         texts.append(text)
 
-    ended: list[bool] = []
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    lines: list[list[str]] = [[], [], []]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
-    until(lambda: len(ended) > 6)
+    until(lambda: all(lines))  # all of them are being written
+    assert "data: [DONE]" not in lines[0]
     server.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join(60)
     assert server.wait(60) == -signal.SIGTERM
-    assert sum(ended) == 3, "what ran was finished"
+    assert all("data: [DONE]" in read for read in lines), "what ran was finished"
     assert len(set(texts)) == 1
     with pytest.raises((ConnectionError, http.client.HTTPException)):
         http.client.HTTPConnection(address.removeprefix("http://")).request("GET", "/health")
