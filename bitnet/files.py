@@ -153,9 +153,7 @@ def working_in(folder: Path, what: str) -> Iterator[None]:
 
     The lock is of the file `.lock`, which a program that is killed leaves behind without the lock.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    made, path = not folder.exists(), folder / LOCK
     file = _locked_file(path)
     if file is None:
         raise ValueError(
@@ -185,7 +183,13 @@ def _locked_file(path: Path) -> BinaryIO | None:
     """The lock file, open and locked, or None where another process has it. A file system without locks has none that
     could be held."""
     while True:
-        file = open(path, "a+b")  # noqa: SIM115 - open as long as it is locked
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a+b")  # noqa: SIM115 - open as long as it is locked
+        except FileNotFoundError:  # the folder went with its last holder
+            if path.is_symlink():
+                raise
+            continue
         held = _lock_byte(file) if os.name == "nt" else _try_lock(file.fileno())
         if held is False:
             file.close()

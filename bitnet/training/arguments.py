@@ -93,7 +93,8 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     first.add_argument("--estimate", nargs="?", const=1, type=int, metavar="N")
     first.add_argument("--presets", action="store_true")
     first.add_argument("-h", "--help", action="store_true")
-    known, rest = first.parse_known_args(_resolve_auto(arguments))
+    resolved = _resolve_auto(arguments)
+    known, rest = first.parse_known_args(resolved)
     default = PRESETS[known.preset]
     source = known.resume or known.like
     if source:
@@ -106,6 +107,8 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     if known.out is not None:
         rest = ["--out", known.out, *rest]
     config = tyro.cli(TrainConfig, prog=prog, default=default, args=rest)
+    if known.resume and resolved != list(arguments):  # auto: a tokenizer has decided on the vocabulary since
+        config = dataclasses.replace(config, model=config.model.replace(vocab_size=default.model.vocab_size))
     if known.resume:
         if (Path(source) / MODEL).is_file():
             raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
