@@ -85,13 +85,23 @@ template <class T> BN_INLINE auto as_float(pair<T> v) -> pair<decltype(as_float(
     return {as_float(v.lo), as_float(v.hi)};
 }
 
+// Register by register: gcc copies a pair in smaller pieces through memory, and the loads behind them wait.
 template <class T> BN_INLINE void read(const void *p, T *v) { memcpy(v, p, sizeof *v); }
+template <class T> BN_INLINE void read(const void *p, pair<T> *v) {
+    read(p, &v->lo);
+    read((const char *)p + sizeof(T), &v->hi);
+}
+template <class T> BN_INLINE void write(void *p, const T *v) { memcpy(p, v, sizeof *v); }
+template <class T> BN_INLINE void write(void *p, const pair<T> *v) {
+    write(p, &v->lo);
+    write((char *)p + sizeof(T), &v->hi);
+}
 BN_INLINE vb load_line(const uint8_t *p) { vb v; read(p, &v); return v; }
 BN_INLINE vf load(const float *p) { vf v; read(p, &v); return v; }
 BN_INLINE vi load(const int32_t *p) { vi v; read(p, &v); return v; }
-BN_INLINE void store_line(uint8_t *p, vb v) { memcpy(p, &v, sizeof v); }
-BN_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-BN_INLINE void store(int32_t *p, vi v) { memcpy(p, &v, sizeof v); }
+BN_INLINE void store_line(uint8_t *p, vb v) { write(p, &v); }
+BN_INLINE void store(float *p, vf v) { write(p, &v); }
+BN_INLINE void store(int32_t *p, vi v) { write(p, &v); }
 
 BN_INLINE void fill(nf *v, float x) { *v = x - (nf){}; }
 BN_INLINE void fill(ni *v, int32_t x) { *v = x + (ni){}; }
