@@ -15,6 +15,7 @@ from bitnet.kernels.cpu import native
 from bitnet.model import BitLinear, BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
+from bitnet.storage.checksums import CHECKSUMS
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER, save_packed
 from bitnet.storage.safetensors import CheckpointError, load_tensors
 from bitnet.training.checkpoint import save_checkpoint
@@ -41,7 +42,7 @@ def test_a_packed_model_comes_back_from_disk(name: str, tmp_path: Path) -> None:
     model, ids = packed_model(config), random_ids(config, 2, 11)
     folder = tmp_path / "deep" / "packed"
     save_packed(folder, model, b"tokenizer")
-    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, MODEL, TOKENIZER])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CHECKSUMS, CONFIG, MODEL, TOKENIZER])
     assert [path.name for path in folder.parent.iterdir()] == ["packed"]
     assert (folder / TOKENIZER).read_bytes() == b"tokenizer"
     stored, state = load_tensors(folder / MODEL), model.state_dict()

@@ -163,7 +163,7 @@ def test_a_config_is_parsed_once_per_opening(tmp_path, tokenizer, monkeypatch, k
         for name, content in sentencepiece_files(tokenizer.model_proto).items():
             (folder / name).write_bytes(content)
         (folder / "tokenizer.model").unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps({"note": "counted", **load_json(folder / "config.json")}))
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": "counted", **load_json(folder / "config.json")}))
     parses = Parses(monkeypatch)
     source = open_source(path)
     assert source.tokenizer.encode(TEXT) == tokenizer.encode(TEXT)
