@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 5
+SECONDS := 60
 UV := 0.13.9
 
-.PHONY: demo twin test conformance lint lock clean
+.PHONY: demo twin test conformance lint sanitize lock clean
 
 demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
@@ -35,6 +36,9 @@ lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit toge
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
+
+sanitize: $(VENV)/.dev $(VENV)/.native  ## the native kernels under sanitizers, over random shapes; SECONDS=600 drives longer
+	$(BIN)/python dev/sanitize.py --seconds $(SECONDS)
 
 lock: $(VENV)/.dev  ## the sums in locks/ anew, after a pin has changed
 	$(PIP) uv==$(UV)

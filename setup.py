@@ -41,6 +41,12 @@ FLAGS = [
 ]  # fmt: skip
 
 
+# For dev/sanitize.py: the sanitizers to build with, and for which instruction sets alone.
+SANITIZE, ONLY = os.environ.get("BITNET_SANITIZE"), os.environ.get("BITNET_ONLY_SETS", "").split()
+if SANITIZE:
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+
+
 class BuildModules(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """Modules of a package, as (package, module, file)."""
@@ -60,6 +66,7 @@ class BuildKernels(build_ext):
                 return None
 
         sets = INSTRUCTION_SETS.get(platform.machine(), {})
+        sets = {name: flags for name, flags in sets.items() if not ONLY or name in ONLY}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             builds = {"scalar": [], **BLOCKS.get(platform.machine(), {})}
             blocks = [
@@ -74,9 +81,10 @@ class BuildKernels(build_ext):
         if None in parts:
             raise CompileError("the native CPU kernels do not compile; bitnet will run on its torch reference")
         objects = [path for part in (*parts, *compiled, *(b.result() for b in blocks)) for path in part or []]
-        threads = [] if platform.system() == "Darwin" else ["-pthread"]
+        options = [] if platform.system() == "Darwin" else ["-pthread"]
+        options += [f"-fsanitize={SANITIZE}"] if SANITIZE else []
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), extra_postargs=threads, target_lang="c++"
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=options, target_lang="c++"
         )
 
     def get_export_symbols(self, ext: Extension) -> list[str]:

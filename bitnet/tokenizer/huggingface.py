@@ -69,7 +69,6 @@ class HuggingFaceTokenizer(BaseTokenizer):
         if not 0 < self.vocab_size <= 2 * len(pieces) + 65536:
             raise ValueError(f"{source} has {len(pieces)} tokens and ids up to {self.vocab_size - 1}: it is damaged")
         self._pieces = [pieces.get(i, "") for i in range(self.vocab_size)]
-        check_growth(backend, source)
         surface, self.adds_space_prefix = _read_decoder(backend, source)
         self._surfaces = [surface(piece) for piece in self._pieces]
         for i, token in added.items():
@@ -166,6 +165,13 @@ class HuggingFaceTokenizer(BaseTokenizer):
 def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
     """The library's object for a tokenizer.json. Raises ValueError naming `source` for a file it does not take."""
     library = import_tokenizers()
+    # Before the library has it, which normalizes the added tokens at once. What is no JSON, or of another form, it
+    # refuses itself.
+    try:
+        contents = json.loads(text)
+    except (ValueError, RecursionError):
+        contents = None
+    check_growth(contents, source)
     with library_errors(source):
         return library.Tokenizer.from_str(text)
 
@@ -204,23 +210,26 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
-    """Raise ValueError for normalizers that make a text far longer than it is: a few replacements in a row, each of one
-    letter by a thousand, would take all memory for a word."""
+def check_growth(contents: object, source: str) -> None:
+    """Raise ValueError for a tokenizer.json whose normalizers make a text far longer than it is: a few replacements in
+    a row, each of one letter by a thousand, would take all memory for a word."""
     growth = 1.0
 
-    def visit(node: Mapping[str, Any]) -> None:
+    def visit(node: object) -> None:
         nonlocal growth
-        for part in node.get("normalizers") or ():
+        if not isinstance(node, dict):
+            return
+        parts, content, pattern = (node.get(name) for name in ("normalizers", "content", "pattern"))
+        for part in parts if isinstance(parts, list) else ():
             visit(part)
-        if node.get("type") == "Replace":
-            fixed = node.get("pattern", {}).get("String")
-            growth *= max(1.0, len(node["content"]) / max(1, len(fixed)) if fixed else len(node["content"]) + 1)
-        elif node.get("type") == "Prepend":
+        if node.get("type") == "Replace" and isinstance(content, str):
+            fixed = pattern.get("String") if isinstance(pattern, dict) else pattern
+            once = len(content) / len(fixed) if isinstance(fixed, str) and fixed else len(content) + 1
+            growth *= max(1.0, once)
+        elif node.get("type") == "Prepend" and isinstance(node.get("prepend"), str):
             growth += len(node["prepend"])
 
-    if backend.normalizer:
-        visit(json.loads(backend.normalizer.__getstate__()))
+    visit(contents.get("normalizer") if isinstance(contents, dict) else None)
     if growth > MOST_GROWTH:
         raise ValueError(
             f"{source}: its normalizers can make a text {growth:,.0f} times as long; it was made to do harm"
