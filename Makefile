@@ -59,7 +59,7 @@ $(VENV)/.runtime: locks/runtime.txt locks/torch.txt pyproject.toml
 	@echo "installing into $(VENV) (a minute or two, torch is large)"
 	$(PYTHON) -m venv $(VENV)
 	@$(FROM) $(if $(filter yes,$(LOCKED)),locks/runtime.txt,requirements.txt) || $(REMEDY)
-	@if $(BIN)/python -m pip config list | grep -qE "index-url|find-links"; \
+	@if $(BIN)/python -m pip config list | grep -E "index-url|find-links" >/dev/null; \
 	  then echo "note: pip is told of other places than the public registry; torch is taken from there, its files without sums"; \
 	    $(PIP) $$(grep -o "^torch==[0-9.]*" locks/torch.txt); \
 	  else $(FROM) locks/torch.txt || $(REMEDY); fi
