@@ -153,7 +153,7 @@ def working_in(folder: Path, what: str) -> Iterator[None]:
 
     The lock is of the file `.lock`, which a program that is killed leaves behind without the lock.
     """
-    made, path = not folder.exists(), folder / LOCK
+    made, path = [place for place in (folder, *folder.parents) if not place.exists()], folder / LOCK
     file = _locked_file(path)
     if file is None:
         raise ValueError(
@@ -174,9 +174,9 @@ def working_in(folder: Path, what: str) -> Iterator[None]:
         if os.name != "posix":  # where an open file cannot be removed
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # it is not empty
+            for place in made:
+                place.rmdir()
 
 
 def _locked_file(path: Path) -> BinaryIO | None:

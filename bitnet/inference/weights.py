@@ -72,7 +72,10 @@ class ModuleWeights:
         found = stored(module, self.activations)
         if self.codec and found.form.kind == "none" and found.form.codec in ("base3", "two_bit"):
             found = replace(found, form=replace(found.form, codec=self.codec))
-        assert (found.rows, found.form.inputs) == (rows, columns), name
+        if (found.rows, found.form.inputs) != (rows, columns):
+            raise ValueError(
+                f"{name} is {found.rows} x {found.form.inputs} and the configuration says {rows} x {columns}"
+            )
         return found
 
     def vector(self, name: str, size: int) -> Tensor:

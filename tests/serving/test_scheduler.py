@@ -14,9 +14,10 @@ from bitnet.serving.errors import ApiError
 from bitnet.serving.jobs import Generation, Piece, PromptScores
 from bitnet.serving.prefix import BLOCK, PrefixCache
 from bitnet.serving.queue import FairQueue
+from tests.oracles import require
 from tests.serving.builders import Bench, seeded, text_model
 
-pytest.importorskip("prometheus_client")
+require("prometheus_client")
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.std())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in blocks.TYPES if not kind.startswith("TQ")])
+@pytest.mark.parametrize("kind", [kind for kind in blocks.TYPES if not kind.startswith(("TQ", "PQ"))])
 def test_llama_cpp_runs_every_block_type(tmp_path, tokenizer, kind):
     """Both compute with the same weights; llama.cpp quantizes activations to 8 bits a block, which is the distance."""
     model = gguf_model(quantizer="none", sub_norm=kind in ("Q4_0", "Q4_K"), num_hidden_layers=1)
@@ -237,7 +237,9 @@ def test_llama_cpp_runs_every_block_type(tmp_path, tokenizer, kind):
     assert distance(ours, theirs) < 0.04
     with torch.no_grad():
         loss = distance(ours, model(ids[None])[0])
-    assert loss < {"Q2_K": 1.0, "Q3_K": 0.6}.get(kind, 0.35)  # random weights, no structure to exploit
+    assert loss < {"Q1_0": 1.4, "Q2_0": 1.0, "Q2_K": 1.0, "Q3_K": 0.6}.get(
+        kind, 0.35
+    )  # random weights, no structure to exploit
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_L", "Q4_K_M", "Q5_1", "IQ4_NL"])

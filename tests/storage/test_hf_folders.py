@@ -255,7 +255,7 @@ def test_truncated_files(folder: Path, size: int) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickles_are_not_opened(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
-    refused(folder, rf"{name}, a pickle, which can run any code .* save_pretrained")
+    refused(folder, rf"{name} \(pickled PyTorch\).* save_pretrained")
     (folder / name).unlink()
     refused(folder, "has no model.safetensors")
 

@@ -249,7 +249,7 @@ def test_templates(monkeypatch):
         with contextlib.suppress(ValueError):
             ChatTemplate(source, tokenizer, f"template {number}").render(messages)
             opened += 1
-    assert 20 < opened < 300 * MANY
+    assert 10 < opened < 300 * MANY  # most damage shows
     chat_render._worker.close()
 
 

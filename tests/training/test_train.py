@@ -144,7 +144,8 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
 
     def validate(self, whole):
-        return Evaluation(losses[self.progress.step, whole], 0.0, 1.0, tokens=1)
+        part = Evaluation(losses[self.progress.step, False], 0.0, 1.0, tokens=1)
+        return Evaluation(losses[self.progress.step, True], 0.0, 1.0, tokens=2, head=part) if whole else part
 
     monkeypatch.setattr(Trainer, "validate", validate)
     run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))

@@ -242,7 +242,7 @@ def _tensors(
         return encode_ternary(codes, float(scales[name]), type, inside=inside)
 
     def norm(name: str, type: str, module: Any) -> Tensor:
-        if name not in norms or scale_beside(arch, type):
+        if name not in norms or scale_beside(arch, type) or type in EXACT_SCALES:
             return _floats(module.weight)
         scale = float(codes_and_scale(model.get_submodule(norms[name]))[1])
         return _floats(module.weight) * (scale / stored_scale(scale, type))
@@ -289,9 +289,13 @@ def scale_beside(arch: str, type: str) -> bool:
     return type != "I2_S" and type not in SCALED and arch != "qwen2"
 
 
+EXACT_SCALES = ("F32", "I2_S")
+"""Types that keep a matrix's scale in float32."""
+
+
 def stored_scale(scale: float, type: str) -> float:
     """A scale above 0 as the blocks or floats of a type hold it. Raises ValueError where that is 0 or infinite."""
-    if type in ("F32", "I2_S"):
+    if type in EXACT_SCALES:
         return scale
     stored = float(torch.tensor(scale, dtype=FLOATS.get(type, torch.float16)))
     if not 0 < stored < float("inf"):
