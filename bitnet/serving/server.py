@@ -21,6 +21,7 @@ from bitnet.serving.guard import LOCAL_HOSTS, LOG, Rules
 from bitnet.serving.jobs import Limits
 from bitnet.serving.metrics import Metrics, ModelMetrics
 from bitnet.serving.models import Models, ServedModel, now
+from bitnet.serving.options import ServingOptions
 from bitnet.serving.scheduler import Scheduler
 from bitnet.serving.worker import Worker
 
@@ -29,26 +30,12 @@ HEADER_BYTES = 32 << 10
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How models are served; the options of `bitnet serve` say what each is."""
+class Settings(ServingOptions):
+    """All that the server is told. Raises ValueError for what does not fit."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     api_keys: tuple[str, ...] = ()
-    insecure: bool = False
     cors: tuple[str, ...] = ()
-    context: int | None = None
-    cache_tokens: int | None = None
-    parallel: int = 64
-    max_new_tokens: int = 2048
-    queue: int = 256
-    queue_seconds: float = 60.0
-    request_seconds: float = 600.0
-    shutdown_seconds: float = 60.0
     body_bytes: int = 4 << 20
-    io_seconds: float = 30.0
-    connections: int = 2048
-    log_texts: bool = False
 
     def __post_init__(self) -> None:
         local = self.host == "localhost" or _is_loopback(self.host)
