@@ -1,6 +1,16 @@
 """Small models of every shape that an engine must run."""
 
+import pytest
+
+from bitnet.kernels.cpu import native
 from bitnet.model import ModelConfig
+from tests.kernels.builders import NOT_BUILT
+
+ON_NATIVE_KERNELS = [
+    pytest.mark.usefixtures("poisoned_memory", "automatic_choices"),
+    pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUILT),
+]
+"""Marks of tests of the native engine."""
 
 BASE = ModelConfig(
     vocab_size=50, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,

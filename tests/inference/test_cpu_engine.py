@@ -1,12 +1,9 @@
 """The native engine against the packed torch model: logits, bits, caches, and input that is refused."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from bitnet import kernels
 from bitnet.inference import cpu_engine
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine, NativeCache
 from bitnet.inference.generation import SamplingConfig, generate
@@ -14,23 +11,13 @@ from bitnet.kernels import reference
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from tests.builders import packed_model, random_ids, torch_logits
-from tests.inference.builders import BASE, CONFIGS
+from tests.inference.builders import BASE, CONFIGS, ON_NATIVE_KERNELS
 
 ISAS = native.instruction_sets()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
-]
+pytestmark = ON_NATIVE_KERNELS
 # Wider than q, k and v together, than the heads and than the feed-forward layer.
 NARROW = BASE.replace(hidden_size=320, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=10)
 GREEDY = SamplingConfig(temperature=0)
-
-
-@pytest.fixture(autouse=True)
-def automatic_choices() -> Iterator[None]:
-    """Whatever the environment variables say."""
-    with kernels.use_backend("auto"), native.use_instruction_set("auto"):
-        yield
 
 
 def engine_of(config: ModelConfig, seed: int = 0, **options: str) -> Engine:

@@ -3,31 +3,20 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitnet import kernels
 from bitnet.inference import cpu_rows
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
 from bitnet.inference.cpu_rows import BLOCK, CacheFullError
 from bitnet.kernels.cpu import native
 from tests.builders import packed_model
-from tests.inference.builders import BASE, CONFIGS
+from tests.inference.builders import BASE, CONFIGS, ON_NATIVE_KERNELS
 
 ISAS = native.instruction_sets()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
-]
-
-
-@pytest.fixture(autouse=True)
-def automatic_choices() -> Iterator[None]:
-    with kernels.use_backend("auto"), native.use_instruction_set("auto"):
-        yield
+pytestmark = ON_NATIVE_KERNELS
 
 
 def engine_of(name: str, **options: str) -> Engine:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,20 +27,11 @@ from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer
 from bitnet.training import config as recipes
 from tests.builders import torch_logits
+from tests.inference.builders import ON_NATIVE_KERNELS
 
 ISAS = native.instruction_sets()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
-]
+pytestmark = ON_NATIVE_KERNELS
 GREEDY = SamplingConfig(temperature=0)
-
-
-@pytest.fixture(autouse=True)
-def automatic_choices() -> Iterator[None]:
-    """Whatever the environment variables say."""
-    with kernels.use_backend("auto"), native.use_instruction_set("auto"):
-        yield
 
 
 ROUNDS = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from bitnet import kernels
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
-from bitnet.kernels.cpu import native
 from bitnet.model import BitLinear, BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.transformer import rope_tables
@@ -20,20 +18,9 @@ from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER, save_packed
 from bitnet.storage.safetensors import CheckpointError, load_tensors
 from bitnet.training.checkpoint import save_checkpoint
 from tests.builders import packed_model, random_ids, torch_logits
-from tests.inference.builders import BASE, CONFIGS
+from tests.inference.builders import BASE, CONFIGS, ON_NATIVE_KERNELS
 
-ISAS = native.instruction_sets()
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(not ISAS, reason="the native kernels were not built; install with a C++ compiler"),
-]
-
-
-@pytest.fixture(autouse=True)
-def automatic_choices() -> Iterator[None]:
-    """Whatever the environment variables say."""
-    with kernels.use_backend("auto"), native.use_instruction_set("auto"):
-        yield
+pytestmark = ON_NATIVE_KERNELS
 
 
 @pytest.mark.parametrize("name", ["base", "untied", "odd sizes", "binary", "int4", "int8, untied"])

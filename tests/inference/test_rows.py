@@ -14,6 +14,7 @@ from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM
 from tests.builders import packed_model
 from tests.inference.builders import BASE
+from tests.kernels.builders import NOT_BUILT
 
 
 def torch_model() -> LanguageModel:
@@ -23,7 +24,7 @@ def torch_model() -> LanguageModel:
 
 def native_model() -> LanguageModel:
     if not native.instruction_sets():
-        pytest.skip("the native kernels were not built; install with a C++ compiler")
+        pytest.skip(NOT_BUILT)
     return Engine.from_model(packed_model(BASE), cache_dtype="float32")
 
 
