@@ -40,7 +40,7 @@ class NativeCache:
                 f"a cache of {max_length} positions does not fit a model of {config.max_position_embeddings}; "
                 "shorten the prompt or generate fewer tokens"
             )
-        capacity, heads = _round_up(max_length, 16), config.num_key_value_heads
+        capacity, heads = native.round_up(max_length, 16), config.num_key_value_heads
         strides = (heads * capacity, batch_size * heads * capacity, capacity)
         self.storage = Storage(config, batch_size, capacity, strides, dtype)
         self.keys, self.values = self.storage.keys, self.storage.values
@@ -174,7 +174,7 @@ class Engine:
         float32 `[len(ids), C]`, they begin there and not at their embeddings. Any number of threads may."""
         lib, threads = native.library(), native.threads()
         assert lib is not None
-        longest = _round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
+        longest = native.round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
         size = lib.bn_workspace_bytes(self._struct, len(ids), len(rows), longest, threads)
         workspace = self._workspaces.pop() if self._workspaces else torch.empty(0, dtype=torch.uint8)
         if len(workspace) < size:
@@ -207,7 +207,3 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads, as they lie in memory."""
         return self._model.weight_bytes()
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

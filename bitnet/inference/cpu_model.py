@@ -40,7 +40,7 @@ class NativeModel:
         self._keep: list[Tensor] = []
         self._tied = config.tie_word_embeddings
         C, V, shapes = config.hidden_size, config.vocab_size, config.projections()
-        queries, keys = (_round_up(shapes[f"self_attn.{name}_proj"][0], 16) for name in ("q", "k"))
+        queries, keys = (native.round_up(shapes[f"self_attn.{name}_proj"][0], 16) for name in ("q", "k"))
 
         def read(prefix: str, *names: str) -> list[Stored]:
             return [weights.matrix(prefix + name, *shapes[name]) for name in names]
@@ -154,9 +154,5 @@ def _in_turn(weights: list[Stored]) -> list[_Part]:
     """Gate and up: their blocks of 16 rows in turn, or a matrix each."""
     gate, up = weights
     if gate.form.fits(up.form):
-        return [_Part([(gate, 0, 2), (up, 16, 2)], 2 * _round_up(gate.rows, 16), 0)]
+        return [_Part([(gate, 0, 2), (up, 16, 2)], 2 * native.round_up(gate.rows, 16), 0)]
     return [_Part([(weight, 0, 1)], weight.rows, 0) for weight in weights]
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

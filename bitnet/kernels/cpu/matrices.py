@@ -77,7 +77,7 @@ class Form:
     def padded(self) -> int:
         """K as it lies in memory."""
         step = SUPER_BLOCK if self.codec == "base3" else 32
-        return self.columns if self.kind == "none" else _round_up(self.columns, step)
+        return self.columns if self.kind == "none" else native.round_up(self.columns, step)
 
     def fits(self, other: "Form") -> bool:
         """Whether rows of both can lie in one matrix."""
@@ -86,9 +86,9 @@ class Form:
 
     def sizes(self, rows: int) -> tuple[int, int, int]:
         """Bytes of lines, groups and super-blocks, each a multiple of 64."""
-        blocks = _round_up(rows, 32) // 16
+        blocks = native.round_up(rows, 32) // 16
         if self.codec in FLOATS:
-            return _round_up(blocks * 16 * self.columns * FLOATS[self.codec].itemsize, 64), 0, 0
+            return native.round_up(blocks * 16 * self.columns * FLOATS[self.codec].itemsize, 64), 0, 0
         if self.kind == "none":
             return native.Lines.size(rows, self.columns, self.codec), 0, 0
         lines = (
@@ -96,7 +96,7 @@ class Form:
         )
         groups = blocks * -(-self.padded // self.group) * _GROUP_BYTES[self.kind]
         supers = blocks * -(-self.padded // SUPER_BLOCK) * _SUPER_BYTES.get(self.kind, 0)
-        return blocks * lines * 64, _round_up(groups, 64), _round_up(supers, 64)
+        return blocks * lines * 64, native.round_up(groups, 64), native.round_up(supers, 64)
 
 
 _GROUP_BYTES = {"half": 32, "half_min": 64, "half_zero": 48, "float": 64, "super": 16, "super_min": 32, "nibbles": 16}
@@ -133,7 +133,7 @@ class NativeMatrix:
         sizes = form.sizes(rows)
         self.memory = native.huge_pages(sum(sizes)) if memory is None else memory
         self._lines, self._groups, self._supers = self.memory.split(sizes)
-        padded = _round_up(rows, 32)
+        padded = native.round_up(rows, 32)
         self.scale = torch.zeros(padded, dtype=torch.float32, device="cpu")
         self.bias: Tensor | None = None
         packed = form.kind == "none" and form.codec not in FLOATS
@@ -258,7 +258,3 @@ def _equal(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
     return type(a) is type(b) and a == b if not isinstance(a, Tensor) and not isinstance(b, Tensor) else False
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

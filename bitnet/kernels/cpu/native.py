@@ -123,6 +123,11 @@ def threads() -> int:
 _requested = os.environ.get("BITNET_CPU_ISA", "auto")
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built or does not load."""

@@ -39,10 +39,9 @@ def activation(x, at, inside, K: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
-def normalized(v, norm, K: tl.constexpr, EPS: tl.constexpr, stored: tl.constexpr):
-    """RMSNorm of a whole token v, zeros behind its K values; `norm` are the weights."""
-    mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
-    return (v * tl.rsqrt(mean + EPS)).to(stored).to(tl.float32) * norm
+def normalize(v, root, norm, stored: tl.constexpr):
+    """RMSNorm of values v, whose token has 1 / sqrt(mean of squares + eps) in `root`; `norm` are their weights."""
+    return (v * root).to(stored).to(tl.float32) * norm
 
 
 @triton.jit
@@ -78,7 +77,8 @@ def quantize_kernel(
         norm = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     v = activation(x + row * K * (1 if GATE == "none" else 2), k, inside, K, GATE)
     if NORM:
-        v = normalized(v, norm, K, EPS, stored)
+        mean = tl.div_rn(tl.sum(v * v, 0), K * 1.0)
+        v = normalize(v, tl.rsqrt(mean + EPS), norm, stored)
         if weight.dtype.element_ty == stored:
             v = v.to(stored).to(tl.float32)
     s = scale_of(tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), SMALLEST)

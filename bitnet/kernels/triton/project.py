@@ -19,7 +19,7 @@ from `at // 8 * 128 + 32 * l + at % 8 * 4` on (`bitnet/quant/packing.py`). So th
 import torch
 from torch import Tensor
 
-from bitnet.kernels.triton.activations import activation, codes_of, scale_of
+from bitnet.kernels.triton.activations import activation, codes_of, normalize, scale_of
 from bitnet.kernels.triton.dot4 import dot4
 from bitnet.kernels.triton.language import (
     assembly,
@@ -36,11 +36,6 @@ from bitnet.quant.packing import OFFSET, packed_width
 
 MAX_WORDS = 1024
 """Longest row, in 32-bit words of packed codes, that one program takes at once."""
-
-
-@triton.jit
-def normalize(v, root, norm, stored: tl.constexpr):
-    return (v * root).to(stored).to(tl.float32) * norm
 
 
 @triton.jit
