@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bitnet.inference.cpu_model import NativeModel
 from bitnet.inference.cpu_rows import CACHE_DTYPES, MAX_CHUNK, Meeting, NativeRows, Storage
+from bitnet.inference.engine import check_ids
 from bitnet.inference.weights import ModuleWeights, Weights
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -105,12 +106,7 @@ class Engine:
         if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
             raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
         B, T = input_ids.shape
-        smallest, largest = (int(bound) for bound in input_ids.aminmax())
-        if smallest < 0 or largest >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
-                f"{self.config.vocab_size - 1})"
-            )
+        check_ids(self.config, *(int(bound) for bound in input_ids.aminmax()))
         return self._run(input_ids, None, self.new_cache(B, T) if cache is None else cache, last_only, out)
 
     def go_on(self, hidden: Tensor, cache: NativeCache, *, last_only: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 
+from bitnet.inference.engine import check_ids
 from bitnet.kernels.cpu import native
 from bitnet.model import ModelConfig
 
@@ -174,12 +175,7 @@ def check_step(config: ModelConfig, rows: Sequence[tuple[Any, Sequence[int]]]) -
             raise ValueError("a row of the step is closed; take another from new_row")
         if not len(ids):
             raise ValueError("a row of the step has no tokens; leave it out or give at least one")
-        smallest, largest = min(ids), max(ids)
-        if smallest < 0 or largest >= config.vocab_size:
-            raise ValueError(
-                f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
-                f"{config.vocab_size - 1})"
-            )
+        check_ids(config, min(ids), max(ids))
         if row.length + len(ids) > config.max_position_embeddings:
             raise ValueError(
                 f"a row of {row.length} tokens cannot take {len(ids)} more: the model has "

@@ -29,6 +29,14 @@ def beyond_kernels(config: ModelConfig) -> list[str]:
     return [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
 
 
+def check_ids(config: ModelConfig, smallest: int, largest: int) -> None:
+    """Raise ValueError unless token ids from `smallest` to `largest` are of the vocabulary."""
+    if smallest < 0 or largest >= config.vocab_size:
+        raise ValueError(
+            f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to {config.vocab_size - 1})"
+        )
+
+
 def build_exactly(
     build: Callable[[Callable[..., Tensor]], None], tensor: Callable[[str], Tensor], names: Iterable[str] | None
 ) -> None:

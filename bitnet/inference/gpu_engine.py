@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.console import progress_bar
-from bitnet.inference.engine import beyond_kernels, build_exactly
+from bitnet.inference.engine import beyond_kernels, build_exactly, check_ids
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels import triton as backend
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -196,12 +196,7 @@ class GpuEngine:
             raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
         B, T = input_ids.shape
         if T > 1 or input_ids.device.type == "cpu":
-            smallest, largest = (int(bound) for bound in input_ids.aminmax())
-            if smallest < 0 or largest >= self.config.vocab_size:
-                raise ValueError(
-                    f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
-                    f"{self.config.vocab_size - 1})"
-                )
+            check_ids(self.config, *(int(bound) for bound in input_ids.aminmax()))
         cache = self.new_cache(B, T) if cache is None else cache
         if cache.config != self.config or cache.storage.keys.device != self._device:
             raise ValueError("the cache belongs to another model; take one from new_cache")
