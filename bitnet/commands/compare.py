@@ -18,7 +18,10 @@ mixture says in GGUF mixtures.
 
     perplexity = exp(mean -ln p(token))      its standard error is perplexity times that of the mean over windows
     gap = mean ln(p_float(token) / p(token)), nats a token, +- its own standard error, from the windows one by one
+    stored, whole: bits of a projection's weight with its scales; bits of all that is stored, embedding and head too,
+    for each parameter of the float model      what each column is: `bitnet/evaluation/table.py`
     KL = mean sum_v p_float(v) ln(p_float(v) / p(v)), nats a token      top-1: share of tokens with the same arg max
+    cloze, grammar, definitions: accuracy on tasks of our own, no public benchmark's (`bitnet/evaluation/tasks.py`)
 """
 
 import sys
@@ -45,7 +48,8 @@ def run(options: Options) -> None:
         raise
     print(terminal(list(comparison.rows.values())))
     print(
-        "bits: of a code; stored: with scales. gap: loss above the float model's, nats; KL and top-1 against it too. "
+        "bits: of a code; stored: with scales; whole: of all that is stored, a parameter. gap: loss above the float "
+        "model's, nats; KL and top-1 against it too. cloze, grammar, definitions: right answers in tasks of our own. "
         f"prefill, decode: tokens/s. MB: memory of the running model. In {options.out}: the table and pictures."
     )
     comparison.draw()

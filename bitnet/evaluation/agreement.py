@@ -1,7 +1,7 @@
 """How far a model's predictions are from a float model's, window by window."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.loss import ratio_and_error
+from bitnet.evaluation.tasks import Accuracy
 
 Predictor = Callable[[Tensor], Tensor]
 """A model: token ids int64 `[B, T]` to logits `[B, T, V]`."""
@@ -30,13 +31,23 @@ class Score:
     """KL divergence from the float model."""
     top1: float
     """Share of tokens with the float model's most likely one."""
+    cloze: Accuracy | None = None
+    """Last words of sentences that are the most likely ones; None where none was looked for."""
 
 
 class Reference:
     """Log-probabilities of the float model on the held-out windows, in a temporary file."""
 
-    def __init__(self, model: nn.Module, windows: list[tuple[Tensor, Tensor]], vocab: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: list[tuple[Tensor, Tensor]],
+        vocab: int,
+        words: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> None:
+        """words: of each window, where `last_words` found the last words of sentences."""
         self.windows = windows
+        self.words = words or [()] * len(windows)
         rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
         # Tokens times vocabulary is gigabytes for a real model: the float model runs once, and its predictions wait on
         # disk.
@@ -51,7 +62,9 @@ class Reference:
     def score(self, model: Predictor) -> Score:
         """Score a model of the same vocabulary."""
         losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
-        for logp, labels in predictions(model, self.windows, self.logp.shape[1]):
+        read = 0
+        found = predictions(model, self.windows, self.logp.shape[1])
+        for (logp, labels), words in zip(found, self.words, strict=True):
             float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
             at += len(logp)
             # Summed in float64: single tokens add very little to a large sum.
@@ -61,9 +74,12 @@ class Reference:
             losses.append(-float(of_labels.sum()))
             gaps.append(float((float_logp.gather(1, labels[:, None]).double() - of_labels).sum()))
             counts.append(len(labels))
+            hits = logp.argmax(1) == labels
+            read += sum(bool(hits[first:behind].all()) for first, behind in words)
         loss, error = ratio_and_error(torch.tensor(losses).double(), torch.tensor(counts))
         gap, gap_error = ratio_and_error(torch.tensor(gaps).double(), torch.tensor(counts))
-        return Score(loss, error, gap, gap_error, kl / at, agree / at)
+        cloze = Accuracy.of(read, sum(map(len, self.words)))
+        return Score(loss, error, gap, gap_error, kl / at, agree / at, cloze)
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from bitnet.evaluation import pictures, table
 from bitnet.evaluation.agreement import Reference
 from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
+from bitnet.evaluation.tasks import last_words, make_tasks
 from bitnet.evaluation.texts import calibration_sequences, held_out_windows, open_text
 from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
 from bitnet.files import working_in
@@ -123,6 +124,9 @@ class Comparison:
         windows = max(1, options.tokens // self.context)
         self.windows = held_out_windows(mixture, self.context, windows)
         self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
+        self.tasks = make_tasks(
+            self.tokenizer, self.model.config.max_position_embeddings, options.tasks, options.wordnet
+        )
         settings = (
             str(path),
             self.context,
@@ -130,6 +134,7 @@ class Comparison:
             options.calibration_tokens,
             options.text,
             self.group_size,
+            options.tasks,
         )
         self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         self.rows = self._finished_rows()
@@ -187,7 +192,10 @@ class Comparison:
         pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
         if not pending:
             return
-        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size)
+        words = [last_words(labels[0], self.tokenizer) for _, labels in self.windows]
+        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size, words)
+        if self.tasks and not any(task.name == "definitions" for task in self.tasks):
+            note("no column definitions: WordNet is not installed; give its folder with --wordnet")
         self.float_layers = layer_outputs(self.model, self.windows[0][0])
         with progress_bar(pending, unit="model") as bar:
             for name, what in bar:
@@ -238,6 +246,8 @@ class Comparison:
         if isinstance(stored, nn.Module):
             cache_weights(stored)
         score = self.reference.score(stored)
+        found = {"cloze": score.cloze, **{task.name: task.accuracy(stored) for task in self.tasks}}
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         perplexity = math.exp(min(score.loss, 700))
         row = Row(
             name=name,
@@ -253,7 +263,12 @@ class Comparison:
             top1=score.top1,
             kernel=stored.kernel if isinstance(stored, Engine) else kernel_of(model),
             seconds=seconds,
+            whole_bits=8 * sum(tensor.nbytes for tensor in model.state_dict().values()) / parameters,
         )
+        for task, accuracy in found.items():
+            if accuracy is not None:
+                setattr(row, task, accuracy.share)
+                setattr(row, f"{task}_error", accuracy.error)
         del stored
         if self.options.speed:
             for key, value in measure_in_child(path, self.options.threads).items():

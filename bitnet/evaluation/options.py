@@ -28,6 +28,10 @@ class Options:
     """Tokens in a window; the training context of a run, at most 512 for other models."""
     out: Path = Path("comparison")
     """Folder of the table, the pictures and what is needed to go on after an interruption."""
+    tasks: int = 200
+    """Questions in each of our own tasks with choices (grammar, definitions); 0: none."""
+    wordnet: Path | None = None
+    """Folder of WordNet's data files, for the definitions; that of Debian's package wordnet-base by default."""
     keep_models: bool = False
     """Keep the quantized models in OUT/models."""
     speed: bool = True

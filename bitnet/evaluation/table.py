@@ -14,31 +14,52 @@ from bitnet.files import write_atomic
 
 @dataclass
 class Row:
-    """One model of the table. None where it was not measured."""
+    """One model of the table, and the columns of table.json and table.csv. None where it was not measured."""
 
     name: str
     family: str
+    """float, weight-only, weights and activations, gguf, native (trained like that), or cache (keys and values)."""
     bits: float
     """Bits of one weight of the projections, by the method's name."""
     effective_bits: float
     """The same with scales, zero points and padding, as stored."""
     file_mb: float
+    """Size of model.safetensors, 10^6 bytes."""
     perplexity: float
     perplexity_error: float
+    """Standard error, over windows of the held-out text."""
     gap: float
+    """Loss above the float model's, nats a token."""
     gap_error: float
+    """Standard error of the gap, from the windows in pairs."""
     kl: float
+    """Mean KL divergence from the float model, nats a token."""
     top1: float
+    """Share of tokens whose likeliest successor is the float model's."""
     kernel: str
+    """What multiplies the projections."""
     prefill: float | None = None
     """Tokens a second, 256 of them at once."""
     decode: float | None = None
+    """Tokens a second, one at a time."""
     peak_mb: float | None = None
     """Memory that loading and running the model added to a process with torch in it."""
     seconds: float | None = None
     """Time to quantize; None for trained models."""
     layer_errors: list[float] = field(default_factory=list)
     """Relative error of the residual stream behind each layer, post-training methods only."""
+    whole_bits: float | None = None
+    """Bits of everything that is stored (embedding, head, norms, scales) for each parameter of the float model."""
+    cloze: float | None = None
+    """Accuracy on a task of our own (`bitnet/evaluation/tasks.py`), 0 to 1: last words of held-out sentences."""
+    cloze_error: float | None = None
+    """Standard error of an accuracy, over the questions."""
+    grammar: float | None = None
+    """The same: minimal pairs of grammar."""
+    grammar_error: float | None = None
+    definitions: float | None = None
+    """The same: definitions of WordNet, by four choices."""
+    definitions_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +73,9 @@ class Table:
     rows: list[Row]
 
 
+_OPTIONAL = ("whole", "cloze", "grammar", "definitions")
+
+
 def cells(row: Row) -> dict[str, str]:
     """A row as text, by the headings of its columns."""
 
@@ -62,11 +86,15 @@ def cells(row: Row) -> dict[str, str]:
         "model": row.name,
         "bits": f"{row.bits:.2f}",
         "stored": f"{row.effective_bits:.2f}",
+        "whole": number(row.whole_bits, ".2f"),
         "file MB": f"{row.file_mb:.2f}",
         "perplexity": f"{row.perplexity:.2f} \u00b1 {row.perplexity_error:.2f}" if row.perplexity < 1e4 else ">10000",
         "gap": f"{row.gap:+.4f} \u00b1 {row.gap_error:.4f}",
         "KL": f"{row.kl:.4f}",
         "top-1": f"{row.top1:.1%}",
+        "cloze": number(row.cloze, ".1%"),
+        "grammar": number(row.grammar, ".1%"),
+        "definitions": number(row.definitions, ".1%"),
         "prefill": number(row.prefill, ".0f"),
         "decode": number(row.decode, ".1f"),
         "kernel": row.kernel,
@@ -88,8 +116,10 @@ def terminal(rows: Sequence[Row]) -> str:
 
 
 def _grid(rows: Sequence[Row]) -> list[list[str]]:
-    """The headings, and the rows below them; there is at least one."""
-    return [list(cells(rows[0])), *(list(cells(row).values()) for row in rows)]
+    """The headings, and the rows below them, at least one; an optional column only where it has a value."""
+    lines = [cells(row) for row in rows]
+    headings = [name for name in lines[0] if name not in _OPTIONAL or any(line[name] for line in lines)]
+    return [headings, *([line[name] for name in headings] for line in lines)]
 
 
 def write(folder: Path, found: Table) -> None:
