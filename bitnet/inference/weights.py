@@ -19,7 +19,8 @@ from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import BitLinear
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
-from bitnet.quant.blocks import READ_ONLY, fp4, simple
+from bitnet.quant.blocks import READ_ONLY, fp4
+from bitnet.quant.blocks.levels import LEVELS
 from bitnet.quant.gptq_layout import unpack_gptq
 from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
 from bitnet.quant.packing import pack_codes, packed_width
@@ -206,6 +207,7 @@ _BLOCKS = {
     "Q5_1": ("five_bit", "half_min", 32, 0),
     "Q8_0": ("eight_bit", "half", 32, 128),
     "IQ4_NL": ("levels", "half", 32, 127),
+    "IQ4_XS": ("levels", "super", 32, 127),
     "Q2_K": ("two_bit", "nibbles", 16, 0),
     "Q3_K": ("three_bit", "super", 16, 4),
     "Q4_K": ("four_bit", "super_min", 32, 0),
@@ -225,7 +227,7 @@ def of_blocks(data: Tensor, kind: str, columns: int, activations: str, bias: Ten
     """Rows of GGUF blocks, uint8 `[N, row bytes]`."""
     codec, groups, group, center = _BLOCKS[kind]
     # The values of 4-bit floats are halves.
-    values = simple.LEVELS if kind == "IQ4_NL" else tuple(int(2 * value) for value in fp4.VALUES)
+    values = LEVELS if kind in ("IQ4_NL", "IQ4_XS") else tuple(int(2 * value) for value in fp4.VALUES)
     levels = tuple(value + center for value in values) if codec == "levels" else ()
     form = Form(columns, codec, _activations(activations), groups, group, center, levels)
 

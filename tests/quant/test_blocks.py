@@ -17,6 +17,7 @@ from bitnet.quant.blocks import (
     dequantize_blocks,
     ggml_search,
     kquants,
+    levels,
     quantize_blocks,
     simple,
     ternary,
@@ -27,7 +28,7 @@ from tests.quant.builders import noise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
-FAMILY = {kind: family for family in (simple, kquants, ternary) for kind in family.BITS}
+FAMILY = {kind: family for family in (simple, kquants, levels, ternary) for kind in family.BITS}
 GGML_KINDS = [kind for kind in KINDS if kind != "PQ2_0"]  # which PrismML's fork alone has
 GGUF_KINDS = [kind for kind in GGML_KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
 TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "PQ2_0")
@@ -218,7 +219,7 @@ def test_the_default_is_never_worse_than_ggml(kind, importance):
 BETTER = {
     "Q4_0": (0.89, 0.95), "Q4_1": (0.80, 0.94), "Q5_0": (0.89, 0.90), "Q5_1": (0.80, 0.93), "Q8_0": (0.85, 0.60),
     "Q2_K": (0.78, 0.85), "Q3_K": (0.91, 0.94), "Q4_K": (0.96, 0.94), "Q5_K": (0.93, 0.90), "Q6_K": (0.90, 0.82),
-    "IQ4_NL": (0.94, 0.93), "TQ1_0": (0.32, 0.32), "TQ2_0": (0.32, 0.32),
+    "IQ4_NL": (0.94, 0.93), "IQ4_XS": (0.94, 0.84), "TQ1_0": (0.32, 0.32), "TQ2_0": (0.32, 0.32),
     "Q1_0": (1.0001, 0.93), "Q2_0": (0.25, 0.18), "PQ2_0": (0.23, 0.19),
 }  # fmt: skip
 
@@ -381,6 +382,7 @@ GOLDEN = {
     "Q5_K": (0x66EBAD52, 0x3D7AB15F, 0xA97C2EA7, 0xC1CE2DEE),
     "Q6_K": (0x6360EF32, 0xE561FE86, 0xA79B7D05, 0x73F64441),
     "IQ4_NL": (0xFE481936, 0xF565D437, 0x83421CE7, 0x499062BB),
+    "IQ4_XS": (0x440297E8, 0xA52E1F2E, 0xC6F41A78, 0xE3EF1C84),
     "TQ1_0": (0x92C87543, 0x92C87543, 0xF02012BA, 0xA7B2F078),
     "TQ2_0": (0x8FB5700C, 0x8FB5700C, 0xFB9AF1BC, 0xA5BA1C7A),
     "Q1_0": (0x7EF7DE86, 0x7EF7DE86, 0x7EF7DE86, 0xF97A7078),

@@ -17,12 +17,12 @@ template <int K> void dequantize(const uint8_t *data, int64_t blocks, float *out
         for (int g = 0; g < GROUPS; g++) {
             const uint8_t *c = b.codes + g * SIZE;
             float scale = is_super(K) ? d * (float)b.s[g] : d;
-            constexpr bool minimum = K == Q2_K || K == Q4_K || K == Q5_K;
+            constexpr bool minimum = is_affine(K);
             float low = minimum                ? -(half_value(b.dmin) * (float)b.m[g])
                       : K == Q4_1 || K == Q5_1 ? half_value(b.dmin)
                                                : 0.0f;
             auto one = [&](int i) {
-                if (K == IQ4_NL)
+                if (is_uneven(K))
                     y[g * SIZE + i] = scale * LEVELS[c[i] & 15];
                 else if (K == Q1_0)
                     y[g * SIZE + i] = scale * (float)(2 * (int)c[i] - 1);
@@ -105,6 +105,28 @@ BN_INLINE vf level_value(vf index) {
     return found;
 }
 
+// levels.py: ggml's weights of a block of N, and its scale of 32 weights.
+template <int N> void weights_of_levels(const tile &t, bool important, vf *weight) {
+    vf sigma2 = sum_of_squares<N>(t.x) * (2.0f / N);
+    for (int i = 0; i < N; i++)
+        weight[i] = important ? t.weight[i] * root(sigma2 + t.x[i] * t.x[i]) : t.x[i] * t.x[i];
+}
+static vf compatible_levels(const vf *x, const vf *weight) {
+    vf extreme = largest<32>(x), scale = {}, best = {};
+    for (int step = -8; step <= 7; step++) { // -8: the first trial
+        vf inv = step == -8 ? 1 / (-extreme / LEVELS[0]) : ((float)step + LEVELS[0]) / extreme, xq = {}, qq = {};
+        for (int i = 0; i < 32; i++) {
+            vf level = uneven().at(inv * x[i]), wq = weight[i] * level;
+            xq += wq * x[i];
+            qq += wq * level;
+        }
+        vi better = step == -8 ? qq > 0 : (qq > 0) & (xq * xq > best * qq);
+        scale = better ? xq / qq : scale;
+        best = better ? scale * xq : best;
+    }
+    return magnitude(extreme) < TINY ? vf{} : scale;
+}
+
 // What a scale's code of more bits than it has does to its neighbours in ggml's bytes (kquants._overflow).
 template <int K> void overflow(two_levels &l) {
     constexpr int G = groups_of(K);
@@ -127,6 +149,18 @@ template <int K> void compatible_super(tile &t, bool important) {
     constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K),
                   limit = limit_of(K);
     vf weight[256], sums[G] = {}, scales[G], minimums[G], *x = t.x;
+    if constexpr (K == IQ4_XS) {
+        weights_of_levels<256>(t, important, weight);
+        for (int g = 0; g < G; g++) scales[g] = compatible_levels(x + g * N, weight + g * N);
+        vf d = -largest<G>(scales) / (float)limit, inv = inverse_or_zero(d);
+        for (int g = 0; g < G; g++) {
+            t.l.s[g] = clamp(nearest_int(inv * scales[g]), -limit, limit - 1);
+            vf inv_scale = inverse_or_zero(d * t.l.s[g]);
+            for (int i = g * N; i < (g + 1) * N; i++) t.q[i] = level_index(inv_scale * x[i]);
+        }
+        t.l.d = half_of(d);
+        return;
+    }
     if (important) {
         // 2 / 256 and 1 / 256 are powers of two and round nothing.
         vf sigma2 = sum_of_squares<256>(x) * ((K == Q2_K ? 1.0f : 2.0f) / 256);
@@ -210,22 +244,8 @@ template <int K> void compatible_simple(tile &t, bool important) {
         return;
     }
     if (K == IQ4_NL) {
-        vf sigma2 = sum_of_squares<32>(x) * (2.0f / 32), extreme = largest<32>(x);
-        for (int i = 0; i < 32; i++) weight[i] = important ? t.weight[i] * root(sigma2 + x[i] * x[i]) : x[i] * x[i];
-        vf scale = {}, best = {};
-        for (int step = -8; step <= 7; step++) { // -8: the first trial
-            vf inv = step == -8 ? 1 / (-extreme / LEVELS[0]) : ((float)step + LEVELS[0]) / extreme, xq = {}, qq = {};
-            for (int i = 0; i < 32; i++) {
-                vf level = uneven().at(inv * x[i]), wq = weight[i] * level;
-                xq += wq * x[i];
-                qq += wq * level;
-            }
-            vi better = step == -8 ? qq > 0 : (qq > 0) & (xq * xq > best * qq);
-            scale = better ? xq / qq : scale;
-            best = better ? scale * xq : best;
-        }
-        scale = magnitude(extreme) < TINY ? vf{} : scale;
-        vf inv = inverse_or_zero(scale);
+        weights_of_levels<32>(t, important, weight);
+        vf scale = compatible_levels(x, weight), inv = inverse_or_zero(scale);
         for (int i = 0; i < 32; i++) q[i] = level_index(inv * x[i]);
         t.l.d = half_of(scale);
         return;
@@ -261,15 +281,20 @@ template <int K, bool WEIGHTED> void improve_super(tile &t) {
     constexpr int G = groups_of(K), N = 256 / G, high = (1 << bits_of(K)) - 1, center = center_of(K),
                   limit = limit_of(K);
     two_levels found;
-    if constexpr (center)
-        found = search_symmetric<G, N, WEIGHTED>(t.x, t.weight, center, limit, K == Q3_K ? 1 : 2);
-    else
+    constexpr bool affine = is_affine(K);
+    if constexpr (affine)
         found = search_affine<G, N, WEIGHTED>(t.x, t.weight, high, limit);
+    else if constexpr (K == IQ4_XS)
+        found = search_symmetric<G, N, WEIGHTED>(t.x, t.weight, uneven(), LEVELS[0], LEVELS[15], limit, 14);
+    else
+        found = search_symmetric<G, N, WEIGHTED>(t.x, t.weight, integers{-center, center - 1}, -center, center - 1,
+                                                 limit, K == Q3_K ? 1 : 2);
     vf before = {};
     for (int g = 0; g < G; g++) {
-        vf scale = t.l.d * t.l.s[g], low = center ? vf{} : -(t.l.dmin * t.l.m[g]), error = {};
+        vf scale = t.l.d * t.l.s[g], low = affine ? -(t.l.dmin * t.l.m[g]) : vf{}, error = {};
         for (int i = g * N; i < (g + 1) * N; i++) {
-            vf difference = t.x[i] - (scale * (t.q[i] - (float)center) + low);
+            vf code = K == IQ4_XS ? level_value(t.q[i]) : t.q[i] - (float)center;
+            vf difference = t.x[i] - (scale * code + low);
             error += (WEIGHTED ? t.weight[i] * difference : difference) * difference;
         }
         before += error;
@@ -277,14 +302,15 @@ template <int K, bool WEIGHTED> void improve_super(tile &t) {
     vi better = found.error < before;
     if (!any(better)) return;
     t.l.d = better ? found.d : t.l.d;
-    if (!center) t.l.dmin = better ? found.dmin : t.l.dmin;
+    if (affine) t.l.dmin = better ? found.dmin : t.l.dmin;
     for (int g = 0; g < G; g++) {
         t.l.s[g] = better ? found.s[g] : t.l.s[g];
-        if (!center) t.l.m[g] = better ? found.m[g] : t.l.m[g];
-        vf inv = inverse(found.d * found.s[g]), low = center ? vf{} : -(found.dmin * found.m[g]);
+        if (affine) t.l.m[g] = better ? found.m[g] : t.l.m[g];
+        vf inv = inverse(found.d * found.s[g]), low = affine ? -(found.dmin * found.m[g]) : vf{};
         for (int i = g * N; i < (g + 1) * N; i++) {
-            vf q = center ? nearest(t.x[i], inv, low, -center, center - 1) + (float)center
-                          : nearest(t.x[i], inv, low, 0, high);
+            vf q = K == IQ4_XS ? level_index(t.x[i] * inv)
+                   : affine    ? nearest(t.x[i], inv, low, 0, high)
+                               : nearest(t.x[i], inv, low, -center, center - 1) + (float)center;
             t.q[i] = better ? q : t.q[i];
         }
     }
@@ -351,7 +377,7 @@ template <int K> void store(const tile &t, int count, uint8_t *out) {
     for (int l = 0; l < count; l++) {
         block &b = blocks[l];
         b.d = half_bits(t.l.d[l]);
-        constexpr bool super_minimum = is_super(K) && center_of(K) == 0;
+        constexpr bool super_minimum = is_affine(K);
         b.dmin = super_minimum || K == Q4_1 || K == Q5_1 ? half_bits(t.l.dmin[l]) : 0;
         for (int g = 0; is_super(K) && g < G; g++) {
             b.s[g] = (int16_t)t.l.s[g][l];
@@ -422,6 +448,7 @@ template <int K> void quantize(const job &j) {
         case Q5_K: call(Q5_K); return 0;     \
         case Q6_K: call(Q6_K); return 0;     \
         case IQ4_NL: call(IQ4_NL); return 0; \
+        case IQ4_XS: call(IQ4_XS); return 0; \
         case TQ1_0: call(TQ1_0); return 0;   \
         case TQ2_0: call(TQ2_0); return 0;   \
         case Q1_0: call(Q1_0); return 0;     \

@@ -264,7 +264,7 @@ BN_INLINE vf nearest(vf x, vf inv, vf low, float first, float last) {
 struct sums {
     vf error, q, qq, xq;
 };
-// Codes are uneven levels for IQ4_NL and the integers of [first, last] for the others.
+// Codes are uneven levels for IQ4_NL and IQ4_XS, and the integers of [first, last] for the others.
 struct integers {
     float first, last;
     BN_INLINE_MEMBER vf at(vf x) const { return clamp((x + ROUND) - ROUND, first, last); }
@@ -372,13 +372,13 @@ struct two_levels {
     vf d, dmin, s[16], m[16], error;
 };
 
-template <int G, int N, bool WEIGHTED>
-static two_levels search_symmetric(const vf *x, const vf *weight, int center, int limit, float spread) {
-    integers codes = {(float)-center, (float)(center - 1)};
+template <int G, int N, bool WEIGHTED, class Codes>
+static two_levels search_symmetric(const vf *x, const vf *weight, const Codes &codes, float first, float last,
+                                   int limit, float spread) {
     two_levels l = {}, found = {};
     vf starts[10], real[G], ignored;
     for (int g = 0; g < G; g++) {
-        int count = scale_starts<N>(x + N * g, -center, center - 1, spread, starts);
+        int count = scale_starts<N>(x + N * g, first, last, spread, starts);
         real[g] = fit_scale<N, WEIGHTED, false>(x + N * g, weight + N * g, starts, count, codes, ignored);
     }
     l.d = stored(largest<G>(real) / all(-limit));

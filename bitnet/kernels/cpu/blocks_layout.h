@@ -7,24 +7,26 @@ namespace {
 
 // ggml's numbers of the types.
 constexpr int Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14;
-constexpr int IQ4_NL = 20, TQ1_0 = 34, TQ2_0 = 35, Q1_0 = 41, Q2_0 = 42, PQ2_0 = 142;
+constexpr int IQ4_NL = 20, IQ4_XS = 23, TQ1_0 = 34, TQ2_0 = 35, Q1_0 = 41, Q2_0 = 42, PQ2_0 = 142;
 
 constexpr int bytes_of(int k) {
     constexpr int bytes[] = {0, 0, 18, 20, 0, 0, 22, 24, 34, 0, 84, 110, 144, 176, 210};
-    return k <= Q6_K ? bytes[k] : k == TQ1_0 ? 54 : k == TQ2_0 ? 66 : k == PQ2_0 ? 34 : 18;
+    return k <= Q6_K ? bytes[k] : k == IQ4_XS ? 136 : k == TQ1_0 ? 54 : k == TQ2_0 ? 66 : k == PQ2_0 ? 34 : 18;
 }
-constexpr bool is_super(int k) { return k >= Q2_K && k <= Q6_K; }
+constexpr bool is_super(int k) { return (k >= Q2_K && k <= Q6_K) || k == IQ4_XS; }
+constexpr bool is_affine(int k) { return k == Q2_K || k == Q4_K || k == Q5_K; } // super-blocks with minimums
+constexpr bool is_uneven(int k) { return k == IQ4_NL || k == IQ4_XS; }
 constexpr int size_of(int k) {
     return is_super(k) || k == TQ1_0 || k == TQ2_0 ? 256 : k == Q2_0 ? 64 : k == Q1_0 || k == PQ2_0 ? 128 : 32;
 }
-constexpr int groups_of(int k) { return k == Q4_K || k == Q5_K ? 8 : 16; }
+constexpr int groups_of(int k) { return k == Q4_K || k == Q5_K || k == IQ4_XS ? 8 : 16; }
 constexpr int bits_of(int k) {
     return k == Q2_K ? 2 : k == Q3_K ? 3 : k == Q5_0 || k == Q5_1 || k == Q5_K ? 5 : k == Q6_K ? 6 : k == Q8_0 ? 8 : 4;
 }
 constexpr int center_of(int k) {
     return k == Q3_K ? 4 : k == Q6_K ? 32 : k == Q4_0 ? 8 : k == Q5_0 ? 16 : k == Q8_0 ? 128 : k >= TQ1_0 && k != Q1_0 ? 1 : 0;
 }
-constexpr int limit_of(int k) { return k == Q2_K ? 15 : k == Q3_K ? 32 : k == Q6_K ? 128 : 63; }
+constexpr int limit_of(int k) { return k == Q2_K ? 15 : k == Q3_K || k == IQ4_XS ? 32 : k == Q6_K ? 128 : 63; }
 
 constexpr float LEVELS[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
@@ -136,6 +138,13 @@ template <int K> BN_INLINE void pack(const block &b, uint8_t *out) {
         pack_bits<256, 2, 32>(c, 4, out + 128);
         for (int g = 0; g < 16; g++) out[192 + g] = (uint8_t)b.s[g];
         put(out + 208, b.d);
+    } else if constexpr (K == IQ4_XS) {
+        uint8_t t[8];
+        for (int g = 0; g < 8; g++) t[g] = (uint8_t)(b.s[g] + 32);
+        put(out, b.d);
+        pack_bits<8, 2, 1>(t, 4, out + 2);
+        pack_bits<8, 4, 1>(t, 0, out + 4);
+        pack_bits<256, 4, 16>(c, 0, out + 8);
     } else if constexpr (is_super(K)) {
         put(out, b.d);
         put(out + 2, b.dmin);
@@ -193,6 +202,13 @@ template <int K> BN_INLINE void unpack(const uint8_t *in, block &b) {
         unpack_bits<256, 2, 32>(in + 128, 4, c);
         for (int g = 0; g < 16; g++) b.s[g] = (int8_t)in[192 + g];
         b.d = get(in + 208);
+    } else if constexpr (K == IQ4_XS) {
+        uint8_t t[8] = {};
+        b.d = get(in);
+        unpack_bits<8, 2, 1>(in + 2, 4, t);
+        unpack_bits<8, 4, 1>(in + 4, 0, t);
+        for (int g = 0; g < 8; g++) b.s[g] = (int16_t)(t[g] - 32);
+        unpack_bits<256, 4, 16>(in + 8, 0, c);
     } else if constexpr (is_super(K)) {
         b.d = get(in);
         b.dmin = get(in + 2);

@@ -70,7 +70,7 @@ struct place {
 
 constexpr int codec_of(int k) {
     return k == TQ1_0 ? CODEC_BASE3 : k == TQ2_0 || k == Q2_0 || k == PQ2_0 || k == Q2_K ? CODEC_TWO_BIT
-         : k == Q1_0 ? CODEC_ONE_BIT : k == Q3_K ? CODEC_THREE_BIT : k == IQ4_NL ? CODEC_LEVELS
+         : k == Q1_0 ? CODEC_ONE_BIT : k == Q3_K ? CODEC_THREE_BIT : is_uneven(k) ? CODEC_LEVELS
          : k == Q6_K ? CODEC_SIX_BIT : k == Q8_0 ? CODEC_EIGHT_BIT : bits_of(k) == 5 ? CODEC_FIVE_BIT : CODEC_FOUR_BIT;
 }
 
@@ -146,6 +146,7 @@ BN_EXPORT int bn_pack_blocks(const uint8_t *data, int64_t rows, int64_t columns,
     case Q5_K: repack<Q5_K>(j); return 0;
     case Q6_K: repack<Q6_K>(j); return 0;
     case IQ4_NL: repack<IQ4_NL>(j); return 0;
+    case IQ4_XS: repack<IQ4_XS>(j); return 0;
     case TQ1_0: repack<TQ1_0>(j); return 0;
     case TQ2_0: repack<TQ2_0>(j); return 0;
     case Q1_0: repack<Q1_0>(j); return 0;

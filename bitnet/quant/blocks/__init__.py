@@ -2,8 +2,8 @@
 
 A row of K weights becomes K / block_size blocks, each with its own scales. `quantize_blocks` and `dequantize_blocks`
 take any type of `TYPES`; the files behind them draw the bits: `simple.py` (32 weights, one level), `kquants.py` (256
-weights, two levels), `ternary.py` (ternary and binary) and `fp4.py`, whose types are only read. This is the
-specification; `bitnet/kernels/blocks.py` chooses between it and native code with the same bytes.
+weights, two levels), `levels.py` (uneven levels), `ternary.py` (ternary and binary) and `fp4.py`, whose types are only
+read. This is the specification; `bitnet/kernels/blocks.py` chooses between it and native code with the same bytes.
 
 Two quantizers: the default minimizes the squared error of what is stored, weighted with the importance if there is one
 (`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml_search.py`). The importance
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import fp4, kquants, simple, ternary
+from bitnet.quant.blocks import fp4, kquants, levels, simple, ternary
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ TYPES = {
     "Q5_K": BlockType(13, 256, 176),
     "Q6_K": BlockType(14, 256, 210),
     "IQ4_NL": BlockType(20, 32, 18),
+    "IQ4_XS": BlockType(23, 256, 136),
     "TQ1_0": BlockType(34, 256, 54),
     "TQ2_0": BlockType(35, 256, 66),
     "Q1_0": BlockType(41, 128, 18),
@@ -59,11 +60,12 @@ FALLBACK = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
     "TQ1_0": "Q4_0",
     "TQ2_0": "Q4_0",
 }
 LARGEST = 65504  # of float16
-_FAMILIES = (simple, kquants, ternary)
+_FAMILIES = (simple, kquants, levels, ternary)
 _FAMILY = {name: family for family in _FAMILIES for name in TYPES if name in family.BITS}
 _DEQUANTIZE = {name: family.dequantize for name, family in _FAMILY.items()} | dict.fromkeys(READ_ONLY, fp4.dequantize)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bitnet.quant.blocks import ggml_search, search
-from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
+from bitnet.quant.blocks.layout import Fields, by_group, codes_of, half_at, half_bytes, pack_bits, unpack_bits
 
 SUPER_BLOCK = 256
 GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q4_K": 8, "Q5_K": 8, "Q6_K": 16}
@@ -111,11 +111,19 @@ def quantize(
     blocks_of = search.SuperBlocks(
         by_group(x, groups), by_group(torch.ones_like(x) if weight is None else weight, groups), groups
     )
-    if center:
-        found, error = blocks_of.symmetric(center, *((32, 1.0) if kind == "Q3_K" else (128, 2.0)))
-    else:
+    before = blocks_of.error_of(fields, fields.codes.float() - center)
+    if center == 0:
         found, error = blocks_of.affine(2 ** BITS[kind] - 1, LIMIT[kind])
-    return search.pick(error < blocks_of.error_of(fields, center), found, fields)
+        return search.pick(error < before, found, fields)
+    limit, spread = (32, 1.0) if kind == "Q3_K" else (128, 2.0)
+
+    def quantize(scale: Tensor) -> Tensor:
+        return search.nearest(blocks_of.x, scale, 0.0, -center, center - 1)
+
+    starts = search.scale_starts(blocks_of.x, -center, center - 1, spread)
+    d, s, error = blocks_of.symmetric(quantize, starts, limit)
+    found = blocks_of.fields(quantize(blocks_of.per_group(d) * s) + center, d, s)
+    return search.pick(error < before, found, fields)
 
 
 def _compatible_affine(x: Tensor, kind: str, importance: Tensor | None) -> Fields:
@@ -199,16 +207,6 @@ def _largest_at(scales: Tensor, low: float, high: int) -> tuple[Tensor, Tensor]:
     some = ggml_search.largest(scales) != 0
     codes = ggml_search.nearest_int(inv * scales).clamp(low, high)
     return torch.where(some, ggml_search.divide(1, inv), 0.0), torch.where(some, codes, low)
-
-
-def by_group(x: Tensor, groups: int) -> Tensor:
-    """`[256, B]` to columns of one group each: `[256 / G, G * B]`."""
-    return x.view(groups, -1, x.shape[1]).transpose(0, 1).reshape(len(x) // groups, -1)
-
-
-def codes_of(codes: Tensor, groups: int) -> Tensor:
-    """Codes in the order of `by_group` to uint8 `[B, 256]`."""
-    return codes.view(len(codes), groups, -1).permute(2, 1, 0).to(torch.uint8).flatten(1)
 
 
 def _levels(codes: Tensor) -> Tensor:

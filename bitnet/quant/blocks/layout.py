@@ -45,6 +45,16 @@ def unpack_bits(packed: Tensor, bits: int, stride: int) -> Tensor:
     return lanes.flatten(1)
 
 
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """`[256, B]` to columns of one group each: `[256 / G, G * B]`."""
+    return x.view(groups, -1, x.shape[1]).transpose(0, 1).reshape(len(x) // groups, -1)
+
+
+def codes_of(codes: Tensor, groups: int) -> Tensor:
+    """Codes in the order of `by_group` to uint8 `[B, 256]`."""
+    return codes.view(len(codes), groups, -1).permute(2, 1, 0).to(torch.uint8).flatten(1)
+
+
 def half_bytes(half: Tensor) -> Tensor:
     """float16 `[B]` to its bytes `[B, 2]`, little-endian."""
     return _copy(half).view(torch.uint8).view(-1, 2)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from bitnet.quant.blocks import FALLBACK, TYPES
 
-_PLAIN = ("Q2_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0")
+_PLAIN = ("Q2_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0")
 _SIZED = ("Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 BASE = {name: name for name in _PLAIN} | {name: name[:-2] for name in _SIZED}
 """Name of a mixture (small, medium, large) to the type of most of its tensors."""
@@ -79,7 +79,7 @@ def _values(mixture: str, layer: int, layers: int, shared: int) -> str:
             return "Q5_K" if layer < 2 else "Q4_K"
         case "Q3_K_L":
             return "Q5_K"
-        case "IQ4_NL":
+        case "IQ4_NL" | "IQ4_XS":
             return "Q5_K" if shared >= 4 else base
         case "Q4_K_M" | "Q5_K_M":
             return "Q6_K" if _more_bits(layer, layers) else base
@@ -103,7 +103,7 @@ def _down(mixture: str, layer: int, layers: int, has_importance: bool) -> str:
             return "Q6_K" if _more_bits(layer, layers) else base
         case "Q4_K_S":
             return "Q5_K" if early else base
-        case "IQ4_NL":
+        case "IQ4_NL" | "IQ4_XS":
             return "Q5_K" if early and not has_importance else base
         case "Q4_0" | "Q5_0":  # their first layers go astray with an importance matrix
             return base.replace("_0", "_1") if early and has_importance else base

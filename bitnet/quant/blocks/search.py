@@ -175,16 +175,6 @@ def improve_signs(x: Tensor, weight: Tensor, start: Tensor, old: Fields) -> Fiel
     return pick(error < before, found, old)
 
 
-def improve_levels(
-    x: Tensor, weight: Tensor, starts: Sequence[Tensor], levels: Tensor, index: Callable[[Tensor], Tensor], old: Fields
-) -> Fields:
-    """As `improve_scale` for IQ4_NL, whose codes stand for uneven `levels`; `index` finds the nearest of them."""
-    scale, error = fit_scale(x, weight, starts, lambda scale: levels[index(x * inverse(scale))], stored)
-    found = Fields(index(x * inverse(scale)).t().to(torch.uint8), scale.to(torch.float16))
-    before = Sums(x, weight, levels[old.codes.t().long()], old.scale.float()).error
-    return pick(error < before, found, old)
-
-
 def improve_minimum(x: Tensor, weight: Tensor, high: int, old: Fields) -> Fields:
     """Scale and minimum of a block `[n, B]`, for Q4_1 and Q5_1."""
     assert old.minimum is not None
@@ -209,10 +199,10 @@ class SuperBlocks:
         """Sum of the groups' numbers in each super-block: `[B]`."""
         return total(x.view(self.groups, -1))
 
-    def error_of(self, old: Fields, center: int) -> Tensor:
-        """Error of each super-block as the fields store it."""
+    def error_of(self, old: Fields, values: Tensor) -> Tensor:
+        """Error of each super-block as the fields store it, whose codes stand for `values` `[B, n]`."""
         assert old.scales is not None
-        codes = old.codes.float().t().reshape(self.groups, len(self.x), -1).transpose(0, 1).flatten(1) - center
+        codes = values.t().reshape(self.groups, len(self.x), -1).transpose(0, 1).flatten(1)
         scale = self.per_group(old.scale.float()) * old.scales.float().t().flatten()
         low = torch.zeros_like(scale)
         if old.minimum is not None and old.minimums is not None:
@@ -231,13 +221,10 @@ class SuperBlocks:
         low = None if dmin is None else dmin.to(torch.float16)
         return Fields(stored_codes, d.to(torch.float16), low, integers(s), integers(m))
 
-    def symmetric(self, center: int, limit: int, spread: float) -> tuple[Fields, Tensor]:
-        """Fields and errors for codes around 0 and scales in [-limit, limit)."""
-
-        def quantize(scale: Tensor) -> Tensor:
-            return nearest(self.x, scale, 0.0, -center, center - 1)
-
-        starts = scale_starts(self.x, -center, center - 1, spread)
+    def symmetric(
+        self, quantize: Callable[[Tensor], Tensor], starts: Sequence[Tensor], limit: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """d `[B]`, integers in [-limit, limit) of the groups, and errors, for what `quantize` makes of scales."""
         # The best scale of each group as a real number first; the integers that stand for it follow.
         real, _ = fit_scale(self.x, self.weight, starts, quantize, lambda scale: scale)
         # The integers reach from -limit to limit - 1, so the largest scale goes to the end with one more.
@@ -257,8 +244,7 @@ class SuperBlocks:
             # Least squares for d, at x ~ d (s q): sums over the groups, each times its integer.
             d = stored(ratio(self.over_groups(s * xq), self.over_groups(s * s * qq)))
         assert best.error is not None
-        d, s = best.values[0], best.values[1].flatten()
-        return self.fields(quantize(self.per_group(d) * s) + center, d, s), best.error
+        return best.values[0], best.values[1].flatten(), best.error
 
     def affine(self, high: int, limit: int) -> tuple[Fields, Tensor]:
         """Fields and errors for codes in [0, high], and scales and minimums in [0, limit]."""

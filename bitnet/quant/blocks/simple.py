@@ -5,14 +5,11 @@
     Q5_0    d * (c - 16)         22 bytes:  d, 4 bytes of fifth bits, 16 bytes of nibbles
     Q5_1    d * c + m            24 bytes:  d, m, 4 bytes of fifth bits, 16 bytes of nibbles
     Q8_0    d * q                34 bytes:  d, 32 x int8
-    IQ4_NL  d * LEVELS[c]        18 bytes:  as Q4_0
 
     nibbles, byte j:  | c[16+j] & 15 | c[j] & 15 |        fifth bits, byte j:  | c[8j+7] >> 4 | .. | c[8j] >> 4 |
 
 Sources: llama.cpp's ggml-common.h and ggml-quants.c.
 """
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,8 +17,7 @@ from torch import Tensor
 from bitnet.quant.blocks import ggml_search, search
 from bitnet.quant.blocks.layout import Fields, half_at, half_bytes, pack_bits, unpack_bits
 
-LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "IQ4_NL": 4}
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
 WITH_MINIMUM = ("Q4_1", "Q5_1")
 
 
@@ -52,8 +48,6 @@ def dequantize(raw: Tensor, kind: str) -> Tensor:
     """Bytes `[B, bytes]` to float32 `[B, 32]`."""
     fields = unpack(raw, kind)
     scale = fields.scale.float().unsqueeze(1)
-    if kind == "IQ4_NL":
-        return scale * level_values(scale)[fields.codes.long()]
     codes = fields.codes.float()
     if fields.minimum is not None:
         return codes * scale + fields.minimum.float().unsqueeze(1)
@@ -85,9 +79,6 @@ def _improve(x: Tensor, kind: str, weight: Tensor, fields: Fields) -> Fields:
     half = 2 ** (BITS[kind] - 1)
     if kind in WITH_MINIMUM:
         return search.improve_minimum(x, weight, 2 * half - 1, fields)
-    if kind == "IQ4_NL":
-        starts = search.scale_starts(x, LEVELS[0], LEVELS[-1], 14.0)
-        return search.improve_levels(x, weight, starts, level_values(x), nearest_level, fields)
     # `spread`: by how many codes the trial ranges are wider or narrower at most.
     first, spread = (-127, 2.0) if kind == "Q8_0" else (-half, 1.0 if half == 8 else 2.0)
     starts = search.scale_starts(x, first, half - 1, spread)
@@ -96,8 +87,6 @@ def _improve(x: Tensor, kind: str, weight: Tensor, fields: Fields) -> Fields:
 
 def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor | None) -> Fields:
     levels = 2 ** (BITS[kind] - 1)
-    if kind == "IQ4_NL":
-        return _compatible_levels(x, importance)
     if kind == "Q8_0":
         scale = ggml_search.divide_by(x.abs().amax(dim=0), 127)
         codes = ggml_search.round_away(x * ggml_search.inverse(scale)) + 128
@@ -120,45 +109,6 @@ def _compatible(x: Tensor, kind: str, importance: Tensor | None, sigma2: Tensor 
         return Fields(_bytes(codes), ggml_search.to_half(scale), ggml_search.to_half(-low))
     scale, codes = ggml_search.symmetric(x, weight, levels)
     return Fields(_bytes(codes), ggml_search.to_half(scale))
-
-
-def _compatible_levels(x: Tensor, importance: Tensor | None) -> Fields:
-    """IQ4_NL: 16 trial scales with a least-squares refit each."""
-    sigma2 = ggml_search.total(x * x) * (2 / 32)
-    weight = x * x if importance is None else importance * ggml_search.root(sigma2 + x * x)
-    extreme = ggml_search.largest(x)
-    zero = extreme.abs() < ggml_search.TINY
-
-    def trial(inv_scale: Tensor) -> tuple[Tensor, Tensor]:
-        q = level_values(x)[nearest_level(inv_scale * x)]
-        return ggml_search.total(weight * q * x), ggml_search.total(weight * q * q)
-
-    # The first trial puts the largest magnitude at 127, the others at the first level, -127, and around it.
-    sum_xq, sum_qq = trial(ggml_search.divide(1, ggml_search.divide_by(-extreme, LEVELS[0])))
-    scale = torch.where(sum_qq > 0, sum_xq / sum_qq, 0.0)
-    best = scale * sum_xq
-    for step in range(-7, 8):
-        sum_xq, sum_qq = trial(ggml_search.divide(step + LEVELS[0], extreme))
-        # A refitted scale lowers the error by sum_xq^2 / sum_qq; compared without a division, as in ggml.
-        better = (sum_qq > 0) & (sum_xq * sum_xq > best * sum_qq)
-        scale = torch.where(better, sum_xq / sum_qq, scale)
-        best = torch.where(better, scale * sum_xq, best)
-    scale = torch.where(zero, 0.0, scale)
-    return Fields(_bytes(nearest_level(ggml_search.inverse(scale) * x)), ggml_search.to_half(scale))
-
-
-def nearest_level(x: Tensor) -> Tensor:
-    """Index (int64) of the entry of LEVELS nearest to x, the upper one of two; NaN gives the first."""
-    index = torch.zeros_like(x, dtype=torch.int64)
-    for low, high in pairwise(LEVELS):
-        # Whether x lies above the middle of two levels, doubled so that nothing is rounded.
-        index += x + x >= low + high
-    return index
-
-
-def level_values(x: Tensor) -> Tensor:
-    """LEVELS as a float32 tensor beside x."""
-    return torch.tensor(LEVELS, dtype=torch.float32, device=x.device)
 
 
 def _bytes(codes: Tensor) -> Tensor:
