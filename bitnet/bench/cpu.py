@@ -28,14 +28,15 @@ import pydoc_data.topics
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitnet import console
-from bitnet.bench.cpu_gate import passes_gate
+from bitnet.bench.cpu_gate import check_engine, check_products
+from bitnet.bench.limits import integer_peak, read_bandwidth
 from bitnet.bench.plan import Options, Peer, Plan, make_plan
 from bitnet.bench.random_models import float_twin, random_tensors, ternary_weights
 from bitnet.bench.report import Report, Row, Value, headings, share, spread
@@ -57,32 +58,29 @@ Limits = dict[tuple[str, int], float]
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # 0.4 MB of English that every Python has
 
 
-def timed(function: Callable[..., int], *arguments: int) -> tuple[float, int]:
-    """Seconds of one call, and its result."""
-    started = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - started, result
-
-
-def integer_peak(threads: int, seconds: float) -> float:
-    """GOPS of multiply-adds on registers with the instruction set in force: best of five runs of `seconds` each."""
-    peak, rounds = native.kernels().peak, 256
-    # Long enough that starting the threads does not count.
-    while timed(peak, rounds, threads)[0] < seconds:
-        rounds *= 2
-    return max(operations / elapsed for elapsed, operations in (timed(peak, rounds, threads) for _ in range(5))) / 1e9
+def passes_gate(plan: Plan, report: Report) -> bool:
+    """Run the correctness gate and print how it went."""
+    if not plan.native:
+        reason = "the native kernels are missing or switched off: the torch reference ran"
+        reason = "a float model: torch ran it" if plan.config.quantizer == "none" else reason
+        report.notes.append(f"{reason}, without gate and limits")
+        return True
+    stage("checking the kernels and the engine")
+    wrong = [*check_products(plan.config)]
+    for dtype in sorted({"float32", plan.options.cache}):
+        wrong += check_engine(dtype)
+    state = "RED, so no speed is measured" if wrong else "green: every instruction set gives the reference's numbers"
+    print("\n".join([f"gate {state}", *(f"  {line}" for line in wrong)]))
+    report.results["gate"] = state
+    return not wrong
 
 
 def measure_limits(plan: Plan) -> tuple[Limits, list[Row]]:
     """Memory bandwidth, best of five reads of a block, and the integer peak of every instruction set here."""
-    library, limits, rows = native.library(), Limits(), list[Row]()
-    assert library is not None
-    # A gigabyte, beyond every cache.
-    block = native.huge_pages(2**24 if plan.options.quick else 2**30).fill_(1)
+    limits, rows = Limits(), list[Row]()
     for threads in plan.threads:
         stage(f"limits: {threads} threads")
-        reads = [timed(library.bn_read, block.data_ptr(), block.numel(), threads)[0] for _ in range(5)]
-        limits["memory", threads] = block.numel() / min(reads) / 1e9
+        limits["memory", threads] = read_bandwidth(threads, 2**24 if plan.options.quick else 2**30)
         for isa in native.instruction_sets():
             with native.use_instruction_set(isa):
                 limits[isa, threads] = integer_peak(threads, 0.001 if plan.options.quick else 0.1)

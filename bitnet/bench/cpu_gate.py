@@ -7,10 +7,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from bitnet.bench.plan import Plan
 from bitnet.bench.random_models import GATE_CONFIG
-from bitnet.bench.report import Report
-from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
 from bitnet.kernels import cpu, reference, use_backend
 from bitnet.kernels.cpu import native
@@ -86,20 +83,3 @@ def check_engine(dtype: str) -> Iterator[str]:
             engine = Engine.from_model(model, cache_dtype=dtype, codec=codec)
             if not torch.equal(_gate_logits(engine, ids, engine.new_cache(B, T)), logits):
                 yield f"{isa}, {codec}: the engine's logits have other bits than {first}'s with a {dtype} cache"
-
-
-def passes_gate(plan: Plan, report: Report) -> bool:
-    """Run the correctness gate and print how it went."""
-    if not plan.native:
-        reason = "the native kernels are missing or switched off: the torch reference ran"
-        reason = "a float model: torch ran it" if plan.config.quantizer == "none" else reason
-        report.notes.append(f"{reason}, without gate and limits")
-        return True
-    stage("checking the kernels and the engine")
-    wrong = [*check_products(plan.config)]
-    for dtype in sorted({"float32", plan.options.cache}):
-        wrong += check_engine(dtype)
-    state = "RED, so no speed is measured" if wrong else "green: every instruction set gives the reference's numbers"
-    print("\n".join([f"gate {state}", *(f"  {line}" for line in wrong)]))
-    report.results["gate"] = state
-    return not wrong

@@ -1,13 +1,19 @@
 """Models of any shape with random weights, packed or in floats, made in a moment."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import packed_width
+from bitnet.storage.gguf import write
+from bitnet.storage.gguf.container import TensorToWrite, tensor_bytes, write_file
+from bitnet.storage.gguf.names import norm_names, projection_names, table_names
 
 GATE_CONFIG = ModelConfig(
     vocab_size=300,
@@ -66,3 +72,40 @@ def float_twin(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
 def ternary_weights(config: ModelConfig) -> int:
     """Weights of all projections."""
     return config.num_hidden_layers * sum(N * K for N, K in config.projections().values())
+
+
+def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
+    """Write a GGUF file of a type or mixture with random weights and no vocabulary, in a moment: the rows of a matrix
+    repeat 64 different ones. Ternary where the configuration is."""
+    arch, types = write.architecture(config, kind), write.tensor_types(config, kind)
+    shapes, ternary = config.tensor_shapes(), config.quantizer != "none"
+    generator = torch.Generator().manual_seed(0)
+    tiles: dict[tuple[str, int, bool], np.ndarray] = {}
+
+    def matrix(type: str, rows: int, columns: int, codes: bool) -> np.ndarray:
+        key = type, columns, codes
+        if key not in tiles and codes:
+            tile = torch.randint(-1, 2, (64, columns), generator=generator, dtype=torch.int8)
+            tiles[key] = bytes_of(write.encode_ternary(tile, 0.02, type, inside=not write.scale_beside(arch, type)))
+        elif key not in tiles:
+            tiles[key] = bytes_of(write.encode(torch.randn(64, columns, generator=generator) * 0.02, type))
+        return np.resize(tiles[key], tensor_bytes(type, (rows, columns)))
+
+    def tensors() -> Iterator[TensorToWrite]:
+        for ours, theirs in (*table_names(config), *projection_names(config)):
+            (rows, columns), type = shapes[f"{ours}.weight"], types[theirs]
+            codes = ternary and ours.endswith("_proj")
+            yield TensorToWrite(f"{theirs}.weight", (rows, columns), type, partial(matrix, type, rows, columns, codes))
+            if codes and write.scale_beside(arch, type):
+                yield TensorToWrite(f"{theirs}.scale", (1,), "F32", partial(bytes_of, torch.full((1,), 0.02)))
+        for ours, theirs in norm_names(config):
+            ones = torch.ones(shapes[f"{ours}.weight"])
+            yield TensorToWrite(f"{theirs}.weight", tuple(ones.shape), "F32", partial(bytes_of, ones))
+
+    metadata = write.metadata_of(config, arch, kind, "random") | {"tokenizer.ggml.model": "none"}
+    write_file(path, metadata, tensors())
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor, uint8 in one dimension."""
+    return tensor.contiguous().view(torch.uint8).flatten().numpy()

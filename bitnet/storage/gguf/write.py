@@ -86,7 +86,7 @@ def write(
     config = model.config
     arch = architecture(config, type)
     types = tensor_types(config, type, embedding_type)
-    metadata = _metadata(config, arch, type, name)
+    metadata = metadata_of(config, arch, type, name)
     if tokenizer is not None:
         metadata |= vocabulary(tokenizer, config.vocab_size)
     if chat_template is not None:
@@ -188,7 +188,8 @@ def tensor_types(config: ModelConfig, type: str, embedding_type: str | None = No
     return types
 
 
-def _metadata(config: ModelConfig, arch: str, type: str, name: str) -> JsonObject:
+def metadata_of(config: ModelConfig, arch: str, type: str, name: str) -> JsonObject:
+    """The metadata of a model of this shape without a tokenizer's."""
     return {
         "general.architecture": arch,
         "general.type": "model",
