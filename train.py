@@ -5,6 +5,7 @@
     python train.py --resume runs/demo                   go on where a run was stopped
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
     python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
+    python train.py --like runs/demo --teacher runs/demo-float --out runs/demo-taught    the float twin teaches it
     python train.py --preset chat --init runs/demo --data.chat chats.jsonl            conversations: answers count
     torchrun --nproc-per-node 4 train.py --preset small --parallel fsdp                               several processes
 
@@ -50,6 +51,7 @@ from bitnet.training.reporter import Reporter
 from bitnet.training.saver import Saver
 from bitnet.training.sharding import shard, shard_like
 from bitnet.training.step import Trainer
+from bitnet.training.teacher import Teacher
 from bitnet.training.weight_stats import weight_codes, weight_statistics
 
 
@@ -107,6 +109,8 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
         tokenizer, template, given = source.tokenizer, source.chat_template, source.latent()
         weights = given.state_dict()
         config = dataclasses.replace(config, model=given.config.replace(quantizer=config.model.quantizer))
+    elif config.teacher and not config.data.tokenizer:
+        tokenizer = open_source(config.teacher).tokenizer
 
     # The feed: texts or conversations in tokens. The first process makes what the others find.
     with world.first_alone("the preparation of the data"):
@@ -114,10 +118,15 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             config.data, tokenizer, template, window=config.window, vocab_size=config.model.vocab_size,
             batch_size=config.batch_size, seed=config.seed,
         )  # fmt: skip
-    config = dataclasses.replace(config, data=config.data.absolute())  # whoever resumes may stand in another folder
+    config = config.absolute()  # whoever resumes may stand in another folder
     if not saved and weights is None:  # a tokenizer that was given or trained decides on the vocabulary
         config = dataclasses.replace(config, model=config.model.replace(vocab_size=feed.tokenizer.vocab_size))
     limit_new_tokens(config.model, len(feed.prompt(config.sample_prompt)), 1)  # refuses a prompt that is too long
+
+    # The model to learn from, which each process has whole.
+    teacher = Teacher.open(config, feed, device, dtype) if config.teacher else None
+    if teacher:
+        teacher.model.document_ids = feed.document_ids
 
     # The model. Every process makes the same one, and of a sharded one keeps its part.
     torch.manual_seed(config.seed)
@@ -134,7 +143,9 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     # Weights, moments and progress from the checkpoint, or weights from the other model.
     progress = Progress()
     if saved:
-        progress = checkpoint.restore(saved, config, feed.fingerprint, model, optimizer, device)
+        progress = checkpoint.restore(
+            saved, config, feed.fingerprint, teacher.fingerprint if teacher else None, model, optimizer, device
+        )
     elif weights:
         own = model.state_dict()
         model.load_state_dict({name: shard_like(own[name], value) for name, value in weights.items()})
@@ -142,7 +153,9 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     # The step, compiled unless there is none left.
     finished = progress.step == config.steps and not config.minutes
     compiled = not finished and compile_model(model, config.compile)
-    return Trainer(config, world, device, dtype, feed, model, optimizer, progress, compiled=compiled)
+    if compiled and teacher:
+        compile_model(teacher.model, config.compile)
+    return Trainer(config, world, device, dtype, feed, model, optimizer, progress, teacher, compiled=compiled)
 
 
 def carry_out(trainer: Trainer, started: float) -> None:

@@ -25,7 +25,7 @@ from bitnet.evaluation.texts import open_held_out, run_config
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
-from bitnet.model.transformer import cross_entropy
+from bitnet.model.loss import cross_entropy
 from bitnet.storage.source import open_source
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def evaluate_batches(
         documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             if isinstance(model, BitNetForCausalLM):
-                losses = model.loss(input_ids, labels, "none", *documents)
+                losses = model.loss(input_ids, labels, "none", documents[0] if documents else None)
             else:
                 assert not documents
                 losses = cross_entropy(model(input_ids), labels, "none")

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from bitnet.model.config import ModelConfig
 from bitnet.model.kv_cache import KVCache
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear, pack
+from bitnet.model.loss import Taught, chunked_loss, cross_entropy, next_token_loss
 
 
 class RMSNorm(nn.Module):
@@ -227,19 +228,31 @@ class BitNetForCausalLM(nn.Module):
         return table.project(h) if isinstance(table, PackedEmbedding) else F.linear(h, table.weight)
 
     def loss(
-        self, input_ids: Tensor, labels: Tensor, reduction: str = "mean", documents: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        reduction: str = "mean",
+        documents: Tensor | None = None,
+        taught: Taught | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
-        -100 does not count: the mean, or `[B, T]` with reduction "none". Attention does not cross the
-        borders of documents where they are given, as `document_ids` gives them, or that attribute is set."""
-        if documents is None and self.document_ids:
-            documents = self.document_ids(input_ids)
-        h = self.model(input_ids, documents=documents)
+        -100 does not count: the mean, or `[B, T]` with reduction "none"; beside it the distance from what a teacher
+        says of the same ids, where that is given. Attention does not cross the borders of documents where they are
+        given, as `document_ids` gives them, or that attribute is set."""
+        h = self.states(input_ids, documents)
         if self.head_is_packed:
+            assert taught is None
             return cross_entropy(self._logits(h), labels, reduction)
         if self.loss_chunk and labels.numel() > self.loss_chunk:
-            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, self.loss_chunk)
-        return self.next_token_loss(h, self.head_weight, labels, reduction)
+            chunk = self.loss_chunk
+            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, chunk, taught)
+        return self.next_token_loss(h, self.head_weight, labels, reduction, taught)
+
+    def states(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What the head multiplies, `[B, T, C]`, of ids and documents as `loss` takes them."""
+        if documents is None and self.document_ids:
+            documents = self.document_ids(input_ids)
+        return self.model(input_ids, documents=documents)
 
     def pack(self, *, embeddings: bool = True) -> "BitNetForCausalLM":
         """The inference form, in place: 2-bit projections and, with `embeddings`, INT8 embedding and head (one table
@@ -344,31 +357,6 @@ def _packed_modules(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tens
                 bias = module.bias is not None
                 packed[name] = PackedLinear(module.in_features, module.out_features, bias, quantizer=quantizer)
     return packed
-
-
-def next_token_loss(h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of hidden states `[B, T, C]` under an output matrix `[V, C]`; softmax in float32."""
-    return cross_entropy(F.linear(h, head), labels, reduction)
-
-
-def chunked_loss(
-    loss: Callable[..., Tensor], h: Tensor, head: Tensor, labels: Tensor, reduction: str, chunk: int
-) -> Tensor:
-    """`loss` (a `next_token_loss`) over pieces of `chunk` tokens, whose logits are made again in the backward: never
-    more than `chunk` x V of them are in memory."""
-    losses = [
-        checkpoint(loss, part[None], head, wanted[None], "none", use_reentrant=False)
-        for part, wanted in zip(h.flatten(0, 1).split(chunk), labels.flatten().split(chunk), strict=True)
-    ]
-    each = torch.cat([part.flatten() for part in losses])
-    return each.sum() / (labels != -100).sum() if reduction == "mean" else each.view(labels.shape)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy of logits `[B, T, V]`, in float32: the mean over labels that count, or `[B, T]` with "none"."""
-    logits = logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=reduction)
-    return losses if reduction == "mean" else losses.view(labels.shape)
 
 
 def _projection(config: ModelConfig, name: str) -> Any:

@@ -58,6 +58,8 @@ class State:
     """None for infinity, which JSON has no number for."""
     data: Any = None
     """The feed's fingerprint."""
+    teacher: str | None = None
+    """The fingerprint of the model that the run learns from."""
     data_shift: Count = 0
     history: Annotated[list[tuple[float, float]], Bounds(0, 100_000)] = field(default_factory=list)
 

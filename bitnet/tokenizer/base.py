@@ -110,6 +110,17 @@ class BaseTokenizer(ABC):
         text = b"".join(self.surface_bytes(i) for i in ids).decode("utf-8", errors="replace")
         return text[1:] if self.adds_space_prefix and text.startswith(" ") else text
 
+    def difference(self, other: BaseTokenizer) -> str | None:
+        """In words, the first token that the other tokenizer has no or another one for under the same id; None where
+        the ids of both mean the same."""
+        if self.vocab_size != other.vocab_size:
+            return f"{self.vocab_size} tokens, and {other.vocab_size} there"
+        for i in range(self.vocab_size):
+            own, theirs = (each.surface_bytes(i) or each.id_to_piece(i).encode() for each in (self, other))
+            if own != theirs:
+                return f"token {i} is {own!r}, and {theirs!r} there"
+        return None
+
     def surface_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that one id stands for (a part of a character for a byte piece, b"" for a special token)."""
         if not 0 <= token_id < self.vocab_size:

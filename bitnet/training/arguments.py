@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import tyro
-
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import CONFIG, MODEL
 from bitnet.training.checkpoint import has_checkpoint
@@ -106,6 +104,8 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
         raise SystemExit(0)
     if known.out is not None:
         rest = ["--out", known.out, *rest]
+    import tyro  # here, since a machine without it can train from Python
+
     config = tyro.cli(TrainConfig, prog=prog, default=default, args=rest)
     if known.resume and resolved != list(arguments):  # auto: a tokenizer has decided on the vocabulary since
         config = dataclasses.replace(config, model=config.model.replace(vocab_size=default.model.vocab_size))

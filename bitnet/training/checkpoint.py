@@ -286,13 +286,14 @@ class Progress:
     faults: int = 0
     """Bad steps in a row up to now; a checkpoint is written behind a good one."""
 
-    def state(self, fingerprint: object) -> JsonObject:
-        """The contents of state.json; `fingerprint` is the feed's."""
+    def state(self, fingerprint: object, teacher: str | None) -> JsonObject:
+        """The contents of state.json; `fingerprint` is the feed's, `teacher` that of the model to learn from."""
         return {
             "step": self.step,
             "seconds": self.seconds,
             "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
             "data": fingerprint,
+            "teacher": teacher,
             "data_shift": self.data_shift,
             "history": self.history,
         }
@@ -355,20 +356,27 @@ def restore(
     folder: Path,
     config: TrainConfig,
     fingerprint: object,
+    teacher: str | None,
     model: BitNetForCausalLM,
     optimizer: Optimizer,
     device: torch.device,
 ) -> Progress:
     """Fill a model and its optimizer from a checkpoint, and return how far that is.
 
-    Raises CheckpointError for damaged files, another model's, or other data than the run began with (`fingerprint` is
-    the feed's), and ValueError where the configuration ends before the checkpoint.
+    Raises CheckpointError for damaged files, another model's, or other data or another teacher than the run had (the
+    fingerprints of the feed and of the model that it learns from), and ValueError where the configuration ends before
+    the checkpoint.
     """
     state = load_record(folder / STATE, State)
     if state.data != fingerprint:
         raise CheckpointError(
             f"the run was trained on data {state.data}, and {config.data.chat or config.data.corpus} gives "
             f"{fingerprint}: the corpus has changed. Restore it, or start a new run"
+        )
+    if teacher and state.teacher and state.teacher != teacher:
+        raise CheckpointError(
+            f"{config.teacher} holds other weights than those that the run has learned from up to now; restore "
+            "them, or start a new run with --init"
         )
     load_training_tensors(folder, model, optimizer, device)
     if state.step > config.steps:

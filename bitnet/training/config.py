@@ -1,6 +1,7 @@
 """What a training run is made from: every option of train.py, and the presets that give them values."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -57,6 +58,13 @@ class TrainConfig:
     init: str | None = None
     """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
     fine-tuning, and with another model.quantizer than its own, conversion."""
+    teacher: str | None = None
+    """Learn from this model too, which has the same tokenizer: a run, Hugging Face folder or GGUF file, best a float
+    one. It runs beside every step."""
+    teacher_weight: float = 0.5
+    """Share of the loss that is the divergence from the teacher's distribution; the rest is the labels'."""
+    teacher_temperature: float = 1.0
+    """What logits are divided by in that divergence; above 1 small probabilities count for more."""
     eval_every: int = 200
     """Steps between validations; each one also writes a checkpoint."""
     on_nan: Remedy = "stop"
@@ -132,6 +140,13 @@ class TrainConfig:
             raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches, at most 1,024")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight is {self.teacher_weight}; it is a share of the loss, from 0 to 1")
+        if not 0 < self.teacher_temperature <= 1000:
+            raise ValueError(
+                f"teacher_temperature is {self.teacher_temperature}; it must be above 0, and more than 1,000 leaves "
+                "nothing of the teacher's distribution"
+            )
         if not 0 <= self.float_start < 1:
             raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
         if not 0 <= self.ramp <= 1 - self.float_start:
@@ -147,6 +162,11 @@ class TrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.window
+
+    def absolute(self) -> "TrainConfig":
+        """The same with paths that do not depend on the current folder; a name on the hub is none."""
+        teacher = str(Path(self.teacher).absolute()) if self.teacher and Path(self.teacher).exists() else self.teacher
+        return replace(self, data=self.data.absolute(), teacher=teacher)
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless each process gets as many sequences of each micro-batch."""
@@ -199,8 +219,17 @@ class TrainConfig:
         """Whether checkpoints are written while the steps go on."""
         return self.async_save == "on" or (self.async_save == "auto" and strategy == "fsdp")
 
-    def workload(self, device: torch.device, dtype: torch.dtype, world: World, *, compiled: bool) -> Workload:
-        """What the memory and time of a step depend on. Raises ValueError for a batch that they can't share."""
+    def workload(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World,
+        *,
+        compiled: bool,
+        teacher: ModelConfig | None = None,
+    ) -> Workload:
+        """What the memory and time of a step depend on; `teacher` is the shape of the model to learn from. Raises
+        ValueError for a batch that they can't share."""
         self.check_processes(world.size)
         int8 = self.multiplies_int8(device, dtype, world.strategy)
         return Workload(
@@ -221,6 +250,8 @@ class TrainConfig:
             ramp=self.ramp > 0,
             timed=self.minutes is not None,
             async_save=self.saves_in_background(world.strategy),
+            teacher=teacher,
+            tempered=self.teacher_temperature != 1,
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
     FLOPs of a token     6 N + 6 L T Q        N parameters that a token is multiplied with: projections and head;
                                               attention is causal, so half of a window on average; `recompute` adds 1/3
+                                              and a teacher a third of its own
     time of a step       products of the model's shapes, forward and two for the backward, timed on some rows each
                          + `TRAFFIC` times the activations kept, and 28 bytes a parameter, at the speed of a copy
                          + the products within Muon, at the speed of its step on one matrix
@@ -13,8 +14,9 @@ Letters: as there; N rows and K columns of a weight.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from bitnet.console import duration, table
 from bitnet.machine import available_memory, has_compiler, pick_device, pick_dtype
 from bitnet.model import ModelConfig, bit_linears
+from bitnet.storage.source import open_source
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.memory import (
     PROCESS_PART,
@@ -49,19 +52,24 @@ class Speed:
     attention: float
     other: float
     optimizer: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.products + self.attention + self.other + self.optimizer
+        return self.products + self.attention + self.other + self.optimizer + self.teacher
 
 
 def flops_per_token(config: ModelConfig, window: int, recompute: bool = False) -> int:
     """Forward and backward; what `recompute` does again is counted."""
+    return forward_flops(config, window) * (4 if recompute else 3)
+
+
+def forward_flops(config: ModelConfig, window: int) -> int:
+    """Of a token."""
     model = meta_model(config)
     multiplied = sum(layer.weight.numel() for _, layer in bit_linears(model)) + model.head_weight.numel()
     queries = config.num_attention_heads * config.head_width
-    once = 2 * multiplied + 2 * config.num_hidden_layers * window * queries
-    return once * (4 if recompute else 3)
+    return 2 * multiplied + 2 * config.num_hidden_layers * window * queries
 
 
 def disk_bytes(config: ModelConfig, optimizer: str) -> int:
@@ -89,8 +97,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def product_seconds(N: int, K: int, tokens: int, work: Workload, device: torch.device, int8: bool) -> float:
-    """Seconds of the three products of a layer `[N, K]` and `tokens` tokens, from a few rows of each."""
+def product_seconds(
+    N: int, K: int, tokens: int, work: Workload, device: torch.device, int8: bool, *, learns: bool = True
+) -> float:
+    """Seconds of the three products of a layer `[N, K]` and `tokens` tokens, from a few rows of each; of the forward
+    one alone where the layer does not learn."""
     rows, columns = min(tokens, ROWS), min(N, COLUMNS)
     x, weight, grad = (
         torch.randn(s, dtype=work.dtype, device=device) for s in ((rows, K), (columns, K), (rows, columns))
@@ -100,12 +111,14 @@ def product_seconds(N: int, K: int, tokens: int, work: Workload, device: torch.d
         forward = seconds(lambda: torch._int_mm(x_codes, codes.t()), device)
     else:
         forward = seconds(lambda: x @ weight.t(), device)
+    if not learns:
+        return forward * (tokens / rows) * (N / columns)
     backward = seconds(lambda: grad @ weight, device) + seconds(lambda: grad.t() @ x, device)
     return (forward * (2 if work.recompute else 1) + backward) * (tokens / rows) * (N / columns)
 
 
-def attention_seconds(work: Workload, device: torch.device) -> float:
-    """Seconds of attention over one sequence in one layer, forward and backward."""
+def attention_seconds(work: Workload, device: torch.device, *, learns: bool = True) -> float:
+    """Seconds of attention over one sequence in one layer: forward, and backward where the layer learns."""
     c = work.model
     q, k, v = (
         torch.randn(1, heads, work.window, c.head_width, dtype=work.dtype, device=device, requires_grad=True)
@@ -116,7 +129,8 @@ def attention_seconds(work: Workload, device: torch.device) -> float:
 
     def run() -> None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=work.window > 1, enable_gqa=grouped)
-        torch.autograd.grad(out.sum(), (q, k, v))
+        if learns:
+            torch.autograd.grad(out.sum(), (q, k, v))
 
     return seconds(run, device)
 
@@ -124,11 +138,7 @@ def attention_seconds(work: Workload, device: torch.device) -> float:
 def time_shapes(work: Workload, device: torch.device) -> Speed:
     """Time products, attention and copies of this model's sizes for a few seconds; nothing is trained."""
     c, tokens = work.model, work.tokens * work.micro_batches
-    model = meta_model(c)
-    shapes: dict[tuple[int, int], int] = {}
-    for _, layer in bit_linears(model):
-        shape = layer.weight.shape[0], layer.weight.shape[1]
-        shapes[shape] = shapes.get(shape, 0) + 1
+    model, shapes = meta_model(c), matrix_shapes(c)
     products = sum(n * product_seconds(N, K, tokens, work, device, work.int8) for (N, K), n in shapes.items())
     products += product_seconds(c.vocab_size, c.hidden_size, tokens, work, device, False)
     attention = attention_seconds(work, device) * (work.sequences * work.micro_batches * c.num_hidden_layers)
@@ -145,7 +155,23 @@ def time_shapes(work: Workload, device: torch.device) -> Speed:
         matrix.grad = torch.randn_like(matrix)
         rate = newton_schulz_flops(512, 1024) / seconds(torch.optim.Muon([matrix]).step, device)
         optimizer += sum(n * newton_schulz_flops(*shape) for shape, n in shapes.items()) / rate
-    return Speed(products, attention, other, optimizer)
+    return Speed(products, attention, other, optimizer, teacher_seconds(work, device))
+
+
+def matrix_shapes(c: ModelConfig) -> Counter[tuple[int, int]]:
+    """How many projections there are of each shape `(N, K)`."""
+    return Counter({shape: n * c.num_hidden_layers for shape, n in Counter(c.projections().values()).items()})
+
+
+def teacher_seconds(work: Workload, device: torch.device) -> float:
+    """Seconds of a step in which the teacher runs forward, in float products."""
+    if work.teacher is None:
+        return 0.0
+    c, tokens = work.teacher, work.tokens * work.micro_batches
+    shapes = matrix_shapes(c) + Counter([(c.vocab_size, c.hidden_size)])
+    products = sum(n * product_seconds(N, K, tokens, work, device, False, learns=False) for (N, K), n in shapes.items())
+    attention = attention_seconds(replace(work, model=c), device, learns=False)
+    return products + attention * work.sequences * work.micro_batches * c.num_hidden_layers
 
 
 def newton_schulz_flops(N: int, K: int) -> int:
@@ -188,9 +214,10 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
     tokens_per_step = work.tokens * work.micro_batches * work.processes
     tokens = steps * tokens_per_step
     flops = flops_per_token(c, work.window, work.recompute)
+    flops += forward_flops(work.teacher, work.window) if work.teacher else 0
     disk = disk_bytes(c, work.optimizer)
     shares = ", ".join(
-        f"{getattr(speed, part) / speed.total:.0%} {part}" for part in ("products", "attention", "other", "optimizer")
+        f"{value / speed.total:.0%} {part}" for part, value in asdict(speed).items() if part != "teacher" or value
     )
     rate = flops * tokens_per_step / speed.total / work.processes
     lines = [
@@ -210,7 +237,8 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
 
 
 def estimate_run(config: TrainConfig, processes: int) -> str:
-    """What a run would take, in lines; nothing is trained, read or written. Raises ValueError for no processes."""
+    """What a run would take, in lines; nothing is trained or written, and of a teacher the headers alone are read.
+    Raises ValueError for no processes."""
     if processes < 1:
         raise ValueError(f"--estimate {processes}: give the number of processes, at least 1")
     if config.threads:
@@ -219,7 +247,8 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     dtype = pick_dtype(config.dtype, device)
     strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
     compiled = config.compile != "off" and has_compiler(device)
-    work = config.workload(device, dtype, World(0, processes, strategy), compiled=compiled)
+    teacher = open_source(config.teacher).config if config.teacher else None
+    work = config.workload(device, dtype, World(0, processes, strategy), compiled=compiled, teacher=teacher)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
 
 

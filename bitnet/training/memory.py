@@ -17,6 +17,8 @@ size of a value in the matrix products: 4, or 2 in bfloat16, where weights are c
                         float32 are shared: a M (C + Q + C + F)
                     the embedding's output and the final norm: 4 M (2C + 1), and the head's input a M C
     loss            4 M V for the backward, and twice that within it; a `loss_chunk` of tokens instead of M
+    teacher         its parameters, those of its projections and its head as a product reads them; its distribution for
+                    the backward, 4 M V, and the own one again at another temperature; five times that within the loss
     workspace       gradients of activations within a layer; in the optimizer, Muon's work on the largest matrix, and
                     with FSDP its updates in bfloat16, sent, received and answered: 6 P' / W
     save            a copy of parameters and moments, where checkpoints are written beside the steps
@@ -83,6 +85,10 @@ class Workload:
     """Whether some steps are timed first, and undone."""
     async_save: bool = False
     """Whether checkpoints are written from a copy, beside the steps."""
+    teacher: ModelConfig | None = None
+    """The shape of a model that runs beside every step, whole in each process, to learn from."""
+    tempered: bool = False
+    """Whether its distribution is taken at a temperature other than 1."""
 
     @property
     def owners(self) -> int:
@@ -186,7 +192,28 @@ def head_activations(work: Workload) -> int:
         return norm + 4 * M * C + 8
     copy = a * V * C if a == 2 else 0
     logits = a * M * V + 2 * 4 * M if work.compiled else 4 * M * V
-    return norm + a * M * C + copy + logits + 4
+    return norm + a * M * C + copy + logits + 4 + distribution(work)
+
+
+def distribution(work: Workload) -> int:
+    """Bytes that autograd keeps of the divergence from a teacher."""
+    if not work.teacher:
+        return 0
+    M, rows = work.tokens, min(work.model.vocab_size, work.teacher.vocab_size)
+    if work.compiled:
+        return work.value * M * rows + 2 * 4 * M
+    again = work.tempered or rows < work.model.vocab_size
+    return 4 * M * rows * (2 if again else 1) + M + 8
+
+
+def teacher_bytes(work: Workload) -> int:
+    """Bytes of the model to learn from."""
+    if not work.teacher:
+        return 0
+    c, a = work.teacher, work.value
+    table, projections = c.vocab_size * c.hidden_size, c.num_hidden_layers * projection_parameters(c)
+    rest = meta_model(c).num_parameters() - projections
+    return 4 * rest + (a if c.quantizer == "none" else 4) * projections + (a * table if a == 2 else 0)
 
 
 def is_chunked(work: Workload) -> bool:
@@ -265,6 +292,7 @@ def constant_parts(work: Workload, P: int, projections: int) -> dict[str, float]
         "parameters gathered": ends + 2 * (4 * P - ends) / c.num_hidden_layers if sharded else 0,
         "checkpoint being written": (4 * P + slots) / work.owners if work.async_save else 0,
         "weights kept while steps are timed": 4 * P / work.owners if work.timed else 0,
+        "teacher": teacher_bytes(work),
     }
 
 
@@ -345,7 +373,7 @@ def at_the_loss(step: StepSizes) -> dict[str, float]:
     logits = (work.value if work.compiled else 4) * tokens * work.model.vocab_size
     workspace = step.embedding * (2 if is_chunked(work) else 1)
     if not work.compiled:
-        workspace = max(workspace, 2 * logits)
+        workspace = max(workspace, (5 if work.teacher else 2) * logits)
     if is_chunked(work):
         workspace += logits
     return {
@@ -353,6 +381,7 @@ def at_the_loss(step: StepSizes) -> dict[str, float]:
         "quantized weights kept by layers": step.kept_weights,
         "activations kept by layers": step.kept,
         "final norm and loss": head_activations(work),
+        "teacher's hidden states": 4 * work.tokens * work.teacher.hidden_size if work.teacher else 0,
         "workspace": workspace,
     }
 

@@ -57,7 +57,7 @@ class Saver:
         save = functools.partial(
             save_checkpoint,
             trainer.folder,
-            state=trainer.progress.state(feed.fingerprint),
+            state=trainer.progress.state(feed.fingerprint, trainer.teacher.fingerprint if trainer.teacher else None),
             config=dataclasses.asdict(config),
             tokenizer=feed.tokenizer.files() | (feed.template.files() if feed.template else {}),
             best=best,

@@ -39,6 +39,7 @@ from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
 from bitnet.training.processes import World, replicate
 from bitnet.training.sharding import prepare_gathers
+from bitnet.training.teacher import Teacher
 
 MIN_STEPS = 10
 """Fewer steps train nothing, and are no answer to --minutes."""
@@ -49,7 +50,7 @@ class StepResult:
     """What a step has found. With a fault the weights are those before the step."""
 
     loss: float
-    """Mean over the labels of the step, nats."""
+    """Mean over the labels of the step, nats; with a teacher, of both terms."""
     norm: float
     """Of the gradient, before clipping."""
     lr: float
@@ -69,12 +70,13 @@ class Trainer:
         model: BitNetForCausalLM,
         optimizer: Optimizer,
         progress: Progress,
+        teacher: Teacher | None = None,
         *,
         compiled: bool = False,
     ) -> None:
         self.config, self.world, self.device, self.dtype = config, world, device, dtype
         self.feed, self.model, self.optimizer, self.progress = feed, model, optimizer, progress
-        self.compiled = compiled
+        self.teacher, self.compiled = teacher, compiled
         self.validates_whole = True
         """Whether the last validation is on all of the held-out data."""
         self.stop_signal: int | None = None
@@ -124,7 +126,8 @@ class Trainer:
             # DDP averages gradients at the end of a backward: once a step is enough.
             with contextlib.nullcontext() if last or not self._replica else self._replica.no_sync():
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    loss = loss_of(input_ids, labels, "mean", *documents) / parts
+                    taught = self.teacher(input_ids, *documents) if self.teacher else None
+                    loss = loss_of(input_ids, labels, "mean", documents[0] if documents else None, taught) / parts
                     loss = loss * self.feed.loss_weight(batch, *self._part(part))
                 loss.backward()
             losses.append(loss.detach())
@@ -167,8 +170,9 @@ class Trainer:
             return
         self.optimizer = Optimizer(self.model, self.config.optim)
         saved = checkpoint.newest_checkpoint(folder, self.world)
+        teacher = self.teacher.fingerprint if self.teacher else None
         self.progress = checkpoint.restore(
-            saved, self.config, self.feed.fingerprint, self.model, self.optimizer, self.device
+            saved, self.config, self.feed.fingerprint, teacher, self.model, self.optimizer, self.device
         )
         self.progress.data_shift = progress.step + progress.data_shift + 1 - self.progress.step
         self.progress.faults, self.progress.best_loss = progress.faults, progress.best_loss
@@ -181,7 +185,8 @@ class Trainer:
     @property
     def workload(self) -> Workload:
         """What the memory of a step depends on."""
-        return self.config.workload(self.device, self.dtype, self.world, compiled=self.compiled)
+        teacher = self.teacher.model.config if self.teacher else None
+        return self.config.workload(self.device, self.dtype, self.world, compiled=self.compiled, teacher=teacher)
 
     def describe(self) -> str:
         """What is trained, on what and where, in a few lines."""
@@ -193,6 +198,7 @@ class Trainer:
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"
             + (f", {world.size} processes ({world.strategy})" if world.strategy != "none" else "")
+            + (f"\n{self.teacher.describe()}" if self.teacher else "")
             + f"\nmemory    {estimate(self.workload).summary()}"
         )
 

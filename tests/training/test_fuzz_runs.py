@@ -45,7 +45,7 @@ def run(tmp_path) -> Path:
     for step in (4, 8):
         checkpoint.save_checkpoint(
             tmp_path / "run", model=model, optimizer_state=optimizer.state(), best=step == 4, keep=2,
-            state=checkpoint.Progress(step=step, best_loss=2.5, history=[(2.5, 1.0)] * 3).state(FINGERPRINT),
+            state=checkpoint.Progress(step=step, best_loss=2.5, history=[(2.5, 1.0)] * 3).state(FINGERPRINT, None),
             config=dataclasses.asdict(config), tokenizer=byte_tokenizer().files(),
         )  # fmt: skip
     (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))

@@ -21,6 +21,7 @@ from bitnet.training import estimate as estimate_module
 from bitnet.training.estimate import disk_bytes, flops_per_token, memory_warning
 from bitnet.training.memory import Workload, estimate, meta_model, projection_parameters, saved_bytes, storages_saved
 from bitnet.training.optimizer import OptimConfig, Optimizer
+from bitnet.training.teacher import Teacher
 
 SHAPES = {
     "grouped": {"num_key_value_heads": 2, "intermediate_size": 80},
@@ -48,13 +49,18 @@ def kept_by_autograd(work: Workload) -> int:
     if work.int8:
         for layer in layers:
             layer.product = Int8Product(layer.weight, layer.quantizer)
-    ids = torch.randint(work.model.vocab_size, (work.sequences, work.window + 1))
+    ids = torch.randint(90, (work.sequences, work.window + 1))
     input_ids, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     autocast = torch.autocast("cpu", dtype=work.dtype, enabled=work.dtype != torch.float32)
     if work.masked:
         model.document_ids = partial(document_ids, start=1, end=None)
-    with storages_saved(model, input_ids, labels) as kept, autocast:
-        loss = model.loss(input_ids, labels)
+    taught = None
+    if work.teacher:
+        with autocast:
+            taught = Teacher(BitNetForCausalLM(work.teacher), 0.3, 2.0 if work.tempered else 1.0, work.dtype)(input_ids)
+    own = [] if taught is None else [taught.head]
+    with storages_saved(model, input_ids, labels, *own) as kept, autocast:
+        loss = model.loss(input_ids, labels, taught=taught)
     loss.backward()  # which the saved tensors have to last for
     return sum(kept.values())
 
@@ -71,6 +77,17 @@ def test_what_autograd_keeps_is_predicted_to_the_byte(shape, product, recompute,
     quantizer, dtype, int8 = product
     work = workload(shape, quantizer, dtype=dtype, int8=int8, recompute=recompute, loss_chunk=loss_chunk)
     assert saved_bytes(work) == kept_by_autograd(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss_chunk", [0, 20])
+@pytest.mark.parametrize(("tempered", "rows"), [(False, 104), (True, 104), (False, 96)])
+def test_so_is_what_a_teacher_adds(dtype, loss_chunk, tempered, rows):
+    teacher = workload("plain", "none").model.replace(hidden_size=48, vocab_size=rows)
+    work = workload("grouped", "ternary", dtype=dtype, loss_chunk=loss_chunk, teacher=teacher, tempered=tempered)
+    assert saved_bytes(work) == kept_by_autograd(work)
+    held = sum(t.nbytes for t in BitNetForCausalLM(teacher).parameters())
+    assert dtype == torch.bfloat16 or estimate(work).parts["teacher"] == held
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,7 +141,7 @@ def test_each_option_that_saves_memory_lowers_the_estimate():
         {"compiled": True}, {"optimizer": "muon"}, {"dtype": torch.bfloat16}, {"strategy": "fsdp", "processes": 4},
     ):  # fmt: skip
         assert estimate(dataclasses.replace(work, **option)).total < total, option
-    for option in ({"masked": True}, {"timed": True}):
+    for option in ({"masked": True}, {"timed": True}, {"teacher": PRESETS["125m"]}):
         assert estimate(dataclasses.replace(work, **option)).total > total, option
 
 
