@@ -7,7 +7,7 @@ DIR has llama-bench and llama-batched-bench (of ik_llama.cpp also llama-quantize
 of random weights are made in `--files` unless they are there; `--gguf NAME=PATH` adds one of a real model. What is
 measured, each in `--rounds` rounds in which everybody has a turn:
 
-    prefill N     N tokens in one call from an empty cache, tokens/s
+    prefill N     N tokens in one call from an empty cache, tokens/s; a second, longer N in the first round alone
     decode N      N tokens one by one behind an empty cache, tokens/s
     rows N        N texts behind one prompt of 128 tokens, one token each a step, tokens/s of all
 
@@ -47,9 +47,10 @@ from bitnet.kernels.cpu import native
 from bitnet.machine import cpu_capabilities
 from bitnet.model import PRESETS, ModelConfig
 
-PROMPT, STEPS = 128, 24
+PROMPT, STEPS = 128, 16
 """Tokens behind which rows decode, and steps of each number of rows."""
 ROWS = (1, 2, 4, 8, 16)
+PEERS_READ = 2000
 LLAMA = PRESETS["700m"].replace(quantizer="none", sub_norm=False, tie_word_embeddings=False)
 TERNARY = PRESETS["700m"].replace(hidden_act="silu", tie_word_embeddings=True)
 TERNARY_2B = PRESETS["2b-4t"].replace(hidden_act="silu", tie_word_embeddings=True)
@@ -58,8 +59,10 @@ QWEN3 = ModelConfig(
     num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, rope_theta=1e6, rms_norm_eps=1e-6,
     quantizer="none", sub_norm=False, qk_norm=True, tie_word_embeddings=True,
 )  # fmt: skip
-Turn = Callable[[], dict[str, float]]
-"""One run of one engine: rates by what was measured."""
+Rates = dict[str, float]
+"""Tokens/s by what was measured."""
+Turn = Callable[[bool], Rates]
+"""One run of one engine, in the first round or a later one."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Case:
     decode: int = 64
     rows: bool = False
     long: int = 0
-    """Tokens of a second, longer prompt."""
+    """Tokens of a second, longer prompt; peers read it once, and not beyond PEERS_READ."""
     slow: tuple[int, int] | None = None
 
 
 CASES = {
     "ternary": Case(TERNARY, "TQ2_0", rows=True, long=2000),
-    "q4_k_m": Case(LLAMA, "Q4_K_M", rows=True),
+    "q4_k_m": Case(LLAMA, "Q4_K_M"),
     "q4_0": Case(LLAMA, "Q4_0"),
     "q8_0": Case(LLAMA, "Q8_0"),
     "bf16": Case(LLAMA, "BF16", decode=32),
@@ -137,11 +140,11 @@ def decode_rows(engine: Engine, count: int) -> float:
     return count * STEPS / (time.perf_counter() - started)
 
 
-def ours(engine: Engine, case: Case) -> dict[str, float]:
+def ours(engine: Engine, case: Case, first: bool) -> Rates:
     """One turn of the native engine. The first calls touch the workspace and do not count."""
     decode(engine, 2)
     rates = {f"decode {case.decode}": decode(engine, case.decode)}
-    for count in filter(None, (case.prefill, case.long)):
+    for count in filter(None, (case.prefill, case.long if first else 0)):
         rates[f"prefill {count}"] = prefill(engine, count)
     if case.rows:
         rates |= {f"rows {count}": decode_rows(engine, count) for count in ROWS}
@@ -160,25 +163,23 @@ def call(run: Run, *command: object) -> str:
     return done.stdout
 
 
-def llama_bench(run: Run, binary: Path, file: Path, prompt: int, steps: int, *more: object) -> dict[str, float]:
-    """Rates by ("prefill n", "decode n") of one run of llama-bench."""
-    counts = ["-p", prompt, "-n", steps, "-t", run.given.threads, "-r", 1, "-o", "json"]
-    text = call(run, binary, "-m", file, *counts, *more)
-    results = json.loads(text[text.index("[") : text.rindex("]") + 1])
-    named = {f"decode {r['n_gen']}" if r["n_gen"] else f"prefill {r['n_prompt']}": float(r["avg_ts"]) for r in results}
-    return named
-
-
-def peer(run: Run, folder: Path, file: Path, case: Case, more: list[object]) -> dict[str, float]:
-    """One turn of a peer: llama-bench, then llama-batched-bench for rows."""
+def peer(run: Run, folder: Path, file: Path, case: Case, cold: list[object], more: list[object], long: bool) -> Rates:
+    """One turn of a peer: llama-bench, then llama-batched-bench for rows. `cold` keeps llama-bench from a whole prompt
+    of warming up, for which 16 tokens come first."""
     prompt, steps = case.slow or (case.prefill, case.decode)
-    rates = llama_bench(run, folder / "llama-bench", file, prompt, steps, *more)
-    if case.long:
-        rates |= llama_bench(run, folder / "llama-bench", file, case.long, 0, *more)
+    counts = [case.long] if long and case.long <= PEERS_READ else []
+    counts = [count for count in (prompt, *counts) if count]
+    text = call(
+        run, folder / "llama-bench", "-m", file, "-p", ",".join(map(str, (16, *counts))), "-n", steps,
+        "-t", run.given.threads, "-r", 1, "-o", "json", *cold, *more,
+    )  # fmt: skip
+    results = json.loads(text[text.index("[") : text.rindex("]") + 1])
+    rates = {f"decode {r['n_gen']}": float(r["avg_ts"]) for r in results if r["n_gen"]}
+    rates |= {f"prefill {r['n_prompt']}": float(r["avg_ts"]) for r in results if r["n_prompt"] in counts}
     if case.rows:
-        counts = ["-npp", PROMPT, "-ntg", STEPS, "-npl", ",".join(map(str, ROWS)), "-pps", "-c", 4096]
-        flags = [word for word in more if word not in ("1", 1)]  # a flag of its own here
-        text = call(run, folder / "llama-batched-bench", "-m", file, "-t", run.given.threads, *counts, *flags)
+        sizes = ["-npp", PROMPT, "-ntg", STEPS, "-npl", ",".join(map(str, ROWS)), "-pps", "-c", 4096]
+        flags = [word for word in more if word != 1]  # -rtr is a flag of its own here
+        text = call(run, folder / "llama-batched-bench", "-m", file, "-t", run.given.threads, *sizes, *flags)
         for line in text.splitlines():
             cells = [cell.strip() for cell in line.split("|")]
             if len(cells) > 8 and cells[1] == str(PROMPT):
@@ -246,12 +247,12 @@ def contenders(run: Run, name: str, case: Case, file: Path) -> Iterator[tuple[st
         yield label, engine.weight_bytes(), partial(ours, engine, case)
     size = file.stat().st_size
     if given.llama:
-        yield "llama.cpp", size, lambda: peer(run, given.llama, file, case, ["--no-warmup"] if case.slow else [])
+        yield "llama.cpp", size, partial(peer, run, given.llama, file, case, ["--no-warmup"], [])
     if given.ik and case.kind != "Q2_0":  # which it does not know
         theirs = ternary_of_ik(run, name, case) if ternary else file
         size = theirs.stat().st_size
-        yield "ik_llama.cpp", size, lambda: peer(run, given.ik, theirs, case, [])
-        yield "ik_llama.cpp r4", size, lambda: peer(run, given.ik, theirs, case, ["-rtr", 1])
+        yield "ik_llama.cpp", size, partial(peer, run, given.ik, theirs, case, ["-w", 0], [])
+        yield "ik_llama.cpp r4", size, partial(peer, run, given.ik, theirs, case, ["-w", 0], ["-rtr", 1])
 
 
 def measure(run: Run, name: str, case: Case, file: Path) -> None:
@@ -266,7 +267,7 @@ def measure(run: Run, name: str, case: Case, file: Path) -> None:
                 continue
             started, sizes[label] = time.monotonic(), size
             try:
-                for quantity, rate in turn().items():
+                for quantity, rate in turn(number == 0).items():
                     rates.setdefault((label, quantity), []).append(rate)
             except (ValueError, OSError, KeyError) as error:
                 failed.add(label)
