@@ -27,9 +27,9 @@ test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite
 	  && $(BIN)/python -c "import triton" 2>/dev/null && echo 1)}; $(BIN)/python -m pytest
 
 # Tools with hundreds of packages of their own, so not among the tests of every change. The page needs a Chromium.
-conformance: $(VENV)/.dev $(VENV)/.native  ## the server under tools that nobody here wrote: schemathesis, lm-eval, Chromium
+conformance: $(VENV)/.dev $(VENV)/.native  ## the server and the pages under tools that nobody here wrote: schemathesis, lm-eval, Chromium, axe
 	$(PIP) -r requirements-conformance.txt
-	BITNET_REQUIRE_ORACLES=1 $(BIN)/python -m pytest -n 0 tests/serving/conformance_*.py
+	BITNET_REQUIRE_ORACLES=1 $(BIN)/python -m pytest -n 0 tests/*/conformance_*.py
 
 lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit together
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
-"""Every picture of the project, as PNG files: matplotlib is imported here and nowhere else."""
+"""Every picture of the project, as PNG files or as SVG for a page: matplotlib is imported here and nowhere else."""
 
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,40 @@ FAMILIES = {
     "weight-only": "#1f77b4",
     "weights and activations": "#2ca02c",
     "gguf": "#9467bd",
+    "cache": "#8c6d1f",
 }
 """The families of methods and their colors, the same in all pictures."""
+MARKERS = "osDPXvph*"
+"""Shapes of the families' points, for those who tell colors badly."""
 
 
 @contextmanager
 def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.2)) -> Iterator[Any]:
-    """The axes of a new figure (an array of them for several), written to `path` at the end."""
+    """The axes of a new figure (an array of them for several), written to `path` as a PNG at the end."""
+    with _canvas(rows, columns, size, {}) as (canvas, axes):
+        yield axes
+        canvas.print_png(path)
+
+
+@contextmanager
+def vector_figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (5, 3.2), settings: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Any, io.StringIO]]:
+    """The axes of a new figure (an array of them for several), and what holds its SVG at the end.
+
+    Letters stay letters, in the font of the page that the SVG is put into; what was drawn with a `gid` has it as its
+    id; the same drawing has the same bytes. settings: of matplotlib, in the place of its defaults.
+    """
+    own = {"svg.fonttype": "none", "svg.hashsalt": "bitnet"} | dict(settings or {})
+    with _canvas(rows, columns, size, own) as (canvas, axes):
+        out = io.StringIO()
+        yield axes, out
+        canvas.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+
+
+@contextmanager
+def _canvas(rows: int, columns: int, size: tuple[float, float], settings: Mapping[Any, Any]) -> Iterator[Any]:
+    """A new figure's canvas, and its axes, under the default settings of matplotlib but for these."""
     # A notebook's MPLBACKEND may be one that this process lacks, and its matplotlibrc another font or LaTeX.
     with _environment(MPLBACKEND="agg"):
         import matplotlib
@@ -32,10 +60,9 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
 
     own = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     # Names of runs and methods are names, whatever "$" is in them. A letter that the font lacks becomes a box.
-    with _without_warnings(), matplotlib.rc_context(own | {"text.parse_math": False}):
+    with _without_warnings(), matplotlib.rc_context(own | {"text.parse_math": False, **settings}):
         canvas = FigureCanvasAgg(Figure(figsize=size, layout="constrained"))
-        yield canvas.figure.subplots(rows, columns)
-        canvas.print_png(path)
+        yield canvas, canvas.figure.subplots(rows, columns)
 
 
 @contextmanager
@@ -122,64 +149,93 @@ def draw_scatter(
     broken method must not flatten the differences between the others. Names that find no room are left out, those of
     methods inside the border first.
     """
-    best = min(point.y for point in points)
-    ceiling = min(1.6 * best, max(point.y for point in points))
     with _figure(path, size=(9, 6)) as axes:
-        axes.set_xscale("log")
-        for family, color in FAMILIES.items():
-            for hollow in (False, True):
-                chosen = [p for p in points if p.family == family and p.hollow == hollow]
-                if chosen:
-                    axes.errorbar(
-                        [p.x for p in chosen],
-                        [min(p.y, ceiling) for p in chosen],
-                        # At the edge stands an arrow in the place of a value, which has no bar.
-                        yerr=[p.error if p.y <= ceiling else 0 for p in chosen],
-                        fmt="o",
-                        color=color,
-                        ms=5,
-                        lw=1,
-                        capsize=2,
-                        markerfacecolor="white" if hollow else color,
-                        label=family if not hollow or all(p.hollow for p in points if p.family == family) else None,
-                    )
-        border: list[Point] = []
-        sign = 1 if lower_is_better else -1
-        for point in sorted(points, key=lambda p: (sign * p.x, p.y)):
-            if point.y <= ceiling and (not border or point.y < border[-1].y):
-                border.append(point)
-        axes.plot([p.x for p in border], [p.y for p in border], color="#bbbbbb", lw=1, zorder=0)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_title(title, fontsize=10)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
-        axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False, fontsize=8)
-        axes.figure.canvas.draw()  # the final limits and sizes, for placing the names
-        important = sorted(points, key=lambda p: (p not in border, p.family not in ("native", "float"), p.y))
-        _place_names(axes, [(p, min(p.y, ceiling)) for p in important])
+        scatter(axes, points, xlabel=xlabel, ylabel=ylabel, lower_is_better=lower_is_better)
 
 
-def _place_names(axes: Any, points: Sequence[tuple[Point, float]]) -> None:
-    """Write each name beside its point (at the given y), at the first of some places where it covers no point and no
-    name placed before, and not at all where there is none."""
+def scatter(
+    axes: Any,
+    points: Sequence[Point],
+    *,
+    xlabel: str,
+    ylabel: str = "perplexity",
+    lower_is_better: bool = True,
+    ceiling: float = 1.6,
+    text: float = 6.5,
+) -> None:
+    """What `draw_scatter` draws, on these axes. ceiling: the upper edge, in multiples of the best y; text: size of the
+    names, pt. The gid of the i-th point is `point-i`, of its bar and its name `mark-i`, of the border `border`."""
+    edge = min(ceiling * min(point.y for point in points), max(point.y for point in points))
+    axes.set_xscale("log")
+    # The legend shows the first point of each family, one with a value if there is one.
+    shown: dict[str, Point] = {}
+    for point in sorted(points, key=lambda p: p.y > edge):
+        shown.setdefault(point.family, point)
+    for index, point in enumerate(points):
+        color = FAMILIES[point.family]
+        drawn = axes.errorbar(
+            point.x,
+            min(point.y, edge),
+            # At the edge stands an arrow in the place of a value, which has no bar.
+            yerr=point.error if point.y <= edge else 0,
+            fmt=MARKERS[list(FAMILIES).index(point.family) % len(MARKERS)] if point.y <= edge else "^",
+            color=color,
+            ms=5,
+            lw=1,
+            capsize=2,
+            markerfacecolor="white" if point.hollow else color,
+            label=point.family if shown[point.family] is point else None,
+        )
+        line, caps, bars = drawn.lines
+        line.set_gid(f"point-{index}")
+        for part in (*caps, *bars):
+            part.set_gid(f"mark-{index}")
+    border = front(points, edge, lower_is_better)
+    axes.plot([p.x for p in border], [p.y for p in border], color="#bbbbbb", lw=1, zorder=0, gid="border")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(value)[0] in "25" else "")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, fontsize=max(8.0, text))
+    axes.figure.canvas.draw()  # the final limits and sizes, for placing the names
+    important = sorted(
+        enumerate(points), key=lambda e: (e[1] not in border, e[1].family not in ("native", "float"), e[1].y)
+    )
+    _place_names(axes, [(f"mark-{index}", p, min(p.y, edge)) for index, p in important], text)
+
+
+def front(points: Sequence[Point], edge: float, lower_is_better: bool) -> list[Point]:
+    """The points up to `edge` that no other beats in both x and y, from the best x on."""
+    border: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x if lower_is_better else -p.x, p.y)):
+        if point.y <= edge and (not border or point.y < border[-1].y):
+            border.append(point)
+    return border
+
+
+def _place_names(axes: Any, points: Sequence[tuple[str, Point, float]], size: float) -> None:
+    """Write each name beside its point (at the given y) under the given gid, at the first of some places where it
+    covers no point and no name placed before, and not at all where there is none."""
     renderer = axes.figure.canvas.get_renderer()
-    pixels = [axes.transData.transform((p.x, y)) for p, y in points]
+    pixels = [axes.transData.transform((p.x, y)) for _, p, y in points]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in pixels]
     legend = axes.get_legend()
     if legend is not None:
         taken.append(legend.get_window_extent(renderer).extents)
     edges = axes.bbox.extents
-    for point, y in points:
+    points_per_pixel = 72 / axes.figure.dpi  # an SVG is drawn with other pixels than those of the renderer
+    for gid, point, y in points:
         text = axes.annotate(
             f"{point.name} \u2191{point.y:.3g}" if point.y > y else point.name,
             (point.x, y),
             (0, 0),
-            textcoords="offset pixels",
-            fontsize=6.5,
+            textcoords="offset points",
+            fontsize=size,
             color=FAMILIES[point.family],
+            gid=gid,
         )
         extent = text.get_window_extent(renderer)
         width, height = extent.width, extent.height
@@ -192,7 +248,7 @@ def _place_names(axes: Any, points: Sequence[tuple[Point, float]]) -> None:
             inside = edges[0] < left and right < edges[2] and edges[1] < bottom and top < edges[3]
             if inside and not any(left < b[2] and b[0] < right and bottom < b[3] and b[1] < top for b in taken):
                 taken.append((left, bottom, right, top))
-                text.set_position((dx, dy))
+                text.set_position((dx * points_per_pixel, dy * points_per_pixel))
                 break
         else:
             text.remove()

@@ -31,15 +31,16 @@ BELOW: dict[str, tuple[str, ...]] = {
     "evaluation": ("serving", "ptq", "data"),
     "training": ("evaluation",),
     "bench": ("training",),
+    "pages": ("training",),
     "serving": ("inference",),
-    "commands": ("bench",),
+    "commands": ("bench", "pages"),
     "bitnet": ("inference",),  # bitnet/__init__.py: the public names
     "__main__": ("commands", "bitnet"),
     "train": ("__main__",),
     "generate": ("__main__",),
 }
 MAX_LINES = 500
-MAX_PAIRS = 100
+MAX_PAIRS = 115
 # Heavy or optional packages: the one room that may import each, inside a function.
 LAZY = {"wandb": "training", "matplotlib": "plots", "datasets": "data", "pyarrow": "data", "triton": "kernels"}
 SOURCES = {".py", ".cpp", ".h"}

@@ -26,6 +26,7 @@ mixture says in GGUF mixtures.
 
 import sys
 
+from bitnet.console import only_for_looking
 from bitnet.evaluation.options import Options
 
 TRAIN = (sys.executable, "-m", "bitnet", "train")
@@ -36,7 +37,8 @@ def run(options: Options) -> None:
     import torch
 
     from bitnet.evaluation.comparison import Comparison
-    from bitnet.evaluation.table import terminal
+    from bitnet.evaluation.table import LEGEND, terminal
+    from bitnet.pages.report import write_report
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -47,9 +49,7 @@ def run(options: Options) -> None:
         print(f"interrupted; the same command goes on, {options.out} has the rows so far", file=sys.stderr)
         raise
     print(terminal(list(comparison.rows.values())))
-    print(
-        "bits: of a code; stored: with scales; whole: of all that is stored, a parameter. gap: loss above the float "
-        "model's, nats; KL and top-1 against it too. cloze, grammar, definitions: right answers in tasks of our own. "
-        f"prefill, decode: tokens/s. MB: memory of the running model. In {options.out}: the table and pictures."
-    )
+    print(f"{LEGEND} In {options.out}: the table, pictures, and report.html.")
     comparison.draw()
+    with only_for_looking("the page of the comparison"):
+        write_report(options.out / "report.html", comparison.so_far())

@@ -137,6 +137,7 @@ class Comparison:
             options.tasks,
         )
         self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        self.distributions: list[table.Distribution] = []
         self.rows = self._finished_rows()
 
     def _runs(self, train: Sequence[str]) -> dict[str, Path]:
@@ -279,8 +280,12 @@ class Comparison:
 
     def write(self) -> None:
         """The table's files, each replaced whole."""
-        found = table.Table(self.settings, self.context, self.options.tokens, list(self.rows.values()))
-        table.write(self.out, found)
+        table.write(self.out, self.so_far())
+
+    def so_far(self) -> table.Table:
+        """What was measured so far."""
+        rows = list(self.rows.values())
+        return table.Table(self.settings, self.context, self.options.tokens, rows, self.distributions)
 
     def draw(self) -> None:
         """The pictures of the table, and histograms of weights and activations of the float model, before and after
@@ -288,4 +293,5 @@ class Comparison:
         with only_for_looking("the pictures of the table"):
             pictures.draw_table(list(self.rows.values()), self.out)
         with only_for_looking("the pictures of the distributions"):
-            pictures.draw_distributions(self.model, self.windows[0][0], self.out)
+            self.distributions = pictures.draw_distributions(self.model, self.windows[0][0], self.out)
+            self.write()

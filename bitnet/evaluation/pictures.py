@@ -1,13 +1,13 @@
 """The pictures of a comparison: quality against size and speed, errors by layer, distributions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bitnet import kernels, plots
-from bitnet.evaluation.table import Row
+from bitnet.evaluation.table import Distribution, Quantized, Row
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.transformer import DecoderLayer
@@ -16,6 +16,8 @@ from bitnet.quant import PerTensor, PerToken, choose_qparams_symmetric, fake_qua
 from bitnet.quant.nf4 import dequantize_nf4, quantize_nf4
 
 NF4_BLOCK = 64
+BINS = 120
+MOST_LEVELS = 40
 
 
 def draw_table(rows: Sequence[Row], folder: Path) -> None:
@@ -42,9 +44,9 @@ def _draw_quality(rows: Sequence[Row], column: str, path: Path, *, xlabel: str, 
         plots.draw_scatter(points, path, xlabel=xlabel, title=title, lower_is_better=column == "file_mb")
 
 
-def draw_distributions(model: BitNetForCausalLM, ids: Tensor, folder: Path) -> None:
+def draw_distributions(model: BitNetForCausalLM, ids: Tensor, folder: Path) -> list[Distribution]:
     """weights.png and activations.png: one layer's weights and the input of its last product for ids int64 `[1, T]`,
-    before and after quantizers of each kind."""
+    before and after quantizers of each kind; and the same as numbers."""
     layer = model.model.layers[len(model.model.layers) // 2]
     assert isinstance(layer, DecoderLayer)
     inputs: list[Tensor] = []
@@ -52,11 +54,32 @@ def draw_distributions(model: BitNetForCausalLM, ids: Tensor, folder: Path) -> N
     with torch.inference_mode():
         model(ids)
     hook.remove()
-    _draw_weights(layer.mlp.gate_proj.weight.detach().float(), folder / "weights.png")
-    _draw_activations(inputs[0].float()[0], folder / "activations.png")
+    return [
+        _draw_weights(layer.mlp.gate_proj.weight.detach().float(), folder / "weights.png"),
+        _draw_activations(inputs[0].float()[0], folder / "activations.png"),
+    ]
 
 
-def _draw_weights(weight: Tensor, path: Path) -> None:
+def distribution(tensor: str, before: Tensor, after: Mapping[str, Tensor], notes: Mapping[str, str]) -> Distribution:
+    """A tensor's values, and what quantizers made of them, as histograms; `after` holds dequantized values."""
+    values = plots.sample_values(before).float()
+    limit = (float(values.abs().quantile(0.999)) or float(values.abs().max()) or 1.0) * 1.4
+
+    def counted(x: Tensor) -> list[int]:
+        return [int(count) for count in torch.histc(x, BINS, -limit, limit)]
+
+    quantized = []
+    for name, found in after.items():
+        flat = plots.sample_values(found).float()
+        levels, counts = flat.unique(return_counts=True)
+        few = len(levels) <= MOST_LEVELS
+        pairs = list(zip(levels.tolist(), (counts / len(flat)).tolist(), strict=True)) if few else []
+        zeros = float((flat == 0).float().mean())
+        quantized.append(Quantized(name, notes.get(name, ""), zeros, pairs, [] if few else counted(flat)))
+    return Distribution(tensor, -limit, limit, counted(values), quantized)
+
+
+def _draw_weights(weight: Tensor, path: Path) -> Distribution:
     codes = {name: kernels.quantize_weight(weight, name) for name in ("ternary", "binary", "int4", "int8")}
     after = {name: values * scale for name, (values, scale) in codes.items()}
     levels = {name: len(values.unique()) for name, (values, _) in codes.items()}
@@ -74,9 +97,10 @@ def _draw_weights(weight: Tensor, path: Path) -> None:
     title = "gate_proj of the middle layer: float weights (grey) and what quantizers make of them (red)"
     samples = {name: plots.sample_values(values) for name, values in after.items()}
     plots.draw_histograms(plots.sample_values(weight), samples, path, title=title, notes=notes)
+    return distribution("weights: gate_proj of the middle layer", weight, after, notes)
 
 
-def _draw_activations(x: Tensor, path: Path) -> None:
+def _draw_activations(x: Tensor, path: Path) -> Distribution:
     after = {
         "int8 per token": fake_quantize(x, choose_qparams_symmetric(x, 8, PerToken()), None, -128, 127),
         "int8 per tensor": fake_quantize(x, choose_qparams_symmetric(x, 8, PerTensor()), None, -128, 127),
@@ -85,3 +109,4 @@ def _draw_activations(x: Tensor, path: Path) -> None:
     title = "input of down_proj in the middle layer: float (grey) and quantized (red), logarithmic"
     samples = {name: plots.sample_values(values) for name, values in after.items()}
     plots.draw_histograms(plots.sample_values(x), samples, path, title=title, log=True)
+    return distribution("activations: input of down_proj in the middle layer", x, after, {})

@@ -63,6 +63,31 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What a quantizer makes of the values of a `Distribution`."""
+
+    name: str
+    note: str
+    zeros: float
+    """Share of the values that became 0."""
+    levels: list[tuple[float, float]]
+    """Values and their shares, where there are at most 40; empty otherwise."""
+    counts: list[int]
+    """Values in each bin of the distribution, where there are more levels; empty otherwise."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A histogram of some tensor, in bins of equal width from `low` to `high`, and what quantizers make of it."""
+
+    tensor: str
+    low: float
+    high: float
+    counts: list[int]
+    after: list[Quantized]
+
+
+@dataclass(frozen=True)
 class Table:
     """What table.json holds."""
 
@@ -71,9 +96,17 @@ class Table:
     context: int
     tokens: int
     rows: list[Row]
+    distributions: list[Distribution] = field(default_factory=list)
+    """Weights and activations of the float model, measured when all rows were there."""
 
 
 _OPTIONAL = ("whole", "cloze", "grammar", "definitions")
+LEGEND = (
+    "bits: of a code; stored: with scales; whole: of all that is stored, a parameter. gap: loss above the float "
+    "model's, nats; KL and top-1 against it too. cloze, grammar, definitions: right answers in tasks of our own. "
+    "prefill, decode: tokens/s. MB: memory of the running model."
+)
+"""What the headings mean."""
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -105,17 +138,17 @@ def cells(row: Row) -> dict[str, str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown, in the order of the rows."""
-    heading, *lines = _grid(rows)
+    heading, *lines = grid(rows)
     return "".join(f"| {' | '.join(line)} |\n" for line in [heading, ["---"] * len(heading), *lines])
 
 
 def terminal(rows: Sequence[Row]) -> str:
     """The table in aligned columns."""
-    grid = _grid(rows)
-    return table(grid, right=range(1, len(grid[0])))
+    lines = grid(rows)
+    return table(lines, right=range(1, len(lines[0])))
 
 
-def _grid(rows: Sequence[Row]) -> list[list[str]]:
+def grid(rows: Sequence[Row]) -> list[list[str]]:
     """The headings, and the rows below them, at least one; an optional column only where it has a value."""
     lines = [cells(row) for row in rows]
     headings = [name for name in lines[0] if name not in _OPTIONAL or any(line[name] for line in lines)]

@@ -22,7 +22,8 @@ from bitnet.serving.streams import ClientGoneError
 
 LOG = logging.getLogger("bitnet.serving")
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
-PAGE_PATHS = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
+PAGE_FILES = ("theme.css", "page.css", "page.js", "icon.svg")
+PAGE_PATHS = {"/": "index.html"} | {f"/{name}": name for name in PAGE_FILES}
 OPEN_PATHS = frozenset({*PAGE_PATHS, "/health", "/ready", "/openapi.json"})
 """What needs no key: it tells nothing of models and texts."""
 CONTENT_POLICY = "default-src 'none'; connect-src 'self'; img-src 'self'; script-src 'self'; style-src 'self'; " \

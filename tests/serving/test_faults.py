@@ -80,7 +80,7 @@ def test_keys_are_wanted_everywhere_but_on_the_page(strict):
         assert httpx.get(f"{address}/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == 401
     assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Basic secret"}).status_code == 401
     assert httpx.get(f"{address}/v1/models", headers={"Authorization": "bearer other"}).status_code == 200
-    for path in ("/", "/page.js", "/page.css", "/icon.svg", "/health", "/ready", "/openapi.json"):
+    for path in ("/", "/page.js", "/theme.css", "/page.css", "/icon.svg", "/health", "/ready", "/openapi.json"):
         assert httpx.get(address + path).status_code == 200, path
     assert "default-src 'none'" in httpx.get(address).headers["content-security-policy"]
 
