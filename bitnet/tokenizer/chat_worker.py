@@ -1,25 +1,24 @@
-"""Jinja's side of chat templates: a program of its own, in which whatever a template does ends in time.
+"""Jinja's side of chat templates, in a process of its own (bitnet/tokenizer/limited_worker.py).
 
 A template is a program that comes with a model, and no sandbox bounds what one costs: `{{ 10 ** (10 ** 9) }}`, doubling
-strings, loops in loops. So it runs here, in a process that has no environment variables, may write no file, start no
-other process and open no more than it has open, and is ended by the system behind `SECONDS` of processor time for one
-text or `MEMORY` bytes in all. (Windows and macOS know fewer of these limits: there the parent ends it by the clock.)
+strings, loops in loops. So it has `SECONDS` of processor time for one text, and `MEMORY` bytes in all.
 
-Requests come as lines of JSON on standard input, `{"source": template, "variables": {...}}`, and answers go as lines to
-standard output: `{"text": ...}`, `{"error": what the template complains of}` or `{"damaged": why it is no template}`.
-Without variables the answer is the names of those that the template looks at, `{"names": [...]}`.
-This file imports nothing of the package, which would take seconds: `bitnet/tokenizer/chat.py` starts it.
+Requests are `{"source": template, "variables": {...}}`, and answers `{"text": ...}`, `{"error": what the template
+complains of}` or `{"damaged": why it is no template}`. Without variables the answer is the names of those that the
+template looks at, `{"names": [...]}`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib
 import json
-import signal
-import sys
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jinja2
 
 SECONDS, MEMORY, TEXT = 1.0, 192 << 20, 16 << 20
 OLDEST = (3, 1, 6)
@@ -87,52 +86,18 @@ def answer(request: dict[str, object]) -> dict[str, object]:
     return {"text": text} if len(text) <= TEXT else {"error": f"its text has {len(text):,} characters"}
 
 
-def limit() -> None:
-    """Take from this process what a template has no use for."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    for name, value in (("AS", MEMORY), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 0)):
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+def prepare() -> Callable[[dict[str, object]], dict[str, object]]:
+    """Import whatever a template may want. Raises ImportError without a Jinja that is known to be safe."""
+    global jinja2
+    import jinja2
 
-
-def main(seconds: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    for name in (
-        "jinja2.constants",
-        "jinja2.debug",
-        "jinja2.meta",
-        "pprint",
-        "textwrap",
-    ):  # what would be imported late
+    version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
+    if version < OLDEST:
+        raise ImportError(f"jinja2 {jinja2.__version__} is known to be unsafe")
+    for name in ("constants", "debug", "meta"):  # what would be imported late
+        importlib.import_module(f"jinja2.{name}")
+    for name in ("pprint", "textwrap"):
         importlib.import_module(name)
     "x".encode("idna")
     compiled("{{ messages | tojson(indent=1) }}{{ strftime_now('%d') }}").render(messages=[1.5])
-    limit()
-    timer = getattr(signal, "setitimer", None)
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        if timer:  # of processor time; its signal ends the process, whatever it does
-            timer(signal.ITIMER_PROF, seconds)
-        reply = json.dumps(answer(request)).encode()
-        if timer:
-            timer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(reply + b"\n")
-        sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    sys.path += json.loads(sys.argv[1])  # where the parent has jinja2
-    try:
-        import jinja2
-
-        version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
-        if version < OLDEST:
-            raise ImportError(f"jinja2 {jinja2.__version__} is known to be unsafe")
-    except ImportError as error:
-        print(json.dumps({"missing": str(error)}), flush=True)
-        sys.exit(1)
-    print("{}", flush=True)
-    main(float(sys.argv[2]))
+    return answer

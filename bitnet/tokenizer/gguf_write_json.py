@@ -23,10 +23,10 @@ from collections.abc import Iterator, Sequence
 from bitnet.files import JsonObject
 from bitnet.tokenizer import HuggingFaceTokenizer, from_gguf_metadata
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer
-from bitnet.tokenizer.gguf_read import GPT2_RULE, rule_names
 from bitnet.tokenizer.huggingface import SPACE_MARK
 from bitnet.tokenizer.json_write import probing_texts
 from bitnet.tokenizer.proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from bitnet.tokenizer.word_rules import GPT2_RULE, rule_names
 
 _BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer.added import CONFIG, FolderTokens, added_tokens, read_settings
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
+from bitnet.tokenizer.encode_limited import LimitedEncoder, cost_of
 
 if TYPE_CHECKING:
     import tokenizers
 
 SPACE_MARK = "\u2581"
 _EOS = "eos_token_id"
-MOST_GROWTH = 1000
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -83,6 +83,8 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self.adds_bos = adds_bos and bos_id is not None
         self._set_specials({token.content: i for i, token in added.items() if token.special}, self._ends)
         self._json: str = backend.to_str()
+        cost = _cost_of(backend, source)
+        self._limited = LimitedEncoder(self._json, cost, source) if cost else None
         self.fingerprint = hashlib.sha256(f"{bos_id} {self.eos_ids} {self._json}".encode()).hexdigest()
 
     @classmethod
@@ -137,10 +139,13 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Token ids of each text, without special tokens.
 
-        With more than one thread the library takes as many as it likes (RAYON_NUM_THREADS).
+        With more than one thread the library takes as many as it likes (RAYON_NUM_THREADS); with an expression that may
+        take any time there is one, which is ended behind a time.
         """
         if isinstance(texts, str):
             raise TypeError("encode_batch takes a list of texts, not one text: use encode")
+        if self._limited:
+            return self._limited.encode(texts, special=False)
         try:
             with self._lock, library_errors(self._source):
                 if threads > 1:
@@ -154,6 +159,8 @@ class HuggingFaceTokenizer(BaseTokenizer):
     def _encode_special(self, text: str, mark: str = "") -> list[int]:
         if mark and mark in text:  # the library knows no marks
             return super()._encode_special(text, mark)
+        if self._limited:
+            return self._limited.encode([text], special=True)[0]
         with self._lock:  # the setting is everyone's
             self._backend.encode_special_tokens = False
             try:
@@ -171,7 +178,8 @@ def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
         contents = json.loads(text)
     except (ValueError, RecursionError):
         contents = None
-    check_growth(contents, source)
+    if cost := cost_of(contents, source):
+        LimitedEncoder(text, cost, source).load()
     with library_errors(source):
         return library.Tokenizer.from_str(text)
 
@@ -210,30 +218,12 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def check_growth(contents: object, source: str) -> None:
-    """Raise ValueError for a tokenizer.json whose normalizers make a text far longer than it is: a few replacements in
-    a row, each of one letter by a thousand, would take all memory for a word."""
-    growth = 1.0
-
-    def visit(node: object) -> None:
-        nonlocal growth
-        if not isinstance(node, dict):
-            return
-        parts, content, pattern = (node.get(name) for name in ("normalizers", "content", "pattern"))
-        for part in parts if isinstance(parts, list) else ():
-            visit(part)
-        if node.get("type") == "Replace" and isinstance(content, str):
-            fixed = pattern.get("String") if isinstance(pattern, dict) else pattern
-            once = len(content) / len(fixed) if isinstance(fixed, str) and fixed else len(content) + 1
-            growth *= max(1.0, once)
-        elif node.get("type") == "Prepend" and isinstance(node.get("prepend"), str):
-            growth += len(node["prepend"])
-
-    visit(contents.get("normalizer") if isinstance(contents, dict) else None)
-    if growth > MOST_GROWTH:
-        raise ValueError(
-            f"{source}: its normalizers can make a text {growth:,.0f} times as long; it was made to do harm"
-        )
+def _cost_of(backend: tokenizers.Tokenizer, source: str) -> str | None:
+    """`cost_of` what the library has read."""
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
+    contents: JsonObject = {name: json.loads(part.__getstate__()) for name, part in parts.items() if part}
+    contents["model"] = {"max_input_chars_per_word": getattr(backend.model, "max_input_chars_per_word", None)}
+    return cost_of(contents, source)
 
 
 def _read_decoder(backend: tokenizers.Tokenizer, source: str) -> tuple[Callable[[str], bytes], bool]:
@@ -283,7 +273,10 @@ def _complete(backend: tokenizers.Tokenizer, tokens: FolderTokens, rows: object,
             wanted.append(token)
             size += is_new
     names = ("special", "normalized", "lstrip", "rstrip", "single_word")
-    _add(backend, [(token.content, {name: getattr(token, name) for name in names}) for token in wanted])
+    added = [(token.content, {name: getattr(token, name) for name in names}) for token in wanted]
+    if added and (cost := _cost_of(backend, source)):
+        LimitedEncoder(backend.to_str(), cost, source).load(added)
+    _add(backend, added)
     for token in wanted:
         found = backend.token_to_id(token.content)
         if token.id not in (None, found):

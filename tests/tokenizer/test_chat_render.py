@@ -68,9 +68,7 @@ def little_time():
     """A worker that ends templates sooner."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_worker, "SECONDS", 0.1)
-        chat_render._worker.close()
         yield
-        chat_render._worker.close()
 
 
 def fails(tokenizer, source: str) -> str:
@@ -155,8 +153,8 @@ def test_threads_and_forked_children_render(tokenizer):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert wrong == []
-    chat_render._worker._process.kill()  # from outside: another one takes its place
-    chat_render._worker._process.wait()
+    chat_render.PROCESS._process.kill()  # from outside: another one takes its place
+    chat_render.PROCESS._process.wait()
     work("again")
     assert wrong == []
 
@@ -165,7 +163,7 @@ def test_threads_and_forked_children_render(tokenizer):
 def test_a_forked_child_has_a_worker_of_its_own():
     code = """
 import os
-from bitnet.tokenizer.chat_render import _worker, render
+from bitnet.tokenizer.chat_render import render
 assert render("{{ x }}", {"x": 1}) == "1"
 child = os.fork()
 for i in range(50):

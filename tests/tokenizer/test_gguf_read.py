@@ -9,8 +9,8 @@ import tokenizers
 
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.tokenizer import StreamDecoder, Tokenizer, from_gguf_metadata, gguf_write
-from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
+from bitnet.tokenizer.word_rules import PRE_TOKENIZERS, RULE_OF
 from tests import oracles
 from tests.oracles.llama import Vocabulary, differences, vocabulary
 from tests.vocabularies import (
@@ -59,7 +59,7 @@ def test_byte_level_rules_cut_as_llama_cpp_does(tmp_path, rule):
 
 def test_other_names_of_the_rules_mean_the_same_in_llama_cpp(tmp_path):
     texts = [t for t in GGUF_TEXTS[:60] if not (has_case_or_marks(t) or set(WIDE + "\u017f") & set(t))]
-    for name in sorted(_RULE_OF.keys() - PRE_TOKENIZERS.keys()):
+    for name in sorted(RULE_OF.keys() - PRE_TOKENIZERS.keys()):
         metadata = byte_level_metadata() | {"tokenizer.ggml.pre": name}
         ours = from_gguf_metadata(metadata)
         with vocabulary(tmp_path / f"{name}.gguf", metadata) as theirs:

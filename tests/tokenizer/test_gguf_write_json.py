@@ -15,10 +15,10 @@ from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, from_gguf_metadata
-from bitnet.tokenizer.gguf_read import _RULE_OF, PRE_TOKENIZERS
 from bitnet.tokenizer.gguf_write import vocabulary as vocabulary_of
 from bitnet.tokenizer.gguf_write_json import metadata_of
 from bitnet.tokenizer.json_write import sentencepiece_files
+from bitnet.tokenizer.word_rules import PRE_TOKENIZERS, RULE_OF
 from tests import oracles
 from tests.oracles.llama import Vocabulary, differences, vocabulary
 from tests.vocabularies import (
@@ -128,12 +128,12 @@ def test_the_rule_of_a_byte_level_tokenizer_is_found(tmp_path, rule):
     assert ids_differ(metadata, tmp_path / "x.gguf", ours, texts) == []
 
 
-@pytest.mark.parametrize("name", sorted(_RULE_OF))
+@pytest.mark.parametrize("name", sorted(RULE_OF))
 def test_every_rule_comes_back_under_a_name_of_its_own(name):
     original = byte_level_metadata() | {"tokenizer.ggml.pre": name}
     ours = from_gguf_metadata(original)
     written = metadata_of(ours)
-    assert _RULE_OF[written["tokenizer.ggml.pre"]] == _RULE_OF[name]
+    assert RULE_OF[written["tokenizer.ggml.pre"]] == RULE_OF[name]
     for key in KEYS[2:7]:
         assert written[f"tokenizer.ggml.{key}"] == original[f"tokenizer.ggml.{key}"], key
     again = from_gguf_metadata(written)

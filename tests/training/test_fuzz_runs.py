@@ -22,7 +22,7 @@ from bitnet.evaluation.twins import find_twins
 from bitnet.storage.hf.card import origin_of
 from bitnet.storage.json_files import load_record, read_metrics
 from bitnet.storage.source import open_source
-from bitnet.tokenizer import ChatTemplate, chat_render, chat_worker, load_tokenizer
+from bitnet.tokenizer import ChatTemplate, chat_worker, load_tokenizer
 from bitnet.training import checkpoint
 from bitnet.training.config import TrainConfig
 from bitnet.training.optimizer import Optimizer
@@ -229,7 +229,6 @@ def test_folders_of_conversations(tmp_path):
 
 def test_templates(monkeypatch):
     monkeypatch.setattr(chat_worker, "SECONDS", 0.2)
-    chat_render._worker.close()
     tokenizer, rng = byte_tokenizer(), random.Random(24)
     words = [
         "{%", "%}", "{{", "}}", " for ", " in ", "range(99999)", "*", "**", "~", "messages", "|join", "|tojson", "[",
@@ -250,7 +249,6 @@ def test_templates(monkeypatch):
             ChatTemplate(source, tokenizer, f"template {number}").render(messages)
             opened += 1
     assert 10 < opened < 300 * MANY  # most damage shows
-    chat_render._worker.close()
 
 
 # Tokenizer files

@@ -37,7 +37,7 @@ PICKLES = (
 )  # fmt: skip
 MODULES = (
     "sitecustomize", "usercustomize", "conftest", "__init__", "modeling_bitnet", "jinja2", "tokenization_bitnet",
-    "torch", "json", "setup", "bitnet", "chat_worker", "markupsafe",
+    "torch", "json", "setup", "bitnet", "chat_worker", "markupsafe", "encode_worker", "tokenizers",
 )  # fmt: skip
 
 
