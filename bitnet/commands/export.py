@@ -33,8 +33,8 @@ class Options:
     """What to write; it must not exist."""
     to: Literal["packed", "hf", "gguf", "gptq"] = "packed"
     type: str | None = None
-    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, Q2_0, Q1_0 (binary ones), or for float models
-    any block type, Q8_0 unless given."""
+    """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, Q2_0 (with scales of groups, unless given), Q1_0
+    (binary ones), or for float models any block type, Q8_0 unless given."""
     form: Literal["packed", "packed-inverse", "master"] | None = None
     """hf: packed (weight_scale multiplies), packed-inverse (it divides), or master (latent floats, quantized online);
     packed for ternary models unless given, master for float ones."""
@@ -49,6 +49,7 @@ def run(options: Options) -> None:
         if getattr(options, name) is not None and options.to != target:
             raise ValueError(f"--{name} {getattr(options, name)} has no effect on --to {options.to}; leave it out")
 
+    from bitnet.kernels import GROUP_SIZES
     from bitnet.storage.folders import save_packed
     from bitnet.storage.gguf import write as gguf_write
     from bitnet.storage.hf import gptq
@@ -75,7 +76,8 @@ def run(options: Options) -> None:
         hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
     elif options.to == "gguf":
         template = source.chat_template.source if source.chat_template else None
-        kind = options.type or ("Q8_0" if is_float else "TQ2_0")
+        grouped = model.config.quantizer in GROUP_SIZES
+        kind = options.type or ("Q8_0" if is_float else "Q2_0" if grouped else "TQ2_0")
         rounded = gguf_write.write(
             model,
             options.out,

@@ -27,6 +27,7 @@ from bitnet.files import working_in
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
+from bitnet.kernels import GROUP_SIZES
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
@@ -37,8 +38,11 @@ from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import MODEL
 from bitnet.storage.source import open_source
 
-NATIVE_NAMES = {"ternary": "b1.58", "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4"}
-NATIVE_BITS = {"ternary": math.log2(3), "binary": 1.0, "int4": 4.0, "int8": 8.0}
+NATIVE_NAMES = {
+    "ternary": "b1.58", "ternary-g64": "b1.58 g64", "ternary-g128": "b1.58 g128", "binary": "1-bit BitNet",
+    "int8": "QAT int8", "int4": "QAT int4",
+}  # fmt: skip
+NATIVE_BITS = {**dict.fromkeys(("ternary", *GROUP_SIZES), math.log2(3)), "binary": 1.0, "int4": 4.0, "int8": 8.0}
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ class Options:
     """Runs of train.py, or one float model of any format."""
     methods: tuple[str, ...] = ("all",)
     """Post-training methods to run on the float model: names from `bitnet quantize --list`, all, or none."""
-    train: tuple[Literal["none", "ternary", "binary", "int4", "int8"], ...] = ()
+    train: tuple[Literal["none", "ternary", "ternary-g64", "ternary-g128", "binary", "int4", "int8"], ...] = ()
     """Train these twins of the first run if they are not found beside it."""
     text: str | None = None
     """Corpus for calibration (its training part) and evaluation (its held-out part); a run's own by default."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bitnet.kernels import GROUP_SIZES
 from bitnet.model import ModelConfig
 
 
@@ -25,8 +26,9 @@ class LanguageModel(Protocol):
 
 
 def beyond_kernels(config: ModelConfig) -> list[str]:
-    """Names of what this model computes and the Triton kernels do not: it runs in torch on a GPU."""
-    return [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
+    """Names of what this model computes and the Triton engine does not: it runs in torch on a GPU, layer by layer."""
+    found = [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
+    return [*found, "scales of groups"] if config.quantizer in GROUP_SIZES else found
 
 
 def check_ids(config: ModelConfig, smallest: int, largest: int) -> None:

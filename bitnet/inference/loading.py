@@ -18,7 +18,7 @@ from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights
 from bitnet.kernels import native_wanted, triton_wanted
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.gguf.container import GGUFFile
-from bitnet.storage.gguf.read import TERNARY, read_ternary
+from bitnet.storage.gguf.read import TERNARY, read_ternary, trained_groups
 from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
@@ -121,7 +121,10 @@ def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | N
 
 def _is_ternary(file: GGUFFile) -> bool:
     """Whether a file's projections are in blocks of ternary codes and, as far as one of them shows, have one scale a
-    matrix, as models that were trained ternary: these have kernels, and `Source.model()` finds out the rest."""
+    matrix or those that the metadata name, as models that were trained ternary: these have kernels, and
+    `Source.model()` finds out the rest."""
+    if trained_groups(file):
+        return True
     name = "blk.0.ffn_down"
     return file.tensors[f"{name}.weight"].type in TERNARY and read_ternary(file, name) is not None
 

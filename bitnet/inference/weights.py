@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bitnet.kernels import PACKED_BITS, quantize_weight
+from bitnet.kernels import GROUP_SIZES, PACKED_BITS, quantize_weight
 from bitnet.kernels.cpu import native
-from bitnet.kernels.cpu.matrices import Form, Piece, unsigned
+from bitnet.kernels.cpu.matrices import Form, Piece, ternary_groups, ternary_piece, unsigned
 from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
-from bitnet.model.linear import BitLinear
+from bitnet.model.linear import BitLinear, scale_form
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
 from bitnet.quant.blocks import READ_ONLY, fp4
@@ -109,7 +109,7 @@ class PackedWeights:
     def __init__(
         self, tensor: Callable[..., Tensor], names: set[str], quantizer: str, embeddings: str = "int8"
     ) -> None:
-        self.tensor, self.names, self.bits, self.embeddings = tensor, names, PACKED_BITS[quantizer], embeddings
+        self.tensor, self.names, self.quantizer, self.embeddings = tensor, names, quantizer, embeddings
 
     def matrix(self, name: str, rows: int, columns: int) -> Stored:
         if name in TABLES and f"{name}.weight" in self.names:
@@ -118,11 +118,12 @@ class PackedWeights:
             raise ValueError(
                 f"{name} is INT8 in the file, so embeddings {self.embeddings!r} are not there; leave it out"
             )
-        bits = 8 if name in TABLES else self.bits
+        quantizer = "int8" if name in TABLES else self.quantizer
+        bits = PACKED_BITS[quantizer]
         packed = self.tensor(f"{name}.packed_weight", rows, packed_width(columns, bits))
-        scale = self.tensor(f"{name}.weight_scale", 1 if bits == 2 else rows, 1)
+        scale = self.tensor(f"{name}.weight_scale", *scale_form(quantizer, rows, columns)[0])
         bias = self.tensor(f"{name}.bias", rows) if f"{name}.bias" in self.names else None
-        return of_packed(packed, scale, bits, columns, bias)
+        return of_packed(packed, scale, bits, columns, bias, GROUP_SIZES.get(quantizer))
 
     def vector(self, name: str, size: int) -> Tensor:
         return self.tensor(name, size)
@@ -155,10 +156,10 @@ def float_table(weight: Tensor, embeddings: str) -> Stored:
 def stored(module: nn.Module, activations: str = "int8") -> Stored:
     """A module's weight. Raises ValueError for one that the kernels do not know."""
     if isinstance(module, (PackedLinear, PackedEmbedding)):
-        columns = module.in_features if isinstance(module, PackedLinear) else module.embedding_dim
-        bits = module.bits if isinstance(module, PackedLinear) else 8
-        bias = module.bias if isinstance(module, PackedLinear) else None
-        return of_packed(module.packed_weight, module.weight_scale, bits, columns, bias)
+        codes, row_scale = module.packed_weight, module.weight_scale
+        if isinstance(module, PackedEmbedding):
+            return of_packed(codes, row_scale, 8, module.embedding_dim)
+        return of_packed(codes, row_scale, module.bits, module.in_features, module.bias, module.group_size)
     if isinstance(module, FloatLinear):
         scale = module.scale if module.dtype == "float8" else None
         return of_floats(module.stored, module.bias, scale, module.dtype)
@@ -177,13 +178,24 @@ def stored(module: nn.Module, activations: str = "int8") -> Stored:
     raise ValueError(f"the native kernels do not know {type(module).__name__}; run the model in torch")
 
 
-def of_packed(packed: Tensor, scale: Tensor, bits: int, columns: int, bias: Tensor | None = None) -> Stored:
-    """Rows of `bitnet/quant/packing.py`, a scale `[1, 1]` or `[N, 1]`; activations INT8 with a scale a token."""
+def of_packed(
+    packed: Tensor,
+    scale: Tensor,
+    bits: int,
+    columns: int,
+    bias: Tensor | None = None,
+    group_size: int | None = None,
+) -> Stored:
+    """Rows of `bitnet/quant/packing.py`, a scale `[1, 1]` or `[N, 1]`, or `[N, G]` of groups of `group_size` columns;
+    activations INT8 with a scale a token."""
 
     def read(first: int, last: int) -> Piece:
+        if group_size is not None:
+            return ternary_piece(packed[first:last], scale[first:last], columns)
         return Piece(packed[first:last], scale=scale if scale.numel() == 1 else scale[first:last], bits=bits)
 
-    return Stored(Form(columns, native.codec_of(bits, columns)), len(packed), read, bias)
+    form = Form(columns, native.codec_of(bits, columns)) if group_size is None else ternary_groups(columns, group_size)
+    return Stored(form, len(packed), read, bias)
 
 
 def of_floats(

@@ -30,16 +30,19 @@ from bitnet.kernels import cpu, ops, reference, triton
 from bitnet.kernels.int8_training import Int8Product
 from bitnet.kernels.ops import constant
 from bitnet.kernels.reference import (
+    GROUP_SIZES,
     INT32_COLUMNS,
     PACKED_BITS,
     WEIGHT_QUANTIZERS,
     check_columns,
     check_quantizer,
+    dequantize_weight,
     quantize_weight,
 )
 
 __all__ = [
     "BACKENDS",
+    "GROUP_SIZES",
     "INT32_COLUMNS",
     "PACKED_BITS",
     "WEIGHT_QUANTIZERS",
@@ -49,6 +52,7 @@ __all__ = [
     "check_columns",
     "check_quantizer",
     "constant",
+    "dequantize_weight",
     "fake_quant_linear",
     "float_linear",
     "native_available",
@@ -140,7 +144,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
 ) -> Tensor:
     """Inference product on packed weights: see `reference.packed_linear`."""
     backend = select_backend(x)
@@ -148,10 +159,10 @@ def packed_linear(
         x = ops.constant(x)
         if backend is cpu:
             _check_device(x, packed)
-            return ops.packed_linear(x, packed, scale, bias, bits, in_features)
+            return ops.packed_linear(x, packed, scale, bias, bits, in_features, group_size)
     if _requested == "auto" and not 0 < in_features <= INT32_COLUMNS[bits]:
         backend = reference  # which knows no int32 sums, and can multiply nothing by nothing
-    return backend.packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
+    return backend.packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features, group_size=group_size)
 
 
 def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
@@ -200,7 +211,8 @@ def training_product(
     """What a layer of this weight `[N, K]` computes in the next step, behind a step with the product `before`.
 
     strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
-    int8: multiply codes, made here and valid until the weight changes, where the strength is 1.
+    int8: multiply codes, made here and valid until the weight changes, where the strength is 1; not of groups, whose
+    sums have as many scales.
     """
     if quantizer == "none":
         return fake_quant_linear
@@ -209,7 +221,7 @@ def training_product(
     if strength == 0:
         return float_linear
     columns = weight.shape[1]
-    if not int8 or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
+    if not int8 or quantizer in GROUP_SIZES or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
         return fake_quant_linear
     if not isinstance(before, Int8Product):
         return Int8Product(weight, quantizer)

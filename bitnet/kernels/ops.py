@@ -61,9 +61,17 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 @torch.library.custom_op("bitnet::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, in_features: int) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
+) -> Tensor:
     """See `reference.packed_linear`."""
-    return _backend(x).packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features)
+    return _backend(x).packed_linear(x, packed, scale, bias, bits=bits, in_features=in_features, group_size=group_size)
 
 
 @torch.library.custom_op("bitnet::packed_matmul", mutates_args=())
@@ -85,7 +93,15 @@ def _backend(x: Tensor) -> Any:
 
 
 @packed_linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int, in_features: int) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 

@@ -3,6 +3,7 @@
     activations   s_x = max(absmax(x), 1e-5) / 127 per token      x_q = clamp(round(x / s_x), -128, 127)
     weights       (w_q, s_w) = the weight quantizer's codes and scale
     product       y = (x_q @ w_q^T) * s_x * s_w + bias            integer accumulation, exact
+    in groups     y = s_x * sum over groups of s_w (x_q @ w_q^T) + bias      exact sums, rounded once to float32
     backward      grad_x = grad_y @ W~, grad_W = grad_y^T @ x~    W~ = w_q * s_w and x~ = x_q * s_x; straight-through:
                                                                   both quantizers count as the identity
 
@@ -22,8 +23,10 @@ from bitnet.quant import affine, packing, ternary
 from bitnet.quant.straight_through import straight_through
 
 ACTIVATION_BITS = 8
-WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none")
-PACKED_BITS = {"ternary": 2, "binary": 2, "int4": 4, "int8": 8}
+GROUP_SIZES = {"ternary-g64": 64, "ternary-g128": 128}
+"""Columns that share a scale, of the quantizers whose rows have several."""
+WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none", *GROUP_SIZES)
+PACKED_BITS = {"ternary": 2, "binary": 2, **dict.fromkeys(GROUP_SIZES, 2), "int4": 4, "int8": 8}
 INT32_COLUMNS = {bits: (2**31 - 1) // (128 * (1 if bits == 2 else 2 ** (bits - 1))) for bits in (2, 4, 8)}
 """Columns K of a weight of so many bits whose int32 sums no int8 codes can overflow."""
 
@@ -43,9 +46,11 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_weight(weight: Tensor, quantizer: str) -> tuple[Tensor, Tensor]:
     """Codes int8 `[N, K]` and float32 scale of a weight, by the quantizer's name.
 
-    The scale is `[1, 1]` for the whole matrix (ternary, binary) or `[N, 1]` per output channel (int8, int4, absmax on
-    [-127, 127] and [-7, 7]).
+    The scale is `[1, 1]` for the whole matrix (ternary, binary), `[N, ceil(K / g)]` for groups of g columns
+    (`GROUP_SIZES`) or `[N, 1]` per output channel (int8, int4, absmax on [-127, 127] and [-7, 7]).
     """
+    if quantizer in GROUP_SIZES:
+        return ternary.quantize_ternary_groups(weight, GROUP_SIZES[quantizer])
     if quantizer == "ternary":
         codes, scale = ternary.quantize_ternary(weight)
         return codes, scale.view(1, 1)
@@ -55,6 +60,13 @@ def quantize_weight(weight: Tensor, quantizer: str) -> tuple[Tensor, Tensor]:
     if quantizer in ("int8", "int4"):
         return affine.quantize_symmetric(weight, PACKED_BITS[quantizer], affine.PerChannel(0))
     raise ValueError(f"the weight quantizer {check_quantizer(quantizer)!r} has no integer codes")
+
+
+def dequantize_weight(codes: Tensor, scale: Tensor, quantizer: str) -> Tensor:
+    """W~ float32 `[N, K]` of what `quantize_weight` returns."""
+    if quantizer in GROUP_SIZES:
+        scale = ternary.scale_of_columns(scale.float(), GROUP_SIZES[quantizer], codes.shape[1])
+    return codes * scale
 
 
 def integer_matmul(x_codes: Tensor, weight_codes: Tensor, *, bits: int = 8) -> Tensor:
@@ -81,10 +93,14 @@ def _exact_matmul(x_codes: Tensor, weight_codes: Tensor, bits: int) -> Tensor:
     """The integers of `integer_matmul` as float32 or, of many columns, float64."""
     largest_weight = 1 if bits == 2 else 2 ** (bits - 1)
     dtype = torch.float32 if 128 * largest_weight * x_codes.shape[-1] <= 2**24 else torch.float64
+    return _matmul(x_codes.to(dtype), weight_codes.to(dtype))
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     # Somebody's autocast region must not turn the exact product into a bfloat16 one.
-    kind = x_codes.device.type
+    kind = x.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
-        return F.linear(x_codes.to(dtype), weight_codes.to(dtype))
+        return F.linear(x, weight)
 
 
 def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
@@ -94,19 +110,43 @@ def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int)
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
 ) -> Tensor:
     """Inference product on packed weights.
 
     x: float `[.., K]`; packed: uint8 `[N, packed_width(K, bits)]` (drawn in `bitnet/quant/packing.py`); scale: float32
-    `[1, 1]` or `[N, 1]`; bias: `[N]` or None. Returns `[.., N]` in x's dtype; scaled and biased in float32.
+    `[1, 1]` or `[N, 1]`, or of groups of `group_size` columns float16 or float32 `[N, ceil(K / group_size)]`; bias:
+    `[N]` or None. Returns `[.., N]` in x's dtype; scaled and biased in float32.
     """
     x_codes, x_scale = quantize_activations(x.detach())  # the scale alone would carry a wrong gradient
-    accumulator = _exact_matmul(x_codes, packing.unpack_codes(packed, bits, in_features), bits)
-    y = accumulator.float() * x_scale * scale.view(-1)
+    codes = packing.unpack_codes(packed, bits, in_features)
+    if group_size is None:
+        y = _exact_matmul(x_codes, codes, bits).float() * x_scale * scale.view(-1)
+    else:
+        check_group_scale(scale, len(codes), in_features, group_size)
+        # A code of x times a scale of 11 bits: float64 holds such sums, whatever their order, to far below float32.
+        weight = codes * ternary.scale_of_columns(scale.double(), group_size, in_features)
+        y = _matmul(x_codes.double(), weight).float() * x_scale
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def check_group_scale(scale: Tensor, rows: int, in_features: int, group_size: int) -> None:
+    """Raise ValueError for scales that are not one for each group of each row."""
+    groups = -(-in_features // group_size)
+    if list(scale.shape) != [rows, groups]:
+        raise ValueError(
+            f"the scale is {list(scale.shape)}; groups of {group_size} in {rows} rows of {in_features} have "
+            f"{[rows, groups]}"
+        )
 
 
 def _round_activations(x: Tensor) -> Tensor:
@@ -119,6 +159,8 @@ def _round_weight(weight: Tensor, quantizer: str) -> Tensor:
         return ternary.fake_quantize_ternary(weight)
     if quantizer == "binary":
         return ternary.fake_quantize_binary(weight)
+    if quantizer in GROUP_SIZES:
+        return ternary.fake_quantize_ternary_groups(weight, GROUP_SIZES[quantizer])
     bits = PACKED_BITS[quantizer]
     scale = affine.choose_qparams_symmetric(weight, bits, affine.PerChannel(0))
     return affine.fake_quantize(weight, scale, None, *affine.integer_range(bits))

@@ -52,7 +52,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     quantizer: str = "ternary"
-    """Weight quantizer of every projection: ternary, binary, int8, int4 or none (the float twin)."""
+    """Weight quantizer of every projection: ternary, ternary-g64 or ternary-g128 (a scale for each 64 or 128 columns),
+    binary, int8, int4 or none (the float twin)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rope_factors", _factors(self.rope_factors))

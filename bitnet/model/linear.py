@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitnet import kernels
 from bitnet.quant import packed_width, unpack_codes
 from bitnet.quant.packing import pack_codes
+from bitnet.quant.ternary import group_means
 
 ModuleFilter = Callable[[str, nn.Linear], bool]
 
@@ -27,8 +28,9 @@ class BitLinear(nn.Linear):
 
     Takes x `[.., in_features]` of any float dtype and returns `[.., out_features]`. The parameters stay latent floats
     (its `state_dict` is a Linear's) and get straight-through gradients. `quantizer` is `ternary` (BitNet b1.58),
-    `binary` (1-bit BitNet), `int8` or `int4` (ordinary QAT), or `none`, which is exactly `nn.Linear`; all but `none`
-    quantize activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
+    `ternary-g64` or `ternary-g128` (the same with a float16 scale for each 64 or 128 columns of a row), `binary` (1-bit
+    BitNet), `int8` or `int4` (ordinary QAT), or `none`, which is exactly `nn.Linear`; all but `none` quantize
+    activations to INT8 per token. Source: arXiv 2402.17764, arXiv 2310.11453.
 
     `product(x, weight, bias, quantizer)` is what the layer computes. Whoever trains it may set another one that stands
     for the same layer (`kernels.training_product`): no quantization yet, a part of it, or int8 on codes made once a
@@ -81,6 +83,13 @@ def stray_dtypes(module: nn.Module, state: Mapping[str, Any], prefix: str) -> It
             yield f"{prefix}{name} is {given.dtype} and must be {buffer.dtype}"
 
 
+def scale_form(quantizer: str, rows: int, columns: int) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of the scale of packed weights."""
+    if quantizer in kernels.GROUP_SIZES:
+        return (rows, -(-columns // kernels.GROUP_SIZES[quantizer])), torch.float16
+    return (1 if kernels.PACKED_BITS[quantizer] == 2 else rows, 1), torch.float32
+
+
 class _Packed(nn.Module):
     bits: int
     packed_weight: Tensor
@@ -102,17 +111,18 @@ class _Packed(nn.Module):
         # model.half() and model.to(bfloat16) cast every float buffer; a rounded scale would be a different weight.
         scale = self.weight_scale
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
+        if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.packed_weight.device)
         return self
 
 
 class PackedLinear(_Packed):
-    """Inference form of BitLinear: packed integer codes, float32 scale, int8 activations, integer product.
+    """Inference form of BitLinear: packed integer codes, their scale, int8 activations, integer product.
 
     Buffers: `packed_weight` uint8 `[N, packed_width(K, bits)]` with 2 bits for ternary and binary, 4 and 8 for the
-    others (drawn in `bitnet/quant/packing.py`); `weight_scale` float32 `[1, 1]` or `[N, 1]`, which stays float32 when
-    the model is cast. `bias` is a frozen parameter or None. No gradient flows through it.
+    others (drawn in `bitnet/quant/packing.py`); `weight_scale` float32 `[1, 1]` or `[N, 1]`, or of groups float16
+    `[N, ceil(K / group_size)]`, whose dtype stays when the model is cast. `bias` is a frozen parameter or None. No
+    gradient flows through it.
     """
 
     def __init__(
@@ -130,10 +140,11 @@ class PackedLinear(_Packed):
             raise ValueError("the quantizer 'none' has no packed form; keep the BitLinear or nn.Linear as it is")
         self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
         self.bits = kernels.PACKED_BITS[quantizer]
+        self.group_size = kernels.GROUP_SIZES.get(quantizer)
         width = packed_width(in_features, self.bits)
         self.register_buffer("packed_weight", torch.zeros(out_features, width, dtype=torch.uint8, device=device))
-        scales = 1 if self.bits == 2 else out_features
-        self.register_buffer("weight_scale", torch.ones(scales, 1, dtype=torch.float32, device=device))
+        shape, scale_dtype = scale_form(quantizer, out_features, in_features)
+        self.register_buffer("weight_scale", torch.ones(shape, dtype=scale_dtype, device=device))
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
 
@@ -144,7 +155,7 @@ class PackedLinear(_Packed):
         with torch.no_grad():
             codes, scale = kernels.quantize_weight(linear.weight, quantizer)
             layer.packed_weight = pack_codes(codes, layer.bits)
-            layer.weight_scale = scale
+            layer.weight_scale = scale.to(layer.weight_scale.dtype)  # exact
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return layer.train(linear.training)
@@ -155,7 +166,13 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.packed_linear(
-            x, self.packed_weight, self.weight_scale, self.bias, bits=self.bits, in_features=self.in_features
+            x,
+            self.packed_weight,
+            self.weight_scale,
+            self.bias,
+            bits=self.bits,
+            in_features=self.in_features,
+            group_size=self.group_size,
         )
 
     def extra_repr(self) -> str:
@@ -204,12 +221,26 @@ class PackedEmbedding(_Packed):
 
 
 def codes_and_scale(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Codes int8 `[N, K]` and scale of a BitLinear or PackedLinear, from the one quantization that it computes with."""
+    """Codes int8 `[N, K]` and float32 scale of a BitLinear or PackedLinear, from the one quantization that it computes
+    with: `[1, 1]`, `[N, 1]` or, of groups, `[N, ceil(K / group_size)]`."""
     if isinstance(module, PackedLinear):
-        return module.codes(), module.weight_scale
+        return module.codes(), module.weight_scale.float()
     assert isinstance(module, BitLinear)
     with torch.no_grad():
         return kernels.quantize_weight(module.weight, module.quantizer)
+
+
+def latent_weight(codes: Tensor, scale: Tensor, quantizer: str) -> Tensor:
+    """A float32 weight `[N, K]` that the quantizer turns into these very codes and scale again.
+
+    Absmean of codes * s is s times their share of non-zeros, so the latents of ternary codes are divided by that share.
+    """
+    magnitude = codes.abs().double()
+    if quantizer == "ternary":
+        scale = scale / magnitude.mean().clamp(min=1e-5).float()
+    elif group := kernels.GROUP_SIZES.get(quantizer):
+        scale = scale / group_means(magnitude, group).clamp(min=1e-5).float()
+    return kernels.dequantize_weight(codes, scale, quantizer)
 
 
 def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quantizer: str = "ternary") -> nn.Module:

@@ -25,8 +25,11 @@ from bitnet.quant.ternary import (
     absmean_scale,
     fake_quantize_binary,
     fake_quantize_ternary,
+    fake_quantize_ternary_groups,
     quantize_binary,
     quantize_ternary,
+    quantize_ternary_groups,
+    scale_of_columns,
 )
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "fake_quantize_binary",
     "fake_quantize_ste",
     "fake_quantize_ternary",
+    "fake_quantize_ternary_groups",
     "integer_range",
     "pack_codes",
     "packed_width",
@@ -59,5 +63,7 @@ __all__ = [
     "quantize_nf4",
     "quantize_symmetric",
     "quantize_ternary",
+    "quantize_ternary_groups",
+    "scale_of_columns",
     "unpack_codes",
 ]

@@ -1,10 +1,14 @@
-"""The two BitNet weight quantizers: absmean ternary (b1.58) and sign binary (1-bit).
+"""The BitNet weight quantizers: absmean ternary (b1.58), of a matrix or of groups, and sign binary (1-bit).
 
     b1.58  (arXiv 2402.17764, eq. 1-3)     gamma = max(mean(|W|), 1e-5)   q = clamp(round(W / gamma), -1, 1)
     1-bit  (arXiv 2310.11453, eq. 1-3, 12) beta  = mean(|W|)              q = +1 if W >= mean(W) else -1
 
 Both take one scale for the whole matrix and W ~ q * scale. Everything is computed in float32 whatever W's dtype;
 rounding is half to even, so W / gamma = 0.5 becomes 0 and 1.5 is clamped to 1.
+
+In groups, each g weights of a row have a gamma of their own, which is a normal float16 number: rounded, half to even,
+before anything is divided by it, so that the block formats of GGUF (Q2_0) and GPTQ's layout hold such a matrix exactly.
+The last group of a row is shorter where g does not divide the row.
 
 Absmean is not idempotent: the mean of |q * gamma| is gamma times the fraction of non-zeros, so quantizing ternary
 values again shrinks them. Take codes and scale from one call and keep both.
@@ -14,6 +18,9 @@ import torch
 from torch import Tensor
 
 from bitnet.quant.affine import SCALE_EPS
+
+FLOAT16_TINY = 2.0**-14
+"""The smallest normal number, below which fewer bits are left."""
 
 
 def absmean_scale(weight: Tensor) -> Tensor:
@@ -41,6 +48,34 @@ def quantize_binary(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+def quantize_ternary_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Absmean ternary codes and scales of a weight `[N, K]` of any float dtype, in groups of `group_size` columns.
+
+    Returns codes int8 `[N, K]` in {-1, 0, 1} and scale float32 `[N, ceil(K / group_size)]`, numbers that float16 holds.
+    """
+    codes, scale = _ternary_groups(weight, group_size)
+    return codes.to(torch.int8), scale
+
+
+def scale_of_columns(scale: Tensor, group_size: int, columns: int) -> Tensor:
+    """The scales `[N, ceil(K / group_size)]` of groups as one for each of `columns` weights of a row, `[N, K]`."""
+    return scale.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def group_means(values: Tensor, group_size: int) -> Tensor:
+    """Means of `[N, K]` over each group of columns: `[N, ceil(K / group_size)]`."""
+    rows, columns = values.shape
+    last = columns % group_size
+    whole = values[:, : columns - last].reshape(rows, columns // group_size, group_size).mean(2)
+    return torch.cat([whole, values[:, columns - last :].mean(1, keepdim=True)], dim=1) if last else whole
+
+
+def fake_quantize_ternary_groups(weight: Tensor, group_size: int) -> Tensor:
+    """`codes * scale` of `quantize_ternary_groups` in the weight's dtype."""
+    codes, scale = _ternary_groups(weight, group_size)
+    return (codes * scale_of_columns(scale, group_size, weight.shape[1])).to(weight.dtype)
+
+
 def fake_quantize_ternary(weight: Tensor) -> Tensor:
     """`codes * scale` of `quantize_ternary` in the weight's dtype."""
     codes, scale = _ternary(weight)
@@ -56,6 +91,19 @@ def fake_quantize_binary(weight: Tensor) -> Tensor:
 def _ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = absmean_scale(weight)
     return (weight.float() / scale).round().clamp(-1, 1), scale
+
+
+def _ternary_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    weight = weight.float()
+    scale = _round_to_float16(group_means(weight.abs(), group_size).clamp(min=FLOAT16_TINY))
+    return (weight / scale_of_columns(scale, group_size, weight.shape[1])).round().clamp(-1, 1), scale
+
+
+def _round_to_float16(values: Tensor) -> Tensor:
+    """Half to even, of normal float16 numbers. Written in integers, since compilers may leave out a cast there and
+    back."""
+    bits = values.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 def _binary(weight: Tensor) -> tuple[Tensor, Tensor]:

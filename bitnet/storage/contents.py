@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from bitnet.files import JsonObject
-from bitnet.kernels import PACKED_BITS
+from bitnet.kernels import GROUP_SIZES, PACKED_BITS, quantize_weight
 from bitnet.model import ModelConfig
-from bitnet.quant import packed_width, quantize_ternary, unpack_codes
+from bitnet.quant import packed_width, unpack_codes
+from bitnet.quant.blocks.ternary import SIZES
+from bitnet.quant.blocks.ternary import unpack_rows as unpack_blocks
 from bitnet.storage.checksums import read_sums
 from bitnet.storage.gguf.container import GGUFFile, TensorInfo
 from bitnet.storage.gguf.read import FLOATS, TERNARY, dequantize, read_ternary
@@ -89,6 +91,8 @@ def _gguf(file: GGUFFile) -> Contents:
             found = read_ternary(file, info.name.removesuffix(".weight"))
             if found is not None:
                 return unpack_codes(found[0], 2, info.shape[1]), found[1]
+            if info.type in SIZES:  # with scales of groups
+                return unpack_blocks(torch.from_numpy(file.data(info.name)).view(info.shape[0], -1), info.type)[0], None
         return dequantize(file, info.name), None
 
     contents = Contents(f"GGUF version {file.version}", {})
@@ -138,11 +142,11 @@ def _entries(contents: Contents, tensors: Tensors, config: ModelConfig | None, f
                 type, shape, load, ternary = _hugging_face(tensors, stem, form)
         elif (
             config is not None
-            and config.quantizer == "ternary"
+            and config.quantizer in ("ternary", *GROUP_SIZES)
             and ".layers." in name
             and name.endswith("_proj.weight")
         ):
-            type, load, ternary = f"{type}, ternary in use", _latent(tensors, name), True
+            type, load, ternary = f"{type}, {config.quantizer} in use", _latent(tensors, name, config.quantizer), True
         contents.entries.append(Entry(name, type, shape, nbytes, load, ternary))
     return contents
 
@@ -174,10 +178,10 @@ def _floats(tensors: Tensors, name: str) -> Loader:
     return lambda: (tensors.read(name), None)
 
 
-def _latent(tensors: Tensors, name: str) -> Loader:
+def _latent(tensors: Tensors, name: str, quantizer: str) -> Loader:
     def load() -> tuple[Tensor, float | None]:
-        codes, scale = quantize_ternary(tensors.read(name))
-        return codes, float(scale)
+        codes, scale = quantize_weight(tensors.read(name), quantizer)
+        return codes, float(scale) if scale.numel() == 1 else None
 
     return load
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
-from bitnet.model.linear import codes_and_scale
+from bitnet.model.linear import codes_and_scale, latent_weight
 from bitnet.storage import folders
 from bitnet.storage.checksums import CHECKSUMS, verifying
 from bitnet.storage.folders import warn_once
@@ -145,12 +145,7 @@ class Source:
             if isinstance(module, PackedEmbedding):
                 tensors[f"{name}.weight"] = module(torch.arange(module.num_embeddings))
             elif isinstance(module, PackedLinear):
-                codes, scale = codes_and_scale(module)
-                # Absmean of codes * s is s times their share of non-zeros. Divided by that share, the latents are
-                # quantized to these very codes and scale again.
-                if module.quantizer == "ternary":
-                    scale = scale / codes.abs().double().mean().clamp(min=1e-5).float()
-                tensors[f"{name}.weight"] = codes * scale
+                tensors[f"{name}.weight"] = latent_weight(*codes_and_scale(module), module.quantizer)
         floats = {name: value for name, value in model.state_dict().items() if name in model.config.tensor_shapes()}
         return BitNetForCausalLM.from_tensors(model.config, floats | tensors)
 

@@ -8,6 +8,7 @@ import torch
 
 from bitnet.data.feed import DataConfig
 from bitnet.files import JsonObject
+from bitnet.kernels import GROUP_SIZES
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
@@ -212,7 +213,14 @@ class TrainConfig:
 
     def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
         """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError
-        where `product` asks for int8 and this device or type has none."""
+        where `product` asks for int8 and this device, type or quantizer has none."""
+        if self.model.quantizer in GROUP_SIZES:
+            if self.product == "int8":
+                raise ValueError(
+                    f"product int8 sums whole rows, and {self.model.quantizer} has a scale for each group of columns; "
+                    "leave product out"
+                )
+            return False
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 
     def saves_in_background(self, strategy: str) -> bool:

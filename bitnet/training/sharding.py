@@ -5,7 +5,7 @@ What travels when a sharded layer is gathered is what its product reads, not the
 
     ternary, binary     2-bit codes; the scale is known everywhere, from one collective a step for all layers:
                         local sums of |W| (and of W) -> all_reduce -> gamma = max(sum / size, 1e-5)
-    int4, int8          codes and a scale a row, which no other process has a part in
+    int4, int8, groups  codes and scales of rows, which no other process has a part in
     quantizer off       the weight in the type of the product
     fading, or rows that W does not divide          latent float32, quantized after the gather
 
@@ -25,11 +25,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
 from bitnet import kernels
-from bitnet.kernels import PACKED_BITS, quantize_weight
+from bitnet.kernels import PACKED_BITS, dequantize_weight, quantize_weight
 from bitnet.model import BitLinear, BitNetForCausalLM, bit_linears
 from bitnet.quant import pack_codes, unpack_codes
 from bitnet.quant.affine import SCALE_EPS
 from bitnet.training.processes import World
+
+ONE_SCALE = ("ternary", "binary")
+"""Quantizers whose scale depends on the whole matrix."""
 
 
 def shard(model: BitNetForCausalLM, device: torch.device) -> None:
@@ -148,7 +151,7 @@ class LatentWeight(Tensor):
                     local = local.to(product.dtype)
                 return (local.contiguous(),), ("float", 0, outer_size[1], None)
             bits = PACKED_BITS[module.quantizer]
-            if bits == 2:
+            if module.quantizer in ONE_SCALE:
                 codes = _two_bit_codes(local, module.quantizer, product)
                 return (pack_codes(codes, 2, checked=False),), (module.quantizer, 2, outer_size[1], product.scale)
             codes, scale = quantize_weight(local, module.quantizer)
@@ -164,7 +167,8 @@ class LatentWeight(Tensor):
                 weight = outputs[0].float()
                 weight = weight.clone() if weight is outputs[0] else weight
             else:
-                weight = unpack_codes(outputs[0], bits, in_features) * (outputs[1] if scale is None else scale)
+                codes = unpack_codes(outputs[0], bits, in_features)
+                weight = dequantize_weight(codes, outputs[1] if scale is None else scale, kind)
             if out is None:
                 return weight, (weight,)
             with torch.autograd._unsafe_preserve_version_counter(out):  # the same values, for the backward
@@ -224,7 +228,7 @@ def prepare_gathers(model: BitNetForCausalLM, world: World, dtype: torch.dtype) 
     two_bit = [
         (layer, layer.product)
         for layer in layers
-        if isinstance(layer.product, GatheredCodes) and PACKED_BITS[layer.quantizer] == 2
+        if isinstance(layer.product, GatheredCodes) and layer.quantizer in ONE_SCALE
     ]
     if not two_bit:
         return

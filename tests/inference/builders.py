@@ -30,6 +30,8 @@ CHANGES: dict[str, dict] = {
     "multiples of 64": {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "head_dim": 32},
     "binary": {"quantizer": "binary"},
     "int4": {"quantizer": "int4"},
+    "groups of 64": {"quantizer": "ternary-g64", "hidden_size": 160, "tie_word_embeddings": False},
+    "groups of 128": {"quantizer": "ternary-g128", "hidden_size": 104, "intermediate_size": 300, "head_dim": 26},
     "int8, untied": {"quantizer": "int8", "tie_word_embeddings": False, "hidden_act": "relu2"},
 }
 CONFIGS = {name: BASE.replace(**changes) for name, changes in CHANGES.items()}

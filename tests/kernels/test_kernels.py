@@ -306,6 +306,41 @@ def test_fake_quant_linear_under_autocast_multiplies_in_bfloat16() -> None:
     assert torch.equal(y, F.linear(x_tilde, w_tilde))
 
 
+# Ternary codes with a scale for each group of columns
+
+
+@pytest.mark.parametrize(("quantizer", "group_size"), [("ternary-g64", 64), ("ternary-g128", 128)])
+@pytest.mark.parametrize("columns", [40, 192, 300])
+def test_the_products_of_groups(quantizer: str, group_size: int, columns: int) -> None:
+    x, weight, bias = torch.randn(2, 3, columns), torch.randn(10, columns), torch.randn(10)
+    codes, scale = kernels.quantize_weight(weight, quantizer)
+    packed = pack_codes(codes, kernels.PACKED_BITS[quantizer])
+    options = {"bits": 2, "in_features": columns, "group_size": group_size}
+    # Group by group, exact sums in integers.
+    x_codes, x_scale = activations_by_hand(x)
+    expected = torch.zeros(2, 3, 10, dtype=torch.float64)
+    parts = zip(x_codes.split(group_size, -1), codes.split(group_size, -1), scale.unbind(1), strict=True)
+    for x_part, part, of_group in parts:
+        expected += (x_part.long() @ part.long().T).double() * of_group.double()
+    expected = expected * x_scale.double() + bias.double()
+    for each in (scale, scale.half()):
+        y = kernels.packed_linear(x, packed, each, bias, **options)
+        torch.testing.assert_close(y, expected.float(), rtol=2e-6, atol=2e-6)
+    half = kernels.packed_linear(x.bfloat16(), packed, scale, bias, **options)
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=f"groups of {group_size} in 10 rows of {columns} have"):
+        kernels.packed_linear(x, packed, scale.repeat(1, 2), bias, **options)
+
+    # Training multiplies dequantized operands, and its gradient is straight through.
+    inputs = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    y = kernels.fake_quant_linear(*inputs, quantizer)
+    torch.testing.assert_close(y.detach(), expected, rtol=1e-6, atol=1e-6)
+    y.sum().backward()
+    w_tilde = kernels.dequantize_weight(codes, scale, quantizer).double()
+    torch.testing.assert_close(inputs[0].grad, w_tilde.sum(0).expand(2, 3, -1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inputs[1].grad[0].float(), (x_codes * x_scale).sum((0, 1)), rtol=1e-6, atol=1e-5)
+
+
 # The choice of the backend
 
 
@@ -334,7 +369,7 @@ def test_calls_go_through_the_requested_backend(monkeypatch: pytest.MonkeyPatch)
             return "training", args[-1]
 
         @staticmethod
-        def packed_linear(*args, bits: int, in_features: int):
+        def packed_linear(*args, bits: int, in_features: int, group_size: int | None):
             return "packed", bits, in_features
 
     monkeypatch.setitem(kernels.BACKENDS, "fake", Fake)

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from bitnet.kernels.triton import activations, attention, language, product, weights
+from bitnet.kernels.triton import activations, attention, groups, language, product, weights
 from bitnet.kernels.triton import project as one_token
 from bitnet.kernels.triton.language import Launch, record
 from bitnet.quant import packed_width
@@ -80,6 +80,18 @@ def project(N: int, K: int, gate: str = "none", norm: bool = True, bits: int = 2
     return call
 
 
+def grouped(M: int, size: int) -> Callable[[], object]:
+    def call() -> object:
+        K = 2560
+        return groups.group_product(
+            torch.empty(M, activations.padded(K), dtype=torch.int8), torch.empty(M),
+            torch.empty(2560, packed_width(K, 2), dtype=torch.uint8), torch.empty(2560, K // size, dtype=torch.float16),
+            torch.empty(2560), in_features=K, group_size=size, dtype=BF16,
+        )  # fmt: skip
+
+    return call
+
+
 def rotate() -> object:
     qkv, cache = torch.empty(1, 9, 30 * 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=BF16)
     table = torch.empty(4096, 128)
@@ -110,6 +122,8 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "tensor core, 64 tokens, whole": (multiply(64, 2560, 2560, 2, "tensor_core", split=1), MATRIX),
     "tensor core, 512 tokens": (multiply(512, 13824, 2560, 2, "tensor_core"), MATRIX),
     "tensor core, head": (multiply(8, 128256, 2560, 8, "tensor_core"), MATRIX),
+    "groups of 64, 1 token": (grouped(1, 64), None),
+    "groups of 128, 64 tokens": (grouped(64, 128), None),
     "dense, training": (multiply(2048, 2560, 2560, 2, "dense"), None),
     "attend": (attend(), FLOAT_MATRIX),
     "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),

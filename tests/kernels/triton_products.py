@@ -210,6 +210,22 @@ def test_packed_linear(quantizer: str, leading: tuple[int, ...], on_triton: None
         assert torch.equal(kernels.packed_linear(flipped, packed, scale, bias, bits=bits, in_features=131), y)
 
 
+@pytest.mark.parametrize("quantizer", ["ternary-g64", "ternary-g128"])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 9, 64), (3, 70, 131), (40, 5, 300)])
+def test_groups_with_scales_of_their_own(quantizer: str, M: int, N: int, K: int, on_triton: None) -> None:
+    """Sums within a group are exact, and the reference rounds once; here a float32 is added for each group."""
+    codes, scale = kernels.quantize_weight(torch.randn(N, K), quantizer)
+    x, packed, bias = torch.randn(M, K), pack_codes(codes, 2), torch.randn(N)
+    options = {"bits": 2, "in_features": K, "group_size": kernels.GROUP_SIZES[quantizer]}
+    y = kernels.packed_linear(x, packed, scale.half(), bias, **options)
+    expected = reference.packed_linear(x, packed, scale, bias, **options)
+    torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6 * float(expected.std()))
+    with pytest.raises(ValueError, match="the scale is"):
+        kernels.packed_linear(x, packed, scale[:, :1].repeat(1, 9).half(), bias, **options)
+    with pytest.raises(ValueError, match="the Triton kernel takes 64 or 128"):
+        kernels.packed_linear(x, packed, scale, bias, **{**options, "group_size": 32})
+
+
 def test_packed_linear_of_bad_input(on_triton: None) -> None:
     packed, scale = torch.zeros(9, packed_width(131, 2), dtype=torch.uint8), torch.ones(1, 1)
     call = {"bits": 2, "in_features": 131}

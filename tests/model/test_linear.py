@@ -17,7 +17,7 @@ from bitnet.quant import quantize_ternary
 from tests.builders import mlp
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
-QUANTIZERS = ["ternary", "binary", "int4", "int8"]
+QUANTIZERS = ["ternary", "ternary-g64", "binary", "int4", "int8"]
 
 
 # BitLinear is a Linear

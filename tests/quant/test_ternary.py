@@ -9,9 +9,13 @@ from bitnet.quant import (
     absmean_scale,
     fake_quantize_binary,
     fake_quantize_ternary,
+    fake_quantize_ternary_groups,
     quantize_binary,
     quantize_ternary,
+    quantize_ternary_groups,
+    scale_of_columns,
 )
+from bitnet.quant.ternary import _round_to_float16
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -111,3 +115,43 @@ def test_binary_sign_of_zero_is_plus_one() -> None:
     assert (codes == 1).all()
     assert scale == 0.0
     assert not fake_quantize_binary(torch.zeros(3, 3)).any()
+
+
+# Groups
+
+
+def test_groups_by_hand() -> None:
+    weight = torch.zeros(1, 130)
+    weight[0, :64] = 0.5  # a group of one magnitude
+    weight[0, 64:128:2] = 1.0  # half of them 1: the mean is 0.5
+    weight[0, 128] = -3.0  # the last group has two weights, and not 64
+    codes, scale = quantize_ternary_groups(weight, 64)
+    assert scale.tolist() == [[0.5, 0.5, 1.5]]
+    assert codes[0, :64].tolist() == [1] * 64
+    assert codes[0, 64:128].tolist() == [1, 0] * 32
+    assert codes[0, 128:].tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("columns", [40, 128, 200])
+def test_scales_of_groups_are_float16_numbers_and_each_group_is_absmean(group_size: int, columns: int) -> None:
+    weight = torch.randn(5, columns) * torch.logspace(-9, 2, 5).view(-1, 1)
+    codes, scale = quantize_ternary_groups(weight, group_size)
+    assert torch.equal(scale.half().float(), scale)
+    for row in range(5):
+        for group, part in enumerate(weight[row].split(group_size)):
+            expected = part.abs().mean().clamp(min=2.0**-14).half().float()
+            assert scale[row, group] == expected
+            found = codes[row, group * group_size : group * group_size + len(part)]
+            assert torch.equal(found.float(), (part / expected).round().clamp(-1, 1))
+    fake = fake_quantize_ternary_groups(weight.bfloat16(), group_size)
+    assert fake.dtype == torch.bfloat16
+    assert torch.equal(
+        fake_quantize_ternary_groups(weight, group_size), codes * scale_of_columns(scale, group_size, columns)
+    )
+
+
+def test_rounding_to_float16_is_torchs() -> None:
+    values = torch.cat([torch.rand(20000) + 2.0**-14, torch.tensor([2.0**-14, 1.00048828125, 1.00146484375, 60000.0])])
+    assert torch.equal(_round_to_float16(values), values.half().float())
+    assert _round_to_float16(torch.tensor([torch.inf, torch.nan])).isfinite().sum() == 0

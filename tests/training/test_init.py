@@ -43,7 +43,7 @@ def begin(tmp_path, corpus, source, **changes) -> recipes.TrainConfig:
     return configuration(tmp_path, corpus, init=str(source), context=32, **changes)
 
 
-@pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
+@pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64", "binary", "int8", "int4"])
 def test_packed_codes_become_latents_of_the_same_codes(tmp_path, tokenizer, quantizer):
     model = tiny_model(quantizer, vocab_size=300, tie_word_embeddings=False)
     with torch.no_grad():

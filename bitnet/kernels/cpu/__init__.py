@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitnet.kernels.cpu import native
-from bitnet.kernels.reference import fake_quant_linear, quantize_weight
+from bitnet.kernels.cpu import matrices, native
+from bitnet.kernels.reference import check_group_scale, fake_quant_linear, quantize_weight
 
 __all__ = [
     "available",
@@ -43,6 +43,18 @@ _lines: dict[int, _Layout] = {}
 """By the identity of the packed tensor."""
 
 
+class _Grouped(NamedTuple):
+    """The same of weights with groups."""
+
+    version: int
+    columns: int
+    scale_values: Tensor
+    matrix: matrices.NativeMatrix
+
+
+_grouped: dict[int, _Grouped] = {}
+
+
 def available() -> bool:
     """Whether the library was built and loads."""
     return bool(native.instruction_sets())
@@ -55,7 +67,14 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
 ) -> Tensor:
     """As `reference.packed_linear`. Raises ValueError for tensors that do not fit together."""
     if x.shape[-1] != in_features or not x.is_floating_point():
@@ -67,6 +86,9 @@ def packed_linear(
         raise ValueError(f"packed is {list(packed.shape)}; it must be [rows, bytes]")
     if bias is not None and bias.shape != packed.shape[:1]:
         raise ValueError(f"the bias is {list(bias.shape)} for {packed.shape[0]} rows")
+    if group_size is not None:
+        y = matrices.linear(_grouped_layout(packed, scale, in_features, group_size), x.detach())
+        return (y if bias is None else y + bias.detach().float()).to(x.dtype)
     weights = _run_time_layout(packed, scale, bits, in_features)
     rows = x.numel() // in_features if in_features else 0
     y = torch.empty(rows, weights.rows, dtype=torch.float32, device=_CPU)
@@ -162,6 +184,20 @@ def _run_time_layout(packed: Tensor, scale: Tensor, bits: int, in_features: int)
         weakref.finalize(packed, _lines.pop, key, None)
     _lines[key] = _Layout(version, codec, scale, scale_version, scale.detach().clone(), weights)
     return weights
+
+
+def _grouped_layout(packed: Tensor, scale: Tensor, in_features: int, group_size: int) -> matrices.NativeMatrix:
+    key, version = id(packed), _version(packed)
+    known = _grouped.get(key)
+    if known is not None and known[:2] == (version, in_features) and torch.equal(known.scale_values, scale):
+        return known.matrix
+    check_group_scale(scale, len(packed), in_features, group_size)
+    matrix = matrices.NativeMatrix(matrices.ternary_groups(in_features, group_size), len(packed))
+    matrix.write(matrices.ternary_piece(packed, scale, in_features))
+    if known is None:
+        weakref.finalize(packed, _grouped.pop, key, None)
+    _grouped[key] = _Grouped(version, in_features, scale.detach().clone(), matrix)
+    return matrix
 
 
 def _version(tensor: Tensor) -> int:

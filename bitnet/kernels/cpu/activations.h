@@ -1,6 +1,6 @@
 // Activations on their way into a product: norm, order, INT8 or float.
 //
-//     X_TOKEN   codes int8, a scale and the sum of the codes for each token
+//     X_TOKEN   codes int8, a scale and the sum of the codes for each token; with groups, of each segment
 //     X_STATIC  the same with a scale and a zero point that were stored with the weights
 //     X_GROUP   codes int8, a scale and the scaled sum for each segment of columns
 //     X_FLOAT   the floats, and with groups their sum over each segment
@@ -31,6 +31,7 @@ struct activations {
     float *scale;   // [rows] or [rows, segments]
     float *sum;     // [rows, segments]
     int32_t *total; // [rows]
+    float *low;     // [rows, rank]: what the adapter's `down` makes of the floats
     int64_t stride, segments;
 };
 
@@ -55,6 +56,7 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
     }
     if (groups) a.sum = (float *)take(rows * a.segments * 4);
     else a.total = (int32_t *)take(rows * 4);
+    if (w.rank) a.low = (float *)take(rows * w.rank * 4);
     if (to) *to = a;
     return used;
 }
@@ -62,7 +64,7 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
 // Whether activations that were prepared for one matrix serve another.
 BN_INLINE bool same_activations(const bn_matrix &a, const bn_matrix &b) {
     bool groups = a.kind != GROUPS_NONE;
-    if (a.x != b.x || a.K != b.K || a.order != b.order || a.divisor != b.divisor) return false;
+    if (a.x != b.x || a.K != b.K || a.order != b.order || a.divisor != b.divisor || a.down != b.down) return false;
     if (groups != (b.kind != GROUPS_NONE) || (groups && segment_of(a) != segment_of(b))) return false;
     return a.x != X_STATIC || (a.x_scale == b.x_scale && a.x_zero == b.x_zero);
 }
@@ -154,6 +156,23 @@ BN_INLINE void rms_norm(const float *x, const float *weight, int64_t width, floa
     for (; i < width; i++) row[i] = weight[i] * (x[i] * inverse);
 }
 
+// low[rank] = down x of x[width].
+BN_INLINE void project_down(const float *x, const float *down, int64_t width, int64_t rank, float *low) {
+    int64_t whole = width / 16 * 16, stride = round_up(width, 16);
+    float tail[16] = {};
+    memcpy(tail, x + whole, (width - whole) * sizeof(float));
+    for (int64_t r = 0; r < rank; r++, down += stride) {
+        vf sums[4] = {};
+        int64_t k = 0;
+        for (; k + 64 <= whole; k += 64)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sums[j] = fma(load(x + k + 16 * j), load(down + k + 16 * j), sums[j]);
+        for (; k < whole; k += 16) sums[0] = fma(load(x + k), load(down + k), sums[0]);
+        if (whole < width) sums[1] = fma(load(tail), load(down + whole), sums[1]);
+        low[r] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+}
+
 // Floats of scratch that `prepare` needs.
 BN_INLINE int64_t prepare_floats(const bn_matrix &w) { return round_up(w.inputs, 16) + round_up(padded_columns(w), 16) + 32; }
 
@@ -162,6 +181,7 @@ BN_INLINE int64_t prepare_floats(const bn_matrix &w) { return round_up(w.inputs,
 static void prepare(const bn_matrix &w, const float *x, const activations &a, int64_t m, float *scratch) {
     int64_t K = padded_columns(w);
     bool groups = w.kind != GROUPS_NONE;
+    if (w.rank) project_down(x, w.down, w.inputs, w.rank, a.low + m * w.rank);
     if (w.order || w.divisor || (groups && K != w.inputs)) {
         for (int64_t k = 0; k < K; k++) {
             int64_t from = k < w.K ? (w.order ? w.order[k] : k) : -1;
@@ -171,6 +191,20 @@ static void prepare(const bn_matrix &w, const float *x, const activations &a, in
         x = scratch;
     }
     int8_t *q = a.q + m * a.stride;
+    if (w.x == X_TOKEN && groups) {
+        int64_t width = segment_of(w);
+        float scale;
+        int32_t total;
+        quantize_token(x, K, q, &scale, &total);
+        for (int64_t s = 0; s < a.segments; s++) {
+            vi sums = {};
+            for (int64_t k = 0; k < width; k += 16) sums = sums + to_int(widen(q + s * width + k));
+            a.scale[m * a.segments + s] = scale;
+            a.sum[m * a.segments + s] = scale * (float)sum(sums);
+        }
+        memset(q + K, 0, a.stride - K);
+        return;
+    }
     if (w.x == X_TOKEN || w.x == X_STATIC) {
         if (w.x == X_TOKEN) {
             quantize_token(x, w.K, q, a.scale + m, a.total + m);

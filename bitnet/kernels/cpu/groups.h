@@ -1,6 +1,6 @@
 // Products with groups of columns that have scales of their own: codes of 1 to 8 bits, w = s c + t in each group.
 //
-//     y = sum over segments of  s (x_scale sum c x_q) + t (x_scale sum x_q)      INT8 activations, X_GROUP
+//     y = sum over segments of  s (x_scale sum c x_q) + t (x_scale sum x_q)      INT8 activations, X_GROUP and X_TOKEN
 //     y = sum over segments of  s sum c x + t sum x                              floats, X_FLOAT
 //
 // The integer sums are exact; the float operations are the same ones in the same order for any number of tokens, so a
@@ -72,7 +72,7 @@ BN_INLINE int64_t super_bytes(int kind) { return kind == GROUPS_SUPER ? 32 : kin
 
 // Scales and minimums of the groups from column `first` on.
 static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
-    int64_t columns = padded_columns(w), per_block = columns / w.group, bytes = group_bytes(w.kind);
+    int64_t columns = padded_columns(w), per_block = (columns + w.group - 1) / w.group, bytes = group_bytes(w.kind);
     int64_t supers = (columns + 255) / 256, from = c.first / w.group;
     c.groups = (c.first + c.columns + w.group - 1) / w.group - from;
     vf center = splat((float)-w.center);
@@ -277,7 +277,7 @@ template <int codec>
 static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
                                float *sums) {
     constexpr int BITS = bits_to_add(codec);
-    if (w.x == X_GROUP && M <= DIRECT) {
+    if (w.x != X_FLOAT && M <= DIRECT) {
         for (int64_t m = 0; m < M; m++, sums += 32) {
             if constexpr (codec == CODEC_BASE3) {
                 lines_times_token<codec, 256>(w, c, a, m, sums);
@@ -292,7 +292,7 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
     int64_t m = 0;
 #define BN_TILES(n)                                                                                                    \
     for (; m + n <= M; m += n) {                                                                                       \
-        if (w.x == X_GROUP) codes_times_tokens<n, BITS>(w, c, codes, a, m, sums + 32 * m);                             \
+        if (w.x != X_FLOAT) codes_times_tokens<n, BITS>(w, c, codes, a, m, sums + 32 * m);                             \
         else if (w.values) codes_times_floats<n, true>(w, c, codes, a, m, sums + 32 * m);                              \
         else codes_times_floats<n, false>(w, c, codes, a, m, sums + 32 * m);                                           \
     }

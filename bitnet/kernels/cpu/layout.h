@@ -41,8 +41,8 @@ enum {
 enum { OUT_STORE = 0, OUT_ADD = 1, OUT_GLU_SILU = 2, OUT_GLU_RELU2 = 3, OUT_INT32 = 4, OUT_MULTIPLY = 5, OUT_SILU = 6,
        OUT_RELU2 = 7 };
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_INT8 = 2 };
-// How activations meet a matrix: INT8 with a scale a token, with a given scale and zero point, with a scale a segment;
-// or as the floats that they are.
+// How activations meet a matrix: INT8 with a scale a token (with or without groups), with a given scale and zero point,
+// with a scale a segment; or as the floats that they are.
 enum { X_TOKEN = 0, X_STATIC = 1, X_GROUP = 2, X_FLOAT = 3 };
 // What a group of columns has of its own; rows r of a block side by side. s_r and t_r of w = s_r c + t_r:
 //     GROUPS_HALF        half d[16]                                     d             -center d
@@ -68,6 +68,7 @@ typedef struct {
     const float *values;     // [16]: what the codes of CODEC_FOUR_BIT stand for where they are no integers
     const int32_t *order;    // [K]: which input each column takes, -1 for none; NULL: column k takes input k
     const float *divisor;    // [inputs]: divides the input, or NULL
+    const float *down, *up;  // a LoRA adapter, y += up (down x): [rank, inputs padded to 16] and [N / 16, rank, 16]
     int32_t N, K;            // N padded to 32; K as it is, with groups padded to 32 in every group
     int32_t inputs;          // K of the layer
     int32_t codec, lines_per_block;
@@ -75,6 +76,7 @@ typedef struct {
     int32_t x;                   // X_*
     float x_scale;               // of X_STATIC
     int32_t x_zero;
+    int32_t rank;                // of the adapter; 0: none
 } bn_matrix;
 
 // What is multiplied together: one matrix, or as many as there are formats in it. Part i goes to rows at[i] of the

@@ -148,7 +148,7 @@ class NativeMatrix:
         self.struct = native.Matrix(
             self._lines.data_ptr(), self.scale.data_ptr(), None,
             *(part.data_ptr() if len(part) else None for part in (self._groups, self._supers)),
-            *(None if kept is None else kept.data_ptr() for kept in self._keep),
+            *(None if kept is None else kept.data_ptr() for kept in self._keep), None, None,
             padded, form.columns, form.inputs, CODECS[form.codec], per_block, form.group, KINDS[form.kind], form.center,
             ACTIVATIONS[form.activations], form.x_scale, form.x_zero,
         )  # fmt: skip
@@ -214,6 +214,20 @@ class NativeMatrix:
             self.bias = torch.zeros(len(self.scale))
             self.struct.bias = self.bias.data_ptr()
         self.bias[_rows(len(bias), at, step)] = bias.detach().float()
+
+
+def ternary_groups(columns: int, group_size: int) -> Form:
+    """The form of packed ternary rows with a float16 scale for each group of columns, and activations a token."""
+    return Form(columns, "two_bit", "token", "half", group_size, center=1)
+
+
+def ternary_piece(packed: Tensor, scale: Tensor, columns: int) -> Piece:
+    """Rows of that form: packed uint8 (`bitnet/quant/packing.py`) and their scale `[n, G]`. Raises ValueError for bytes
+    that are no ternary codes."""
+    codes = unsigned(packed, 2, columns)
+    if codes.numel() and int(codes.max()) > 2:
+        raise ValueError("the packed weight holds the pattern 3, which is no ternary code; the file is damaged")
+    return Piece(codes, [scale.detach().half()])
 
 
 def linear(matrix: NativeMatrix, x: Tensor) -> Tensor:

@@ -37,10 +37,11 @@ def c_types(letters: str) -> list[type]:
 class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("lines", "scale", "bias", "groups", "supers", "levels", "values")),
-        *((name, c_void_p) for name in ("order", "divisor")),
+        *((name, c_void_p) for name in ("order", "divisor", "down", "up")),
         *((name, c_int32) for name in ("N", "K", "inputs", "codec", "lines_per_block", "group", "kind", "center", "x")),
         ("x_scale", c_float),
         ("x_zero", c_int32),
+        ("rank", c_int32),
     ]
 
 

@@ -12,6 +12,7 @@ struct target { // where a product goes, and how
     float *y;
     int64_t stride, columns; // columns: how many of the N rows exist
     const float *bias;
+    const float *low; // [M, rank] of an adapter
 };
 
 BN_INLINE bool relu2_of(int out) { return out == OUT_GLU_RELU2 || out == OUT_RELU2; }
@@ -41,12 +42,22 @@ BN_INLINE void put(float *y, vf v, int64_t columns, int out) {
     }
 }
 
-// The product of one token with the two blocks of panel `panel`, scaled, on to where it goes.
+// The product of one token with the two blocks of panel `panel`, scaled, with bias and adapter on to where it goes.
 BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vf v0, vf v1, int64_t m) {
     int64_t n = 32 * panel;
     if (w.bias) {
         v0 = v0 + load(w.bias + n);
         v1 = v1 + load(w.bias + n + 16);
+    }
+    if (w.rank) {
+        const float *low = to.low + m * w.rank, *up = w.up + n * w.rank;
+        vf more0 = {}, more1 = {};
+        for (int64_t r = 0; r < w.rank; r++, up += 16) {
+            more0 = fma(splat(low[r]), load(up), more0);
+            more1 = fma(splat(low[r]), load(up + 16 * w.rank), more1);
+        }
+        v0 = v0 + more0;
+        v1 = v1 + more1;
     }
     if (is_pair(to.out)) {
         put(to.y + m * to.stride + n / 2, gate(v0, to.out) * v1, to.columns / 2 - n / 2, OUT_STORE);

@@ -66,7 +66,8 @@ BN_INLINE int64_t panels_of(const bn_projection &p, int out) {
 static int64_t product_scratch(const bn_projection &p, int64_t M) {
     int64_t bytes = 0;
     for (int i = 0; i < p.parts; i++)
-        bytes = max64(bytes, p.part[i].x < X_GROUP ? token_scratch(p.part[i].K, M) : group_scratch(M));
+        bytes = max64(bytes, p.part[i].kind == GROUPS_NONE && p.part[i].x != X_FLOAT ? token_scratch(p.part[i].K, M)
+                                                                                           : group_scratch(M));
     return bytes;
 }
 
@@ -81,15 +82,15 @@ static void multiply(const bn_matrix &w, const activations &a, int64_t M, const 
 static void product(const bn_projection &p, const prepared &x, int64_t M, int out, float *y, int64_t stride, int64_t first,
                     int64_t last, uint8_t *scratch) {
     if (is_gated(p, out)) {
-        target gate = {out == OUT_GLU_SILU ? OUT_SILU : OUT_RELU2, y, stride, p.rows[0], nullptr};
-        target up = {OUT_MULTIPLY, y, stride, p.rows[1], nullptr};
+        target gate = {out == OUT_GLU_SILU ? OUT_SILU : OUT_RELU2, y, stride, p.rows[0], nullptr, x.part[0].low};
+        target up = {OUT_MULTIPLY, y, stride, p.rows[1], nullptr, x.part[1].low};
         multiply(p.part[0], x.part[0], M, gate, first, last, scratch);
         multiply(p.part[1], x.part[1], M, up, first, last, scratch);
         return;
     }
     for (int i = 0; i < p.parts; i++) {
         int64_t panels = p.part[i].N / 32, from = first > 0 ? first : 0, until = last < panels ? last : panels;
-        target to = {out, y + p.at[i], stride, p.rows[i], nullptr};
+        target to = {out, y + p.at[i], stride, p.rows[i], nullptr, x.part[i].low};
         if (from < until) multiply(p.part[i], x.part[i], M, to, from, until, scratch);
         first -= panels;
         last -= panels;

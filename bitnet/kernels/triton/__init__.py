@@ -6,6 +6,7 @@
     dot4.py           the product on integer dot instructions, 1 to 4 tokens
     tensor_core.py    the product on matrix instructions
     product.py        which of them runs, and the launch
+    groups.py         the product with scales of groups of columns
     project.py        one token through norm, quantization and product in one launch
     attention.py      rotary positions, cache and attention of one new token
     warm.py           all of them compiled beforehand, in several processes
@@ -66,7 +67,14 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, *, bits: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    in_features: int,
+    group_size: int | None = None,
 ) -> Tensor:
     """As `reference.packed_linear`. Raises ValueError for tensors that do not fit together, before any launch."""
     if x.shape[-1] != in_features or not x.is_floating_point():
@@ -75,8 +83,11 @@ def packed_linear(
         raise ValueError(f"x is on {x.device} and the packed weight on {packed.device}; move them to one device")
     ops = _inference()
     codes, x_scale, total = ops.quantize_op(x.detach().reshape(-1, in_features).contiguous(), None, 0.0, "none")
-    bias = None if bias is None else bias.detach()
-    y = ops.product_op(codes, x_scale, total, packed, scale.detach(), bias, None, bits, in_features, x.dtype)
+    bias, scale = None if bias is None else bias.detach(), scale.detach()
+    if group_size is None:
+        y = ops.product_op(codes, x_scale, total, packed, scale, bias, None, bits, in_features, x.dtype)
+    else:
+        y = ops.group_op(codes, x_scale, packed, scale, bias, in_features, group_size, x.dtype)
     return y.view(*x.shape[:-1], packed.shape[0])
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.triton.activations import padded, quantize_activations
+from bitnet.kernels.triton.groups import group_product
 from bitnet.kernels.triton.product import product
 
 _Quantized = tuple[Tensor, Tensor, Tensor]
@@ -39,5 +40,24 @@ def product_op(
 def _(
     codes: Tensor, x_scale: Tensor, total: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None,
     residual: Tensor | None, bits: int, in_features: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("bitnet::group_product", mutates_args=())
+def group_op(
+    codes: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, in_features: int,
+    group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """See `groups.group_product`."""
+    return group_product(
+        codes, x_scale, packed, w_scale, bias, in_features=in_features, group_size=group_size, dtype=dtype
+    )
+
+
+@group_op.register_fake
+def _(
+    codes: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, in_features: int,
+    group_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)

@@ -24,6 +24,8 @@ from bitnet.model import ModelConfig
 BITNET_ARCHITECTURES = ("bitnet", "bitnet-b1.58", "bitnet-25")
 ARCHITECTURES = (*BITNET_ARCHITECTURES, "llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
+QUANTIZER = "bitnet.weight_quantizer"
+"""Metadata of this project: the weight quantizer of a model that was trained with scales of groups."""
 
 # Names inside a layer, ours to GGUF's.
 PROJECTIONS = {

@@ -1,7 +1,8 @@
 """GGUF files, in: the model of one in our classes, with float32 embedding, head and norms.
 
 Ternary tensors (TQ1_0, TQ2_0, Q1_0, Q2_0, I2_S, and float ones that hold {-s, 0, s}) become packed codes and a scale
-without a detour through floats, where every projection of the model is ternary with one scale a matrix. Otherwise the
+without a detour through floats, where every projection of the model is ternary with one scale a matrix, or with those
+of groups that the metadata say it was trained with (`names.QUANTIZER`). Otherwise the
 model is a float one, and every type that `bitnet.quant` can dequantize is dequantized. Float tensors count as ternary
 in the bitnet architectures and beside a `.scale`; elsewhere nobody means an activation to be quantized.
 
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.kernels import blocks
+from bitnet.kernels import GROUP_SIZES, blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig
-from bitnet.quant import pack_codes
+from bitnet.quant import pack_codes, scale_of_columns
 from bitnet.quant.blocks import ternary
 from bitnet.quant.i2s import unpack_i2_s
 from bitnet.storage.gguf.container import GGUFError, GGUFFile, TensorInfo
@@ -26,6 +27,7 @@ from bitnet.storage.gguf.names import (
     ARCHITECTURES,
     BITNET_ARCHITECTURES,
     PROJECTIONS,
+    QUANTIZER,
     ROPE_FACTORS,
     bias_names,
     norm_names,
@@ -37,6 +39,8 @@ from bitnet.storage.gguf.names import (
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TERNARY = (*ternary.SIZES, "I2_S")
 """Types whose codes are -1, 0 and 1."""
+_GROUPED = ("Q2_0", "PQ2_0")
+_PROJECTION_NAMES = tuple(PROJECTIONS.values())
 _ZEROS = 0x55  # a byte of four codes of weight 0
 
 # Metadata of an architecture, by the end of the key: those that are read below, those that change nothing about the
@@ -45,6 +49,7 @@ _READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
     "rope.dimension_count", "rope.freq_base", "hidden_activation", "rope.scaling.type",
+    QUANTIZER.partition(".")[2],
 }  # fmt: skip
 _HARMLESS = {
     "vocab_size", "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout",
@@ -82,6 +87,9 @@ def read_model(file: GGUFFile, config: ModelConfig, *, i2_s: str = "x86") -> Bit
     """
     with _naming(file):
         tensors = _float_tensors(file, config)
+        if quantizer := trained_groups(file):
+            grouped = _grouped_tensors(file, config, GROUP_SIZES[quantizer])
+            return BitNetForCausalLM.from_tensors(config.replace(quantizer=quantizer), tensors | grouped)
         packed = _packed_tensors(file, config, i2_s)
         if packed is not None:
             return BitNetForCausalLM.from_tensors(config.replace(quantizer="ternary"), tensors | packed)
@@ -255,6 +263,47 @@ def _packed_tensors(file: GGUFFile, config: ModelConfig, i2_s: str) -> dict[str,
         tensors[f"{name}.packed_weight"] = rotary_rows(config, file.architecture, name, codes, inverse=True)
         tensors[f"{name}.weight_scale"] = torch.tensor([[scale]], dtype=torch.float32)
     return tensors
+
+
+def trained_groups(file: GGUFFile) -> str | None:
+    """The quantizer of a model that was trained with scales of groups, where the file still holds them: one that was
+    quantized again is a float model. Raises GGUFError for a quantizer that is not known."""
+    quantizer = file.metadata.get(QUANTIZER)
+    if quantizer is None:
+        return None
+    if quantizer not in GROUP_SIZES:
+        raise GGUFError(f"{file.path}: {QUANTIZER} is {quantizer!r:.40}; known are {', '.join(GROUP_SIZES)}")
+    kinds = {info.type for name, info in file.tensors.items() if name.rpartition(".")[0].endswith(_PROJECTION_NAMES)}
+    return quantizer if kinds <= {*_GROUPED, "F16", "F32"} else None
+
+
+def _grouped_tensors(file: GGUFFile, config: ModelConfig, group_size: int) -> dict[str, Tensor]:
+    """Codes and scales of all projections. Raises GGUFError for a matrix that has none for such groups."""
+    tensors = {}
+    for name, theirs in projection_names(config):
+        codes, scale = _groups(file, f"{theirs}.weight", group_size)
+        codes, scale = (rotary_rows(config, file.architecture, name, part, inverse=True) for part in (codes, scale))
+        tensors[f"{name}.packed_weight"], tensors[f"{name}.weight_scale"] = pack_codes(codes, 2), scale.half()
+    return tensors
+
+
+def _groups(file: GGUFFile, name: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Ternary codes int8 `[N, K]` and scale float32 `[N, ceil(K / group_size)]` of a matrix."""
+    info = file.tensors[name]
+    rows, columns = _matrix(info)
+    if info.type in _GROUPED:
+        codes, scales = ternary.unpack_rows(torch.from_numpy(file.data(name)).view(rows, -1), info.type)
+        scales = scales.repeat_interleave(ternary.SIZES[info.type][0], dim=1)
+    else:
+        weight = dequantize(file, name)
+        codes, scales = weight.sign().to(torch.int8), weight.abs()
+    padded = torch.nn.functional.pad(scales, (0, -columns % group_size)).view(rows, -1, group_size)
+    scale = padded.amax(2)
+    # A weight of 0 has any scale.
+    differs = (scale_of_columns(scale, group_size, columns) != scales) & (codes != 0)
+    if bool(differs.any()) or bool((codes > 1).any()):
+        raise GGUFError(f"{name} does not hold ternary codes with a scale for each {group_size}, as {QUANTIZER} says")
+    return codes, scale
 
 
 def _factor(file: GGUFFile, name: str) -> Tensor:

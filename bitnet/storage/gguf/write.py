@@ -4,12 +4,15 @@
     TQ1_0, TQ2_0, F16, BF16, F32  ternary, binary              llama.cpp, architecture bitnet
     I2_S                          ternary, binary              bitnet.cpp (x86 order), bitnet or bitnet-b1.58
     Q2_0, Q1_0                    ternary, binary (and float)  every backend of llama.cpp; PQ2_0: PrismML's
+    Q2_0, PQ2_0, F16, F32         ternary in groups            llama.cpp
     F32 .. Q2_K and mixtures      float (quantizer none)       llama.cpp; bitnet (sub-norms), llama, qwen2, qwen3
 
 The codes of a ternary matrix are stored as they are, -1, 0 and 1 with block scale 1, and the float32 scale in a tensor
 `.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. In Q2_0 and Q1_0, and in the
 architecture qwen2, the scale is in the blocks instead, as float16; what the rounding takes is given to the norm before
-the matrix, where that has one of its own (sub-norms), and is reported for the others. llama.cpp quantizes activations
+the matrix, where that has one of its own (sub-norms), and is reported for the others. Scales of groups are float16
+numbers, which the blocks hold as they are; `bitnet.weight_quantizer` in the metadata says that they were trained, on
+activations with one scale a token, as which the file is then read here. llama.cpp quantizes activations
 in its own way (8 bits for each 32 to 256 values, where the training had 8 bits a token), so its logits are close, not
 equal; in F16 and F32 it leaves activations alone.
 
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bitnet.files import JsonObject
-from bitnet.kernels import PACKED_BITS, blocks
+from bitnet.kernels import GROUP_SIZES, PACKED_BITS, blocks, dequantize_weight
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import pack_codes, unpack_codes
@@ -34,6 +37,7 @@ from bitnet.quant.blocks import mixtures, ternary
 from bitnet.quant.i2s import pack_i2_s
 from bitnet.storage.gguf.container import NUMBERS, TYPES, TensorToWrite, write_file
 from bitnet.storage.gguf.names import (
+    QUANTIZER,
     ROPE_FACTORS,
     bias_names,
     norm_names,
@@ -87,6 +91,8 @@ def write(
     arch = architecture(config, type)
     types = tensor_types(config, type, embedding_type)
     metadata = metadata_of(config, arch, type, name)
+    if config.quantizer in GROUP_SIZES:
+        metadata[QUANTIZER] = config.quantizer
     if tokenizer is not None:
         metadata |= vocabulary(tokenizer, config.vocab_size)
     if chat_template is not None:
@@ -102,7 +108,9 @@ def architecture(config: ModelConfig, type: str) -> str:
     is_ternary = PACKED_BITS.get(config.quantizer) == 2
     if type not in FILE_TYPES:
         raise ValueError(f"GGUF type {type!r} is unknown; choose one of {', '.join(FILE_TYPES)}")
-    if config.quantizer not in ("none", "ternary", "binary"):
+    if config.quantizer in GROUP_SIZES:
+        _check_groups(config.quantizer, type)
+    elif config.quantizer not in ("none", "ternary", "binary"):
         raise ValueError(
             f"the quantizer is {config.quantizer!r}, with a scale for each row, and no GGUF type has that; load the "
             "model with quantizer none and export its floats, or keep it as packed weights"
@@ -143,6 +151,17 @@ def architecture(config: ModelConfig, type: str) -> str:
             f"{config.hidden_size}; the architecture bitnet wants them equal. Train with head_dim = hidden_size / heads"
         )
     return "bitnet" if config.hidden_act == "silu" else "bitnet-b1.58"
+
+
+def _check_groups(quantizer: str, type: str) -> None:
+    """Raise ValueError for a type that does not hold these groups as they are."""
+    block = TYPES[NUMBERS[type]][1] if type in ("Q2_0", "PQ2_0") else 0
+    if type in ("F16", "F32") or (block and GROUP_SIZES[quantizer] % block == 0):
+        return
+    raise ValueError(
+        f"{quantizer} has a float16 scale for each {GROUP_SIZES[quantizer]} weights, which {type} does not hold; "
+        "choose Q2_0 or F16, which hold codes and scales exactly"
+    )
 
 
 def _refuse_parts(arch: str, parts: JsonObject) -> None:
@@ -218,7 +237,7 @@ def _tensors(
     config, shapes = model.config, model.config.tensor_shapes()
     # Norms that stand before one matrix alone, to that matrix: its scale may be theirs.
     projections, norms = dict(projection_names(config)), {}
-    if config.sub_norm and config.quantizer != "none":
+    if config.sub_norm and config.quantizer in ("ternary", "binary"):
         for layer in (f"model.layers.{index}" for index in range(config.num_hidden_layers)):
             norms[f"{layer}.self_attn.attn_sub_norm"] = f"{layer}.self_attn.o_proj"
             norms[f"{layer}.mlp.ffn_sub_norm"] = f"{layer}.mlp.down_proj"
@@ -235,6 +254,9 @@ def _tensors(
     def weight(type: str, name: str, module: Any) -> Tensor:
         if config.quantizer == "none":
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
+        if config.quantizer in GROUP_SIZES:
+            codes, groups = (rotary_rows(config, arch, name, part.cpu()) for part in codes_and_scale(module))
+            return encode_groups(codes, groups, type, config.quantizer)
         codes, scales[name] = codes_and_scale(module)
         codes = rotary_rows(config, arch, name, codes.cpu())
         inside = not scale_beside(arch, type)
@@ -268,7 +290,7 @@ def _tensors(
     for ours, theirs in projection_names(config):
         type = types[theirs]
         yield entry(f"{theirs}.weight", shapes[f"{ours}.weight"], type, partial(weight, type, ours), ours)
-        if config.quantizer != "none" and scale_beside(arch, type):
+        if config.quantizer in ("ternary", "binary") and scale_beside(arch, type):
             yield entry(f"{theirs}.scale", (1,), "F32", partial(scale, ours), ours)
 
 
@@ -319,6 +341,15 @@ def encode_ternary(codes: Tensor, scale: float, type: str, *, inside: bool) -> T
     packed = pack_codes(codes, 2).view(codes.shape[0], -1, 64)  # TQ2_0's quants have our bit layout
     d = torch.full((*packed.shape[:2], 1), scale, dtype=torch.float16).view(torch.uint8)
     return torch.cat([packed, d], dim=-1)
+
+
+def encode_groups(codes: Tensor, scale: Tensor, type: str, quantizer: str) -> Tensor:
+    """Ternary codes int8 `[N, K]` with scales of groups `[N, G]`, numbers that float16 holds: exactly."""
+    if type in FLOATS:
+        return dequantize_weight(codes, scale, quantizer).to(FLOATS[type])
+    block = ternary.SIZES[type][0]
+    scale = scale.repeat_interleave(GROUP_SIZES[quantizer] // block, dim=1)
+    return ternary.pack_rows(codes, scale[:, : codes.shape[1] // block], type)
 
 
 def _table(type: str, module: Any) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.files import JsonObject
+from bitnet.kernels import GROUP_SIZES
 from bitnet.model import ModelConfig
 from bitnet.storage.folders import STATE
 from bitnet.storage.json_files import CheckpointError, State, load_record, read_metrics
@@ -86,8 +87,13 @@ def model_card(
         "ternary": "BitNet b1.58: projections of -1, 0 and 1 with a scale a matrix, INT8 activations",
         "binary": "1-bit BitNet: projections of -1 and 1 with a scale a matrix, INT8 activations",
         "none": "a model of floats, not trained for low bits",
+        **{
+            name: f"BitNet b1.58: projections of -1, 0 and 1 with a scale for each {size} columns, INT8 activations"
+            for name, size in GROUP_SIZES.items()
+        },
     }.get(config.quantizer, f"projections of {config.quantizer.upper()} with a scale a row, INT8 activations")
-    tags = {"ternary": "tags:\n- bitnet\n- 1.58-bit\n", "binary": "tags:\n- bitnet\n"}.get(config.quantizer, "")
+    ternary = dict.fromkeys(("ternary", *GROUP_SIZES), "tags:\n- bitnet\n- 1.58-bit\n")
+    tags = {**ternary, "binary": "tags:\n- bitnet\n"}.get(config.quantizer, "")
     count = config.num_hidden_layers
     shape = (
         f"{count} {'layer' if count == 1 else 'layers'} of width {config.hidden_size}, feed-forward "

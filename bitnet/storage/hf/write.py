@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bitnet.files import JsonObject, new_folder, write_atomic
-from bitnet.kernels import PACKED_BITS
+from bitnet.kernels import GROUP_SIZES, PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
 from bitnet.quant import unpack_codes
@@ -115,23 +115,11 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
     config = model.config
     if form not in FORMS:
         raise ValueError(f"form {form!r} is unknown; choose one of {', '.join(FORMS)}")
-    width = config.num_attention_heads * config.head_width
-    if config.sub_norm and width != config.hidden_size:
+    check_class(config)
+    if config.quantizer in GROUP_SIZES:
         raise ValueError(
-            f"{config.num_attention_heads} heads of {config.head_width} are {width} wide and hidden_size is "
-            f"{config.hidden_size}; transformers' attn_sub_norm has hidden_size weights. Train with head_dim = "
-            "hidden_size / num_attention_heads"
-        )
-    if sum(parts := (config.sub_norm, config.qkv_bias, config.qk_norm)) > 1:
-        names = [name for name, part in zip(("sub_norm", "qkv_bias", "qk_norm"), parts, strict=True) if part]
-        raise ValueError(
-            f"the model has {' and '.join(names)}, and no class of transformers has them together; train with one of "
-            "them"
-        )
-    if kind_of(config) == "llama" and config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, as transformers' "
-            "LlamaConfig wants it; choose a divisor"
+            f"transformers' BitNet has one scale a matrix and the quantizer is {config.quantizer!r}; write GPTQ's "
+            "layout (bitnet export --to gptq) or GGUF's Q2_0, which hold codes and scales exactly"
         )
     if form == "master":
         if model.is_packed:
@@ -153,6 +141,28 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
                 f"{name} has {module.out_features} rows, and in transformers' format four share a byte; choose sizes "
                 "that are multiples of 4, or write the latent floats with form master"
             )
+
+
+def check_class(config: ModelConfig) -> None:
+    """Raise ValueError, with the reason and the alternative, for a model that no class of transformers computes."""
+    width = config.num_attention_heads * config.head_width
+    if config.sub_norm and width != config.hidden_size:
+        raise ValueError(
+            f"{config.num_attention_heads} heads of {config.head_width} are {width} wide and hidden_size is "
+            f"{config.hidden_size}; transformers' attn_sub_norm has hidden_size weights. Train with head_dim = "
+            "hidden_size / num_attention_heads"
+        )
+    if sum(parts := (config.sub_norm, config.qkv_bias, config.qk_norm)) > 1:
+        names = [name for name, part in zip(("sub_norm", "qkv_bias", "qk_norm"), parts, strict=True) if part]
+        raise ValueError(
+            f"the model has {' and '.join(names)}, and no class of transformers has them together; train with one of "
+            "them"
+        )
+    if kind_of(config) == "llama" and config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is no multiple of {config.num_attention_heads} heads, as transformers' "
+            "LlamaConfig wants it; choose a divisor"
+        )
 
 
 def kind_of(config: ModelConfig) -> str:
