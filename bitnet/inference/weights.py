@@ -19,7 +19,7 @@ from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import BitLinear, scale_form
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
-from bitnet.quant.blocks import READ_ONLY, fp4
+from bitnet.quant.blocks import READ_ONLY, block_type, fp4, iquants
 from bitnet.quant.blocks.levels import LEVELS
 from bitnet.quant.gptq_layout import unpack_gptq
 from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
@@ -220,6 +220,13 @@ _BLOCKS = {
     "Q8_0": ("eight_bit", "half", 32, 128),
     "IQ4_NL": ("levels", "half", 32, 127),
     "IQ4_XS": ("levels", "super", 32, 127),
+    "IQ3_S": ("levels", "super", 32, 15),
+    "IQ3_XXS": ("levels", "super", 32, 62),
+    "IQ2_S": ("levels", "super", 16, 43),
+    "IQ2_XS": ("levels", "super", 16, 43),
+    "IQ2_XXS": ("levels", "super", 32, 43),
+    "IQ1_M": ("levels", "super", 16, 9),
+    "IQ1_S": ("levels", "super", 32, 9),
     "Q2_K": ("two_bit", "nibbles", 16, 0),
     "Q3_K": ("three_bit", "super", 16, 4),
     "Q4_K": ("four_bit", "super_min", 32, 0),
@@ -238,19 +245,30 @@ _BLOCKS = {
 def of_blocks(data: Tensor, kind: str, columns: int, activations: str, bias: Tensor | None = None) -> Stored:
     """Rows of GGUF blocks, uint8 `[N, row bytes]`."""
     codec, groups, group, center = _BLOCKS[kind]
-    # The values of 4-bit floats are halves.
-    values = LEVELS if kind in ("IQ4_NL", "IQ4_XS") else tuple(int(2 * value) for value in fp4.VALUES)
-    levels = tuple(value + center for value in values) if codec == "levels" else ()
+    levels = tuple(value + center for value in _values_of(kind)) if codec == "levels" else ()
     form = Form(columns, codec, _activations(activations), groups, group, center, levels)
 
     def read(first: int, last: int) -> Piece:
         if kind in READ_ONLY:
             codes, scale, of_row = fp4.unpack(data[first:last], kind)
             return Piece(codes, [scale], scale=of_row)
+        if kind in iquants.BITS:
+            vectors, unit = iquants.entries(data[first:last].reshape(-1, block_type(kind).bytes), kind)
+            rows = last - first
+            factors, d = (2 * vectors.scales + 1).to(torch.int8).view(rows, -1), vectors.scale.view(rows, -1)
+            return Piece(vectors.index.view(rows, -1), [factors], [d], scale=torch.full((1,), unit))
         # d (2 c - 1) of Q1_0 is 2 (d c - d / 2).
         return Piece(data[first:last], scale=torch.full((1,), 2.0) if kind == "Q1_0" else None, blocks=kind)
 
     return Stored(form, len(data), read, bias)
+
+
+def _values_of(kind: str) -> tuple[int, ...]:
+    """The integers that 16 codes stand for, in units of a group's scale."""
+    if kind in iquants.BITS:
+        return iquants.ENTRIES[kind]
+    # The values of 4-bit floats are halves.
+    return LEVELS if kind in ("IQ4_NL", "IQ4_XS") else tuple(int(2 * value) for value in fp4.VALUES)
 
 
 def _activations(name: str) -> str:

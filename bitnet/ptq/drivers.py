@@ -317,7 +317,7 @@ class GGUF(Driver):
     """A block type, or a mixture of them that takes embedding and head too. Calibration text weighs the errors."""
 
     family = "gguf"
-    calibration = "optional"
+    calibration: ClassVar[Literal["none", "optional", "required"]] = "optional"
     kind: str
 
     @property
@@ -363,6 +363,13 @@ class GGUF(Driver):
             self.kind, {f"{theirs}.weight": shapes[f"{ours}.weight"] for ours, theirs in names}
         )
         return {ours: types[f"{theirs}.weight"] for ours, theirs in names}
+
+
+@dataclass(frozen=True)
+class ImportantGGUF(GGUF):
+    """A type or mixture that is no use without the importance of the columns."""
+
+    calibration = "required"
 
 
 def stored_table(table: nn.Embedding, kind: str, compatible: bool = False) -> nn.Module:

@@ -27,6 +27,7 @@ from bitnet.ptq.drivers import (
     Driver,
     DynamicInt8,
     Floats,
+    ImportantGGUF,
     Options,
     RoundToNearest,
     StaticInt8,
@@ -36,7 +37,11 @@ from bitnet.ptq.drivers import (
 from bitnet.ptq.walk import STAGES
 
 MIN_CALIBRATION_TOKENS = 128
-BLOCK_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K")
+BLOCK_TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K",
+)  # fmt: skip
+IMPORTANT_TYPES = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""Those for which llama-quantize wants an importance matrix."""
 MIXTURES = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K_S")
 
 
@@ -81,6 +86,10 @@ METHODS: dict[str, Method] = {
     **{f"gptq-{bits}": Method(f"GPTQ: INT{bits} weights in groups", bits, GPTQ(bits)) for bits in (8, 4, 3, 2)},
     "gptq-ternary": Method("GPTQ on the ternary grid, in groups", 2, GPTQ(2, ternary=True)),
     **{f"gguf-{name.lower()}": Method(f"GGUF blocks {name}", nominal_bits(name), GGUF(name)) for name in BLOCK_TYPES},
+    **{
+        f"gguf-{name.lower()}": Method(f"GGUF blocks {name}, by importance", nominal_bits(name), ImportantGGUF(name))
+        for name in IMPORTANT_TYPES
+    },
     **{
         f"gguf-{name.lower()}": Method(
             f"GGUF mixture {name}, embedding and head included", nominal_bits(name), GGUF(name)

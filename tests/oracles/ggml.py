@@ -27,7 +27,7 @@ def library(path: Path | None = None) -> Any:
     return library
 
 
-NEWER = ("Q1_0", "Q2_0", *READ_ONLY)
+NEWER = ("Q1_0", "Q2_0", "IQ1_M", *READ_ONLY)  # of IQ1_M the sums of the older one are added in another order
 
 
 def newer(kind: str) -> Path | None:

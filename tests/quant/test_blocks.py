@@ -16,6 +16,7 @@ from bitnet.quant.blocks import (
     TYPES,
     dequantize_blocks,
     ggml_search,
+    iquants,
     kquants,
     levels,
     quantize_blocks,
@@ -28,7 +29,7 @@ from tests.quant.builders import noise
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
-FAMILY = {kind: family for family in (simple, kquants, levels, ternary) for kind in family.BITS}
+FAMILY = {kind: family for family in (simple, kquants, levels, iquants, ternary) for kind in family.BITS}
 GGML_KINDS = [kind for kind in KINDS if kind != "PQ2_0"]  # which PrismML's fork alone has
 GGUF_KINDS = [kind for kind in GGML_KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
 TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "PQ2_0")
@@ -83,11 +84,23 @@ def importances(seed: int = 7, columns: int = K) -> dict[str, Tensor | None]:
     }
 
 
+def weights_for(kind: str, importance: Tensor | None, columns: int = K) -> Tensor | None:
+    """The importance, or equal ones for a type that is refused without."""
+    return torch.ones(columns) if importance is None and kind in iquants.NEEDS_IMPORTANCE else importance
+
+
 def all_rows(seed: int = 0, columns: int = K) -> Tensor:
     return torch.cat(list(cases(seed, columns).values()))
 
 
-D_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}  # byte of d in a block; 0 in the others
+D_AT = {
+    "IQ1_M": 48,
+    "Q2_K": 80,
+    "Q3_K": 108,
+    "Q6_K": 208,
+    "TQ1_0": 52,
+    "TQ2_0": 64,
+}  # byte of d in a block; 0 in the others
 
 
 def random_bytes(kind: str, rows: int = 64, columns: int = K) -> Tensor:
@@ -172,7 +185,7 @@ def test_dequantizers_give_gguf_py_s_floats(kind):
 @pytest.mark.parametrize("importance", importances())
 @pytest.mark.parametrize("kind", GGML_KINDS)
 def test_torch_gives_ggml_s_bytes(kind, importance):
-    x, weight = all_rows(), importances()[importance]
+    x, weight = all_rows(), weights_for(kind, importances()[importance])
     theirs = ggml.quantize(x, kind, weight)
     assert differing_rows(quantize_blocks(x, kind, weight, compatible=True), theirs) == []
 
@@ -184,7 +197,8 @@ def test_native_code_gives_ggml_s_bytes(kind, isa):
     with native.use_instruction_set(isa):
         for seed in (0, 10, 20):
             x = all_rows(seed)
-            for name, weight in importances(seed).items():
+            for name, given in importances(seed).items():
+                weight = weights_for(kind, given)
                 ours = blocks.quantize(x, kind, weight, compatible=True)
                 assert differing_rows(ours, ggml.quantize(x, kind, weight)) == [], (seed, name)
 
@@ -208,7 +222,7 @@ def test_a_slope_below_zero_wraps_as_in_ggml(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("importance", ["none", "heavy", "half of it 0"])
 def test_the_default_is_never_worse_than_ggml(kind, importance):
-    x, weight = all_rows(), importances()[importance]
+    x, weight = all_rows(), weights_for(kind, importances()[importance])
     ours = errors(x, blocks.quantize(x, kind, weight), kind, weight)
     theirs = errors(x, blocks.quantize(x, kind, weight, compatible=True), kind, weight)
     # Both errors were compared in float32, which also has no number for what is left of denormal weights.
@@ -220,6 +234,8 @@ BETTER = {
     "Q4_0": (0.89, 0.95), "Q4_1": (0.80, 0.94), "Q5_0": (0.89, 0.90), "Q5_1": (0.80, 0.93), "Q8_0": (0.85, 0.60),
     "Q2_K": (0.78, 0.85), "Q3_K": (0.91, 0.94), "Q4_K": (0.96, 0.94), "Q5_K": (0.93, 0.90), "Q6_K": (0.90, 0.82),
     "IQ4_NL": (0.94, 0.93), "IQ4_XS": (0.94, 0.84), "TQ1_0": (0.32, 0.32), "TQ2_0": (0.32, 0.32),
+    "IQ3_S": (0.62, 0.62), "IQ3_XXS": (0.71, 0.59), "IQ2_S": (0.82, 0.75), "IQ2_XS": (0.91, 0.71),
+    "IQ2_XXS": (0.91, 0.33), "IQ1_M": (0.50, 0.80), "IQ1_S": (0.84, 0.81),
     "Q1_0": (1.0001, 0.93), "Q2_0": (0.25, 0.18), "PQ2_0": (0.23, 0.19),
 }  # fmt: skip
 
@@ -227,7 +243,8 @@ BETTER = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_is_better_on_ordinary_weights(kind):
     x = 0.02 * noise(64, 1024)
-    for weight, limit in zip((None, noise(1, 1024, 5)[0] ** 4), BETTER[kind], strict=True):
+    for given, limit in zip((None, noise(1, 1024, 5)[0] ** 4), BETTER[kind], strict=True):
+        weight = weights_for(kind, given, 1024)
         ours = errors(x, blocks.quantize(x, kind, weight), kind, weight).sum()
         theirs = errors(x, blocks.quantize(x, kind, weight, compatible=True), kind, weight).sum()
         assert ours < limit * theirs, float(ours / theirs)
@@ -254,7 +271,8 @@ def test_ternary_weights_keep_their_codes(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_code_gives_the_bytes_of_torch(kind, isa):
     x = all_rows()
-    for weight in (None, importances()["heavy"], importances()["half of it 0"]):
+    for given in (None, importances()["heavy"], importances()["half of it 0"]):
+        weight = weights_for(kind, given)
         expected = reference_bytes(kind, None if weight is None else tuple(weight.tolist()))
         with native.use_instruction_set(isa):
             assert differing_rows(blocks.quantize(x, kind, weight), expected) == []
@@ -383,6 +401,13 @@ GOLDEN = {
     "Q6_K": (0x6360EF32, 0xE561FE86, 0xA79B7D05, 0x73F64441),
     "IQ4_NL": (0xFE481936, 0xF565D437, 0x83421CE7, 0x499062BB),
     "IQ4_XS": (0x440297E8, 0xA52E1F2E, 0xC6F41A78, 0xE3EF1C84),
+    "IQ3_S": (0xDBCD4B1F, 0xAF023BC7, 0x6D2CC488, 0x6D142A64),
+    "IQ3_XXS": (0xE7B03445, 0x26BA42A7, 0xEA723BDC, 0x34321998),
+    "IQ2_S": (0x5115C25A, 0xF8E85C6C, 0x4D3A1974, 0x867B15C0),
+    "IQ2_XS": (0x051B1CCE, 0x7FBE229E, 0xF7FAFDE7, 0x6182A335),
+    "IQ2_XXS": (0xF05B733B, 0xDA3ADE9D, 0xEA672E53, 0x0C332B67),
+    "IQ1_M": (0x3DE9FEAD, 0x243AD11F, 0x30AD9F35, 0x1337636A),
+    "IQ1_S": (0xCCDF4EC2, 0xE41DD46B, 0x9B7AACA1, 0x95BD7AF6),
     "TQ1_0": (0x92C87543, 0x92C87543, 0xF02012BA, 0xA7B2F078),
     "TQ2_0": (0x8FB5700C, 0x8FB5700C, 0xFB9AF1BC, 0xA5BA1C7A),
     "Q1_0": (0x7EF7DE86, 0x7EF7DE86, 0x7EF7DE86, 0xF97A7078),
@@ -403,7 +428,7 @@ def golden_weights() -> tuple[Tensor, Tensor]:
 
 def golden(kind: str, quantizer: Any) -> tuple[int, ...]:
     x, weight = golden_weights()
-    return tuple(zlib.crc32(bytes(quantizer(x, kind, w).flatten().tolist())) for w in (None, weight))
+    return tuple(zlib.crc32(bytes(quantizer(x, kind, w).flatten().tolist())) for w in (weights_for(kind, None), weight))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -436,6 +461,8 @@ def test_golden_bytes_are_ggml_s(kind):
     (torch.full((1, 32), -1e5), "Q4_0", None, "100000 is beyond float16"),
     (torch.zeros(2, 256), "Q4_K", torch.ones(2), r"shape \[2\]; it must be \[256\]"),
     (torch.zeros(2, 256), "Q4_K", torch.ones(2, 256), r"it must be \[256\]"),
+    *((torch.zeros(2, 256), kind, None, f"{kind} needs the importance of the columns: calibrate on .*{kind.lower()}")
+      for kind in iquants.NEEDS_IMPORTANCE),
     (torch.zeros(2, 32), "Q4_0", -torch.ones(32), "at least 0"),
     (torch.zeros(2, 32), "Q4_0", torch.full((32,), float("nan")), "finite"),
 ])  # fmt: skip

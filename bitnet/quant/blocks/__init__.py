@@ -2,8 +2,9 @@
 
 A row of K weights becomes K / block_size blocks, each with its own scales. `quantize_blocks` and `dequantize_blocks`
 take any type of `TYPES`; the files behind them draw the bits: `simple.py` (32 weights, one level), `kquants.py` (256
-weights, two levels), `levels.py` (uneven levels), `ternary.py` (ternary and binary) and `fp4.py`, whose types are only
-read. This is the specification; `bitnet/kernels/blocks.py` chooses between it and native code with the same bytes.
+weights, two levels), `levels.py` (uneven levels), `iquants.py` (vectors of a codebook), `ternary.py` (ternary and
+binary) and `fp4.py`, whose types are only read. This is the specification; `bitnet/kernels/blocks.py` chooses between
+it and native code with the same bytes.
 
 Two quantizers: the default minimizes the squared error of what is stored, weighted with the importance if there is one
 (`search.py`), and `compatible=True` gives the bytes of ggml's `ggml_quantize_chunk` (`ggml_search.py`). The importance
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import fp4, kquants, levels, simple, ternary
+from bitnet.quant.blocks import fp4, iquants, kquants, levels, simple, ternary
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,13 @@ TYPES = {
     "Q6_K": BlockType(14, 256, 210),
     "IQ4_NL": BlockType(20, 32, 18),
     "IQ4_XS": BlockType(23, 256, 136),
+    "IQ3_S": BlockType(21, 256, 110),
+    "IQ3_XXS": BlockType(18, 256, 98),
+    "IQ2_S": BlockType(22, 256, 82),
+    "IQ2_XS": BlockType(17, 256, 74),
+    "IQ2_XXS": BlockType(16, 256, 66),
+    "IQ1_M": BlockType(29, 256, 56),
+    "IQ1_S": BlockType(19, 256, 50),
     "TQ1_0": BlockType(34, 256, 54),
     "TQ2_0": BlockType(35, 256, 66),
     "Q1_0": BlockType(41, 128, 18),
@@ -60,12 +68,13 @@ FALLBACK = {
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ4_XS", *iquants.BITS), "IQ4_NL"),
     "TQ1_0": "Q4_0",
     "TQ2_0": "Q4_0",
 }
+NEEDS_IMPORTANCE = iquants.NEEDS_IMPORTANCE
 LARGEST = 65504  # of float16
-_FAMILIES = (simple, kquants, levels, ternary)
+_FAMILIES = (simple, kquants, levels, iquants, ternary)
 _FAMILY = {name: family for family in _FAMILIES for name in TYPES if name in family.BITS}
 _DEQUANTIZE = {name: family.dequantize for name, family in _FAMILY.items()} | dict.fromkeys(READ_ONLY, fp4.dequantize)
 
@@ -104,6 +113,11 @@ def check_weight(x: Tensor, kind: str, importance: Tensor | None) -> None:
     if largest > LARGEST:
         raise ValueError(f"a weight of {largest:g} is beyond float16, which the scales are; rescale the layer")
     if importance is None:
+        if kind in NEEDS_IMPORTANCE:
+            raise ValueError(
+                f"{kind} needs the importance of the columns: calibrate on text (bitnet quantize --method "
+                f"gguf-{kind.lower()}), or use IQ2_S, IQ3_XXS or IQ1_M"
+            )
         return
     if importance.shape != (x.shape[1],):
         raise ValueError(
@@ -118,7 +132,7 @@ def quantize_blocks(x: Tensor, kind: str, importance: Tensor | None = None, *, c
 
     x: float `[N, K]`, K a multiple of the type's block size; importance: float `[K]`, at least 0, or None. Returns
     uint8 `[N, K / block_size * bytes]`. `compatible` gives ggml's bytes instead of the smallest error. Raises
-    ValueError for an unknown type, other shapes, NaN and infinity.
+    ValueError for an unknown type, other shapes, NaN and infinity, and a missing importance for NEEDS_IMPORTANCE.
     """
     check_weight(x, kind, importance)
     size = block_type(kind).block_size

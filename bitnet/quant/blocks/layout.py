@@ -29,6 +29,16 @@ class Fields:
     minimums: Tensor | None = None  # int16 [B, G]
 
 
+@dataclass
+class Vectors:
+    """The content of B super-blocks of 256 weights in G groups, in vectors of a codebook (`iquants.py`)."""
+
+    index: Tensor  # int16 [B, 256 / size]
+    signs: Tensor  # uint8 [B, 32], a bit a weight; of IQ1 the shift of each vector, 1 for the one below 0
+    scale: Tensor  # float16 [B]
+    scales: Tensor  # int16 [B, G]: l of the factor 2 l + 1
+
+
 def pack_bits(codes: Tensor, bits: int, stride: int) -> Tensor:
     """uint8 `[B, n]` of values below 2^bits to uint8 `[B, n * bits / 8]`, drawn at the top of this file."""
     lanes = rearrange(codes, "b (chunk lane j) -> lane b chunk j", lane=8 // bits, j=stride)
