@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitnet.quant.blocks.codebooks import CODEBOOKS, SHIFT, values
-from bitnet.quant.blocks.ggml_iq_search import by_block, in_groups, in_vectors
+from bitnet.quant.blocks.ggml_iq import by_block, in_groups, in_vectors
 from bitnet.quant.blocks.ggml_search import divide_by, total
 from bitnet.quant.blocks.layout import Vectors, by_group
 from bitnet.quant.blocks.search import Best, inverse, ratio, stored

@@ -28,7 +28,7 @@ where l alone is in nibbles, the first in the low bits. Sources: llama.cpp's ggm
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks import ggml_iq_search, iq_search
+from bitnet.quant.blocks import ggml_iq, iq_search
 from bitnet.quant.blocks.codebooks import CODEBOOKS, SHIFT, values
 from bitnet.quant.blocks.layout import Vectors, half_at, half_bytes, pack_bits, unpack_bits
 
@@ -137,7 +137,7 @@ def quantize(
     """Super-blocks float32 `[B, 256]`, with weights of the same shape or None. Raises ValueError for the types of
     NEEDS_IMPORTANCE without weights."""
     x, weight = blocks.t().contiguous(), None if importance is None else importance.t().contiguous()
-    fields = ggml_iq_search.quantize(x, kind, weight, GROUP[kind])
+    fields = ggml_iq.quantize(x, kind, weight, GROUP[kind])
     return fields if compatible else iq_search.improve(x, kind, weight, fields, GROUP[kind], UNIT[kind])
 
 
