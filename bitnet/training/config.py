@@ -1,5 +1,7 @@
 """What a training run is made from: every option of train.py, and the presets that give them values."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,14 @@ LARGEST = {
     "threads": 1024, "batch_size": 2**20, "steps": 2**40, "keep_last": 1000, "minutes": 1e6, "max_minutes": 1e6,
     "timeout_minutes": 1e6,
 }  # fmt: skip
+
+RAMPS: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "square": lambda x: x * x,
+    "root": math.sqrt,
+}
+"""Strength of the quantizers by the share of the ramp that is done; from 0 at 0 to 1 at 1."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class TrainConfig:
     """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
     ramp: float = 0.0
     """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
+    ramp_shape: Literal["linear", "cosine", "square", "root"] = "linear"
+    """How the strength rises over the ramp's share x: x, (1 - cos pi x) / 2, x^2 or sqrt x."""
     init: str | None = None
     """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
     fine-tuning, and with another model.quantizer than its own, conversion."""
@@ -184,7 +196,7 @@ class TrainConfig:
             return 1.0
         behind = step - int(self.float_start * self.steps)
         ramp = int(self.ramp * self.steps)
-        return 0.0 if behind < 0 else min(1.0, (behind + 1) / (ramp + 1))
+        return 0.0 if behind < 0 else RAMPS[self.ramp_shape](min(1.0, (behind + 1) / (ramp + 1)))
 
     @property
     def switch(self) -> tuple[int, int] | None:

@@ -35,8 +35,8 @@ FIRST = (
 GROUPS = {
     "run": (
         "preset", "like", "resume", "estimate", "presets", "out", "init", "steps", "minutes", "max_minutes", "context",
-        "batch_size", "float_start", "ramp", "teacher", "teacher_weight", "teacher_temperature", "seed", "log_every",
-        "sample_every", "sample_prompt", "wandb",
+        "batch_size", "float_start", "ramp", "ramp_shape", "teacher", "teacher_weight", "teacher_temperature", "seed",
+        "log_every", "sample_every", "sample_prompt", "wandb",
     ),
     "model": ("model",),
     "data": ("data",),

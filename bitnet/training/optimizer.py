@@ -1,7 +1,7 @@
 """Optimizer, its parameter groups, and the two-stage schedule of BitNet b1.58.
 
 Ternary training takes a higher peak learning rate than float training, and halves the run (Training Tips, table 2;
-BitNet a4.8, tables 6 and 7):
+BitNet a4.8, tables 6 and 7); `second_from` moves the border:
 
     first half    lr = lr_peak * decay(p)           weight decay `weight_decay`
     second half   lr = lr_peak_second * decay(p)    weight decay 0
@@ -42,12 +42,14 @@ class OptimConfig:
     lr_rest: float | None = None
     """Peak learning rate of embeddings, lm_head and norms; `lr` unless given."""
     lr_second: float | None = None
-    """Peak learning rate of the matrices in the second half of the run (the rest drops by the same factor); none keeps
-    one stage."""
+    """Peak learning rate of the matrices in the second stage of the run (the rest changes by the same factor); none
+    keeps one stage."""
+    second_from: float = 0.5
+    """Share of the steps behind which the second stage begins."""
     weight_decay: float = 0.1
     """On the projections' matrices; embeddings and norms are not decayed."""
     weight_decay_second: float = 0.0
-    """Weight decay of the second half, where there is a second stage."""
+    """Weight decay of the second stage, where there is one."""
     warmup_steps: int = 50
     decay: str = "linear"
     """Shape of the decay over the whole run: linear, cosine or constant."""
@@ -67,13 +69,15 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; a learning rate must be above 0")
+        if not 0 <= self.second_from <= 1:
+            raise ValueError(f"second_from is {self.second_from}; it is a share of the steps, from 0 to 1")
 
 
 def schedule(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
     """Learning rate multiplier (of the first peak, 0 to 1) and weight decay for a step counted from 0."""
     progress = step / max(1, total_steps)
     multiplier, weight_decay = 1.0, config.weight_decay
-    if config.lr_second is not None and progress >= 0.5:
+    if config.lr_second is not None and progress >= config.second_from:
         multiplier, weight_decay = config.lr_second / config.lr, config.weight_decay_second
     if config.decay != "constant":
         remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

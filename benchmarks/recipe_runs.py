@@ -1,0 +1,210 @@
+"""One run of the recipe's grid, in a process of its own that waits for the next one: `benchmarks/recipe.py` starts it.
+
+    python benchmarks/recipe_runs.py DATA RUNS DEVICE       jobs as JSON lines on stdin, a result for each on stdout
+
+DATA has a folder for each corpus: shards as `tokenize_corpus` writes them, and tokenizer.model. What a job does beside
+the configuration of `train.py --preset demo` is a technique of `TECHNIQUES`: something that acts on the layers'
+products during training alone, so that what is validated is the quantized model that a checkpoint becomes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train as trainer
+from bitnet.data.feed import TextFeed
+from bitnet.data.mixture import Mixture
+from bitnet.data.tokens import TokenizedCorpus
+from bitnet.kernels.reference import fake_quant_linear, fake_quantize_activations, fake_quantize_weight
+from bitnet.model import bit_linears
+from bitnet.quant import ternary
+from bitnet.quant.affine import SCALE_EPS
+from bitnet.quant.straight_through import straight_through
+from bitnet.tokenizer import Tokenizer
+from bitnet.training import config as recipes
+from bitnet.training.checkpoint import save_checkpoint
+from bitnet.training.step import Trainer
+
+SIZES = {"64x2": (64, 128, 1, 2), "128x4": (128, 384, 2, 4), "256x4": (256, 768, 4, 4)}
+"""hidden_size, intermediate_size, heads, layers."""
+
+
+def open_shards(data: Path, corpus: str, window: int, batch_size: int, seed: int) -> TextFeed:
+    """The feed of a corpus that was tokenized elsewhere."""
+    folder = data / corpus
+    mixture = Mixture({corpus: TokenizedCorpus.load(folder)}, (1,))
+    return TextFeed(mixture, Tokenizer.load(folder / "tokenizer.model"), None, window, batch_size=batch_size, seed=seed)
+
+
+def configuration(job: dict[str, Any], runs: Path, device: str) -> recipes.TrainConfig:
+    """The demo's recipe with the changes of a job, whose keys are fields of the configuration, dotted those within."""
+    base = recipes.PRESETS["demo"]
+    hidden, ffn, heads, layers = SIZES[job["size"]]
+    shape = {
+        "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "num_hidden_layers": layers,
+    }  # fmt: skip
+    parts: dict[str, dict[str, Any]] = {"model": shape, "optim": {"lr": job["lr"]}, "": {}}
+    for name, value in job["changes"].items():
+        part, _, field = name.rpartition(".")
+        parts[part][field] = value
+    steps = max(1, int(job["tokens"] / (base.batch_size * base.window)))
+    for role in ("teacher", "init"):
+        if job.get(role):
+            parts[""][role] = str(runs / job[role])
+    return dataclasses.replace(
+        base, model=base.model.replace(**parts["model"]), optim=dataclasses.replace(base.optim, **parts["optim"]),
+        steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, compile="off", threads=1,
+        wandb="off", out=str(runs / job["key"]), **parts[""],
+    )  # fmt: skip
+
+
+def run(job: dict[str, Any], data: Path, runs: Path, device: str) -> dict[str, Any]:
+    """Train and validate; what `keep` names is saved as a run."""
+    trainer.open_feed = lambda *_, window, batch_size, seed, **__: open_shards(
+        data, job["corpus"], window, batch_size, seed
+    )
+    with TECHNIQUES[job["technique"]]():
+        started = time.perf_counter()
+        done = trainer.prepare(configuration(job, runs, device))
+        with contextlib.closing(done.batches):
+            begun = time.perf_counter()
+            while done.progress.step < done.config.steps:
+                result = done.step()
+                if result.fault:
+                    raise RuntimeError(result.fault.what)
+            trained = time.perf_counter()
+            found = done.validate(whole=True)
+    if job["keep"]:
+        save_checkpoint(
+            done.folder, model=done.model, optimizer_state={}, state=done.progress.state(done.feed.fingerprint, None),
+            config=dataclasses.asdict(done.config), tokenizer=done.feed.tokenizer.files(), best=True,
+        )  # fmt: skip
+    return {
+        "key": job["key"], "row": job["row"], "corpus": job["corpus"], "size": job["size"], "lr": job["lr"],
+        "seed": job["seed"], "tokens": done.config.steps * done.config.tokens_per_step,
+        "parameters": done.model.num_parameters(), "dtype": str(done.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if done.device.type == "cuda" else "cpu",
+        "loss": found.loss, "standard_error": found.standard_error, "bits_per_byte": found.bits_per_byte,
+        "start_seconds": round(begun - started, 2), "seconds": round(trained - begun, 2),
+        "validation_seconds": round(time.perf_counter() - trained, 2),
+    }  # fmt: skip
+
+
+# Techniques: what acts on the products of the layers before a step.
+
+
+@contextlib.contextmanager
+def with_products(product: Callable[[Trainer, float], Any]) -> Iterator[None]:
+    """`product(trainer, strength)` in the layers, or None for the ordinary one, from the switch on."""
+    original = Trainer.set_products
+
+    def set_products(self: Trainer) -> None:
+        original(self)
+        if self.progress.step >= self.config.steps:
+            return  # what is validated is the model itself
+        strength = self.config.quantizer_strength(self.progress.step)
+        chosen = product(self, strength) if strength else None
+        if chosen is None:
+            return
+        for _, layer in bit_linears(self.model):
+            layer.product = chosen
+
+    Trainer.set_products = set_products  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.set_products = original  # type: ignore[method-assign]
+
+
+def soft_codes(weight: Tensor, temperature: Tensor) -> Tensor:
+    """Expected ternary codes times scale, where -1, 0 and 1 have the probabilities softmax(-(w / gamma - k)^2 / T):
+    arXiv 2601.20745's relaxation."""
+    scale = ternary.absmean_scale(weight.detach())
+    u = (weight.float() / scale).unsqueeze(-1)
+    levels = torch.tensor([-1.0, 0.0, 1.0], device=weight.device)
+    return (scale * ((-(u - levels).square() / temperature).softmax(-1) * levels).sum(-1)).to(weight.dtype)
+
+
+def soft_product(straight: bool) -> Callable[[Trainer, float], Any]:
+    """Weights through `soft_codes`, whose temperature falls from 1 to 0 as the ramp rises; the gradient is the true one
+    or, `straight`, the identity. Activations fade in as in the ramp."""
+
+    def choose(trainer: Trainer, strength: float) -> Any:
+        if strength >= 1:
+            return None
+        share = torch.tensor(strength, device=trainer.device)
+        temperature = (1 - share).square()
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+            quantized = fake_quantize_activations(x)
+            x = x + (share * (quantized - x)).detach().to(x.dtype)
+            if straight:
+                return F.linear(x, straight_through(weight, partial(soft_codes, temperature=temperature)), bias)
+            return F.linear(x, soft_codes(weight, temperature), bias)
+
+        return product
+
+    return choose
+
+
+def dead_zone(trainer: Trainer, strength: float) -> Any:
+    """Weights whose code is 0 add lambda times their sum to every output (arXiv 2509.23809), so that each gets a
+    gradient of its own; lambda falls from 0.01 to 0 by the end, and the model needs no bias."""
+    rest = 1 - trainer.progress.step / trainer.config.steps
+    share, amount = torch.tensor(strength, device=trainer.device), torch.tensor(0.01 * rest, device=trainer.device)
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        y = fake_quant_linear(x, weight, bias, quantizer, share if strength < 1 else None)
+        dead = fake_quantize_weight(weight.detach(), quantizer) == 0
+        return y + (amount * (weight * dead).sum(1)).to(y.dtype)
+
+    return product
+
+
+@contextlib.contextmanager
+def median_scale() -> Iterator[None]:
+    """gamma = median |W| instead of the mean (arXiv 2407.09527), in training and in what is validated."""
+    original = ternary.absmean_scale
+    ternary.absmean_scale = lambda weight: weight.float().abs().median().clamp(min=SCALE_EPS)
+    try:
+        yield
+    finally:
+        ternary.absmean_scale = original
+
+
+TECHNIQUES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "": contextlib.nullcontext,
+    "soft": partial(with_products, soft_product(straight=True)),
+    "soft, true gradient": partial(with_products, soft_product(straight=False)),
+    "dead zone": partial(with_products, dead_zone),
+    "median scale": median_scale,
+}
+
+
+def main() -> None:
+    data, runs, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    # Results alone go to the pipe; everything that is printed goes where stderr goes.
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(f"== {job['key']}", flush=True)
+        results.write(json.dumps(run(job, data, runs, device)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
