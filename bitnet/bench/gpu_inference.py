@@ -102,7 +102,7 @@ def step_speed(engine: GpuEngine, twin: BitNetForCausalLM, ids: Tensor, capacity
     engine(ids, cache, last_only=True)
     twin(ids, twin_cache, last_only=True)
     step()
-    graph = cache.storage.graph
+    graph = cache.storage.graphs.get(1)
     ours = in_turn({"step": [step if graph is None else graph.replay]}, ids.device, graph=False)["step"]
     theirs = in_turn({"step": [twin_step]}, ids.device)["step"][1]
     read, twin_read = engine.weight_bytes() + cache.nbytes, twin.weight_bytes() + twin_cache.nbytes
@@ -138,29 +138,35 @@ def launches_of(engine: GpuEngine, batch: int) -> int:
 
     with record("ptx") as launches:
         cache = engine.new_cache(batch, 8)
-        engine._forward(cache.storage.ids, cache.storage, None, True)
+        ids = torch.zeros(batch, 1, dtype=torch.int64, device=engine.device)
+        engine._forward(ids, cache.storage, None, None)
     return len(launches)
 
 
 def unlike_eager(engine: GpuEngine, ids: Tensor, steps: int = 9) -> str:
-    """What is wrong with the graph of a step, whose logits behind the prompt `ids` must be the eager ones bit for bit
-    and, at the median of its last `steps` positions, within 5 % of those of one prefill: a single one may lie on a
-    rounding border. Empty where nothing is. A speed is shown beside it."""
+    """What is wrong with the graphs of a step and of a prompt. Behind the prompt `ids` the step's logits must be the
+    eager ones bit for bit and, at the median of its last `steps` positions, within 5 % of those of one prefill: a
+    single one may lie on a rounding border. So must those that a prompt's graph gives for the same positions. Empty
+    where nothing is. A speed is shown beside it."""
     steps = min(steps, ids.shape[1] - 1)
+    ends = range(ids.shape[1] - steps, ids.shape[1])
     logits = []
     for graphs in (True, False):
         allowed, engine.graphs = engine.graphs, engine.graphs and graphs
         cache = engine.new_cache(len(ids), ids.shape[1])
         engine(ids[:, :-steps], cache, last_only=True)
-        logits.append(
-            torch.cat([engine(ids[:, i : i + 1], cache) for i in range(ids.shape[1] - steps, ids.shape[1])], 1)
-        )
+        logits.append(torch.cat([engine(ids[:, i : i + 1], cache) for i in ends], 1))
         engine.graphs = allowed
     if not torch.equal(*logits):
         return "WRONG: the graph's logits are not the eager ones"
     whole = engine(ids)[:, -steps:]
-    error = float(((logits[0] - whole).norm(dim=(0, 2)) / whole.norm(dim=(0, 2))).median())
-    return "" if error < 0.05 else f"WRONG: logits of a step are {error:.0%} off those of a prefill"
+    del cache
+    prompts = [engine(ids[:, : i + 1], engine.new_cache(*ids.shape), last_only=True) for i in ends]
+    for what, found in (("steps", logits[0]), ("prompts", torch.cat(prompts, 1))):
+        error = float(((found - whole).norm(dim=(0, 2)) / whole.norm(dim=(0, 2))).median())
+        if not error < 0.05:
+            return f"WRONG: logits of {what} are {error:.0%} off those of one prefill"
+    return ""
 
 
 @torch.inference_mode()
@@ -178,7 +184,7 @@ def measure_launching(options: Options) -> Iterator[Row]:
                 cache = engine.new_cache(1, 4 if options.quick else BEHIND + 64)
                 cache.length = 3 if options.quick else BEHIND
                 engine(torch.ones(1, 1, dtype=torch.int64, device=options.device), cache)
-            graph = cache.storage.graph
+            graph = cache.storage.graphs.get(1)
             engines.append((engine, cache))
             steps[how] = [graph.replay if graph is not None else (lambda: None)]
         times = in_turn(steps, options.device, graph=False)
@@ -201,7 +207,8 @@ def measure_profile(options: Options) -> Iterator[Row]:
         ids = torch.randint(config.vocab_size, (1, BEHIND), device=options.device)
         engine(ids, cache, last_only=True)
         engine(ids[:, :1], cache)
-        graph = cache.storage.graph
+        graph = cache.storage.graphs[1]
+        assert graph is not None
         for _ in range(20):
             graph.replay()
         torch.cuda.synchronize()
@@ -275,7 +282,7 @@ def measure_long(options: Options) -> Iterator[Row]:
             cache.storage.values.normal_()
             cache.length = length - 1
             engine(torch.ones(1, 1, dtype=torch.int64, device=device), cache)
-            graph = cache.storage.graph
+            graph = cache.storage.graphs.get(1)
             step = in_turn({"step": [graph.replay if graph else (lambda: None)]}, device, graph=False)["step"][1]
             row = {"model": name, "length": length, "us": step * 1e6, "cache_mb": cache.nbytes / 1e6}
             yield row | {"line": f"{name} behind {length}: {step * 1e6:.0f} us, cache {row['cache_mb']:.0f} MB"}

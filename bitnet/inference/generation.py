@@ -27,6 +27,7 @@ from bitnet.inference.engine import LanguageModel
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows
+from bitnet.kernels import triton as backend
 from bitnet.model import ModelConfig
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
@@ -34,6 +35,7 @@ FILLER = -1
 """What `generate` yields for a row that has already ended."""
 
 _NOT_FINITE = -2  # in place of the id of a row whose logits are not
+_AHEAD = 32  # steps whose random numbers go to a device together
 
 
 @dataclass
@@ -341,20 +343,14 @@ def _draw_batch(
     started = time.perf_counter()
     logits = model(tokens, cache, last_only=True)[:, -1, :V]
     for step in range(room):
-        finite = logits.isfinite().all(-1)
-        if arrival.asynchronous:
-            logits = logits.where(finite[:, None], 0)  # something to draw from; refused when the ids are here
-        elif not bool(finite.all()):
-            raise _not_finite(T + step)
-        uniform = None
-        if not sampling.greedy:
-            uniform = torch.tensor([[sampler.uniform()] for sampler in samplers], dtype=torch.float64)
-        chosen = choose(logits, sampling, uniform, seen)
+        if not sampling.greedy and step % _AHEAD == 0:  # on their way to the device at once, not in every step
+            drawn = [[sampler.uniform() for sampler in samplers] for _ in range(min(_AHEAD, room - step))]
+            uniforms = torch.tensor(drawn, dtype=torch.float64).to(model.device)
+        tokens, arriving = _choose_finite(logits, sampling, None if sampling.greedy else uniforms[step % _AHEAD], seen)
         if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
+            seen.scatter_(1, tokens, True)
         filled = cache.nbytes
-        tokens = chosen[:, None]
-        arrival.send(torch.where(finite, chosen, _NOT_FINITE))
+        arrival.send(arriving)
         if arrival.asynchronous and step + 1 < room:
             # The device goes on with the next step while the host waits for this one's ids and uses them.
             logits = model(tokens, cache, last_only=True)[:, -1, :V]
@@ -372,6 +368,29 @@ def _draw_batch(
         if not arrival.asynchronous and step + 1 < room:
             started = time.perf_counter()
             logits = model(tokens, cache, last_only=True)[:, -1, :V]
+
+
+def _choose_finite(
+    logits: Tensor, sampling: SamplingConfig, uniform: Tensor | None, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens `[B, 1]` to go on with, whatever the logits `[B, V]` are, and the same ids `[B]` with _NOT_FINITE for rows
+    that drew from logits which are not finite; `uniform` float64 `[B]`. Nothing here waits for a GPU."""
+    by_torch = seen is not None or 0 < sampling.top_k < logits.shape[1] or logits.dtype != torch.float32
+    if uniform is not None and not by_torch and logits.device.type == "cuda" and backend.available():
+        from bitnet.kernels.triton.sampling import draw
+
+        ids = draw(
+            logits,
+            uniform,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            not_finite=_NOT_FINITE,
+        )
+        return ids.clamp(min=0)[:, None], ids
+    finite = logits.isfinite().all(-1)
+    ids = choose(logits.where(finite[:, None], 0), sampling, None if uniform is None else uniform[:, None], seen)
+    return ids[:, None], torch.where(finite, ids, _NOT_FINITE)
 
 
 def _not_finite(tokens: int) -> ValueError:

@@ -14,7 +14,9 @@ Attention of one token is one launch, of several a launch for rotation and cache
 two, quantization and product, or one where that is faster (`bitnet/kernels/triton/project.py`).
 
 A step of one new token is captured in a CUDA graph once per batch size and cache capacity; the number of filled
-positions lies on the device. Longer inputs run eagerly, their attention is torch's.
+positions lies on the device. Longer inputs have torch's attention. Of prompts up to 1,024 tokens, whose launches take
+longer than their arithmetic, a graph is captured when their length, rounded up, comes for the second time in a cache's
+buffers; others run eagerly.
 
 The integer products are the reference's; between them `dtype` counts (float32 or bfloat16). Letters as in
 `bitnet/model/transformer.py`.
@@ -42,12 +44,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _CAPACITY_STEP = 256
 _KEPT_STORAGES = 4
 """Caches that nobody holds any more but that are kept, with their graphs, for the next text."""
+_PROMPT_TOKENS = 1024
+"""Of all sequences together, up to which the CPU's launches take longer than the kernels."""
+_PROMPT_GRAPHS = 4
+"""Kept for one cache's buffers, the newest; each holds memory of its own."""
 _MASK_VALUES = 2**25
 """Of one mask of attention behind a cache."""
 
 
+class _Graph:
+    """What `_forward` does with T tokens a row, captured: `ids` `[B, T]` and `last`, the index of the position whose
+    logits are wanted, go in."""
+
+    def __init__(self, batch_size: int, tokens: int, device: torch.device) -> None:
+        self.ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=device)
+        self.last = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(0, device=device)
+        self.graph: Any = None
+
+    def replay(self) -> Tensor:
+        """Float32 `[B, 1, V]`, over which the next replay writes."""
+        self.graph.replay()
+        return self.logits
+
+
 class _Storage:
-    """Buffers of one cache and the graph that was captured over them; outlives the cache and serves the next one."""
+    """Buffers of one cache and the graphs that were captured over them; outlives the cache and serves the next one."""
 
     def __init__(self, config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device):
         from bitnet.kernels.triton import attention
@@ -56,12 +78,10 @@ class _Storage:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.start = torch.zeros(1, dtype=torch.int32, device=device)  # positions that are filled
-        self.ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.logits = torch.empty(0, device=device)
         self.parts = attention.AttentionParts(
             batch_size, config.num_attention_heads, config.num_key_value_heads, config.head_width, capacity, device
         )
-        self.graph: Any = None
+        self.graphs: dict[int, _Graph | None] = {}  # by tokens a row, the newest last; None: seen once
 
 
 class GpuCache:
@@ -208,39 +228,57 @@ class GpuEngine:
             )
         storage = cache.storage
         storage.start.fill_(cache.length)
-        if T == 1:
-            storage.ids.copy_(input_ids)
-            if self.graphs:
-                if storage.graph is None:
-                    self._capture(storage)
-                storage.graph.replay()
-                logits = storage.logits.clone()  # the next step writes over it
-            else:
-                logits = self._forward(storage.ids, storage, None, True)
+        graph = self._graph(storage, T) if T == 1 or (last_only and not cache.length) else None
+        if graph is not None:
+            graph.ids[:, :T].copy_(input_ids)  # what lies behind comes later than any token, which looks back only
+            graph.last.fill_(T - 1)
+            logits = graph.replay().clone()
         else:
-            logits = self._forward(input_ids.to(self._device), storage, cache.length, last_only)
+            last = torch.full((1,), T - 1, device=self._device) if last_only else None
+            logits = self._forward(
+                input_ids.to(self._device).contiguous(), storage, None if T == 1 else cache.length, last
+            )
         cache.length += T
         return logits
 
-    def _capture(self, storage: _Storage) -> None:
-        # Once outside the graph, so that every kernel is compiled and loaded: it writes what the replay will write.
+    def _graph(self, storage: _Storage, tokens: int) -> _Graph | None:
+        """For so many tokens a row at least, or None where they run eagerly."""
+        batch_size, _, capacity = storage.keys.shape[1:4]
+        tokens = min(rounded_up(tokens), capacity)
+        if not self.graphs or (tokens > 1 and batch_size * tokens > _PROMPT_TOKENS):
+            return None
+        known = storage.graphs
+        if tokens > 1 and tokens not in known:
+            known[tokens] = None
+            return None
+        graph = known.pop(tokens, None) or self._capture(storage, tokens)
+        known[tokens] = graph
+        for old in [size for size in known if size > 1][:-_PROMPT_GRAPHS]:
+            del known[old]
+        return graph
+
+    def _capture(self, storage: _Storage, tokens: int) -> _Graph:
+        # Once outside the graph, so that every kernel is compiled and loaded: it writes where the replay will write.
         # The stream is this engine's: torch's own for captures belongs to the device that captured first.
         side = self._stream
         assert side is not None
+        found = _Graph(storage.keys.shape[1], tokens, self._device)
+        call = functools.partial(self._forward, found.ids, storage, None if tokens == 1 else 0, found.last)
         graph = torch.cuda.CUDAGraph()
         with self._lock, torch.cuda.device(self._device):
             side.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(side):
-                self._forward(storage.ids, storage, None, True)
+                call()
             torch.cuda.current_stream(self._device).wait_stream(side)
             # Other threads may allocate meanwhile.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                storage.logits = self._forward(storage.ids, storage, None, True)
-        storage.graph = graph
+                found.logits = call()
+        found.graph = graph
+        return found
 
-    def _forward(self, ids: Tensor, storage: _Storage, length: int | None, last_only: bool) -> Tensor:
-        """Logits of ids `[B, T]`. `length` is the number of filled positions, None for one token, which reads it from
-        the device."""
+    def _forward(self, ids: Tensor, storage: _Storage, length: int | None, last: Tensor | None) -> Tensor:
+        """Logits of ids `[B, T]`, with `last` those of the position with this index (int64 `[1]`) alone. `length` is
+        the number of filled positions, None for one token, which reads it from the device."""
         from bitnet.kernels.triton import attention
         from bitnet.kernels.triton.activations import quantize_activations
         from bitnet.kernels.triton.product import product
@@ -300,9 +338,9 @@ class GpuEngine:
         h = h.view(B, T, -1)
         if self._head is None:
             return h.float()
-        last = h[:, -1:] if last_only else h
-        last = last.reshape(-1, config.hidden_size).contiguous()
-        logits = projected(last, self._head, self._norm, dtype=torch.float32)
+        if last is not None and T > 1:
+            h = h.index_select(1, last)
+        logits = projected(h.reshape(-1, config.hidden_size), self._head, self._norm, dtype=torch.float32)
         return logits.view(B, -1, config.vocab_size)
 
     @property
@@ -352,15 +390,21 @@ class GpuEngine:
         for batch_size, tokens in [*((size, 1) for size in batch_sizes), *((1, length) for length in prompts)]:
             tokens = min(tokens, self.config.max_position_embeddings)
             ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=self._device)
-            cache = self.new_cache(batch_size, tokens)
+            cache, last = self.new_cache(batch_size, tokens), torch.zeros(1, dtype=torch.int64, device=self._device)
             yield torch.inference_mode()(
-                functools.partial(self._forward, ids, cache.storage, None if tokens == 1 else 0, True)
+                functools.partial(self._forward, ids, cache.storage, None if tokens == 1 else 0, last)
             )
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads."""
         matrices = [matrix for layer in self._matrices for matrix in layer.values()]
         return sum(matrix.nbytes for matrix in matrices) + (self._head.nbytes if self._head else 0)
+
+
+def rounded_up(tokens: int) -> int:
+    """The next of 1, 16, 24, 32, 48, 64, 96, 128 and so on: at most a third of the places stay empty from 16 on."""
+    power = 1 << (tokens - 1).bit_length()
+    return tokens if tokens == 1 else max(16, power // 4 * 3 if tokens <= power // 4 * 3 else power)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:

@@ -63,7 +63,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             signature[name] = "*" + _TYPES[value.dtype]
             aligned[index,] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(fn, signature, dict(launch.constants), aligned)
     gpu, _ = TARGETS[target]
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 
-from bitnet.kernels.triton import activations, attention, groups, language, product, weights
+from bitnet.kernels.triton import activations, attention, groups, language, product, sampling, weights
 from bitnet.kernels.triton import project as one_token
 from bitnet.kernels.triton.language import Launch, record
 from bitnet.quant import packed_width
@@ -103,6 +103,11 @@ def embed() -> object:
     return attention.embed(torch.empty(1, dtype=torch.int64), packed, scale, 2560, BF16)
 
 
+def draw() -> object:
+    uniform = torch.empty(2, dtype=torch.float64)
+    return sampling.draw(torch.empty(2, 128256), uniform, temperature=0.8, top_p=0.95, min_p=0.05, not_finite=-2)
+
+
 # 2B-4T's shapes: calls, and the pattern that the first launch must hold.
 CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "norm and quantize": (quantize(1, 2560, True), None),
@@ -138,6 +143,7 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "one token, 4 bits": (project(2560, 2560, "none", False, 4), DOT4),
     "rotate": (rotate, None),
     "embed": (embed, None),
+    "draw": (draw, None),
 }  # fmt: skip
 
 

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.bench.gpu_gate import GATES
+from bitnet.inference.options import SamplingConfig
+from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
-from bitnet.kernels.triton import activations, language, product, weights
+from bitnet.kernels.triton import activations, language, product, sampling, weights
 from bitnet.quant import pack_codes, quantize_ternary, unpack_codes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -230,3 +232,32 @@ def test_gates_of_the_benchmark_turn_red(name: str, monkeypatch: pytest.MonkeyPa
     for module in (activations, weights, product):
         monkeypatch.setattr(module, "launch", off_by_one)
     assert list(gate(cpu, True)) != []
+
+
+# The draw
+
+
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.2), (0.5, 0.0), (0.95, 0.05)])
+def test_tokens_are_drawn_as_specified(top_p: float, min_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 64)  # lists of several blocks
+    logits = (3 * torch.randn(5, 120))[:, :100]
+    logits[1] = logits[1].round()  # equal ones
+    logits[2] = 0
+    uniform = torch.rand(5, dtype=torch.float64)
+    uniform[3:] = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
+    wanted = choose(logits, SamplingConfig(0.8, top_p=top_p, min_p=min_p), uniform[:, None])
+    assert sampling.draw(logits, uniform, temperature=0.8, top_p=top_p, min_p=min_p, not_finite=-2).equal(wanted)
+    logits[0, 99], logits[4, 0] = float("nan"), float("inf")
+    wanted[[0, 4]] = -2
+    assert sampling.draw(logits, uniform, temperature=0.8, top_p=top_p, min_p=min_p, not_finite=-2).equal(wanted)
+
+
+def test_a_draw_refuses_what_it_cannot_read() -> None:
+    uniform = torch.rand(2, dtype=torch.float64)
+    for logits in (torch.randn(2, 9).half(), torch.randn(9, 2).T):
+        with pytest.raises(ValueError, match="give float32, a row in one piece"):
+            sampling.draw(logits, uniform, temperature=1.0, not_finite=-2)
+    with pytest.raises(ValueError, match=r"temperature 0, .* draw nothing"):
+        sampling.draw(torch.randn(2, 9), uniform, temperature=0, not_finite=-2)
+    with pytest.raises(ValueError, match="uniform"):
+        sampling.draw(torch.randn(2, 9), uniform.float(), temperature=1.0, not_finite=-2)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet import kernels
+from bitnet.inference import gpu_engine
 from bitnet.inference.generation import SamplingConfig, generate
-from bitnet.inference.gpu_engine import GpuCache, GpuEngine
+from bitnet.inference.gpu_engine import GpuCache, GpuEngine, rounded_up
 from bitnet.inference.split_engine import SplitEngine
 from bitnet.kernels.cpu import native
 from bitnet.kernels.triton import attention, language, product, warm
@@ -216,6 +217,53 @@ def test_kernels_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch
         assert len(list(warm.compile_missing(variants, engine.device))) == seen
     assert compiled == [len(variants)] * 2
     assert len(list(warm.compile_missing(variants[:-1], engine.device))) == 1
+
+
+def test_a_process_that_compiles_says_what_failed_and_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deadly.py").write_text("import os\nprint('no answer', flush=True)\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    variants = [("no_such_module", "a", (), {}, {}), ("deadly", "b", (), {}, {}), ("no_such_module", "c", (), {}, {})]
+    rows = {row["kernel"]: row["error"] for row in warm.compile_all(variants, 1)}
+    assert set(rows) == {"a", "b", "c"}
+    assert "No module named 'no_such_module'" in rows["a"]
+    assert "ended with code 3" in rows["b"]
+    assert rows["c"] == rows["a"]
+
+
+def test_prompts_are_rounded_up() -> None:
+    sizes = [1, 2, 16, 17, 24, 25, 33, 64, 65, 97, 769, 1000]
+    assert [rounded_up(size) for size in sizes] == [1, 16, 16, 24, 24, 32, 48, 64, 96, 128, 1024, 1024]
+
+
+def test_the_second_prompt_of_a_length_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = GpuEngine.from_model(packed_model(BASE), dtype="float32")
+    prompts = [torch.randint(50, (2, tokens)) for tokens in (11, 9, 5)]
+
+    def texts() -> list[torch.Tensor]:
+        found = []
+        for ids in prompts:
+            cache = engine.new_cache(2, 40)
+            found += [engine(ids, cache, last_only=True), engine(ids[:, :1], cache)]
+            assert cache.length == ids.shape[1] + 1
+            del cache
+        return found
+
+    eager = texts()
+    captured: list[int] = []
+
+    def capture(storage: Any, tokens: int) -> Any:
+        graph = gpu_engine._Graph(2, tokens, engine.device)
+        captured.append(tokens)
+        length = None if tokens == 1 else 0
+        graph.replay = lambda: engine._forward(graph.ids, storage, length, graph.last)  # type: ignore[method-assign]
+        return graph
+
+    monkeypatch.setattr(engine, "_capture", capture)
+    engine.graphs = True
+    engine._free.clear()
+    for found, wanted in zip(texts(), eager, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
+    assert captured == [1, 16]  # the first prompt ran eagerly, all others through one graph
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason="the native kernels were not built")

@@ -9,6 +9,7 @@
     groups.py         the product with scales of groups of columns
     project.py        one token through norm, quantization and product in one launch
     attention.py      rotary positions, cache and attention of one new token
+    sampling.py       the next token of every row: temperature, top-p, min-p and the draw
     warm.py           all of them compiled beforehand, in several processes
     ops.py            torch operators of the packed product
     training.py       the int8 forward and its backward

@@ -8,10 +8,12 @@ stays in Triton's cache folder, where the first real launch finds it. A model ha
 import hashlib
 import importlib
 import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from bitnet.files import write_atomic
 from bitnet.kernels.triton.language import cache_folder, device_name, record, triton
 
-# Module and name of a kernel, its arguments' types (17 for a number), constants and options: all of it pickles.
+# Module and name of a kernel, its arguments' types (17 or 1.5 for a number), constants and options: all of it pickles.
 Variant = tuple[str, str, tuple[Any, ...], dict[str, Any], dict[str, Any]]
 Row = dict[str, Any]
 
@@ -38,7 +40,10 @@ def variants_of(calls: Iterable[Callable[[], object]], assembly: str = "ptx") ->
                     raise
         for each in launches:
             # Numbers that are no constants (M, T) are not specialized, so any one stands for all.
-            kinds = tuple(v.dtype if isinstance(v, torch.Tensor) else 17 for v in each.arguments.values())
+            kinds = tuple(
+                v.dtype if isinstance(v, torch.Tensor) else 1.5 if isinstance(v, float) else 17
+                for v in each.arguments.values()
+            )
             variant = (each.kernel.fn.__module__, each.kernel.fn.__name__, kinds, each.constants, each.options)
             found.setdefault(repr(variant), variant)
     return list(found.values())
@@ -58,14 +63,54 @@ def compile_variant(variant: Variant) -> Row:
 
 
 def compile_all(variants: list[Variant], processes: int | None = None) -> Iterator[Row]:
-    """A row of results for each variant as it is ready. Those of a process that crashed are missing."""
+    """A row of results for each variant as it is ready, with `error` where it or its process failed."""
     processes = processes or max(1, min(16, len(variants) // 2, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(compile_variant, variant) for variant in variants]):
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                return
+    todo: queue.SimpleQueue[Variant] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Row] = queue.SimpleQueue()
+    for variant in variants:
+        todo.put(variant)
+    for _ in range(min(processes, len(variants))):
+        threading.Thread(target=_feed, args=(todo, done), daemon=True).start()
+    for _ in variants:
+        yield done.get()
+
+
+def _feed(todo: "queue.SimpleQueue[Variant]", done: "queue.SimpleQueue[Row]") -> None:
+    # A process of our own, since multiprocessing's would run the caller's script again, unless it guards against that.
+    command = [sys.executable, "-c", f"from {__name__} import work; work()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    worker: subprocess.Popen[bytes] | None = None
+    while True:
+        try:
+            variant = todo.get_nowait()
+        except queue.Empty:
+            break
+        try:
+            if worker is None:
+                worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            pickle.dump(variant, worker.stdin)
+            worker.stdin.flush()
+            done.put(pickle.load(worker.stdout))
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            code, worker = worker.wait() if worker else None, None
+            done.put({"kernel": variant[1], "error": f"its process ended with code {code}: {error}"})
+    if worker is not None:
+        worker.communicate()
+
+
+def work() -> None:
+    """Compile variants that come pickled on standard input and answer with rows, until the input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what compilers print is no answer
+    while True:
+        try:
+            variant = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(compile_variant(variant), answers)
+        answers.flush()
 
 
 def mark_of(variants: list[Variant], device: torch.device) -> Path:
