@@ -28,6 +28,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "storage": ("model", "tokenizer"),
     "inference": ("storage",),
     "ptq": ("storage",),
+    "vllm": ("storage",),
     "evaluation": ("serving", "ptq", "data"),
     "training": ("evaluation",),
     "bench": ("training",),

@@ -167,7 +167,7 @@ def packed_linear(
 
 def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
     """Integer product on packed weights: see `reference.packed_matmul`."""
-    backend = cpu if select_backend(codes) is cpu and in_features else reference
+    backend = select_backend(codes) if in_features else reference
     if backend is cpu and not ops.is_eager(codes):
         _check_device(codes, packed)
         return ops.packed_matmul(codes, packed, bits, in_features)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bitnet.kernels import cpu, reference
+from bitnet.kernels import cpu, reference, triton
 from bitnet.kernels.cpu import blocks as native_blocks
 from bitnet.quant import blocks
 
@@ -89,6 +89,8 @@ def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
 
 def _backend(x: Tensor) -> Any:
     # A program that was written down may be run on another machine, and on another device.
+    if x.device.type == "cuda" and triton.available():
+        return triton
     return cpu if x.device.type == "cpu" and cpu.available() else reference
 
 

@@ -388,3 +388,12 @@ def test_variants_to_compile_are_found_once_and_pickle() -> None:
     assert pickle.loads(pickle.dumps(variants)) == variants
     with pytest.raises(ValueError, match="no number"):
         warm.variants_of([lambda: int("no number")])
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_integer_products_of_codes_from_elsewhere(bits):
+    x, w = random_codes(5, 40, 131, bits)
+    found = backend.packed_matmul(x, pack_codes(w, bits), bits=bits, in_features=131)
+    assert torch.equal(found, reference.packed_matmul(x, pack_codes(w, bits), bits=bits, in_features=131))
+    with pytest.raises(ValueError, match="give int8 with 131"):
+        backend.packed_matmul(x[:, :-1], pack_codes(w, bits), bits=bits, in_features=131)

@@ -28,7 +28,14 @@ from torch import Tensor
 from bitnet.kernels import reference
 from bitnet.kernels.reference import check_quantizer, quantize_weight
 
-__all__ = ["available", "fake_quant_linear", "packed_linear", "quantize_activations", "quantize_weight"]
+__all__ = [
+    "available",
+    "fake_quant_linear",
+    "packed_linear",
+    "packed_matmul",
+    "quantize_activations",
+    "quantize_weight",
+]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -90,6 +97,20 @@ def packed_linear(
     else:
         y = ops.group_op(codes, x_scale, packed, scale, bias, in_features, group_size, x.dtype)
     return y.view(*x.shape[:-1], packed.shape[0])
+
+
+def packed_matmul(codes: Tensor, packed: Tensor, *, bits: int, in_features: int) -> Tensor:
+    """As `reference.packed_matmul`. Raises ValueError for tensors that do not fit together, before any launch."""
+    if codes.dtype != torch.int8 or codes.shape[-1] != in_features:
+        raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; give int8 with {in_features} as last dimension")
+    from bitnet.kernels.triton.activations import padded
+
+    flat = codes.reshape(-1, in_features)
+    ones, total = torch.ones(len(flat), device=codes.device), flat.sum(1, dtype=torch.int32)
+    flat = torch.nn.functional.pad(flat, (0, padded(in_features) - in_features))
+    product = _inference().product_op
+    y = product(flat, ones, total, packed, ones.new_ones(1), None, None, bits, in_features, torch.int32)
+    return y.view(*codes.shape[:-1], packed.shape[0])
 
 
 def fake_quant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:

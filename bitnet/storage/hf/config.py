@@ -96,7 +96,7 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
     heads = _integer(values, "num_attention_heads")
     head_dim = None if values.get("head_dim") is None else _integer(values, "head_dim")
     theta, factors = parse_rope(values, head_dim or _integer(values, "hidden_size") // heads)
-    form = _form(values.get("quantization_config"))
+    form = parse_form(values.get("quantization_config"))
     config = ModelConfig(
         vocab_size=_integer(values, "vocab_size"),
         hidden_size=_integer(values, "hidden_size"),
@@ -121,7 +121,9 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
     return config, form
 
 
-def _form(quantization: object) -> Form:
+def parse_form(quantization: object) -> Form:
+    """The form of the weights, from the quantization_config of a config.json, or None where it has none. Raises
+    ValueError for what is not understood."""
     if quantization is None:
         return "dense"
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":

@@ -157,22 +157,29 @@ def _check_packed(tensors: Tensors, module: str, shape: list[int]) -> None:
 
 def _ternary(tensors: Tensors, module: str, form: Form) -> tuple[Tensor, Tensor]:
     """A projection's codes in our layout (`bitnet/quant/packing.py`) and its scale, float32 `[1, 1]`."""
-    weight = tensors.read(f"{module}.weight")
+    try:
+        packed = pack_codes(read_codes(tensors.read(f"{module}.weight")), 2)
+        return packed, read_scale(tensors.read(f"{module}.weight_scale"), form)
+    except ValueError as error:
+        raise ValueError(f"{tensors.path}: {module}: {error}") from error
+
+
+def read_codes(weight: Tensor) -> Tensor:
+    """Codes int8 `[N, K]` of a stored weight: uint8 `[N / 4, K]`, or floats `[N, K]`. Raises ValueError for others
+    than -1, 0 and 1."""
     # Clamped first, so that a large float becomes no valid code by wrapping.
     codes = unpack_rows(weight) if weight.dtype == torch.uint8 else weight.float().clamp(-2, 2).to(torch.int8)
-    try:
-        if weight.dtype != torch.uint8 and not torch.equal(codes.to(weight.dtype), weight):
-            raise ValueError("fractions")
-        packed = pack_codes(codes, 2)
-    except ValueError as error:
-        raise ValueError(
-            f"{tensors.path}: {module}.weight holds other codes than -1, 0 and 1 ({error}); it is damaged"
-        ) from error
+    fractions = weight.dtype != torch.uint8 and not torch.equal(codes.to(weight.dtype), weight)
+    if fractions or (codes.numel() and int(codes.abs().max()) > 1):
+        raise ValueError("its weight holds other codes than -1, 0 and 1; it is damaged")
+    return codes
+
+
+def read_scale(stored: Tensor, form: Form) -> Tensor:
+    """The scale float32 `[1, 1]` of a weight_scale as the form stores it. Raises ValueError where it is none."""
     # In float64: 1 / (1 / scale) in float32 loses the last bit of some scales.
-    scale = tensors.read(f"{module}.weight_scale").double()
-    if form == "packed-inverse":
-        scale = 1 / scale
+    scale = 1 / stored.double() if form == "packed-inverse" else stored.double()
     scale = scale.float().view(1, 1)
     if not (0 < float(scale) < float("inf")):
-        raise ValueError(f"{tensors.path}: {module} has the scale {float(scale)}; it must be above 0 and finite")
-    return packed, scale
+        raise ValueError(f"its scale is {float(scale)}; it must be above 0 and finite")
+    return scale

@@ -1,0 +1,50 @@
+"""A program for the tests: what vLLM makes of models, each in an engine of its own, as JSON.
+
+    python tests/vllm/in_vllm.py JOBS.json OUT.json
+
+JOBS is a list of objects: model (a folder), prompts (lists of token ids), new_tokens, and options of vllm.LLM. OUT has
+for each job the greedy ids and, of every prompt position but the first, the likeliest tokens with their
+log-probabilities; or the reason why vLLM did not start.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+LIKELIEST = 8
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    import vllm
+
+    options = {
+        "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 256,
+        "max_num_seqs": 32, "max_num_batched_tokens": 512, "disable_log_stats": True,
+        "distributed_executor_backend": "uni",
+    } | job["options"]  # fmt: skip
+    try:
+        llm = vllm.LLM(job["model"], **options)
+    except Exception as error:  # of any kind, from other processes too
+        return {"refused": str(error)}
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, prompt_logprobs=LIKELIEST
+    )
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling)
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    positions = [
+        [{id: entry.logprob for id, entry in position.items()} for position in output.prompt_logprobs[1:]]
+        for output in outputs
+    ]
+    llm.llm_engine.engine_core.shutdown()
+    return {"texts": texts, "positions": positions}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    jobs, out = sys.argv[1:]
+    with open(jobs) as file:
+        results = [run(job) for job in json.load(file)]
+    with open(out, "w") as file:
+        json.dump(results, file)
