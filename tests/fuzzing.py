@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SECONDS, MEMORY = 1.0, 1 << 30
+SECONDS, MEMORY = 1.0, 300_000_000
+"""What one attempt may take: of this process' own time, and of memory beyond the file and what was there before."""
+ADDRESSES = 1 << 30
 MANY = 10 if os.environ.get("BITNET_LONG") == "1" else 1  # ten times as many mutations
 NUMBERS = [
     0,
@@ -47,11 +49,34 @@ def limited_memory() -> Iterator[None]:
         return
     size = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmSize")) << 10
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _memory(name: str) -> int | None:
+    """Bytes of this process by a name of /proc/self/status, where there is one."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), None)
+
+
+@contextlib.contextmanager
+def bounded(what: object, size: int = 0) -> Iterator[None]:
+    """One attempt on a file of so many bytes: asserts that it takes little time and memory, whatever comes of it."""
+    before = _memory("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start = time.process_time()
+    yield
+    seconds, peak = time.process_time() - start, _memory("VmHWM")
+    assert seconds < SECONDS, f"{seconds:.1f} s: {what!r:.2000}"
+    more = 0 if before is None or peak is None else peak - before
+    assert more < size + MEMORY, f"{more:,} bytes: {what!r:.2000}"
 
 
 def mutate(content: bytes, rng: random.Random, header: int) -> bytes:
@@ -116,18 +141,16 @@ def fuzz(
     with limited_memory():
         for attempt in range(attempts * MANY):
             what = prepare(rng)
-            start = time.process_time()
-            try:
-                load()
-                counts["opened"] += 1
-            except ValueError as error:
-                counts["refused" if str(error) else "refused without a word"] += 1
-            except BaseException as error:
-                raise AssertionError(
-                    f"attempt {attempt} with {what!r:.2000}: {type(error).__name__}: {error}"
-                ) from error
-            seconds = time.process_time() - start
-            assert seconds < SECONDS, f"attempt {attempt} took {seconds:.1f} s: {what!r:.2000}"
+            with bounded(what):
+                try:
+                    load()
+                    counts["opened"] += 1
+                except ValueError as error:
+                    counts["refused" if str(error) else "refused without a word"] += 1
+                except BaseException as error:
+                    raise AssertionError(
+                        f"attempt {attempt} with {what!r:.2000}: {type(error).__name__}: {error}"
+                    ) from error
     assert not counts["refused without a word"], counts
     assert counts["refused"] > attempts * MANY // 20, counts
     return counts

@@ -29,7 +29,7 @@ TEXT = "".join(f"The {i}th line says that {i} is followed by {i + 1}.\n" for i i
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one checkpoint: `ternary`, `float` and `plain` (float without sub-norms)."""
+    """Runs of one checkpoint: `ternary`, `float`, `plain` (float without sub-norms), `narrow` (that, half as wide)."""
     root = tmp_path_factory.mktemp("export")
     (root / "text.txt").write_text(TEXT)
     tokenizer = train_tokenizer([TEXT], 300, threads=1)
@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ternary": CONFIG,
         "float": CONFIG.replace(quantizer="none"),
         "plain": CONFIG.replace(quantizer="none", sub_norm=False),
+        "narrow": CONFIG.replace(quantizer="none", sub_norm=False, hidden_size=128, intermediate_size=128),
     }
     for name, config in shapes.items():
         torch.manual_seed(0)
@@ -104,7 +105,7 @@ def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path
 
 
 def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path: Path) -> None:
-    arguments = [str(folder / "plain"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
+    arguments = [str(folder / "narrow"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
     assert main(["quantize", *arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
     assert main(["export", str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
     assert "INT4 codes in groups of 64, quantized after training" in (tmp_path / "hf" / "README.md").read_text()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet import kernels
 from bitnet.inference import cpu_engine
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine, NativeCache
 from bitnet.inference.generation import SamplingConfig, generate
@@ -63,12 +64,26 @@ def off_borders(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[B
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_the_torch_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, expected = off_borders(CONFIGS[name], monkeypatch)
+    with kernels.use_backend("reference"), torch.inference_mode():
+        expected_states = model.model(ids, None)
     for isa in ISAS:
         with native.use_instruction_set(isa):
-            logits = Engine.from_model(model)(ids)
-        assert logits.shape == expected.shape
-        assert logits.dtype == torch.float32
-        assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-5, isa
+            engine = Engine.from_model(model)
+            logits, states = engine(ids), engine.hidden_states(ids)
+        for found, wanted in ((logits, expected), (states, expected_states)):
+            assert found.shape == wanted.shape
+            assert found.dtype == torch.float32
+            assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5, isa
+
+
+def test_hidden_states_of_long_texts_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ids = engine_of(CONFIGS["odd sizes"]), random_ids(CONFIGS["odd sizes"], 2, 60)
+    whole = engine.hidden_states(ids)
+    monkeypatch.setattr(cpu_engine, "MAX_CHUNK", 14)
+    assert torch.equal(engine.hidden_states(ids), whole)
+    assert torch.equal(engine.hidden_states(ids[1:]), whole[1:])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.hidden_states(ids + 1000)
 
 
 def test_the_engine_shares_nothing_with_the_model() -> None:

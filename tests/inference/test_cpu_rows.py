@@ -11,11 +11,14 @@ from torch import Tensor
 from bitnet.inference import cpu_rows
 from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
 from bitnet.inference.cpu_rows import BLOCK, CacheFullError
+from bitnet.inference.generation import generate
+from bitnet.inference.sampling import SamplingConfig
 from bitnet.kernels.cpu import native
 from tests.builders import packed_model
 from tests.inference.builders import BASE, CONFIGS, ON_NATIVE_KERNELS
 
 ISAS = native.instruction_sets()
+STEPS, TEXTS = (200, 200) if os.environ.get("BITNET_LONG") == "1" else (6, 4)  # of each of eight threads
 pytestmark = ON_NATIVE_KERNELS
 
 
@@ -140,11 +143,11 @@ def test_eight_threads_on_one_engine_are_exact() -> None:
 
     def work(number: int) -> None:
         ids = texts[number]
-        for _ in range(12):  # caches of their own ...
+        for _ in range(STEPS):  # caches of their own ...
             own = engine.new_cache(1, 128)
             parts = [engine(piece, own) for piece in ids.split(7, dim=1)]
             assert torch.equal(torch.cat(parts, 1), expected[number])
-        for _ in range(12):  # ... and rows of one cache, whose steps are joined
+        for _ in range(STEPS):  # ... and rows of one cache, whose steps are joined
             row = cache.new_row()
             parts = [engine.rows.step([(row, piece)], every=True)[0] for piece in map(Tensor.tolist, ids[0].split(5))]
             assert torch.equal(torch.cat(parts), rows_expected[number])
@@ -152,6 +155,26 @@ def test_eight_threads_on_one_engine_are_exact() -> None:
 
     in_threads(8, work)
     assert cache.free_tokens == 8 * 128
+
+
+def test_eight_threads_write_the_texts_of_each_alone() -> None:
+    engine = engine_of("base")
+    samplings = [SamplingConfig(temperature=0.0 if number == 0 else 0.9, top_p=0.95) for number in range(8)]
+    prompts = [[[1 + token % 40 for token in range(1 + 5 * number)]] for number in range(8)]
+
+    def text(number: int, turn: int) -> list[int]:
+        length = 3 + (5 * number + turn % 4) % 17
+        ids = generate(engine, prompts[number], max_new_tokens=length, sampling=samplings[number], seed=turn % 4)
+        return [int(step) for step in ids]
+
+    expected = [[text(number, turn) for turn in range(4)] for number in range(8)]
+    assert all(len({tuple(ids[:3]) for ids in expected[number]}) > 1 for number in range(1, 8))  # seeds matter
+
+    def work(number: int) -> None:
+        for turn in range(TEXTS):
+            assert text(number, turn) == expected[number][turn % 4], (number, turn)
+
+    in_threads(8, work)
 
 
 def test_an_error_in_a_step_reaches_its_threads_and_no_other_step() -> None:

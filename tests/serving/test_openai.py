@@ -7,9 +7,11 @@ import torch
 
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.text_model import TextModel
+from bitnet.kernels.cpu import native
 from bitnet.serving.errors import plain_name
 from tests import oracles
 from tests.builders import tiny_model
+from tests.kernels.builders import NOT_BUILT
 from tests.serving.builders import Source, running
 
 openai = oracles.require("openai")
@@ -193,13 +195,27 @@ def test_responses(client, model):
     assert again.usage.input_tokens > answer.usage.input_tokens
 
 
-def test_embeddings_are_the_mean_of_the_last_layer(client, model, tokenizer):
-    if isinstance(model.model, Engine):
-        with pytest.raises(openai.InternalServerError, match="logits alone"):
-            client.embeddings.create(model="tiny", input="x")
-    torch_model = tiny_model("none", vocab_size=tokenizer.vocab_size)
+class LogitsAlone:
+    """An engine that gives no hidden states."""
+
+    def __init__(self, model) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+
+    def __call__(self, *arguments, **options):
+        return self.model(*arguments, **options)
+
+    def new_cache(self, *arguments):
+        return self.model.new_cache(*arguments)
+
+
+@pytest.mark.parametrize("native_engine", [False, True])
+def test_embeddings_are_the_mean_of_the_last_layer(tokenizer, native_engine):
+    if native_engine and not native.instruction_sets():
+        pytest.skip(NOT_BUILT)
+    torch_model = tiny_model(vocab_size=tokenizer.vocab_size).pack()
+    engine = Engine.from_model(torch_model) if native_engine else torch_model
     with (
-        running(TextModel(torch_model, Source(tokenizer))) as (address, _),
+        running(TextModel(engine, Source(tokenizer))) as (address, _),
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as own,
     ):
         texts = ["def wrap(text", "import os", "def wrap(texts"]
@@ -215,6 +231,16 @@ def test_embeddings_are_the_mean_of_the_last_layer(client, model, tokenizer):
     torch.testing.assert_close(torch.tensor(plain), wanted)
     similarity = vectors @ vectors.T
     assert similarity[0, 2] > similarity[0, 1]
+
+
+def test_embeddings_need_hidden_states(tokenizer):
+    engine = LogitsAlone(tiny_model(vocab_size=tokenizer.vocab_size).pack())
+    with (
+        running(TextModel(engine, Source(tokenizer))) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as own,
+        pytest.raises(openai.InternalServerError, match="logits alone"),
+    ):
+        own.embeddings.create(model="tiny", input="x")
 
 
 @pytest.mark.parametrize(

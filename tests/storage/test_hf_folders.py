@@ -23,6 +23,7 @@ from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
 from tests.builders import random_model
+from tests.fuzzing import MANY, bounded
 from tests.oracles.transformers import TINY, greedy
 from tests.storage.builders import edit_config, inference_form, read
 
@@ -336,8 +337,8 @@ def test_mutated_files_give_our_error_or_a_sound_model(folder: Path, target: str
     index = json.dumps({"weight_map": dict.fromkeys(load_file(tensors), "a.safetensors")}).encode()
     if target == "index":
         tensors.rename(folder / "a.safetensors")
-    loaded = slowest = 0.0
-    for _ in range(1000):
+    loaded = 0
+    for _ in range(150 * MANY):
         if target == "config.json":
             (folder / target).write_bytes(mutate(rng, config))
         elif target == "index":
@@ -347,16 +348,14 @@ def test_mutated_files_give_our_error_or_a_sound_model(folder: Path, target: str
             if rng.random() < 0.8 and len(header) > 8:  # a length that fits, so that the rest is looked at
                 header = (len(header) - 8).to_bytes(8, "little") + header[8:]
             tensors.write_bytes(header + whole[length:])
-        start = time.monotonic()
-        try:
-            state = read(folder).state_dict()
-        except ValueError:
-            state = {}
-        slowest = max(slowest, time.monotonic() - start)
+        with bounded(target, len(whole)):
+            try:
+                state = read(folder).state_dict()
+            except ValueError:
+                state = {}
         loaded += bool(state)
         assert sum(value.nbytes for value in state.values()) <= 4 * len(whole)
-    assert slowest < 1
-    assert 0 < loaded < 500  # some edits are harmless, and most are not
+    assert 0 < loaded < 75 * MANY  # some edits are harmless, and most are not
 
 
 # The hub
