@@ -103,11 +103,9 @@ class Engine:
         With a cache, the tokens continue the ones it holds. `out`, of the result's shape, saves its allocation.
         Raises ValueError for ids or lengths that the model or the cache cannot take.
         """
-        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-            raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
-        B, T = input_ids.shape
-        check_ids(self.config, *(int(bound) for bound in input_ids.aminmax()))
-        return self._run(input_ids, None, self.new_cache(B, T) if cache is None else cache, last_only, out)
+        self._check(input_ids)
+        cache = self.new_cache(*input_ids.shape) if cache is None else cache
+        return self._run(input_ids, None, cache, last_only, out)
 
     def go_on(self, hidden: Tensor, cache: NativeCache, *, last_only: bool = False) -> Tensor:
         """The same of the residual stream, float32 `[B, T, C]`, that other layers have left before this engine's first.
@@ -118,8 +116,25 @@ class Engine:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)  # not looked at
         return self._run(ids, hidden, cache, last_only, None)
 
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """What the head multiplies: the last layer's output behind the final norm, float32 `[B, T, C]`, of token ids
+        int64 `[B, T]`. Raises ValueError as a call does."""
+        self._check(input_ids)
+        return self._run(input_ids, None, self.new_cache(*input_ids.shape), last_only=False, out=None, states=True)
+
+    def _check(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+            raise ValueError(f"input_ids are {input_ids.dtype} {list(input_ids.shape)}; give int64 [batch, tokens]")
+        check_ids(self.config, *(int(bound) for bound in input_ids.aminmax()))
+
     def _run(
-        self, input_ids: Tensor, hidden: Tensor | None, cache: NativeCache, last_only: bool, out: Tensor | None
+        self,
+        input_ids: Tensor,
+        hidden: Tensor | None,
+        cache: NativeCache,
+        last_only: bool,
+        out: Tensor | None,
+        states: bool = False,
     ) -> Tensor:
         config = self.config
         B, T = input_ids.shape
@@ -131,7 +146,7 @@ class Engine:
             raise ValueError(
                 f"the cache holds {cache.max_length} positions and {cache.length + T} are needed; make it longer"
             )
-        shape = [B, 1 if last_only else T, config.vocab_size]
+        shape = [B, 1 if last_only else T, config.hidden_size if states else config.vocab_size]
         logits = torch.empty(shape) if out is None else out
         if list(logits.shape) != shape or logits.dtype != torch.float32 or not logits.is_contiguous():
             raise ValueError(f"out must be contiguous float32 {shape}, got {logits.dtype} {list(logits.shape)}")
@@ -142,7 +157,7 @@ class Engine:
             ids = input_ids[:, start : start + chunk].contiguous()
             part = logits
             if not last_only and chunk < T:
-                part = torch.empty(B, ids.shape[1], config.vocab_size)
+                part = torch.empty(B, ids.shape[1], shape[2])
             # Of the last position alone, only the last piece needs the head.
             count = ids.shape[1]
             wanted = range(count - 1, B * count, count) if last_only else range(B * count)
@@ -151,7 +166,7 @@ class Engine:
             for row in cache.rows:
                 row.length, row.tokens = cache.length, count
             stream = None if hidden is None else hidden[:, start : start + chunk].contiguous()
-            self.forward(cache.rows, ids.view(-1), wanted, part, stream)
+            self.forward(cache.rows, ids.view(-1), wanted, part, stream, states)
             cache.length += count
             if part is not logits:
                 logits[:, start : start + chunk] = part
@@ -164,10 +179,12 @@ class Engine:
         wanted: Sequence[int],
         logits: Tensor,
         hidden: Tensor | None = None,
+        states: bool = False,
     ) -> None:
         """Run the new tokens `ids`, int64, of rows (an array of `native.Row`), one row behind the other, and write the
-        logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`. With `hidden`, contiguous
-        float32 `[len(ids), C]`, they begin there and not at their embeddings. Any number of threads may."""
+        logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`, or with `states` to
+        `[len(wanted), C]` what the head would multiply. With `hidden`, contiguous float32 `[len(ids), C]`, they begin
+        there and not at their embeddings. Any number of threads may."""
         lib, threads = native.library(), native.threads()
         assert lib is not None
         longest = native.round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
@@ -177,7 +194,7 @@ class Engine:
             workspace = torch.empty(size, dtype=torch.uint8)
         tokens = ids.data_ptr() if isinstance(ids, Tensor) else ids.buffer_info()[0]
         numbers = array.array("i", wanted)
-        target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), workspace.data_ptr(), threads
+        target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), states, workspace.data_ptr(), threads
         stream = None if hidden is None else hidden.data_ptr()
         native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
         self._workspaces.append(workspace)

@@ -7,6 +7,7 @@ and bias.
 Letters: N positions, V vocab_size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,13 +42,21 @@ def score(logits: Tensor, ids: list[int], alternatives: int = 0) -> list[Score]:
     return found
 
 
+def hidden_states_of(model: LanguageModel) -> Callable[[Tensor], Tensor] | None:
+    """What gives a model's last layer behind the final norm, `[B, T, C]` of ids `[B, T]`; None: its engine has none."""
+    if isinstance(model, BitNetForCausalLM):
+        return lambda ids: model.model(ids, None)
+    return getattr(model, "hidden_states", None)
+
+
 @torch.inference_mode()
 def embedding(model: LanguageModel, ids: list[int]) -> Tensor:
     """The mean of the last layer's output over a text's tokens, behind the final norm, float32 `[C]` of length 1.
 
-    Raises ValueError for an engine, which gives logits alone.
+    Raises ValueError for an engine that gives logits alone.
     """
-    if not isinstance(model, BitNetForCausalLM):
-        raise ValueError("this model runs on an engine that gives no hidden states; embeddings need a model in torch")
-    hidden = model.model(torch.tensor([ids], device=model.device), None)[0]
+    hidden_states = hidden_states_of(model)
+    if hidden_states is None:
+        raise ValueError("this model's engine gives logits alone; embeddings need one that runs in torch or natively")
+    hidden = hidden_states(torch.tensor([ids], device=model.device))[0]
     return F.normalize(hidden.float().mean(0), dim=0).cpu()

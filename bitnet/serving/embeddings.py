@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from bitnet.model import BitNetForCausalLM
+from bitnet.inference.scoring import hidden_states_of
 from bitnet.serving.completions import prompts_of
 from bitnet.serving.errors import ApiError
 from bitnet.serving.models import ServedModel
@@ -21,9 +21,9 @@ from bitnet.serving.streams import unless_gone
 
 async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> Response:
     """Raises ApiError for a model whose engine has no hidden states, and as `Scheduler.embed`."""
-    if not isinstance(model.text_model.model, BitNetForCausalLM):
+    if hidden_states_of(model.text_model.model) is None:
         raise ApiError(
-            501, f"{model.name!r} runs on an engine that gives logits alone; embeddings need one that runs in torch",
+            501, f"{model.name!r} runs on an engine that gives logits alone; embeddings need one of the CPU, or torch",
             param="model", code="no_embeddings",
         )  # fmt: skip
     texts = [ids for _, ids in prompts_of(model, body.input, "input")]

@@ -3,7 +3,7 @@
 //     h = embed(ids)
 //     per layer   h += o(attn_sub_norm(attention(input_norm(h))))
 //                 h += down(ffn_sub_norm(act(gate(n)) * up(n))),  n = post_norm(h)
-//     logits = head(norm(h))
+//     logits = head(norm(h)), or norm(h) itself where states are asked for
 //
 // The model is bitnet/model/transformer.py, which is the specification. The new tokens of all rows lie one behind the
 // other and go through every product together; attention takes each row for itself. Integer sums are exact and floats
@@ -252,11 +252,19 @@ struct pass {
             for (int64_t i = first; i < last; i++) read_row(m.embedding, ids[i], buf.h + i * round_up(m.hidden, 64), own);
         });
     }
+
+    bool give_states(const int32_t *wanted, int64_t wanted_count, float *states) {
+        return self.each(wanted_count, [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; i++)
+                rms_norm(buf.h + wanted[i] * round_up(m.hidden, 64), m.norm, m.hidden, m.eps, states + i * m.hidden);
+        });
+    }
 };
 
-// The new tokens `ids` of all rows, row by row, and logits [wanted_count, vocab] behind those whose numbers are wanted.
+// The new tokens `ids` of all rows, row by row, and logits [wanted_count, vocab] behind those whose numbers are wanted,
+// or with `states` [wanted_count, hidden], what the head would multiply.
 static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const float *hidden,
-                   const int32_t *wanted, int64_t wanted_count, float *logits, void *workspace, int threads) {
+                   const int32_t *wanted, int64_t wanted_count, float *out, int states, void *workspace, int threads) {
     int64_t M = 0, longest = 0;
     for (int64_t i = 0; i < row_count; i++) {
         M += rows[i].tokens;
@@ -278,8 +286,10 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
         pass p = {*m, rows, row_count, M, few, buf, self, buf.own + self.id * buf.own_bytes + buf.own_x};
         bool here = hidden ? p.go_on(hidden) : p.embed(ids);
         for (int64_t i = 0; here && i < m->layers; i++) here = p.layer(i);
-        if (here && wanted_count && p.prepare_rows(m->head, buf.h, round_up(m->hidden, 64), m->norm, wanted_count, wanted))
-            p.multiply_rows(m->head, logits, m->vocab, OUT_STORE);
+        if (!here || !wanted_count) return;
+        if (states) p.give_states(wanted, wanted_count, out);
+        else if (p.prepare_rows(m->head, buf.h, round_up(m->hidden, 64), m->norm, wanted_count, wanted))
+            p.multiply_rows(m->head, out, m->vocab, OUT_STORE);
     });
     return 0;
 }

@@ -147,7 +147,7 @@ typedef struct {
     int (*linear)(const bn_matrix *w, const float *x, int64_t rows, float *y, int64_t y_stride, int64_t columns, int threads);
     // Of new tokens: their ids, or where `hidden` is not NULL the residual stream [tokens, hidden] before the first layer.
     int (*forward)(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const float *hidden,
-                   const int32_t *wanted, int64_t wanted_count, float *logits, void *workspace, int threads);
+                   const int32_t *wanted, int64_t wanted_count, float *out, int states, void *workspace, int threads);
     // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that
     // was. For the machine's limits in bitnet.bench.
     int64_t (*peak)(int64_t rounds, int threads);

@@ -109,7 +109,7 @@ class Kernels(ctypes.Structure):
         ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
         ("linear", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqpqqi"))),
-        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qpppqppi"))),
+        ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qpppqpipi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
         ("sample", ctypes.CFUNCTYPE(None, POINTER(Draw), *c_types("qqpi"))),
     ]
