@@ -30,6 +30,7 @@ from bitnet.inference.loading import open_model
 from bitnet.kernels import GROUP_SIZES
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
+from bitnet.model.compound import OutlierInt8Linear
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
@@ -67,7 +68,8 @@ def kernel_of(model: BitNetForCausalLM) -> str:
     projections = [module for name, module in model.named_modules() if name.endswith("_proj")]
     if all(isinstance(module, nn.Linear) for module in projections):
         return "float"
-    return "int8" if all(isinstance(module, StaticInt8Linear) for module in projections) else "dequantizes"
+    integers = (StaticInt8Linear, OutlierInt8Linear)
+    return "int8" if all(isinstance(module, integers) for module in projections) else "dequantizes"
 
 
 def measure(path: str, threads: int | None) -> dict[str, float | None]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitnet.console import note
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel, beyond_kernels, build_exactly
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.split_engine import SplitEngine
-from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights
-from bitnet.kernels import native_wanted, triton_wanted
+from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights, unknown_layers
+from bitnet.kernels import native_wanted, requested_backend, triton_wanted
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.gguf.read import TERNARY, read_ternary, trained_groups
@@ -83,7 +84,10 @@ def open_model(
             "it was made from"
         )
     if native and model.config.quantizer == "none" and dtype == torch.float32:
-        return options.engine(model)
+        unknown = [] if requested_backend() == "native" else unknown_layers(model)
+        if not unknown:
+            return options.engine(model)
+        note(f"{source.path} has layers {', '.join(unknown)}, which the native kernels do not know; it runs in torch")
     _refuse(options, "torch", str(dtype).removeprefix("torch."))
     return model.to(device=device, dtype=dtype)
 

@@ -16,12 +16,13 @@ from bitnet.kernels import GROUP_SIZES, PACKED_BITS, quantize_weight
 from bitnet.kernels.cpu import native
 from bitnet.kernels.cpu.matrices import Form, Piece, ternary_groups, ternary_piece, unsigned
 from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
+from bitnet.model.compound import AffineLinear, OutlierInt8Linear, ScaledBlockLinear, TritPlanesLinear
 from bitnet.model.linear import BitLinear, scale_form
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
 from bitnet.quant.blocks import READ_ONLY, block_type, fp4, iquants
 from bitnet.quant.blocks.levels import LEVELS
-from bitnet.quant.gptq_layout import unpack_gptq
+from bitnet.quant.gptq_layout import unpack_gptq, unpack_words
 from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
 from bitnet.quant.packing import pack_codes, packed_width
 
@@ -153,6 +154,11 @@ def float_table(weight: Tensor, embeddings: str) -> Stored:
     return of_floats(weight)
 
 
+def unknown_layers(model: nn.Module) -> list[str]:
+    """Kinds of a model's layers that the native kernels do not know, by name."""
+    return sorted({type(module).__name__ for module in model.modules() if isinstance(module, OutlierInt8Linear)})
+
+
 def stored(module: nn.Module, activations: str = "int8") -> Stored:
     """A module's weight. Raises ValueError for one that the kernels do not know."""
     if isinstance(module, (PackedLinear, PackedEmbedding)):
@@ -164,9 +170,14 @@ def stored(module: nn.Module, activations: str = "int8") -> Stored:
         scale = module.scale if module.dtype == "float8" else None
         return of_floats(module.stored, module.bias, scale, module.dtype)
     if isinstance(module, BlockLinear):
-        return of_blocks(module.data, module.block_type, module.in_features, activations, module.bias)
+        found = of_blocks(module.data, module.block_type, module.in_features, activations, module.bias)
+        return _times(found, module.tensor_scale) if isinstance(module, ScaledBlockLinear) else found
     if isinstance(module, GroupLinear):
         return _of_groups(module, activations)
+    if isinstance(module, AffineLinear):
+        return _of_affine(module, activations)
+    if isinstance(module, TritPlanesLinear):
+        return _of_planes(module, activations)
     if isinstance(module, NF4Linear):
         return _of_nf4(module)
     if isinstance(module, StaticInt8Linear):
@@ -278,20 +289,7 @@ def _activations(name: str) -> str:
 def _of_groups(layer: GroupLinear, activations: str) -> Stored:
     """The layout of GPTQ checkpoints: columns in the order of their groups, each padded to what the kernels take."""
     codec = {2: "two_bit", 3: "three_bit", 4: "four_bit", 8: "eight_bit"}[layer.bits]
-    groups = len(layer.scales)
-    counts = torch.bincount(layer.g_idx.long(), minlength=groups)
-    longest = int(counts.max())
-    group = 16 if longest <= 16 else -(-longest // 32) * 32
-    order: Tensor | None = torch.full((groups, group), -1, dtype=torch.int32)
-    assert order is not None
-    columns = torch.argsort(layer.g_idx, stable=True)
-    within = torch.arange(len(columns)) - (counts.cumsum(0) - counts)[layer.g_idx[columns].long()]
-    order[layer.g_idx[columns].long(), within] = columns.to(torch.int32)
-    order = order.flatten()
-    if torch.equal(order[: layer.in_features], torch.arange(layer.in_features, dtype=torch.int32)) and (
-        len(order) == layer.in_features or groups == 1
-    ):
-        order = None
+    group, order = _order(layer.g_idx, len(layer.scales))
     form = Form(
         layer.in_features, codec, _activations(activations), "half_zero", group, order=order, divisor=layer.input_scale
     )
@@ -310,11 +308,73 @@ def _of_groups(layer: GroupLinear, activations: str) -> Stored:
         zero, rows = weight.zero_point[: last - first], weight.codes[: last - first]
         if int(zero.max()) > 255:
             raise ValueError(f"a zero point of {int(zero.max())}; the native kernels hold 255, run the model in torch")
-        if order is not None:
-            rows = torch.where(order >= 0, rows[:, order.clamp(min=0).long()], 0)
-        return Piece(rows, [weight.scale[: last - first].half(), zero.to(torch.uint8)])
+        return Piece(_in_order(rows, order), [weight.scale[: last - first].half(), zero.to(torch.uint8)])
 
     return Stored(form, layer.out_features, read, layer.bias)
+
+
+def _order(g_idx: Tensor, groups: int) -> tuple[int, Tensor | None]:
+    """Columns of a padded group, and the input that each padded column takes (int32, -1 for none); None: its own."""
+    counts = torch.bincount(g_idx.long(), minlength=groups)
+    longest = int(counts.max())
+    group = 16 if longest <= 16 else -(-longest // 32) * 32
+    order = torch.full((groups, group), -1, dtype=torch.int32)
+    columns = torch.argsort(g_idx, stable=True)
+    within = torch.arange(len(columns)) - (counts.cumsum(0) - counts)[g_idx[columns].long()]
+    order[g_idx[columns].long(), within] = columns.to(torch.int32)
+    order = order.flatten()
+    inputs = torch.arange(len(g_idx), dtype=torch.int32)
+    if torch.equal(order[: len(g_idx)], inputs) and (len(order) == len(g_idx) or groups == 1):
+        return group, None
+    return group, order
+
+
+def _in_order(codes: Tensor, order: Tensor | None) -> Tensor:
+    return codes if order is None else torch.where(order >= 0, codes[:, order.clamp(min=0).long()], 0)
+
+
+def _of_affine(layer: AffineLinear, activations: str) -> Stored:
+    groups = layer.scale.shape[1]
+    group, order = _order(torch.arange(layer.in_features, dtype=torch.int32) // (layer.in_features // groups), groups)
+    codec = {2: "two_bit", 3: "three_bit", 4: "four_bit", 8: "eight_bit"}[layer.bits]
+    form = Form(layer.in_features, codec, _activations(activations), "half_min", group, order=order)
+
+    def read(first: int, last: int) -> Piece:
+        codes = unpack_words(layer.qweight[:, first:last], layer.bits).t().contiguous()
+        return Piece(_in_order(codes, order), [layer.scale[first:last], layer.minimum[first:last]])
+
+    return Stored(form, layer.out_features, read, layer.bias)
+
+
+def _of_planes(layer: TritPlanesLinear, activations: str) -> Stored:
+    """Both planes as one matrix, whose columns take every input twice."""
+    K, groups = layer.in_features, layer.scale.shape[2]
+    g_idx = torch.arange(K, dtype=torch.int32) // (K // groups)
+    group, of_plane = _order(g_idx, groups)
+    each = torch.full((groups * group,), -1, dtype=torch.int32)
+    each[:K] = torch.arange(K, dtype=torch.int32)
+    each = each if of_plane is None else of_plane
+    form = Form(K, "two_bit", _activations(activations), "half", group, 1, order=torch.cat([each, each]))
+
+    def read(first: int, last: int) -> Piece:
+        planes = [unpack_words(plane[:, first:last], 2).t() for plane in layer.qweight]
+        return Piece(
+            torch.cat([_in_order(plane, each) for plane in planes], 1),
+            [torch.cat([scale[first:last] for scale in layer.scale], 1)],
+        )
+
+    return Stored(form, layer.out_features, read, layer.bias)
+
+
+def _times(weight: Stored, factor: Tensor) -> Stored:
+    """A weight whose rows have scales, times one number."""
+
+    def read(first: int, last: int) -> Piece:
+        piece = weight.read(first, last)
+        scale = torch.ones(1) if piece.scale is None else piece.scale
+        return replace(piece, scale=scale * factor)
+
+    return replace(weight, read=read)
 
 
 def _of_nf4(layer: NF4Linear) -> Stored:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bitnet import kernels
 from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.compound import AffineLinear, OutlierInt8Linear, ScaledBlockLinear, TritPlanesLinear
 from bitnet.model.linear import PackedEmbedding, PackedLinear
 from bitnet.model.weight_only import (
     BlockEmbedding,
@@ -94,7 +95,10 @@ class StaticInt8Linear(StoredLayer):
         return {"bias": self.bias is not None}
 
 
-_LAYERS = (FloatLinear, FloatEmbedding, GroupLinear, NF4Linear, BlockLinear, BlockEmbedding, StaticInt8Linear)
+_LAYERS = (
+    FloatLinear, FloatEmbedding, GroupLinear, AffineLinear, NF4Linear, BlockLinear, BlockEmbedding, ScaledBlockLinear,
+    TritPlanesLinear, StaticInt8Linear, OutlierInt8Linear,
+)  # fmt: skip
 KINDS: dict[str, type[StoredLayer]] = {layer.__name__: layer for layer in _LAYERS}
 
 

@@ -19,7 +19,7 @@ from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.model.linear import BitLinear, PackedLinear
 from bitnet.model.quantized import StaticInt8Linear, replace_module
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
-from bitnet.ptq.walk import STAGES, Maxima, MeanSquares, Moments, SplitHessian, fold, projection, walk
+from bitnet.ptq.walk import STAGES, Maxima, MeanSquares, Moments, SplitHessian, Stage, fold, projection, walk
 from bitnet.quant import PerTensor
 from bitnet.quant.awq import awq_scale, clip_quantize
 from bitnet.quant.blocks import TYPES as BLOCKS
@@ -59,6 +59,8 @@ class Options:
     """w8a8-static, smoothquant: minmax, percentile, mse or entropy."""
     activations: str = "static"
     """smoothquant: static, or dynamic (a scale a token)."""
+    outlier_threshold: float = 6.0
+    """llm-int8: input channels that reach it are kept in 16 bits."""
     double_quant: bool = True
     """nf4: scales in 8 bits."""
     embeddings: str = "float32"
@@ -67,6 +69,10 @@ class Options:
     """gguf: ggml's own bytes instead of the better search."""
     version: int = 1
     """Convention for zero points in the GPTQ layout (rtn, awq, gptq)."""
+    tuning_steps: int = 200
+    """autoround: steps of each block."""
+    target_bits: float | None = None
+    """mixed: bits of a weight with its scales, if not those of the method's name."""
     batch_size: int = 8
     """Calibration sequences at a time."""
     progress: bool = True
@@ -179,7 +185,7 @@ class RoundToNearest(Grouped):
     """Each weight to the nearest value of its group."""
 
     def convert(self, linear: nn.Linear, options: Options) -> nn.Module:
-        return _group_linear(linear, round_to_nearest(linear.weight, self.grid(options), options.group_size), options)
+        return group_linear(linear, round_to_nearest(linear.weight, self.grid(options), options.group_size), options)
 
 
 @dataclass(frozen=True)
@@ -200,31 +206,40 @@ class GPTQ(Grouped):
 
     def quantize(self, model: BitNetForCausalLM, title: str, ids: Tensor | None, options: Options) -> None:
         assert ids is not None
-        for step in walk(model, ids, title, options.batch_size, options.progress):
+        for number, step in enumerate(walk(model, ids, title, options.batch_size, options.progress)):
             for names in STAGES:
                 # Observed anew for each stage: its inputs depend on the projections that were just quantized.
-                seen = step.observe([names], SplitHessian)[names]
-                hessian, damping, fits = seen.matrix(), options.damping, True
-                if damping is None and options.algorithm == "refined" and seen.held_out.tokens:
-                    # With the damping that does best on what it has not seen, all inputs are fitted.
-                    weight = torch.cat([projection(step.layer, name).weight for name in names])
-                    damping = choose_damping(
-                        weight,
-                        seen.fitted.matrix(),
-                        seen.held_out.matrix(),
-                        self.grid(options),
-                        group_size=options.group_size,
-                        act_order=options.act_order,
-                    )
-                    fits = damping is not None
+                seen, driver = step.observe([names], SplitHessian)[names], self.of(number, names)
+                hessian, damping = driver.settle([projection(step.layer, name) for name in names], seen, options)
                 for name in names:
-                    self._quantize_one(step.layer, name, hessian if fits else None, damping, options)
+                    module = driver.fit(projection(step.layer, name), hessian, damping, options)
+                    replace_module(step.layer, name, module)
 
-    def _quantize_one(
-        self, layer: nn.Module, name: str, hessian: Tensor | None, damping: float | None, options: Options
-    ) -> None:
-        """Without a Hessian by rounding to nearest."""
-        linear, grid = projection(layer, name), self.grid(options)
+    def of(self, layer: int, names: Stage) -> "GPTQ":
+        """What quantizes these projections of a layer."""
+        return self
+
+    def settle(
+        self, linears: list[nn.Linear], seen: SplitHessian, options: Options
+    ) -> tuple[Tensor | None, float | None]:
+        """Hessian and damping for layers that share an input; no Hessian where rounding to nearest does better."""
+        damping = options.damping
+        if damping is not None or options.algorithm != "refined" or not seen.held_out.tokens:
+            return seen.matrix(), damping
+        damping = choose_damping(
+            torch.cat([linear.weight for linear in linears]),
+            seen.fitted.matrix(),
+            seen.held_out.matrix(),
+            self.grid(options),
+            group_size=options.group_size,
+            act_order=options.act_order,
+        )
+        # With the damping that does best on what it has not seen, all inputs are fitted.
+        return (None if damping is None else seen.matrix()), damping
+
+    def fit(self, linear: nn.Linear, hessian: Tensor | None, damping: float | None, options: Options) -> nn.Module:
+        """The quantized form of one projection, without a Hessian by rounding to nearest."""
+        grid = self.grid(options)
         if hessian is None:
             quantized = round_to_nearest(linear.weight, grid, options.group_size)
         else:
@@ -237,7 +252,7 @@ class GPTQ(Grouped):
                 act_order=options.act_order,
                 algorithm=options.algorithm,
             )
-        replace_module(layer, name, _group_linear(linear, quantized, options, ternary=grid.ternary))
+        return group_linear(linear, quantized, options, ternary=grid.ternary)
 
 
 @dataclass(frozen=True)
@@ -275,7 +290,7 @@ class AWQ(Grouped):
                         quantized = clip_quantize(linear.weight, hessians[names], grid, options.group_size)
                     else:
                         quantized = round_to_nearest(linear.weight, grid, options.group_size)
-                    module = _group_linear(linear, quantized, options, input_scale=input_scales[names])
+                    module = group_linear(linear, quantized, options, input_scale=input_scales[names])
                     replace_module(layer, name, module)
 
 
@@ -385,7 +400,7 @@ def _histogram(in_features: int, device: torch.device) -> Observer:
     return Observer(PerTensor())
 
 
-def _group_linear(
+def group_linear(
     linear: nn.Linear,
     quantized: QuantizedWeight,
     options: Options,

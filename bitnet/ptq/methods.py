@@ -34,6 +34,10 @@ from bitnet.ptq.drivers import (
     projections,
     stored_table,
 )
+from bitnet.ptq.formats import FP4, FP4GPTQ, HQQ, PTQTP, OutlierInt8
+from bitnet.ptq.mixture import Mixture
+from bitnet.ptq.rotation import rotate
+from bitnet.ptq.tuning import AutoRound
 from bitnet.ptq.walk import STAGES
 
 MIN_CALIBRATION_TOKENS = 128
@@ -54,6 +58,8 @@ class Method:
     """Nominal bits of a weight."""
     driver: Driver
     """What does it."""
+    rotated: bool = False
+    """Whether the model is rotated first (`bitnet/ptq/rotation.py`)."""
 
     @property
     def needs_calibration(self) -> bool:
@@ -85,6 +91,30 @@ METHODS: dict[str, Method] = {
     "awq": Method("INT4 weights in groups, channels scaled by their activations", 4, AWQ(4)),
     **{f"gptq-{bits}": Method(f"GPTQ: INT{bits} weights in groups", bits, GPTQ(bits)) for bits in (8, 4, 3, 2)},
     "gptq-ternary": Method("GPTQ on the ternary grid, in groups", 2, GPTQ(2, ternary=True)),
+    **{
+        f"hqq-{bits}": Method(f"HQQ: INT{bits} weights in groups, real minima, no calibration", bits, HQQ(bits))
+        for bits in (8, 4, 3, 2)
+    },
+    **{
+        f"autoround-{bits}": Method(f"AutoRound: INT{bits} weights in groups, learned rounding", bits, AutoRound(bits))
+        for bits in (4, 3, 2)
+    },
+    "autoround-ternary": Method("AutoRound on the ternary grid, block by block", 2, AutoRound(2, ternary=True)),
+    "ptqtp": Method("PTQTP: the sum of two ternary planes, 2 bits each", 4, PTQTP(2, ternary=True)),
+    "mxfp4": Method("MXFP4: 4-bit floats, a power of 2 for 32", 4, FP4("MXFP4")),
+    "nvfp4": Method("NVFP4: 4-bit floats, an FP8 scale for 16", 4, FP4("NVFP4")),
+    "gptq-mxfp4": Method("GPTQ on MXFP4", 4, FP4GPTQ(4, kind="MXFP4")),
+    "gptq-nvfp4": Method("GPTQ on NVFP4", 4, FP4GPTQ(4, kind="NVFP4")),
+    "llm-int8": Method("LLM.int8(): W8A8, outlier channels in 16 bits", 8, OutlierInt8()),
+    "rotated-rtn-int4": Method("rotated, then INT4 rounded to nearest", 4, RoundToNearest(4), rotated=True),
+    "rotated-rtn-int3": Method("rotated, then INT3 rounded to nearest", 3, RoundToNearest(3), rotated=True),
+    "rotated-gptq-4": Method("rotated, then GPTQ in INT4", 4, GPTQ(4), rotated=True),
+    "rotated-gptq-3": Method("rotated, then GPTQ in INT3", 3, GPTQ(3), rotated=True),
+    "rotated-w4a8": Method("rotated, then INT4 weights a row, INT8 activations", 4, DynamicInt8("int4"), rotated=True),
+    **{
+        f"mixed-{bits}": Method(f"GPTQ in 2 to 8 bits by sensitivity, {bits} stored", bits, Mixture(3, target=bits))
+        for bits in (3, 4, 5)
+    },
     **{f"gguf-{name.lower()}": Method(f"GGUF blocks {name}", nominal_bits(name), GGUF(name)) for name in BLOCK_TYPES},
     **{
         f"gguf-{name.lower()}": Method(f"GGUF blocks {name}, by importance", nominal_bits(name), ImportantGGUF(name))
@@ -118,6 +148,8 @@ def quantize_model(
     check_options(options, linears)
     driver.check(linears, options)
     with torch.no_grad():
+        if METHODS[name].rotated:
+            rotate(model)
         driver.quantize(model.eval(), name, calibration_ids, options)
         _convert_embeddings(model, driver.embeddings(options))
     return model

@@ -103,9 +103,13 @@ class CalibratedLayer:
         self.outputs: list[Tensor] = []
         self._cos, self._sin = cos, sin
 
-    def forward(self) -> list[Tensor]:
-        """What the layer, as it now is, makes of its inputs."""
-        return [self.layer(hidden, self._cos, self._sin, None) for hidden in self.inputs]
+    def forward(self, inputs: list[Tensor] | None = None) -> list[Tensor]:
+        """What the layer, as it now is, makes of its inputs, or of others like them."""
+        return [self.layer(hidden, self._cos, self._sin, None) for hidden in inputs or self.inputs]
+
+    def forward_with(self, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """What the layer makes of hidden states with these weights in the place of its own, by their names."""
+        return torch.func.functional_call(self.layer, weights, (hidden, self._cos, self._sin, None))
 
     def observe(self, stages: Sequence[Stage], statistic: Callable[[int, torch.device], S]) -> dict[Stage, S]:
         """Send the inputs through the layer; returns what `statistic(in_features, device)` saw before each stage."""

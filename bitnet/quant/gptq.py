@@ -139,7 +139,7 @@ def gptq_quantize(
     order = hessian.diagonal().argsort(descending=True, stable=True)
     if not act_order:
         order = torch.arange(len(hessian), device=weight.device)
-    damped, factor = _inverse_factor(hessian, order, 0.003 if damping is None else damping)
+    damped, factor = inverse_factor(hessian, order, 0.003 if damping is None else damping)
     # How much a rounding error of a channel costs once the later ones have made up for it, 1 / U_jj^2.
     sensitivity = torch.empty_like(factor[0])
     sensitivity[order] = factor.diagonal() ** -2
@@ -336,7 +336,7 @@ def _check_hessian(hessian: Tensor, weight: Tensor) -> Tensor:
     return hessian
 
 
-def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The damped Hessian, and the upper Cholesky factor of its inverse in this order, float32 `[K, K]` both.
 
     A Hessian that cannot be inverted (fewer tokens than channels and no damping, or nothing but zeros) is damped ten

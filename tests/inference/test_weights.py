@@ -9,10 +9,14 @@ from bitnet.inference.weights import Stored, float_table, of_blocks, stored
 from bitnet.kernels.cpu import native
 from bitnet.kernels.cpu.matrices import NativeMatrix, linear
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.compound import AffineLinear, ScaledBlockLinear, TritPlanesLinear
 from bitnet.model.quantized import StaticInt8Linear
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatLinear, GroupLinear, NF4Linear, StoredLayer
 from bitnet.quant.blocks import READ_ONLY, TYPES, dequantize_blocks, iquants
+from bitnet.quant.float4 import quantize_float4
 from bitnet.quant.grouped import Grid, QuantizedWeight, round_to_nearest
+from bitnet.quant.hqq import hqq_quantize
+from bitnet.quant.trit_planes import quantize_planes
 from tests.builders import random_ids
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the native kernels were not built")
@@ -45,6 +49,13 @@ def grouped(bits: int, group: int, *, act_order: bool = False, awq: bool = False
     )
 
 
+def scaled_blocks() -> ScaledBlockLinear:
+    layer = ScaledBlockLinear(128, 40)
+    layer.data, of_tensor = quantize_float4(torch.randn(40, 128), "NVFP4")
+    layer.tensor_scale = torch.tensor([of_tensor])
+    return layer
+
+
 LAYERS: dict[str, object] = {
     **{kind: lambda kind=kind: BlockLinear.from_linear(nn.Linear(768, 40), kind, torch.ones(768)) for kind in TYPES},
     **{dtype: lambda dtype=dtype: FloatLinear.from_linear(nn.Linear(75, 33), dtype) for dtype in FLOATS},
@@ -57,6 +68,12 @@ LAYERS: dict[str, object] = {
     "rtn 4 of a row": lambda: grouped(4, -1, columns=72),
     "act-order 4": lambda: grouped(4, 32, act_order=True),
     "act-order 3": lambda: grouped(3, 144, act_order=True),
+    "hqq 4": lambda: AffineLinear.from_quantized(hqq_quantize(torch.randn(32, 288), 4, 96), torch.randn(32)),
+    "hqq 3 of 48": lambda: AffineLinear.from_quantized(hqq_quantize(torch.randn(40, 288), 3, 48)),
+    "hqq 2 of a row": lambda: AffineLinear.from_quantized(hqq_quantize(torch.randn(32, 80), 2, -1)),
+    "two planes": lambda: TritPlanesLinear.from_quantized(quantize_planes(torch.randn(40, 288), 96), torch.randn(40)),
+    "two planes of 48": lambda: TritPlanesLinear.from_quantized(quantize_planes(torch.randn(20, 144), 48)),
+    "nvfp4": scaled_blocks,
     "awq 4": lambda: grouped(4, 32, awq=True),
 }
 

@@ -88,7 +88,7 @@ def block_type(kind: str) -> BlockType:
 
 def row_bytes(columns: int, kind: str) -> int:
     """Bytes of a row of `columns` weights. Raises ValueError where blocks don't fill it, with the type to take."""
-    found = block_type(kind)
+    found = READ_ONLY.get(kind) or block_type(kind)
     if columns % found.block_size:
         fallback = FALLBACK.get(kind)
         remedy = f"use {fallback}" if fallback and columns % 32 == 0 else "keep it in F16"

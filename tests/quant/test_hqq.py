@@ -1,0 +1,62 @@
+"""HQQ: a turn is the hqq package's, and no group is worse than its range alone."""
+
+import pytest
+import torch
+
+from bitnet.quant.grouped import round_scale
+from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
+from tests import oracles
+
+
+def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
+
+
+def test_a_turn_is_that_of_the_published_code() -> None:
+    theirs = oracles.require("hqq.core.optimize")
+    groups = heavy_tailed().view(-1, 64)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = (high - low) / 15
+    zero = ours = -low / scale
+    for _ in range(4):
+        expected = theirs.optimize_weights_proximal_legacy_step(groups, 1 / scale, zero, [0, 15], BETA, NORM, 1)[2]
+        ours = step(groups, scale, ours, 15, BETA)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        zero = ours
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_norm_of_the_error_falls_and_is_at_or_below_the_packages(bits: int) -> None:
+    theirs = oracles.require("hqq.core.optimize")
+    weight = heavy_tailed()
+    found = hqq_quantize(weight, bits, 64)
+    assert int(found.codes.max()) == 2**bits - 1
+    groups = weight.view(-1, 64)
+    low, quant_max = groups.amin(1, keepdim=True), 2**bits - 1
+    scale = round_scale((groups.amax(1, keepdim=True) - low) / quant_max)
+    plain = ((groups - low) / scale).round().clamp(0, quant_max) * scale + low
+    codes, inverse, zero = theirs.optimize_weights_proximal_legacy(groups, 1 / scale, -low / scale, [0, quant_max], 1)
+
+    def norm(values: torch.Tensor) -> float:
+        return float((values.reshape(groups.shape) - groups).abs().pow(NORM).sum())
+
+    assert norm(found.dequantize()) < norm(plain) * 1.001
+    assert norm(found.dequantize()) <= norm((codes - zero) / inverse) * 1.001
+    if bits < 8:
+        assert norm(found.dequantize()) < 0.99 * norm(plain)
+
+
+def test_hard_rows_and_bad_input() -> None:
+    weight = torch.zeros(4, 64)
+    weight[1] = 0.25
+    weight[2, 5] = 3.0
+    torch.testing.assert_close(hqq_quantize(weight, 4, 32).dequantize(), weight, atol=2e-3, rtol=0)
+    assert hqq_quantize(weight, 4, -1).scale.shape == (4, 1)
+    for bad, message in ((weight + 1e6, "too large for float16"), (weight * torch.nan, "NaN")):
+        with pytest.raises(ValueError, match=message):
+            hqq_quantize(bad, 4, 32)
+    with pytest.raises(ValueError, match="bits is 5"):
+        hqq_quantize(weight, 5)
+    with pytest.raises(ValueError, match="group_size 48"):
+        hqq_quantize(weight, 4, 48)
