@@ -82,6 +82,8 @@ class Options:
     """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
     embeddings: Literal["int8", "float16"] | None = None
     """In the native engine, of a float embedding and head: int8 by itself for ternary models, float16 is exact."""
+    lora: Path | None = None
+    """A LoRA adapter of the model's weights: its folder, or a run of train.py with --lora."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -115,6 +117,7 @@ def run(options: Options) -> None:
             pack=options.pack,
             activations=options.activations,
             embeddings=options.embeddings,
+            lora=options.lora,
         )
         model.warm_up()
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:

@@ -6,6 +6,7 @@
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
     python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
     python train.py --like runs/demo --teacher runs/demo-float --out runs/demo-taught    the float twin teaches it
+    python train.py --preset lora --init runs/demo --lora 8 --data.corpus my.txt      adapters on a frozen, packed model
     python train.py --preset chat --init runs/demo --data.chat chats.jsonl            conversations: answers count
     torchrun --nproc-per-node 4 train.py --preset small --parallel fsdp                               several processes
 
@@ -38,6 +39,7 @@ from bitnet.storage.json_files import load_record
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import find_chat_template, load_tokenizer
 from bitnet.training import checkpoint
+from bitnet.training.adapters import Base, write_adapter
 from bitnet.training.arguments import Arguments
 from bitnet.training.arguments import parse as parse  # by which `execute` reads the command line
 from bitnet.training.checkpoint import Progress
@@ -84,7 +86,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     config.check_processes(world.size)
     folder = Path(config.out)
     saved = checkpoint.newest_checkpoint(folder, world) if resume else None
-    if saved:
+    if saved and not config.lora:
         checkpoint.check_model(saved, config.model)
     if not resume and checkpoint.has_checkpoint(folder):
         raise ValueError(
@@ -101,9 +103,14 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
 
     # The model that training starts from, if there is one, gives shape, weights, tokenizer and chat template.
     tokenizer, template, weights = None, None, None
+    base = Base.open(config, saved, world) if config.lora else None
+    if base:
+        config = dataclasses.replace(config, model=base.model.config)
     if saved:
         tokenizer = load_tokenizer(saved, own=True)
         template = find_chat_template(saved, tokenizer)
+    elif base:
+        tokenizer, template = base.source.tokenizer, base.source.chat_template
     elif config.init:
         source = open_source(config.init)
         tokenizer, template, given = source.tokenizer, source.chat_template, source.latent()
@@ -119,7 +126,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             batch_size=config.batch_size, seed=config.seed,
         )  # fmt: skip
     config = config.absolute()  # whoever resumes may stand in another folder
-    if not saved and weights is None:  # a tokenizer that was given or trained decides on the vocabulary
+    if not saved and weights is None and not base:  # a tokenizer that was given or trained decides on the vocabulary
         config = dataclasses.replace(config, model=config.model.replace(vocab_size=feed.tokenizer.vocab_size))
     limit_new_tokens(config.model, len(feed.prompt(config.sample_prompt)), 1)  # refuses a prompt that is too long
 
@@ -131,7 +138,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     # The model. Every process makes the same one, and of a sharded one keeps its part.
     torch.manual_seed(config.seed)
     with torch.device(device):
-        model = BitNetForCausalLM(config.model)
+        model = base.with_adapters(device) if base else BitNetForCausalLM(config.model)
     model.model.recompute, model.loss_chunk = config.recompute, config.loss_chunk
     model.document_ids = feed.document_ids
     if world.strategy == "fsdp":
@@ -152,10 +159,13 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
 
     # The step, compiled unless there is none left.
     finished = progress.step == config.steps and not config.minutes
-    compiled = not finished and compile_model(model, config.compile)
+    compiled = not finished and not base and compile_model(model, config.compile)
     if compiled and teacher:
         compile_model(teacher.model, config.compile)
-    return Trainer(config, world, device, dtype, feed, model, optimizer, progress, teacher, compiled=compiled)
+    return Trainer(
+        config, world, device, dtype, feed, model, optimizer, progress, teacher, compiled=compiled,
+        files=base.files() if base else None,
+    )  # fmt: skip
 
 
 def carry_out(trainer: Trainer, started: float) -> None:
@@ -193,6 +203,8 @@ def carry_out(trainer: Trainer, started: float) -> None:
     ):
         loop(trainer, reporter, saver, started)
     if trainer.progress.step == config.steps:
+        if config.lora:
+            print(f"adapters  of the best checkpoint are in {write_adapter(trainer.folder)}")
         checkpoint.consolidate_run(trainer.folder, world)  # of a sharded run what generate.py and the exports read
 
 

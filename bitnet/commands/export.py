@@ -4,6 +4,7 @@
     bitnet export runs/demo demo-hf --to hf                  a folder for AutoModelForCausalLM
     bitnet export runs/demo demo.gguf --to gguf --type TQ1_0 a file for llama.cpp
     bitnet export demo-gptq4 demo-gptq-hf --to gptq          GPTQ's layout in a Hugging Face folder
+    bitnet export demo-nf4 out.gguf --to gguf --merge-lora runs/polite      with an adapter in the weights
 
 IN is anything that generate.py takes. Nothing ternary is quantized twice: codes and scales come from one quantization
 of the latent weights, or from the file as they are. What a target cannot express is refused with the reason.
@@ -20,6 +21,7 @@ import tyro
 from bitnet.files import JsonObject
 
 if TYPE_CHECKING:
+    from bitnet.model import BitNetForCausalLM
     from bitnet.storage.source import Source
     from bitnet.tokenizer import BaseTokenizer
 
@@ -40,6 +42,9 @@ class Options:
     packed for ternary models unless given, master for float ones."""
     checkpoint: Literal["best", "last"] = "best"
     """Which checkpoint of a run folder."""
+    merge_lora: Path | None = None
+    """Add this LoRA adapter to the weights first: exact where they are floats, which NF4 and blocks of GGUF become. The
+    weights of a ternary model are quantized again, and what that loses is said."""
 
 
 def run(options: Options) -> None:
@@ -60,7 +65,7 @@ def run(options: Options) -> None:
     from bitnet.tokenizer.json_write import sentencepiece_files
 
     source = open_source(options.source, which=options.checkpoint)
-    model = source.model()
+    model = source.model() if options.merge_lora is None else _merged(source, options.merge_lora)
     is_float = model.config.quantizer == "none"
     if options.to == "packed":
         if is_float:
@@ -93,6 +98,24 @@ def run(options: Options) -> None:
         gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))
     written = [options.out] if options.out.is_file() else list(options.out.iterdir())
     print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
+
+
+def _merged(source: Source, path: Path) -> BitNetForCausalLM:
+    """The model with an adapter in its weights."""
+    from bitnet.model.lora import merge
+    from bitnet.storage.adapters import load_adapter
+
+    adapter, base = load_adapter(path), source.frozen()
+    adapter.check(base, source.path)
+    merged, lost = merge(base, adapter.matrices)
+    if merged.config.quantizer == "none":
+        print(f"{path} is merged into float weights, exactly but for float32's rounding")
+    else:
+        print(
+            f"{path} is merged into {merged.config.quantizer} weights, which were quantized again: what is lost is "
+            f"{lost:.0%} of the adapter's weights. Keep the adapter apart (--lora) to lose nothing"
+        )
+    return merged
 
 
 def _vocabulary(source: Source) -> BaseTokenizer | JsonObject:

@@ -27,6 +27,7 @@ from bitnet.inference.engine import check_ids
 from bitnet.inference.weights import ModuleWeights, Weights
 from bitnet.kernels.cpu import native
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.lora import Matrices
 
 
 class NativeCache:
@@ -198,6 +199,11 @@ class Engine:
         stream = None if hidden is None else hidden.data_ptr()
         native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
         self._workspaces.append(workspace)
+
+    def attach(self, adapters: Matrices) -> None:
+        """Add LoRA adapters (`bitnet/model/lora.py`), in the place of those that are there; none takes them away. Not
+        while a pass runs. Raises ValueError for projections or shapes that the model does not have."""
+        self._model.attach(adapters)
 
     @property
     def rows(self) -> NativeRows:

@@ -5,13 +5,16 @@ matrix a part: mixtures of GGUF types give a layer's values more bits than its q
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bitnet.inference.weights import Stored, Weights
 from bitnet.kernels.cpu import native
-from bitnet.kernels.cpu.matrices import NativeMatrix
+from bitnet.kernels.cpu.matrices import NativeMatrix, row_numbers
 from bitnet.model import ModelConfig
+from bitnet.model.lora import Matrices, check_matrices
 from bitnet.model.transformer import rope_tables
 
 
@@ -29,6 +32,21 @@ class _Part:
         return NativeMatrix.nbytes(self.weights[0][0].form, self.rows)
 
 
+class _Place(NamedTuple):
+    """Where the rows of a projection lie: in which part, from which row on, with which step of its blocks."""
+
+    part: int
+    at: int
+    step: int
+
+
+_TOGETHER = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
+}  # fmt: skip
+"""Projections that are multiplied together, by the field of `native.Layer`."""
+
+
 class NativeModel:
     """The structs of `layout.h` for one model and the memory that they point to.
 
@@ -37,7 +55,10 @@ class NativeModel:
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.matrices: list[NativeMatrix] = []
+        self._places: list[list[_Place]] = []
+        self._adapters: list[Tensor] = []
         self._keep: list[Tensor] = []
+        self.config = config
         self._tied = config.tie_word_embeddings
         C, V, shapes = config.hidden_size, config.vocab_size, config.projections()
         queries, keys = (native.round_up(shapes[f"self_attn.{name}_proj"][0], 16) for name in ("q", "k"))
@@ -99,6 +120,7 @@ class NativeModel:
 
     def _projection(self, plan: list[_Part]) -> native.Projection:
         projection = native.Projection(parts=len(plan))
+        self._places.append([_Place(i, at, step) for i, part in enumerate(plan) for _, at, step in part.weights])
         for index, part in enumerate(plan):
             form = part.weights[0][0].form
             memory = self._arena[self._used : self._used + part.nbytes]
@@ -116,6 +138,26 @@ class NativeModel:
             projection.at[index], projection.rows[index] = part.at, part.rows
         return projection
 
+    def attach(self, adapters: Matrices) -> None:
+        """Add LoRA adapters to the products of these projections, in the place of those that are there; none takes them
+        away. Not while a pass runs. Raises ValueError for projections or shapes that the model does not have."""
+        shapes = {
+            f"model.layers.{index}.{name}": shape
+            for index in range(self.config.num_hidden_layers)
+            for name, shape in self.config.projections().items()
+        }
+        check_matrices(adapters, shapes)
+        first, kept = len(self._places) - 4 * len(self._layers), list[Tensor]()
+        for index, layer in enumerate(self._layers):
+            for number, (field, names) in enumerate(_TOGETHER.items()):
+                places = self._places[first + 4 * index + number]
+                pairs = [adapters.get(f"model.layers.{index}.{name}") for name in names]
+                projection = getattr(layer, field)
+                for part in range(projection.parts):
+                    found = [(place, pair) for place, pair in zip(places, pairs, strict=True) if place.part == part]
+                    kept += _attach(projection.part[part], [(place, pair) for place, pair in found if pair])
+        self._adapters = kept
+
     def _floats(self, weights: Weights, name: str, size: int) -> int:
         # The C structs hold bare addresses, so `_keep` holds the tensors.
         value = weights.vector(name, size).detach().float().contiguous().clone()
@@ -130,7 +172,26 @@ class NativeModel:
     def weight_bytes(self) -> int:
         """Bytes of the weights that a step of decoding reads, as they lie in memory: not an embedding of its own."""
         read = self.matrices if self._tied else [self.matrices[0], *self.matrices[2:]]
-        return sum(matrix.weight_bytes() for matrix in read)
+        return sum(matrix.weight_bytes() for matrix in read) + sum(part.nbytes for part in self._adapters)
+
+
+def _attach(matrix: native.Matrix, found: list[tuple[_Place, tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    """Point a matrix to the adapters of the weights in it, side by side; returns the memory that it points to."""
+    matrix.down = matrix.up = None
+    matrix.rank = sum(len(down) for _, (down, _) in found)
+    if not matrix.rank:
+        return []
+    down = torch.zeros(matrix.rank, native.round_up(matrix.inputs, 16))
+    up = torch.zeros(matrix.N, matrix.rank)
+    at = 0
+    for place, (each_down, each_up) in found:
+        columns = slice(at, at + len(each_down))
+        down[columns, : matrix.inputs] = each_down
+        up[row_numbers(len(each_up), place.at, place.step), columns] = each_up
+        at = columns.stop
+    up = up.view(-1, 16, matrix.rank).transpose(1, 2).contiguous()
+    matrix.down, matrix.up = down.data_ptr(), up.data_ptr()
+    return [down, up]
 
 
 def _single(weight: Stored) -> list[_Part]:

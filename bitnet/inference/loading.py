@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitnet.console import note
+from bitnet.inference.adapters import put_on
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel, beyond_kernels, build_exactly
 from bitnet.inference.gpu_engine import GpuEngine
@@ -18,8 +19,8 @@ from bitnet.inference.split_engine import SplitEngine
 from bitnet.inference.weights import ACTIVATIONS, EMBEDDINGS, PackedWeights, unknown_layers
 from bitnet.kernels import native_wanted, requested_backend, triton_wanted
 from bitnet.model import BitNetForCausalLM
-from bitnet.storage.gguf.container import GGUFFile
-from bitnet.storage.gguf.read import TERNARY, read_ternary, trained_groups
+from bitnet.storage.adapters import Adapter
+from bitnet.storage.gguf.read import holds_ternary
 from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
@@ -37,6 +38,7 @@ def open_model(
     activations: str | None = None,
     embeddings: str | None = None,
     gpu_layers: int | None = None,
+    lora: Adapter | None = None,
 ) -> LanguageModel:
     """A model ready to generate, of a source or what `open_source` takes.
 
@@ -52,6 +54,7 @@ def open_model(
                   training) or "float16", exact to a source of 16 bits.
     gpu_layers:   of a packed model, so many of its first layers on the GPU `device` and the others and the head on the
                   native engine, for a model larger than the GPU's memory; 0: none, all or more: all.
+    lora:         an adapter of this model's weights (`bitnet/storage/adapters.py`); on a GPU it runs in torch.
 
     Raises as `open_source` and `Source.model` do, and ValueError for packed weights that are not to run packed and for
     options of the native engine where the model does not run on it.
@@ -66,10 +69,14 @@ def open_model(
         if gpu_layers:
             return _split(source, gpu_layers, device, cache_dtype, pack)
         device = torch.device("cpu")
+    if lora is not None and (gpu_layers is not None or not pack):
+        raise ValueError("an adapter stands on the packed model as a whole; leave gpu_layers and no-pack out")
     native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
+    if lora is not None:
+        return _with_adapter(source, lora, device, dtype, options)
     if pack and source.kind == "packed" and native:
         return _stream(source, options)
-    if source.file is not None and native and dtype == torch.float32 and not _is_ternary(source.file):
+    if source.file is not None and native and dtype == torch.float32 and not holds_ternary(source.file):
         model = read_stored(source.file, source.config)
         if model is not None:
             return options.engine(model)
@@ -106,6 +113,24 @@ class EngineOptions:
         )
 
 
+def _with_adapter(
+    source: Source, adapter: Adapter, device: torch.device, dtype: torch.dtype, options: EngineOptions
+) -> LanguageModel:
+    """A model with an adapter: on the native engine, and otherwise in torch. Raises ValueError for one of other
+    weights."""
+    base = source.frozen()
+    adapter.check(base, source.path)
+    if native_wanted(device) and dtype == torch.float32:
+        if base.is_packed and source.kind != "quantized":
+            base.pack(embeddings=(options.embeddings or "int8") == "int8")
+        model: LanguageModel = options.engine(base)
+    else:
+        _refuse(options, "torch", str(dtype).removeprefix("torch."))
+        model = base.to(device=device, dtype=dtype)
+    put_on(model, adapter)
+    return model
+
+
 def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | None, pack: bool) -> SplitEngine:
     if device.type == "cpu" and not triton_wanted(device):
         raise ValueError(f"{gpu_layers} layers are to run on a GPU and the device is {device}; name a GPU, or give 0")
@@ -121,16 +146,6 @@ def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | N
         raise ValueError("layers of packed models alone are divided; leave gpu_layers out")
     model = source.model()
     return SplitEngine.from_model(model.pack(), gpu_layers, device=device, cache_dtype=cache)
-
-
-def _is_ternary(file: GGUFFile) -> bool:
-    """Whether a file's projections are in blocks of ternary codes and, as far as one of them shows, have one scale a
-    matrix or those that the metadata name, as models that were trained ternary: these have kernels, and
-    `Source.model()` finds out the rest."""
-    if trained_groups(file):
-        return True
-    name = "blk.0.ffn_down"
-    return file.tensors[f"{name}.weight"].type in TERNARY and read_ternary(file, name) is not None
 
 
 def _refuse(options: EngineOptions, runs_on: str, cache: str) -> None:

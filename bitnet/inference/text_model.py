@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypedDict, TypeGuard, Unpack, cast
 
+from bitnet.inference.adapters import put_on, take_off
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import (
@@ -35,6 +36,7 @@ from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.split_engine import SplitEngine
 from bitnet.machine import DTYPES, pick_device
+from bitnet.storage.adapters import load_adapter
 from bitnet.storage.source import Source, open_source
 from bitnet.tokenizer import BaseTokenizer
 from bitnet.tokenizer.chat import require
@@ -278,6 +280,19 @@ class TextModel:
         texts = [Writing(ids, how, sampling, not answer) for how in _numbered(options, count)]
         return CompletionBatch(self.model, self.source.tokenizer, texts, memory=self._memory)
 
+    def load_lora(self, path: str | Path) -> None:
+        """Write with a LoRA adapter from now on, in the place of the one before. Raises ValueError for one of other
+        weights, which are read for that, and on a GPU for a model that was opened without one."""
+        adapter = load_adapter(path)
+        adapter.check(self.source.frozen(), self.source.path)
+        self._memory = Memory()  # of texts that the other weights have read
+        put_on(self.model, adapter)
+
+    def unload_lora(self) -> None:
+        """Write as the base again."""
+        self._memory = Memory()
+        take_off(self.model)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""
         tokenizer = self.source.tokenizer
@@ -299,6 +314,7 @@ def load(
     pack: bool = True,
     activations: str | None = None,
     embeddings: str | None = None,
+    lora: str | Path | None = None,
 ) -> TextModel:
     """Open any model: a run, a packed or quantized folder, a Hugging Face folder or hub name, a GGUF file.
 
@@ -310,6 +326,7 @@ def load(
     pack:        False runs a run's float weights, fake-quantized as in training.
     activations: int8 or float (None), of weights with group scales in the native CPU engine.
     embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
+    lora:        a LoRA adapter of these weights: its folder, or a run with --lora.
 
     Raises ValueError or OSError, naming what is wrong with the path.
     """
@@ -318,7 +335,10 @@ def load(
     run_on = pick_device(device)
     source = open_source(path, which=checkpoint)
     engine = {"cache_dtype": cache, "activations": activations, "embeddings": embeddings}
-    model = open_model(source, device=run_on, pack=pack, dtype=DTYPES[dtype], gpu_layers=gpu_layers, **engine)
+    adapter = None if lora is None else load_adapter(lora)
+    model = open_model(
+        source, device=run_on, pack=pack, dtype=DTYPES[dtype], gpu_layers=gpu_layers, lora=adapter, **engine
+    )
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
     return TextModel(model, source)
 

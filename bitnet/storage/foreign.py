@@ -14,6 +14,8 @@ from bitnet.storage.json_files import CheckpointError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_BASE = "adapter_base.json"
+"""Stands beside adapters that were trained here, in their checkpoints too."""
 # Names by which other formats are known; pickled ones could run code.
 FORMATS = {
     "*.onnx": "ONNX", "*.h5": "Keras", "*.msgpack": "Flax", "*.ckpt*": "TensorFlow or Lightning", "*.npz": "NumPy",
@@ -44,11 +46,16 @@ def refuse_foreign(folder: Path) -> None:
     if cached:
         names = ", ".join(name.removeprefix("models--").replace("--", "/") for name in cached[:3])
         raise CheckpointError(f"{folder} is the hub's cache of {len(cached)} models; name one of them: {names}")
+    if (folder / ADAPTER_BASE).is_file():
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter{_base(folder)}, a difference and not a model; open that model with --lora "
+            f"{folder}"
+        )
     weights = [path for path in folder.glob("*.safetensors") if path.name not in ADAPTER]
     if any((folder / name).is_file() for name in ADAPTER) and not weights:
         raise CheckpointError(
             f"{folder} is a LoRA adapter{_base(folder)}, a difference and not a model; merge it first (with peft: "
-            "model.merge_and_unload().save_pretrained(...)) and give the merged folder"
+            "model.merge_and_unload().save_pretrained(...)) and give the merged folder, or open its base with --lora"
         )
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf"), *folder.glob("*.json"),
                         *folder.glob("*.model")]):  # fmt: skip

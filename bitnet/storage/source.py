@@ -30,6 +30,7 @@ from bitnet.storage.folders import warn_once
 from bitnet.storage.foreign import refuse_foreign, refuse_pointer
 from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf.container import GGUFFile
+from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.hf import read as hf_read
 from bitnet.storage.hf.config import Form, parse_config
 from bitnet.storage.hf.write import TOKENIZER_FILES
@@ -148,6 +149,16 @@ class Source:
                 tensors[f"{name}.weight"] = latent_weight(*codes_and_scale(module), module.quantizer)
         floats = {name: value for name, value in model.state_dict().items() if name in model.config.tensor_shapes()}
         return BitNetForCausalLM.from_tensors(model.config, floats | tensors)
+
+    def frozen(self) -> BitNetForCausalLM:
+        """The model as adapters stand on it (`bitnet/model/lora.py`): projections as they are stored, codes where they
+        are trained for few bits, blocks of a GGUF file as they are. Raises as `model` does."""
+        if self.file is not None and not gguf_read.holds_ternary(self.file):
+            stored = read_stored(self.file, self.config)
+            if stored is not None:
+                return stored
+        model = self.model()
+        return model.pack(embeddings=False) if model.config.quantizer != "none" else model
 
     @contextmanager
     def verifying(self) -> Iterator[None]:

@@ -409,6 +409,12 @@ def check_model(folder: Path, config: ModelConfig) -> None:
 def load_weights(model: BitNetForCausalLM, path: Path, device: torch.device | str = "cpu") -> None:
     """Copy the tensors of a file into a model, every one of them and no other. Raises CheckpointError otherwise."""
     whole = model.state_dict()
+    if not whole.keys() & model.config.tensor_shapes().keys():  # adapters alone
+        try:
+            model.load_state_dict(load_tensors(path, device))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not hold the adapters of this run: {error}") from error
+        return
     with open_tensors(path, device) as tensors:
         check_fit(tensors, model.config)
         model.load_state_dict({name: shard_like(whole[name], tensors.read(name)) for name in whole})

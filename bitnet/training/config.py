@@ -71,6 +71,11 @@ class TrainConfig:
     init: str | None = None
     """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
     fine-tuning, and with another model.quantizer than its own, conversion."""
+    lora: int | None = None
+    """Train LoRA adapters of this rank beside the projections of --init's model, which stays packed (ternary, NF4, any
+    GGUF type) and frozen. --preset lora has rates for them."""
+    lora_alpha: float | None = None
+    """Factor of the adapters, divided by their rank; twice the rank unless given."""
     teacher: str | None = None
     """Learn from this model too, which has the same tokenizer: a run, Hugging Face folder or GGUF file, best a float
     one. It runs beside every step."""
@@ -120,6 +125,7 @@ class TrainConfig:
     """auto (online if logged in, else off), online, offline or off; online without a network is offline."""
 
     def __post_init__(self) -> None:
+        self.check_adapters()
         for name in (
             "steps",
             "batch_size",
@@ -179,7 +185,35 @@ class TrainConfig:
     def absolute(self) -> "TrainConfig":
         """The same with paths that do not depend on the current folder; a name on the hub is none."""
         teacher = str(Path(self.teacher).absolute()) if self.teacher and Path(self.teacher).exists() else self.teacher
-        return replace(self, data=self.data.absolute(), teacher=teacher)
+        init = str(Path(self.init).absolute()) if self.lora and self.init and Path(self.init).exists() else self.init
+        return replace(self, data=self.data.absolute(), teacher=teacher, init=init)
+
+    @property
+    def alpha(self) -> float:
+        """Of the adapters."""
+        return 2.0 * (self.lora or 0) if self.lora_alpha is None else self.lora_alpha
+
+    def check_adapters(self) -> None:
+        """Raise ValueError for what adapters do not go with."""
+        if self.lora is None:
+            if self.lora_alpha is not None:
+                raise ValueError(f"lora_alpha is {self.lora_alpha} and there are no adapters; give --lora RANK too")
+            return
+        if not 1 <= self.lora <= 4096:
+            raise ValueError(f"lora is {self.lora}; it is the rank of the adapters, from 1 to 4,096")
+        if not 0 < self.alpha <= 1e4:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}; it must be above 0 and at most 10,000")
+        wrong = {
+            "--init, the model that they stand on": self.init is None,
+            "--float-start 0 and --ramp 0, since what stays frozen fades into nothing": self.float_start or self.ramp,
+            "--optim.optimizer adamw (--preset lora has rates)": self.optim.optimizer != "adamw",
+            "--compile auto or off, since packed products are not compiled": self.compile == "on",
+            "no --teacher": self.teacher is not None,
+            "one process": self.parallel == "fsdp",
+        }
+        for wanted, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f"adapters (--lora {self.lora}) want {wanted}")
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless each process gets as many sequences of each micro-batch."""
@@ -247,9 +281,10 @@ class TrainConfig:
         *,
         compiled: bool,
         teacher: ModelConfig | None = None,
+        frozen: int = 0,
     ) -> Workload:
-        """What the memory and time of a step depend on; `teacher` is the shape of the model to learn from. Raises
-        ValueError for a batch that they can't share."""
+        """What the memory and time of a step depend on; `teacher` is the shape of the model to learn from, `frozen` the
+        bytes of the model that adapters stand on. Raises ValueError for a batch that they can't share."""
         self.check_processes(world.size)
         int8 = self.multiplies_int8(device, dtype, world.strategy)
         return Workload(
@@ -258,7 +293,9 @@ class TrainConfig:
             window=self.window,
             optimizer=self.optim.optimizer,
             dtype=dtype,
-            int8=int8 and self.model.quantizer != "none",
+            int8=int8 and self.model.quantizer != "none" and not self.lora,
+            lora=self.lora or 0,
+            frozen=frozen,
             compiled=compiled,
             recompute=self.recompute,
             loss_chunk=self.loss_chunk,
@@ -304,6 +341,10 @@ PRESETS: dict[str, TrainConfig] = {
     "chat": TrainConfig(
         optim=OptimConfig(optimizer="muon", lr=5e-3, lr_rest=5e-3, warmup_steps=20), steps=500, eval_every=100,
         out="runs/chat",
+    ),
+    # With --init and --lora.
+    "lora": TrainConfig(
+        optim=OptimConfig(lr=2e-3, warmup_steps=20), steps=500, eval_every=100, out="runs/lora",
     ),
     "125m": TrainConfig(
         model=MODELS["125m"], data=DataConfig(corpus="fineweb-edu"), steps=20_000, batch_size=256, micro_batches=16,

@@ -22,14 +22,17 @@ import torch
 import torch.nn.functional as F
 
 from bitnet.console import duration, table
+from bitnet.kernels import PACKED_BITS
 from bitnet.machine import available_memory, has_compiler, pick_device, pick_dtype
 from bitnet.model import ModelConfig, bit_linears
-from bitnet.storage.source import open_source
+from bitnet.storage.safetensors import MODEL
+from bitnet.storage.source import Source, open_source
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.memory import (
     PROCESS_PART,
     Estimate,
     Workload,
+    adapter_parameters,
     estimate,
     head_activations,
     layer_activations,
@@ -59,8 +62,11 @@ class Speed:
         return self.products + self.attention + self.other + self.optimizer + self.teacher
 
 
-def flops_per_token(config: ModelConfig, window: int, recompute: bool = False) -> int:
-    """Forward and backward; what `recompute` does again is counted."""
+def flops_per_token(config: ModelConfig, window: int, recompute: bool = False, rank: int = 0) -> int:
+    """Forward and backward; what `recompute` does again is counted. With adapters of a `rank` no weight has a gradient
+    but theirs."""
+    if rank:
+        return forward_flops(config, window) * (3 if recompute else 2) + 6 * adapter_parameters(config, rank)
     return forward_flops(config, window) * (4 if recompute else 3)
 
 
@@ -113,7 +119,9 @@ def product_seconds(
         forward = seconds(lambda: x @ weight.t(), device)
     if not learns:
         return forward * (tokens / rows) * (N / columns)
-    backward = seconds(lambda: grad @ weight, device) + seconds(lambda: grad.t() @ x, device)
+    backward = seconds(lambda: grad @ weight, device)
+    if not work.lora:
+        backward += seconds(lambda: grad.t() @ x, device)
     return (forward * (2 if work.recompute else 1) + backward) * (tokens / rows) * (N / columns)
 
 
@@ -148,7 +156,8 @@ def time_shapes(work: Workload, device: torch.device) -> Speed:
     bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source), device)
     kept = c.num_hidden_layers * layer_activations(work) + head_activations(work)
     other = TRAFFIC * kept * work.micro_batches / bandwidth
-    optimizer = 28 * model.num_parameters() / work.owners / bandwidth
+    trained = adapter_parameters(c, work.lora) if work.lora else model.num_parameters()
+    optimizer = 28 * trained / work.owners / bandwidth
     if work.optimizer == "muon":
         # One matrix gives the speed of the iteration; the model's own are counted in its FLOPs.
         matrix = torch.nn.Parameter(torch.randn(512, 1024, device=device))
@@ -183,7 +192,8 @@ def newton_schulz_flops(N: int, K: int) -> int:
 def memory_warning(found: Estimate, work: Workload, device: torch.device, *, in_use: bool = False) -> str | None:
     """What to change where a process wants more memory than there is; None where it fits. `in_use` says that this
     process has its parameters already."""
-    held = found.parts["parameters"] + found.parts[PROCESS_PART] if in_use else 0.0
+    weights = found.parts["adapters"] + found.parts["frozen model"] if work.lora else found.parts["parameters"]
+    held = weights + found.parts[PROCESS_PART] if in_use else 0.0
     if device.type == "cuda":
         free, name = float(torch.cuda.mem_get_info(device)[0]), "GPU memory"
     else:
@@ -207,21 +217,24 @@ def local_processes(work: Workload) -> int:
 def report(work: Workload, device: torch.device, *, steps: int, minutes: float | None, checkpoints: int) -> str:
     """The estimate in lines. With `minutes`, the steps are those that fit into them."""
     c, found, speed = work.model, estimate(work), time_shapes(work, device)
-    parameters = meta_model(c).num_parameters()
+    adapters = adapter_parameters(c, work.lora) if work.lora else 0
+    parameters = adapters or meta_model(c).num_parameters()
     projections = c.num_hidden_layers * projection_parameters(c)
     if minutes:
         steps = max(1, int(minutes * 60 / speed.total))
     tokens_per_step = work.tokens * work.micro_batches * work.processes
     tokens = steps * tokens_per_step
-    flops = flops_per_token(c, work.window, work.recompute)
+    flops = flops_per_token(c, work.window, work.recompute, work.lora)
     flops += forward_flops(work.teacher, work.window) if work.teacher else 0
-    disk = disk_bytes(c, work.optimizer)
+    disk = 12 * adapters or disk_bytes(c, work.optimizer)
     shares = ", ".join(
         f"{value / speed.total:.0%} {part}" for part, value in asdict(speed).items() if part != "teacher" or value
     )
     rate = flops * tokens_per_step / speed.total / work.processes
     lines = [
-        f"parameters  {parameters:,}, of which {projections:,} in the projections ({c.quantizer})",
+        f"parameters  {parameters:,} of adapters, on {projections:,} in frozen projections ({c.quantizer})"
+        if adapters
+        else f"parameters  {parameters:,}, of which {projections:,} in the projections ({c.quantizer})",
         f"tokens      {steps:,} steps of {tokens_per_step:,} = {tokens:,}, {tokens / parameters:.3g} a parameter",
         f"compute     {flops * tokens:.3g} FLOPs, {flops / 1e9:.3g} GFLOPs a token",
         f"memory      {found.total / 1e9:.2f} GB a process at its peak, which is at {found.moment}",
@@ -248,8 +261,25 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     strategy = "none" if processes == 1 else "ddp" if config.parallel == "auto" else config.parallel
     compiled = config.compile != "off" and has_compiler(device)
     teacher = open_source(config.teacher).config if config.teacher else None
-    work = config.workload(device, dtype, World(0, processes, strategy), compiled=compiled, teacher=teacher)
+    frozen = 0
+    if config.lora:
+        assert config.init is not None
+        source = open_source(config.init)
+        config, frozen = replace(config, model=source.config), frozen_bytes(source)
+    world = World(0, processes, strategy)
+    work = config.workload(device, dtype, world, compiled=compiled, teacher=teacher, frozen=frozen)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
+
+
+def frozen_bytes(source: Source) -> int:
+    """Bytes of a model as adapters stand on it: as it is stored, and latent floats of a few bits as their codes."""
+    if source.kind in ("gguf", "packed", "quantized"):
+        file = source.path if source.path.is_file() else source.path / MODEL
+        return file.stat().st_size
+    c = source.config
+    projections = c.num_hidden_layers * projection_parameters(c)
+    others = meta_model(c).num_parameters() - projections
+    return 4 * others + projections * PACKED_BITS.get(c.quantizer, 32) // 8
 
 
 def preset_table() -> str:
@@ -260,7 +290,9 @@ def preset_table() -> str:
     rates: dict[tuple[torch.dtype, bool], float] = {}
     for name, config in PRESETS.items():
         if config.model == ModelConfig():
-            rows.append((name, "of --init", "", "", "", "of --data.chat"))
+            rows.append(
+                (name, "of --init", "", "", "", "of --data.chat" if name == "chat" else str(config.data.corpus))
+            )
             continue
         dtype, compiled = pick_dtype(config.dtype, device), has_compiler(device)
         work = config.workload(device, dtype, World(), compiled=compiled)

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from bitnet.console import table
-from bitnet.kernels import Int8Product
+from bitnet.kernels import PACKED_BITS, Int8Product
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
 PROCESS = {False: 410e6, True: 510e6}
@@ -87,6 +87,10 @@ class Workload:
     """Whether checkpoints are written from a copy, beside the steps."""
     teacher: ModelConfig | None = None
     """The shape of a model that runs beside every step, whole in each process, to learn from."""
+    lora: int = 0
+    """Rank of the adapters that train, on a model that is frozen; 0: all of it trains."""
+    frozen: int = 0
+    """Bytes of that model as it lies in memory."""
     tempered: bool = False
     """Whether its distribution is taken at a temperature other than 1."""
 
@@ -261,6 +265,8 @@ def projection_parameters(c: ModelConfig) -> int:
 
 def estimate(work: Workload) -> Estimate:
     """The parts of one process at the peak of a run, which is at a step after the first one."""
+    if work.lora:
+        return estimate_adapters(work)
     phases = [work]
     if work.float_start:
         phases.append(replace(work, model=work.model.replace(quantizer="none"), int8=False))
@@ -277,6 +283,34 @@ def estimate(work: Workload) -> Estimate:
             for moment, parts in MOMENTS.items()
         ]
     return max(found, key=lambda each: each.total)
+
+
+def adapter_parameters(c: ModelConfig, rank: int) -> int:
+    """Parameters of the adapters of all layers."""
+    return c.num_hidden_layers * sum(rank * (N + K) for N, K in c.projections().values())
+
+
+def estimate_adapters(work: Workload) -> Estimate:
+    """The same where adapters train: of a float layer's activations, with 4 M r for each projection's; and in a layer's
+    backward one dequantized weight, 4 N K, and its codes."""
+    c, M, L, adapters = work.model, work.tokens, work.model.num_hidden_layers, adapter_parameters(work.model, work.lora)
+    sizes = [N * K for N, K in c.projections().values()]
+    plain = replace(work, model=c.replace(quantizer="none"), int8=False, compiled=False)
+    layer = layer_activations(plain) + 4 * M * work.lora * len(sizes)
+    logits = 4 * min(M, work.loss_chunk or M) * c.vocab_size
+    constant = {
+        "frozen model": work.frozen,
+        "its codes as the kernels read them": L * sum(sizes) * PACKED_BITS.get(c.quantizer, 0) / 8,
+        "adapters": 4 * adapters,
+        "optimizer moments": 8 * adapters,
+        "gradients": 4 * adapters,
+        "activations kept by layers": L * layer_input(work) + layer if work.recompute else L * layer,
+        PROCESS_PART: PROCESS[False],
+    }
+    loss = {"final norm and loss": head_activations(plain), "workspace": 2 * logits}
+    last = {"workspace": 16 * M * c.intermediate_size + 5 * max(sizes)}
+    moment, parts = max((("the loss", loss), ("the last layer", last)), key=lambda each: sum(each[1].values()))
+    return Estimate(constant | parts, moment, work)
 
 
 def constant_parts(work: Workload, P: int, projections: int) -> dict[str, float]:

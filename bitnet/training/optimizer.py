@@ -94,9 +94,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         # Only the projections decay: the embedding is a look-up table and a norm's gain is no matrix.
-        matrices = [layer.weight for _, layer in bit_linears(model)]
+        matrices = [layer.weight for _, layer in bit_linears(model) if layer.weight.requires_grad]
         projections = set(matrices)
         rest = [parameter for parameter in self.names if parameter not in projections]
         betas, fused = (config.beta1, config.beta2), rest[0].device.type in ("cpu", "cuda")
@@ -110,6 +110,8 @@ class Optimizer:
             },
         ]
         self.optimizers: list[torch.optim.Optimizer] = []
+        if not matrices:  # adapters alone train, which are all of the rest
+            groups = [{**groups[1], "lr": config.lr, "peak_lr": config.lr}]
         if config.optimizer == "muon":
             muon = ShardedMuon if hasattr(matrices[0], "device_mesh") else Muon
             self.optimizers.append(muon(groups[:1], adjust_lr_fn="match_rms_adamw"))

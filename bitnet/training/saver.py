@@ -59,7 +59,7 @@ class Saver:
             trainer.folder,
             state=trainer.progress.state(feed.fingerprint, trainer.teacher.fingerprint if trainer.teacher else None),
             config=dataclasses.asdict(config),
-            tokenizer=feed.tokenizer.files() | (feed.template.files() if feed.template else {}),
+            tokenizer=feed.tokenizer.files() | (feed.template.files() if feed.template else {}) | dict(trainer.files),
             best=best,
             keep=config.keep_last,
         )

@@ -14,7 +14,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -73,10 +73,13 @@ class Trainer:
         teacher: Teacher | None = None,
         *,
         compiled: bool = False,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.config, self.world, self.device, self.dtype = config, world, device, dtype
         self.feed, self.model, self.optimizer, self.progress = feed, model, optimizer, progress
         self.teacher, self.compiled = teacher, compiled
+        self.files = files or {}
+        """What every checkpoint holds beside its tensors, by name."""
         self.validates_whole = True
         """Whether the last validation is on all of the held-out data."""
         self.stop_signal: int | None = None
@@ -186,14 +189,27 @@ class Trainer:
     def workload(self) -> Workload:
         """What the memory of a step depends on."""
         teacher = self.teacher.model.config if self.teacher else None
-        return self.config.workload(self.device, self.dtype, self.world, compiled=self.compiled, teacher=teacher)
+        tensors = [*self.model.parameters(), *self.model.buffers()] if self.config.lora else []
+        frozen = sum(tensor.nbytes for tensor in tensors if not tensor.requires_grad)
+        return self.config.workload(
+            self.device, self.dtype, self.world, compiled=self.compiled, teacher=teacher, frozen=frozen
+        )
 
     def describe(self) -> str:
         """What is trained, on what and where, in a few lines."""
         model, world = self.model, self.world
+        trained = sum(parameter.numel() for parameter in self.optimizer.names)
+        if self.config.lora:
+            what = (
+                f"{trained:,} parameters of adapters (rank {self.config.lora}), on {self.config.init}, which is frozen"
+            )
+        else:
+            what = (
+                f"{trained:,} parameters ({model.num_parameters(embeddings=False):,} without embeddings), quantizer "
+                f"{self.config.model.quantizer}"
+            )
         return (
-            f"model     {model.num_parameters():,} parameters ({model.num_parameters(embeddings=False):,} without "
-            f"embeddings), quantizer {self.config.model.quantizer}\n"
+            f"model     {what}\n"
             f"data      {self.feed.describe()}\n"
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}, "
             f"{'compiled' if self.compiled else 'not compiled'}, {torch.get_num_threads()} threads"

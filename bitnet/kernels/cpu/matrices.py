@@ -171,7 +171,7 @@ class NativeMatrix:
             self._packed.fill(piece.codes, scale.view(-1, 1), piece.bits, at=at, step=step)
             return
         scale = scale * _FLOAT8_UNIT if form.codec == "float8" else scale
-        index = _rows(rows, at, step)
+        index = row_numbers(rows, at, step)
         self.scale[index] = scale.expand(rows)
         if form.codec in FLOATS:
             rows_of = piece.codes.to(FLOATS[form.codec]).contiguous().view(_INTEGERS[FLOATS[form.codec].itemsize])
@@ -213,7 +213,7 @@ class NativeMatrix:
         if self.bias is None:
             self.bias = torch.zeros(len(self.scale))
             self.struct.bias = self.bias.data_ptr()
-        self.bias[_rows(len(bias), at, step)] = bias.detach().float()
+        self.bias[row_numbers(len(bias), at, step)] = bias.detach().float()
 
 
 def ternary_groups(columns: int, group_size: int) -> Form:
@@ -259,7 +259,8 @@ def _interleave(rows: Tensor, lines: Tensor, at: int, step: int) -> None:
         lines[at // 16 + whole // 16 * step, :, : len(rows) - whole] = rows[whole:].t()
 
 
-def _rows(count: int, at: int, step: int) -> Tensor:
+def row_numbers(count: int, at: int, step: int) -> Tensor:
+    """The rows of a matrix that so many rows from row `at` on take, with a step of their blocks of 16."""
     n = torch.arange(count)
     return at + n // 16 * step * 16 + n % 16
 

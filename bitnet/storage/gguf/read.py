@@ -277,6 +277,16 @@ def trained_groups(file: GGUFFile) -> str | None:
     return quantizer if kinds <= {*_GROUPED, "F16", "F32"} else None
 
 
+def holds_ternary(file: GGUFFile) -> bool:
+    """Whether a file's projections are in blocks of ternary codes and, as far as one of them shows, have one scale a
+    matrix or those that the metadata name, as models that were trained ternary: these have kernels, and
+    `Source.model()` finds out the rest."""
+    if trained_groups(file):
+        return True
+    name = "blk.0.ffn_down"
+    return file.tensors[f"{name}.weight"].type in TERNARY and read_ternary(file, name) is not None
+
+
 def _grouped_tensors(file: GGUFFile, config: ModelConfig, group_size: int) -> dict[str, Tensor]:
     """Codes and scales of all projections. Raises GGUFError for a matrix that has none for such groups."""
     tensors = {}

@@ -11,7 +11,7 @@ The codes of a ternary matrix are stored as they are, -1, 0 and 1 with block sca
 `.scale` beside them (I2_S: behind the codes), so nothing is rounded or quantized again. In Q2_0 and Q1_0, and in the
 architecture qwen2, the scale is in the blocks instead, as float16; what the rounding takes is given to the norm before
 the matrix, where that has one of its own (sub-norms), and is reported for the others. Scales of groups are float16
-numbers, which the blocks hold as they are; `bitnet.weight_quantizer` in the metadata says that they were trained, on
+numbers, which the blocks hold as they are; a key of the metadata (`names.QUANTIZER`) says that they were trained, on
 activations with one scale a token, as which the file is then read here. llama.cpp quantizes activations
 in its own way (8 bits for each 32 to 256 values, where the training had 8 bits a token), so its logits are close, not
 equal; in F16 and F32 it leaves activations alone.
