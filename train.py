@@ -94,6 +94,9 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             "or delete the folder"
         )
 
+    if config.pace and config.pace[-1][1] != config.steps:  # other steps were asked for, and a schedule over them
+        config = dataclasses.replace(config, pace=())
+
     # The machine.
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -195,7 +198,7 @@ def carry_out(trainer: Trainer, started: float) -> None:
         if moved := _moved_switch(trainer):
             warn(moved)
         trainer.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(trainer.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(config), indent=1))
+        write_config(trainer)
     with (
         contextlib.closing(Reporter(config, step=trainer.progress.step, silent=not world.is_first)) as reporter,
         contextlib.closing(Saver(trainer)) as saver,
@@ -206,6 +209,11 @@ def carry_out(trainer: Trainer, started: float) -> None:
         if config.lora:
             print(f"adapters  of the best checkpoint are in {write_adapter(trainer.folder)}")
         checkpoint.consolidate_run(trainer.folder, world)  # of a sharded run what generate.py and the exports read
+
+
+def write_config(trainer: Trainer) -> None:
+    """The run's config.json, from which it is resumed."""
+    write_atomic(trainer.folder / checkpoint.CONFIG, json.dumps(dataclasses.asdict(trainer.config), indent=1))
 
 
 def _moved_switch(trainer: Trainer) -> str | None:
@@ -221,6 +229,10 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
     config, world = trainer.config, trainer.world
     longest_step, longest_pause = 0.0, 0.0
     while trainer.progress.step < config.steps and trainer.stop_signal is None:
+        # How many steps there are to be, by the clock.
+        if trainer.clock:
+            config = keep_pace(trainer, reporter)
+
         # One step. A bad one is skipped, or the run goes back to a checkpoint.
         start, before = time.perf_counter(), trainer.progress.step
         due = (before + 1) % config.eval_every == 0 or before + 1 == config.steps
@@ -253,7 +265,10 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
             if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
                 with only_for_looking("the sample"):
                     reporter.say("sample    " + " ".join(trainer.sample().split()))
-        longest_pause = max(longest_pause, time.perf_counter() - pause)
+        pause = time.perf_counter() - pause
+        longest_pause = max(longest_pause, pause)
+        if trainer.clock and step % config.eval_every == 0:
+            trainer.clock.pause(pause)
 
         # No time left: twice the longest step and pause, since the next ones may be longer.
         if config.max_minutes and trainer.stop_signal is None:
@@ -267,6 +282,20 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
             f"stopped at step {trainer.progress.step} of {config.steps}; go on with: "
             f"python train.py --resume {config.out}"
         )
+
+
+def keep_pace(trainer: Trainer, reporter: Reporter) -> TrainConfig:
+    """Change the number of steps where the run would end too late or too early; returns the configuration."""
+    config, step, clock = trainer.config, trainer.progress.step, trainer.clock
+    assert clock is not None
+    total = trainer.world.broadcast(clock.decide(step, config.steps, config.eval_every, time.perf_counter()))
+    if total is not None:
+        reporter.say(f"step {step:>6}/{config.steps}  {total:,} steps in all will end in time")
+        trainer.config = config.paced(step, total)
+        reporter.follow(trainer.config)
+        if trainer.world.is_first:
+            write_config(trainer)
+    return trainer.config
 
 
 def validate(trainer: Trainer, reporter: Reporter) -> bool:

@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     if source:
         default = load_record(Path(source) / CONFIG, TrainConfig)
         # A run trained "for 5 minutes" knows by now how many steps that was.
-        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {}))
+        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {"pace": ()}))
     if known.help:
         print(help_text(prog, default, shutil.get_terminal_size().columns), end="")
         raise SystemExit(0)

@@ -17,6 +17,7 @@ from bitnet.model import ModelConfig
 from bitnet.storage.json_files import checked
 from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
+from bitnet.training.pace import Pace, check_pace, decided, place
 from bitnet.training.processes import Strategy, World
 
 Remedy = Literal["stop", "skip", "rewind"]
@@ -48,9 +49,11 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     minutes: float | None = None
-    """Choose the number of steps, and of tokens to validate on, so that both take about this long on this machine; the
-    last validation is on all held-out tokens where that is at most a fifth of the time. Too short for 10 steps is
-    refused."""
+    """Choose the number of steps, and of tokens to validate on, so that both take about this long on this machine, and
+    change the number on the way where it becomes slower or faster; the last validation is on all held-out tokens where
+    that is at most a fifth of the time. Too short for 10 steps is refused."""
+    pace: Pace = ()
+    """Written by --minutes: from which steps on how many there were to be in all. A resumed run repeats it."""
     context: int | None = None
     """Tokens in a training sequence; the model's max_position_embeddings unless given."""
     batch_size: int = 16
@@ -159,6 +162,7 @@ class TrainConfig:
             raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches, at most 1,024")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
+        check_pace(self.pace, self.steps)
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight is {self.teacher_weight}; it is a share of the loss, from 0 to 1")
         if not 0 < self.teacher_temperature <= 1000:
@@ -215,6 +219,14 @@ class TrainConfig:
             if is_wrong:
                 raise ValueError(f"adapters (--lora {self.lora}) want {wanted}")
 
+    def place(self, step: int) -> tuple[float, int]:
+        """Where a step stands in every schedule: at which place of how many."""
+        return place(step, self.steps, self.pace)
+
+    def paced(self, step: int, total: int) -> "TrainConfig":
+        """The same with `total` steps, and schedules that go on from where they are at `step`."""
+        return replace(self, steps=total, pace=decided(self.pace, self.steps, step, total))
+
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless each process gets as many sequences of each micro-batch."""
         if self.batch_size % (self.micro_batches * processes):
@@ -228,8 +240,8 @@ class TrainConfig:
         that a checkpoint becomes."""
         if self.model.quantizer == "none":
             return 1.0
-        behind = step - int(self.float_start * self.steps)
-        ramp = int(self.ramp * self.steps)
+        at, steps = self.place(step)
+        behind, ramp = at - int(self.float_start * steps), int(self.ramp * steps)
         return 0.0 if behind < 0 else RAMPS[self.ramp_shape](min(1.0, (behind + 1) / (ramp + 1)))
 
     @property
@@ -238,6 +250,9 @@ class TrainConfig:
         along."""
         if self.model.quantizer == "none" or not (self.float_start or self.ramp):
             return None
+        strengths = [self.quantizer_strength(step) for step in range(self.steps)] if self.pace else []
+        if strengths:
+            return sum(s == 0 for s in strengths), sum(s < 1 for s in strengths)
         begin = int(self.float_start * self.steps)
         return begin, begin + int(self.ramp * self.steps)
 

@@ -34,10 +34,9 @@ FIRST = (
 )  # fmt: skip
 GROUPS = {
     "run": (
-        "preset", "like", "resume", "estimate", "presets", "out", "init", "lora", "lora_alpha",
-        "steps", "minutes", "max_minutes", "context",
-        "batch_size", "float_start", "ramp", "ramp_shape", "teacher", "teacher_weight", "teacher_temperature", "seed",
-        "log_every", "sample_every", "sample_prompt", "wandb",
+        "preset", "like", "resume", "estimate", "presets", "out", "init", "lora", "lora_alpha", "steps", "minutes",
+        "pace", "max_minutes", "context", "batch_size", "float_start", "ramp", "ramp_shape", "teacher",
+        "teacher_weight", "teacher_temperature", "seed", "log_every", "sample_every", "sample_prompt", "wandb",
     ),
     "model": ("model",),
     "data": ("data",),

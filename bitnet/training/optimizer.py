@@ -73,9 +73,10 @@ class OptimConfig:
             raise ValueError(f"second_from is {self.second_from}; it is a share of the steps, from 0 to 1")
 
 
-def schedule(step: int, total_steps: int, config: OptimConfig) -> tuple[float, float]:
-    """Learning rate multiplier (of the first peak, 0 to 1) and weight decay for a step counted from 0."""
-    progress = step / max(1, total_steps)
+def schedule(step: int, total_steps: int, config: OptimConfig, at: float | None = None) -> tuple[float, float]:
+    """Learning rate multiplier (of the first peak, 0 to 1) and weight decay for a step counted from 0, which stands
+    `at` another place of the schedule where the number of steps was changed on the way."""
+    progress = (step if at is None else at) / max(1, total_steps)
     multiplier, weight_decay = 1.0, config.weight_decay
     if config.lr_second is not None and progress >= config.second_from:
         multiplier, weight_decay = config.lr_second / config.lr, config.weight_decay_second
@@ -121,9 +122,10 @@ class Optimizer:
     def _groups(self) -> Iterable[dict]:
         return (group for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def set_schedule(self, step: int, total_steps: int) -> float:
-        """Set learning rate and weight decay for a step; returns the learning rate of the first group."""
-        multiplier, weight_decay = schedule(step, total_steps, self.config)
+    def set_schedule(self, step: int, total_steps: int, at: float | None = None) -> float:
+        """Set learning rate and weight decay for a step, as `schedule` does; returns the learning rate of the first
+        group."""
+        multiplier, weight_decay = schedule(step, total_steps, self.config, at)
         for group in self._groups():
             group["lr"] = group["peak_lr"] * multiplier
             group["weight_decay"] = weight_decay if group["decays"] else 0.0

@@ -79,6 +79,12 @@ class Reporter:
             left = clock((config.steps - step) * config.tokens_per_step / rate)
             self.say(f"step {step:>6}/{config.steps}  loss {result.loss:.3f}  {speed}  ETA {left}")
 
+    def follow(self, config: TrainConfig) -> None:
+        """The run has another number of steps now."""
+        self.config = config
+        self._bar.total = config.steps
+        self._bar.refresh()
+
     def rewind(self, step: int) -> None:
         """The run has gone back to this step: what is logged again replaces what was."""
         self._bar.update(step - self._bar.n)

@@ -37,6 +37,7 @@ from bitnet.training.config import TrainConfig
 from bitnet.training.faults import HISTORY, Fault, find_fault, stop_if_hopeless
 from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
+from bitnet.training.pace import Clock
 from bitnet.training.processes import World, replicate
 from bitnet.training.sharding import prepare_gathers
 from bitnet.training.teacher import Teacher
@@ -82,6 +83,8 @@ class Trainer:
         """What every checkpoint holds beside its tensors, by name."""
         self.validates_whole = True
         """Whether the last validation is on all of the held-out data."""
+        self.clock: Clock | None = None
+        """Of a run that is to end in time."""
         self.stop_signal: int | None = None
         """A signal that this process, or any other one, was sent: the step that runs is the last one."""
         self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
@@ -91,7 +94,8 @@ class Trainer:
         """Set the products, accumulate the gradient, clip it, and update the weights, unless something is wrong."""
         progress, config = self.progress, self.config
         self.set_products()
-        lr = self.optimizer.set_schedule(progress.step, config.steps)
+        at, steps = config.place(progress.step)
+        lr = self.optimizer.set_schedule(progress.step, steps, at)
         loss = self._mean_over_processes(self.forward_backward(progress.step + progress.data_shift))
         norm = clip_gradients(list(self.model.parameters()), config.optim.grad_clip)
         fault = find_fault(loss, norm, progress.history, config)
@@ -219,8 +223,9 @@ class Trainer:
         )
 
     def plan(self, minutes: float) -> TrainConfig:
-        """The configuration that spends about this time on training and validation, from a few timed steps, whose
-        updates are undone again. Raises ValueError where it is too short for `MIN_STEPS` more steps."""
+        """The configuration that spends this time on training and validation, from a few timed steps, whose updates
+        are undone again; from then on `clock` tells whether it still does. Raises ValueError where it is too short for
+        `MIN_STEPS` more steps."""
         config, start_step = self.config, self.progress.step
         weights = {name: self._aside(value) for name, value in self.model.state_dict().items()}
         moments = {name: self._aside(value) for name, value in self.optimizer.state().items()}
@@ -240,22 +245,27 @@ class Trainer:
         token = self._validation_seconds()
         step, token = self.world.broadcast((step, token))
         # No validation takes more than its share of the time; the rest goes to steps, checkpoints and samples.
-        budget, held_out = minutes * 60 * 0.97, self.feed.held_out_tokens
+        spent = self.world.broadcast(time.perf_counter() - begun)
+        budget, held_out = minutes * 60 * 0.97 - spent, self.feed.held_out_tokens
         tokens = config.eval_tokens or held_out
         if tokens * token > 0.1 * budget:
-            tokens = max(config.batch_size // config.micro_batches * config.window, int(0.1 * budget / token))
+            few = config.batch_size // config.micro_batches * config.window
+            tokens = max(few, int(0.1 * budget / token))
         last = held_out if held_out * token <= 0.2 * budget else min(tokens, held_out)
-        steps = int((budget - last * token) / (step + min(tokens, held_out) * token / config.eval_every))
+        pause = min(tokens, held_out) * token
+        steps = int((budget - last * token) / (step + pause / config.eval_every))
         if steps < MIN_STEPS:
-            needed = (MIN_STEPS * step + last * token) / 60 / 0.97
+            needed = (MIN_STEPS * step + last * token + spent) / 60 / 0.97
             raise ValueError(
                 f"{minutes:g} minutes are time for {max(0, steps)} steps of {step:.2g} s here, and training takes "
                 f"{MIN_STEPS} at least; give --minutes {max(needed * 1.2, minutes):.2g} or more, a smaller model or "
                 "batch, or a faster machine"
             )
         self.validates_whole = last == held_out
+        now = time.perf_counter()
+        self.clock = Clock(now + budget, step, pause, last * token, minutes * 60 / 50, now, start_step)
         eval_tokens = None if tokens >= held_out and config.eval_tokens is None else tokens
-        return replace(config, steps=start_step + steps, eval_tokens=eval_tokens, minutes=None)
+        return replace(config, steps=start_step + steps, eval_tokens=eval_tokens, minutes=None, pace=())
 
     def _validation_seconds(self) -> float:
         """Seconds of validation a token."""
