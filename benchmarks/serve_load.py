@@ -1,23 +1,29 @@
-"""A server under load: tokens a second, time to the first token and between tokens, for 1, 4, 16 and 64 streams.
+"""A server under load: tokens a second, time to the first token and between tokens, for 1, 4, 8, 16 and 64 streams.
 
-    python benchmarks/serve_load.py runs/demo --json result.json
+    python benchmarks/serve_load.py runs/demo --threads 2 --json result.json
+    python benchmarks/serve_load.py --preset 700m --threads 2 --llama-server PATH      in turn with llama.cpp's server
     python benchmarks/serve_load.py --url http://127.0.0.1:8080 --no-gate      another server with OpenAI's interface
 
-Every text is compared with the one that the same prompt and seed gave alone: a number is only printed where all are
-equal. Prompts share no beginning unless `--shared` tokens of them do. Needs `pip install bitnet[serve] httpx`.
+Every request has a prompt of its own, of random tokens; `--shared` of them begin all prompts. When all is measured,
+some of ours are asked again, alone: their texts must be equal, or the number is not printed. With `--llama-server` both
+servers have the same GGUF file, ours and llama.cpp's in turn for each number of streams; `--preset` makes one of random
+weights. Needs `pip install bitnet[serve] httpx`. The soak is benchmarks/serve_soak.py.
 """
 
 import asyncio
 import json
+import os
 import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,14 +33,23 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet.console import note, table
 
+TYPE = "TQ2_0"
+"""llama.cpp's fastest ternary type on a CPU."""
+
 
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[str | None] = None
-    """A model to serve for the time of the measurement."""
+    """A model to serve for the time of the measurement; for --llama-server a GGUF file."""
+    preset: str | None = None
+    """Instead: a shape (demo, 700m, ...), with random ternary weights."""
     url: str | None = None
     """A server that runs already, instead."""
-    streams: tuple[int, ...] = (1, 4, 16, 64)
+    llama_server: Path | None = None
+    """llama.cpp's llama-server, to be measured on the same file."""
+    threads: int | None = None
+    """Of each server; its own choice unless given."""
+    streams: tuple[int, ...] = (1, 4, 8, 16, 64)
     """Clients at a time; each sends its next request when the last one has ended."""
     requests: int = 2
     """Of each client."""
@@ -42,142 +57,238 @@ class Options:
     new_tokens: int = 64
     shared: int = 0
     """Tokens that all prompts begin with."""
-    texts: int = 8
-    """Different prompts, in turn."""
+    checked: int = 16
+    """Texts of ours that are compared with their text alone."""
     gate: bool = True
-    """Compare every text with its text alone."""
+    """Compare them."""
     json: Path | None = None
 
 
 @dataclass
 class Run:
-    """One number of streams."""
+    """One number of streams on one server."""
 
+    server: str
     streams: int
     tokens_per_second: float = 0.0
     first_median: float = 0.0
     first_p95: float = 0.0
     between_p95: float = 0.0
+    tokens: int = 0
     different: int = 0
     first: list[float] = field(default_factory=list, repr=False)
     between: list[float] = field(default_factory=list, repr=False)
-    tokens: int = 0
+    texts: dict[int, str] = field(default_factory=dict, repr=False)
+    """By the number of the request."""
 
 
-def prompts_of(options: Options, vocab_size: int) -> list[list[int]]:
-    """Prompts of random tokens, the same in every call."""
-    numbers = random.Random(0)
+@dataclass(frozen=True)
+class Peer:
+    """A server to measure."""
 
-    def some(count: int) -> list[int]:
-        return [numbers.randrange(10, vocab_size) for _ in range(count)]
+    name: str
+    url: str
+    ours: bool
+    process: int | None = None
 
-    begin = some(options.shared)
-    return [begin + some(options.prompt_tokens - options.shared) for _ in range(options.texts)]
+
+def prompt_of(options: Options, number: int, vocab_size: int) -> list[int]:
+    """The prompt of a request, the same in every call."""
+    shared, own = random.Random(-1), random.Random(number)
+    begin = [shared.randrange(10, vocab_size) for _ in range(options.shared)]
+    return begin + [own.randrange(10, vocab_size) for _ in range(options.prompt_tokens - options.shared)]
 
 
-async def ask(client: httpx.AsyncClient, options: Options, prompt: list[int], seed: int, run: Run) -> str:
-    """The text of one request, its times added to the run."""
+async def ask(client: httpx.AsyncClient, peer: Peer, options: Options, number: int, vocab_size: int, run: Run) -> None:
+    """One request, its text and times added to the run."""
     body = {
-        "prompt": prompt, "max_tokens": options.new_tokens, "seed": seed, "temperature": 0.8, "ignore_eos": True,
-        "stream": True, "logprobs": 0, "stream_options": {"include_usage": True},
+        "prompt": prompt_of(options, number, vocab_size), "max_tokens": options.new_tokens, "seed": number,
+        "temperature": 0.8, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
+    if peer.ours:
+        body["logprobs"] = 0  # with which every token comes at once, whether or not it makes a character certain
     started = last = time.perf_counter()
-    text = ""
+    text, tokens = "", None
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
-            raise ValueError(f"the server answered {answer.status_code}: {(await answer.aread()).decode()[:300]}")
+            raise ValueError(f"{peer.name} answered {answer.status_code}: {(await answer.aread()).decode()[:300]}")
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             chunk = json.loads(line[6:])
             if "error" in chunk:
-                raise ValueError(chunk["error"]["message"])
-            if usage := chunk.get("usage"):
-                run.tokens += usage["completion_tokens"]
+                raise ValueError(f"{peer.name}: {chunk['error']['message']}")
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
             if not chunk["choices"]:
                 continue
             now = time.perf_counter()
-            (run.between if text else run.first).append(now - (last if text else started))
+            (run.between if last > started else run.first).append(now - last)
             last = now
             text += chunk["choices"][0]["text"]
-    return text
+    if tokens != options.new_tokens:
+        raise ValueError(f"{peer.name} wrote {tokens} tokens and {options.new_tokens} were asked for")
+    run.tokens += options.new_tokens
+    run.texts[number] = text
 
 
-async def measure(url: str, options: Options, prompts: list[list[int]]) -> list[Run]:
-    """All numbers of streams, one after the other."""
+async def measure(peers: list[Peer], options: Options, vocab_size: int) -> list[Run]:
+    """All numbers of streams, one after the other, on every server in turn."""
+    runs, number = [], 0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        alone = [await ask(client, options, prompt, seed, Run(0)) for seed, prompt in enumerate(prompts)]
-        runs = []
+    async with AsyncExitStack() as stack:
+        clients = [
+            await stack.enter_async_context(httpx.AsyncClient(base_url=peer.url, timeout=1800, limits=limits))
+            for peer in peers
+        ]
+        for peer, client in zip(peers, clients, strict=True):  # what is made late is there then
+            await ask(client, peer, options, 10**6, vocab_size, Run("", 0))
         for streams in options.streams:
-            run = Run(streams)
+            for peer, client in zip(peers, clients, strict=True):
+                run = Run(peer.name, streams)
 
-            async def one(number: int, run: Run = run) -> None:
-                for turn in range(options.requests):
-                    index = (number + turn) % len(prompts)
-                    text = await ask(client, options, prompts[index], index, run)
-                    run.different += text != alone[index]
+                async def one(
+                    first: int, peer: Peer = peer, client: httpx.AsyncClient = client, run: Run = run
+                ) -> None:
+                    for turn in range(options.requests):
+                        await ask(client, peer, options, first + turn, vocab_size, run)
 
-            started = time.perf_counter()
-            await asyncio.gather(*(one(number) for number in range(streams)))
-            run.tokens_per_second = run.tokens / (time.perf_counter() - started)
-            run.first_median, run.first_p95 = statistics.median(run.first), percentile(run.first)
-            run.between_p95 = percentile(run.between)
-            runs.append(run)
-            note(f"{streams} streams: {run.tokens} tokens, {run.different} texts other than alone")
-        return runs
+                started = time.perf_counter()
+                await asyncio.gather(*(one(number + i * options.requests) for i in range(streams)))
+                run.tokens_per_second = run.tokens / (time.perf_counter() - started)
+                run.first_median, run.first_p95 = statistics.median(run.first), percentile(run.first)
+                run.between_p95 = percentile(run.between)
+                runs.append(run)
+                note(f"{peer.name}, {streams} streams: {run.tokens_per_second:.1f} tokens/s")
+            number += streams * options.requests
+        if options.gate:
+            for peer, client in zip(peers, clients, strict=True):
+                if peer.ours:
+                    await compare([run for run in runs if run.server == peer.name], client, peer, options, vocab_size)
+    return runs
+
+
+async def compare(runs: list[Run], client: httpx.AsyncClient, peer: Peer, options: Options, vocab_size: int) -> None:
+    """Ask some requests of every run again, alone, and count the texts that are others."""
+    for run in runs:
+        numbers = sorted(run.texts)
+        share = -(-options.checked // len(runs))
+        for number in numbers[:: max(1, len(numbers) // share)][:share]:
+            alone = Run("", 1)
+            await ask(client, peer, options, number, vocab_size, alone)
+            run.different += alone.texts[number] != run.texts[number]
 
 
 def percentile(values: list[float], share: float = 0.95) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
+def random_model(preset: str, folder: Path) -> str:
+    """A GGUF file of this shape with random ternary weights, and a vocabulary of this project's own words."""
+    from bitnet.bench.random_models import write_random_gguf
+    from bitnet.model import PRESETS
+    from bitnet.tokenizer import train_tokenizer
+    from bitnet.tokenizer.gguf_write import vocabulary
+
+    if preset not in PRESETS:
+        raise ValueError(f"the preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    sources = sorted((Path(__file__).parent.parent / "bitnet").rglob("*.py"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)[:300_000]
+    path, config = folder / f"{preset}.gguf", PRESETS[preset]
+    tokenizer = train_tokenizer([text], min(2048, config.vocab_size), threads=1)
+    write_random_gguf(path, config, TYPE, vocabulary(tokenizer, config.vocab_size))
+    return str(path)
+
+
 @contextmanager
-def server(options: Options) -> Iterator[str]:
-    """The address to measure."""
-    if (options.url is None) == (options.model is None):
-        raise ValueError("give a model to serve or --url of a server, one of them")
-    if options.url is not None:
-        yield options.url
-        return
-    command = [sys.executable, "-m", "bitnet", "serve", f"model={options.model}", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+def our_server(model: str, threads: int | None, *more: str) -> Iterator[Peer]:
+    """`bitnet serve` with a model."""
+    command = [sys.executable, "-m", "bitnet", "serve", f"model={model}", "--port", "0", *more]
+    command += ["--threads", str(threads)] if threads else []
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr is not None
-        address = None
+        read = ""
         for line in process.stderr:
+            read += line
             if address := re.search(r"http://\S+", line):
                 break
-        if address is None:
-            raise ValueError("the server did not start; run bitnet serve with this model to see why")
+        else:
+            raise ValueError(f"bitnet serve did not start: {read[-2000:]}")
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield address[0]
+        yield Peer("bitnet", address[0], True, process.pid)
     finally:
         process.terminate()
         process.wait()
 
 
+@contextmanager
+def llama_server(program: Path, model: str, options: Options) -> Iterator[Peer]:
+    """llama.cpp's server with the same file: a slot for each stream."""
+    most = max(options.streams)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    tokens = most * (options.prompt_tokens + options.new_tokens + 16)
+    command = [str(program), "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", str(most)]
+    command += ["-c", str(tokens), *(["-t", str(options.threads)] if options.threads else [])]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 120
+            while True:
+                try:
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    raise ValueError(f"{program} did not start: {log.read()[-2000:]}")
+                time.sleep(0.2)
+            yield Peer("llama-server", url, False, process.pid)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def vocabulary_of(url: str) -> int:
+    """Tokens of our server's model: the first id that it does not have."""
+    message = httpx.post(f"{url}/detokenize", json={"tokens": [2**31 - 1]}).json()["error"]["message"]
+    found = re.search(r"vocabulary of (\d+)", message)
+    if not found:
+        raise ValueError(f"the server does not tell its vocabulary: {message}")
+    return int(found[1])
+
+
 def main(options: Options) -> int:
-    with server(options) as url:
+    if sum(given is not None for given in (options.model, options.preset, options.url)) != 1:
+        raise ValueError("give a model, --preset or --url of a server, one of them")
+    with ExitStack() as stack:
         vocab_size = 32_000
-        if options.model is not None:  # of ours the size is known: the first id that it does not have
-            answer = httpx.post(f"{url}/detokenize", json={"tokens": [2**31 - 1]}).json()
-            found = re.search(r"vocabulary of (\d+)", answer["error"]["message"])
-            vocab_size = int(found[1]) if found else vocab_size
-        runs = asyncio.run(measure(url, options, prompts_of(options, vocab_size)))
-    rows = [["streams", "tokens/s", "first token, median", "p95", "between tokens, p95"]]
+        if options.url is not None:
+            peers = [Peer("server", options.url, options.gate)]
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            model = options.model or random_model(str(options.preset), folder)
+            most = max(options.streams)
+            room = most * (options.prompt_tokens + options.new_tokens + 64)
+            more = ("--parallel", str(most), "--cache-tokens", str(room))
+            peers = [stack.enter_context(our_server(model, options.threads, *more))]
+            vocab_size = vocabulary_of(peers[0].url)
+            if options.llama_server is not None:
+                peers.append(stack.enter_context(llama_server(options.llama_server, model, options)))
+        runs = asyncio.run(measure(peers, options, vocab_size))
+    rows = [["streams", "server", "tokens/s", "first token, median", "p95", "between tokens, p95"]]
     for run in runs:
-        good = not options.gate or not run.different
         times = [f"{1000 * t:.0f} ms" for t in (run.first_median, run.first_p95, run.between_p95)]
-        rows.append([str(run.streams), *([f"{run.tokens_per_second:.1f}", *times] if good else ["red: texts differ"])])
-        rows[-1] += [""] * (len(rows[0]) - len(rows[-1]))
-    print(table(rows, right=range(5)))
+        shown = ["red: texts differ", "", "", ""] if run.different else [f"{run.tokens_per_second:.1f}", *times]
+        rows.append([str(run.streams), run.server, *shown])
+    print(table(rows, right=(0, 2, 3, 4, 5)))
     if options.json:
-        kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between")} for run in runs]
-        options.json.write_text(
-            json.dumps({"options": asdict(options) | {"json": None}, "runs": kept}, indent=1) + "\n"
-        )
-    return int(options.gate and any(run.different for run in runs))
+        kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between", "texts")} for run in runs]
+        about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
+        options.json.write_text(json.dumps({"options": about, "runs": kept}, indent=1) + "\n")
+    return int(any(run.different for run in runs))
 
 
 if __name__ == "__main__":

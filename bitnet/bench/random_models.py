@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.files import JsonObject
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.quant import packed_width
 from bitnet.storage.gguf import write
@@ -74,9 +75,9 @@ def ternary_weights(config: ModelConfig) -> int:
     return config.num_hidden_layers * sum(N * K for N, K in config.projections().values())
 
 
-def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
-    """Write a GGUF file of a type or mixture with random weights and no vocabulary, in a moment: the rows of a matrix
-    repeat 64 different ones. Ternary where the configuration is."""
+def write_random_gguf(path: Path, config: ModelConfig, kind: str, words: JsonObject | None = None) -> None:
+    """Write a GGUF file of a type or mixture with random weights, in a moment: the rows of a matrix repeat 64 different
+    ones. Ternary where the configuration is. words: the metadata of a vocabulary (`tokenizer.*`); none unless given."""
     arch, types = write.architecture(config, kind), write.tensor_types(config, kind)
     shapes, ternary = config.tensor_shapes(), config.quantizer != "none"
     generator = torch.Generator().manual_seed(0)
@@ -102,8 +103,8 @@ def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
             ones = torch.ones(shapes[f"{ours}.weight"])
             yield TensorToWrite(f"{theirs}.weight", tuple(ones.shape), "F32", partial(bytes_of, ones))
 
-    metadata = write.metadata_of(config, arch, kind, "random") | {"tokenizer.ggml.model": "none"}
-    write_file(path, metadata, tensors())
+    metadata = write.metadata_of(config, arch, kind, "random")
+    write_file(path, metadata | (words or {"tokenizer.ggml.model": "none"}), tensors())
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
