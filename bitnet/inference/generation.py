@@ -375,8 +375,10 @@ def _choose_finite(
 ) -> tuple[Tensor, Tensor]:
     """Tokens `[B, 1]` to go on with, whatever the logits `[B, V]` are, and the same ids `[B]` with _NOT_FINITE for rows
     that drew from logits which are not finite; `uniform` float64 `[B]`. Nothing here waits for a GPU."""
-    by_torch = seen is not None or 0 < sampling.top_k < logits.shape[1] or logits.dtype != torch.float32
-    if uniform is not None and not by_torch and logits.device.type == "cuda" and backend.available():
+    beyond = seen is not None or 0 < sampling.top_k < logits.shape[1] or logits.dtype != torch.float32
+    # Else torch is as fast or faster on an H200: nothing to sort, or many candidates of few rows.
+    pays = sampling.top_p < 1 and (sampling.min_p > 0 or len(logits) >= 4)
+    if uniform is not None and pays and not beyond and logits.device.type == "cuda" and backend.available():
         from bitnet.kernels.triton.sampling import draw
 
         ids = draw(

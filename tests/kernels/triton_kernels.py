@@ -242,7 +242,7 @@ def test_tokens_are_drawn_as_specified(top_p: float, min_p: float, monkeypatch: 
     monkeypatch.setattr(sampling, "_BLOCK", 64)  # lists of several blocks
     logits = (3 * torch.randn(5, 120))[:, :100]
     logits[1] = logits[1].round()  # equal ones
-    logits[2] = 0
+    logits[2] = 0  # the top-p set ends between equal ones
     uniform = torch.rand(5, dtype=torch.float64)
     uniform[3:] = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
     wanted = choose(logits, SamplingConfig(0.8, top_p=top_p, min_p=min_p), uniform[:, None])

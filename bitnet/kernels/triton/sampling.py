@@ -52,7 +52,7 @@ def select(weights, n, x, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["V", "stride"])
 def draw_kernel(
-    logits, uniform, weights, kept, ids, V, stride, temperature, top_p, top_p_rest, min_p, NOT_FINITE: tl.constexpr,
+    logits, uniform, weights, kept, ids, V, stride, temperature, p1, p2, p3, min_p, NOT_FINITE: tl.constexpr,
     TOP_P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
@@ -82,7 +82,7 @@ def draw_kernel(
             at += BLOCK
         total = tl.sum(acc, 0)
         one = total.to(tl.float64) * 0 + 1
-        share = one * top_p + one * top_p_rest  # numbers arrive as float32
+        share = one * p1 + one * p2 + one * p3  # numbers arrive as float32, and ends of flat lists are met exactly
         floor = min_p
         if TOP_P:
             # Tokens below it together weigh less than 1 - p of the total. A little lower, for the rounding.
@@ -151,10 +151,12 @@ def draw(
     weights = torch.empty(B, V, dtype=torch.float32, device=logits.device)
     kept = torch.empty(B, V, dtype=torch.int32, device=logits.device)
     ids = torch.empty(B, dtype=torch.int64, device=logits.device)
-    share = float(torch.tensor(top_p, dtype=torch.float32))
+    parts: list[float] = []
+    for _ in range(3):
+        parts.append(float(torch.tensor(top_p - sum(parts), dtype=torch.float32)))
     launch(
-        draw_kernel, (B,), logits, uniform, weights, kept, ids, V, logits.stride(0), float(temperature), share,
-        top_p - share, float(min_p), NOT_FINITE=not_finite, TOP_P=top_p < 1, BLOCK=min(_BLOCK, power_of_2(V)),
+        draw_kernel, (B,), logits, uniform, weights, kept, ids, V, logits.stride(0), float(temperature), *parts,
+        float(min_p), NOT_FINITE=not_finite, TOP_P=top_p < 1, BLOCK=min(_BLOCK, power_of_2(V)),
         warps=8,
     )  # fmt: skip
     return ids
