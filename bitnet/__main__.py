@@ -31,6 +31,7 @@ COMMANDS = {
     "quantize": "quantize a float model after training",
     "compare": "every quantization method on one model, in a table and pictures",
     "report": "a page from a comparison: what to choose, charts, errors by layer",
+    "guide": "a page that shows what quantization does, on a model of yours",
     "export": "write a model for transformers, llama.cpp, GPTQ or this project's engine",
     "inspect": "what is in a model file: tensors, types, bits a weight",
     "bench": "speeds of this machine, with the machine's limits beside them",

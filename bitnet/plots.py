@@ -343,3 +343,12 @@ def sample_values(tensor: Tensor, count: int = 200_000) -> Tensor:
     """At most `count` evenly spaced entries of a tensor, flat: enough for a histogram."""
     flat = tensor.detach().flatten()
     return flat if len(flat) <= count else flat[torch.linspace(0, len(flat) - 1, count).long()]
+
+
+def png_bytes(pixels: Tensor) -> bytes:
+    """A picture `[height, width, 3]` of values from 0 to 1 as a PNG."""
+    from matplotlib.image import imsave
+
+    out = io.BytesIO()
+    imsave(out, pixels.clamp(0, 1).numpy(), format="png")
+    return out.getvalue()

@@ -72,7 +72,8 @@ def _inline(svg: str, alt: str, interactive: bool) -> str:
     body = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: _DRAWN.get(match[0], match[0]), body)
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
-    body = re.sub(r"(\d+\.\d\d)\d+", r"\1", body)
+    # Places need no more than hundredths of a point; letters between the tags stay as they are.
+    body = re.sub(r"<[^>]+>", lambda match: re.sub(r"(\d+\.\d\d)\d+", r"\1", match[0]), body)
     body = re.sub(r">\s+<", "><", body)
     role = "group" if interactive else "img"
     return (

@@ -1,16 +1,16 @@
 """The page of a comparison, from its table.json alone: what to choose, quality against size and speed, errors by layer,
 distributions."""
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bitnet import plots
-from bitnet.evaluation.table import LEGEND, Distribution, Quantized, Row, Table, cells, grid
+from bitnet.evaluation.table import LEGEND, Distribution, Row, Table, cells, grid
 from bitnet.files import write_atomic
-from bitnet.pages.figure import COLORS, figure
+from bitnet.pages.figure import figure
+from bitnet.pages.histogram import histogram
 from bitnet.pages.page import Section, caption, escape, frames, page, paragraph, side_by_side, table
 from bitnet.storage.json_files import load_record
 
@@ -188,31 +188,7 @@ def _distribution(found: Distribution) -> str:
     for each in found.after:
         levels = f"{len(each.levels)} levels, " if each.levels else ""
         note = each.note or f"{levels}{each.zeros:.1%} zeros"
-        picture = figure(
-            functools.partial(_paint_distribution, found=found, each=each),
-            f"{found.tensor}, as {each.name}: {note}",
-            size=(4.2, 2.3),
-        )
+        picture = histogram(found, each, f"{found.tensor}, as {each.name}: {note}")
         parts.append(caption(picture, f"{each.name}: {note}"))
     text = "Grey: the float values. In color: each level as high as its share of the values, or how many lie where."
     return f"<h3>{escape(found.tensor)}</h3>{paragraph(text)}{side_by_side(*parts)}"
-
-
-def _paint_distribution(axes: Any, *, found: Distribution, each: Quantized) -> None:
-    edges = [found.low + (found.high - found.low) * i / len(found.counts) for i in range(len(found.counts) + 1)]
-    axes.stairs(found.counts, edges, fill=True, color=COLORS["line"])
-    axes.set_yticks([])
-    axes.set_xlim(min([found.low, *(1.1 * level for level, _ in each.levels)]),
-                  max([found.high, *(1.1 * level for level, _ in each.levels)]))  # fmt: skip
-    if each.levels:
-        twin = axes.twinx()
-        twin.set_yticks([])
-        levels, shares = zip(*each.levels, strict=True)
-        twin.vlines(levels, 0, shares, color=COLORS["c1"], lw=1.4)
-        twin.plot(levels, shares, "o", color=COLORS["c1"], ms=2.5)
-        twin.set_ylim(0, 1.2 * max(shares))
-        if len(levels) <= 3:
-            for level, share in each.levels:
-                twin.annotate(f"{share:.0%}", (level, share), (5, 1), textcoords="offset points", fontsize=9)
-    else:
-        axes.stairs(each.counts, edges, color=COLORS["c1"])

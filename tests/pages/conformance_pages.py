@@ -102,3 +102,43 @@ def test_the_report_of_a_comparison(page, report_file):
         float(text.split()[0]) for text in page.locator("#table tbody tr:visible td:nth-child(5)").all_inner_texts()
     ]
     assert values == sorted(values)
+
+
+@pytest.fixture(scope="module")
+def guide_file(tmp_path_factory) -> Path:
+    import torch
+
+    from bitnet.model import BitNetForCausalLM
+    from bitnet.pages.guide.guide import guide
+    from bitnet.pages.guide.minima import TINY, measure_tiny
+    from bitnet.pages.guide.subject import own_text, subject_of
+
+    ids = torch.tensor(list(own_text(512).encode()))[:512].view(8, 64)
+    subject = subject_of(BitNetForCausalLM(TINY.replace(intermediate_size=256)).eval(), ids, "a tiny model")
+    path = tmp_path_factory.mktemp("guide") / "guide.html"
+    path.write_text(guide(subject, measure_tiny(20, 5)), encoding="utf-8")
+    return path
+
+
+def test_the_guide(page, guide_file):
+    page.goto(guide_file.as_uri())
+    sound(page)
+    for index, section in enumerate(page.locator("section").all()):
+        section.scroll_into_view_if_needed()
+        shot(page, f"guide-{index}")
+    page.locator("#absmax-guide").focus()
+    page.keyboard.press("Home")
+    frames = page.locator(".frames:has(#absmax-guide)")
+    assert frames.locator(".frame:visible").count() == 1
+    assert "s = 1 / 10.8 = 0.09" in frames.inner_text()
+    assert frames.locator("output").inner_text() == page.get_attribute("#absmax-guide", "aria-valuetext") == "2"
+    page.keyboard.press("End")
+    assert "s = 127 / 10.8 = 11.76" in frames.inner_text()
+    sound(page)
+
+    play = page.locator("[data-play=add-vector]")
+    play.click()
+    page.wait_for_function("document.getElementById('add-vector').value === '3'")
+    play.click()
+    assert play.get_attribute("aria-pressed") == "false"
+    assert page.locator(".frames:has(#add-vector) .term:visible").count() == 4
