@@ -30,7 +30,7 @@ INSTRUCTION_SETS = {
     "arm64": {"neon": []},  # Apple's compiler targets chips that all have it
 }
 INSTRUCTION_SETS["AMD64"] = INSTRUCTION_SETS["x86_64"]
-# blocks.cpp needs less: plain vectors of 16 bytes, which every target has, and on x86 those of 32 and 64.
+# blocks.cpp and blocks_iq.cpp need less: vectors of 16 bytes, which every target has, and on x86 of 32 and 64.
 BLOCKS_512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 BLOCKS = {"x86_64": {"avx2": [*X86, "-DBN_AVX2"], "avx512": [*X86, *BLOCKS_512, "-DBN_AVX512"]}}
 BLOCKS["AMD64"] = BLOCKS["x86_64"]
@@ -70,7 +70,8 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             builds = {"scalar": [], **BLOCKS.get(platform.machine(), {})}
             blocks = [
-                pool.submit(compile_one, "blocks", [*flags, f"-DBN_BUILD={name}"], name)
+                pool.submit(compile_one, source, [*flags, f"-DBN_BUILD={name}"], name)
+                for source in ("blocks", "blocks_iq")
                 for name, flags in builds.items()
             ]
             needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool", "repack")]
@@ -93,7 +94,7 @@ class BuildKernels(build_ext):
 
 _NAMES = (
     "simd layout outputs activations matmul groups floats product attention forward isa pool sampling blocks "
-    "blocks_layout"
+    "blocks_layout blocks_iq_search"
 )
 HEADERS = [f"{FOLDER}/{name}.h" for name in _NAMES.split()]
 setup(

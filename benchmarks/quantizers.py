@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from bitnet.files import write_atomic  # noqa: E402
 from bitnet.kernels import blocks, use_backend  # noqa: E402
+from bitnet.quant.blocks import NEEDS_IMPORTANCE  # noqa: E402
 from bitnet.kernels.cpu import blocks as native  # noqa: E402
 from bitnet.machine import cpu_capabilities  # noqa: E402
 from bitnet.model.weight_only import FloatLinear  # noqa: E402
@@ -264,12 +265,17 @@ def rates(quantizers: dict[str, Quantizer], x: Tensor, rounds: int, seconds: flo
     return {name: round(statistics.median(values), 3) for name, values in measured.items()}
 
 
+def weights_of(kind: str, importance: Tensor) -> list[tuple[str, Tensor | None]]:
+    """Without importance, where the type is made without, and with."""
+    return [("none", None)] * (kind not in NEEDS_IMPORTANCE) + [("yes", importance)]
+
+
 def measure(options: Options, x: Tensor, importance: Tensor, calibrated: Calibrated, threads: int) -> Iterator[dict]:
     """A row of results for each type, without importance and with, then one for each other method."""
     torch.set_num_threads(threads)
     with ThreadPoolExecutor(threads) as pool:
         for kind in options.kinds:
-            for name, weight in (("none", None), ("yes", importance)):
+            for name, weight in weights_of(kind, importance):
                 found = block_quantizers(kind, weight, pool, threads, options.library)
                 yield {"type": kind, "importance": name, "threads": threads,
                        "mweights_per_s": rates(found, x, options.rounds, options.seconds)}  # fmt: skip
@@ -285,7 +291,7 @@ def gate(options: Options, x: Tensor, importance: Tensor, calibrated: Calibrated
     """Errors over ggml's, or over rounding's, by row of the table. Raises Gate."""
     found = {}
     for kind in options.kinds:
-        for name, weight in (("none", None), ("yes", importance)):
+        for name, weight in weights_of(kind, importance):
             found[f"{kind} {name}"] = round(check_blocks(kind, weight, x[:GATE_ROWS]), 4)
     check_linear(x[:GATE_ROWS])
     return found | {name: round(error, 4) for name, error in calibrated.check().items()}

@@ -17,7 +17,6 @@ from bitnet.quant.blocks import (
     check_rows,
     check_weight,
     dequantize_blocks,
-    iquants,
     quantize_blocks,
 )
 
@@ -26,7 +25,7 @@ __all__ = ["READ_ONLY", "TYPES", "BlockType", "dequantize", "quantize"]
 
 def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatible: bool = False) -> Tensor:
     """Rows of a weight to rows of blocks: see `bitnet.quant.blocks.quantize_blocks`."""
-    if kind in iquants.BITS or not _native_for(x) or not is_eager(x):
+    if not _native_for(x) or not is_eager(x):
         return quantize_blocks(x, kind, importance, compatible=compatible)
     check_weight(x, kind, importance)
     return native.quantize(x, kind, importance, compatible=compatible)
@@ -34,7 +33,7 @@ def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatib
 
 def dequantize(data: Tensor, kind: str) -> Tensor:
     """Rows of blocks to float32: see `bitnet.quant.blocks.dequantize_blocks`."""
-    if kind in READ_ONLY or kind in iquants.BITS or not _native_for(data):
+    if kind in READ_ONLY or not _native_for(data):
         return dequantize_blocks(data, kind)
     check_rows(data, kind)
     return native.dequantize(data, kind) if is_eager(data) else dequantize_op(data, kind)

@@ -46,7 +46,8 @@ BLOCK_TYPES = (
 )  # fmt: skip
 IMPORTANT_TYPES = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Those for which llama-quantize wants an importance matrix."""
-MIXTURES = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K_S")
+MIXTURES = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "Q2_K_S")
+IMPORTANT_MIXTURES = ("IQ3_XS", "IQ2_M")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,12 @@ METHODS: dict[str, Method] = {
             f"GGUF mixture {name}, embedding and head included", nominal_bits(name), GGUF(name)
         )
         for name in MIXTURES
+    },
+    **{
+        f"gguf-{name.lower()}": Method(
+            f"GGUF mixture {name}, by importance, embedding and head included", nominal_bits(name), ImportantGGUF(name)
+        )
+        for name in IMPORTANT_MIXTURES
     },
 }
 

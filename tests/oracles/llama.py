@@ -32,8 +32,15 @@ class _ContextParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Importance(ctypes.Structure):
+    _fields_ = [("name", c_char_p), ("data", c_void_p), ("size", ctypes.c_size_t)]
+
+
 class _QuantizeParams(ctypes.Structure):
-    _fields_ = [("n_threads", c_int32), ("file_type", c_int32), ("rest", ctypes.c_byte * 512)]
+    _fields_ = [
+        ("n_threads", c_int32), ("file_type", c_int32), ("between", ctypes.c_byte * 16),
+        ("importance", POINTER(_Importance)), ("rest", ctypes.c_byte * 512),
+    ]  # fmt: skip
 
 
 class _Batch(ctypes.Structure):
@@ -99,10 +106,14 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def quantize(source: Path, target: Path, file_type: int) -> None:
-    """llama.cpp's own conversion of a float file to one of its file types, as `llama-quantize` does it."""
+def quantize(source: Path, target: Path, file_type: int, importance: dict[str, np.ndarray] | None = None) -> None:
+    """llama.cpp's own conversion of a float file to one of its file types, as `llama-quantize` does it. `importance`
+    is float32 `[K]` by tensor."""
     params = library().llama_model_quantize_default_params()
     params.n_threads, params.file_type = 1, file_type
+    if importance:
+        entries = [_Importance(name.encode(), data.ctypes.data, data.size) for name, data in importance.items()]
+        params.importance = (_Importance * (len(entries) + 1))(*entries)  # the last one has no name
     log.clear()
     code = library().llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     assert code == 0, "".join(log[-6:])

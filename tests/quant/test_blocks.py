@@ -94,7 +94,6 @@ def all_rows(seed: int = 0, columns: int = K) -> Tensor:
 
 
 D_AT = {
-    "IQ1_M": 48,
     "Q2_K": 80,
     "Q3_K": 108,
     "Q6_K": 208,
@@ -110,7 +109,11 @@ def random_bytes(kind: str, rows: int = 64, columns: int = K) -> Tensor:
     width = columns // found.block_size * found.bytes
     data = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
     special = torch.tensor([float("inf"), float("-inf"), float("nan"), 2.0**-24, 0.0, -0.0]).half()
-    data[: len(special), D_AT.get(kind, 0) :][:, :2] = special.view(torch.uint8).view(-1, 2)
+    if kind == "IQ1_M":  # which has a nibble of d in the upper half of every second byte of the last eight
+        bits = special.view(torch.int16).int().view(-1, 1) >> torch.tensor([0, 4, 8, 12]) & 15
+        data[: len(special), 49:56:2] = (data[: len(special), 49:56:2] & 15) | (bits << 4).to(torch.uint8)
+    else:
+        data[: len(special), D_AT.get(kind, 0) :][:, :2] = special.view(torch.uint8).view(-1, 2)
     return data
 
 

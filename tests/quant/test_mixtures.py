@@ -1,7 +1,9 @@
 """Mixtures of block types: which tensor gets which, as llama.cpp chooses."""
 
 import functools
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,20 +95,40 @@ def float_file(path: Path, shapes: dict[str, tuple[int, int]], layers: int, head
     return tensors
 
 
-@pytest.mark.parametrize("mixture", [name for name in mixtures.BASE if name != "Q2_K_S"])  # that one wants importance
+NEED_IMPORTANCE = ("Q2_K_S", "IQ3_XS", "IQ3_XXS", *mixtures.LOW)
+
+
+@pytest.mark.parametrize("mixture", [name for name in mixtures.BASE if name not in NEED_IMPORTANCE])
 @pytest.mark.parametrize(("hidden", "ffn", "layers", "heads", "keys", "tied"), [
     (256, 288, 9, 4, 1, True), (128, 256, 17, 4, 2, False),
 ])  # fmt: skip
 def test_llama_cpp_makes_the_same_file_of_a_mixture(tmp_path, mixture, hidden, ffn, layers, heads, keys, tied):
     """The types of every matrix, and for the first layer the bytes."""
     shapes = shapes_of(hidden, ffn, layers, heads // keys, tied)
+    same_file(tmp_path, mixture, shapes, layers, heads, keys)
+
+
+# Two are enough for the importance to be the same; the rules of the others take minutes.
+@pytest.mark.parametrize("mixture", NEED_IMPORTANCE if os.environ.get("BITNET_LONG") == "1" else ["IQ3_XXS", "IQ2_M"])
+@pytest.mark.parametrize(("heads", "keys", "tied"), [(4, 1, True), (4, 2, False)])
+def test_llama_cpp_makes_the_same_file_of_a_mixture_by_importance(tmp_path, mixture, heads, keys, tied):
+    shapes = shapes_of(256, 256, 9, heads // keys, tied)
+    importance = {name: noise(1, shape[1], 5)[0] ** 2 for name, shape in shapes.items() if name.startswith("blk.")}
+    same_file(tmp_path, mixture, shapes, 9, heads, keys, importance)
+
+
+def same_file(
+    folder: Path, mixture: str, shapes: Any, layers: int, heads: int, keys: int, importance: Any = None
+) -> None:
     llama.library()
-    tensors = float_file(tmp_path / "float.gguf", shapes, layers, heads, keys)
-    llama.quantize(tmp_path / "float.gguf", tmp_path / "theirs.gguf", FILE_TYPES[mixture])
-    theirs = GGUFFile(tmp_path / "theirs.gguf")
-    assert mixtures.tensor_types(mixture, shapes) == {name: theirs.tensors[name].type for name in shapes}
+    tensors = float_file(folder / "float.gguf", shapes, layers, heads, keys)
+    arrays = importance and {name: weights.numpy() for name, weights in importance.items()}
+    llama.quantize(folder / "float.gguf", folder / "theirs.gguf", FILE_TYPES[mixture], arrays)
+    theirs = GGUFFile(folder / "theirs.gguf")
+    found = mixtures.tensor_types(mixture, shapes, has_importance=importance is not None)
+    assert found == {name: theirs.tensors[name].type for name in shapes}
     for name in [name for name in shapes if not name.startswith("blk.") or name.startswith("blk.0.")]:
         kind = theirs.tensors[name].type
         if kind in TYPES:
-            data = blocks.quantize(tensors[name], kind, compatible=True)
+            data = blocks.quantize(tensors[name], kind, (importance or {}).get(name), compatible=True)
             assert data.flatten().tolist() == theirs.data(name).tolist(), name

@@ -15,8 +15,12 @@ from bitnet.quant.blocks import FALLBACK, TYPES
 
 _PLAIN = ("Q2_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0")
 _SIZED = ("Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
-BASE = {name: name for name in _PLAIN} | {name: name[:-2] for name in _SIZED}
+_IQ = ("IQ3_S", "IQ3_XXS", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+BASE = {name: name for name in (*_PLAIN, *_IQ)} | {name: name[:-2] for name in _SIZED}
+BASE |= {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S"}
 """Name of a mixture (small, medium, large) to the type of most of its tensors."""
+LOW = ("IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""Mixtures below 3 bits, with rules of their own."""
 LAYERS_OF_70B = 80  # eight query heads share a key there: values are few, and llama.cpp gives them more
 
 
@@ -55,20 +59,42 @@ def _wanted(
 ) -> str:
     base, layer, columns = BASE[mixture], _layer(name), shapes[name][1]
     if name == "output.weight" or (name == "token_embd.weight" and "output.weight" not in shapes):
-        return "Q8_0" if base == "Q8_0" or columns % TYPES[base].block_size else "Q6_K"
+        if base == "Q8_0" or columns % TYPES[base].block_size:
+            return "Q8_0"
+        return "Q5_K" if mixture in (*LOW, "IQ3_XXS") else "Q6_K"
     if name == "token_embd.weight":
-        return "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
+        if mixture in ("IQ2_M", "IQ3_XXS"):
+            return "IQ3_S"
+        return "Q2_K" if mixture in LOW else "Q4_K" if base in ("TQ1_0", "TQ2_0") else base
+    if mixture in LOW:
+        return _low(mixture, name, layer < layers // 8, shared)
     if name.endswith("attn_v.weight"):
-        wanted = _values(mixture, layer, layers, shared)
+        wanted = _values(mixture, layer, layers, shared, has_importance)
         return "Q5_K" if layers == LAYERS_OF_70B and wanted in ("Q3_K", "Q4_K") else wanted
     if name.endswith("ffn_down.weight"):
         return _down(mixture, layer, layers, has_importance)
     if name.endswith("attn_output.weight"):
-        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mixture, base)
+        more = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_XXS": "IQ3_S", "IQ3_M": "Q4_K"}
+        return more.get(mixture, base)
+    if name.endswith(("attn_q.weight", "attn_k.weight")):
+        return {"IQ3_XS": "IQ3_XXS", "IQ3_XXS": "IQ2_S"}.get(mixture, base)
+    if mixture == "IQ3_XS" and layers // 8 <= layer < 7 * layers // 8:  # gate and up
+        return "IQ3_XXS"
     return base
 
 
-def _values(mixture: str, layer: int, layers: int, shared: int) -> str:
+def _low(mixture: str, name: str, early: bool, shared: int) -> str:
+    more = "IQ3_S" if mixture == "IQ2_M" else "Q2_K"
+    if name.endswith("attn_v.weight"):
+        return "Q4_K" if shared >= 4 else more
+    if name.endswith("ffn_down.weight") and early:
+        return more
+    if name.endswith("attn_output.weight"):
+        return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_M": "IQ3_S"}.get(mixture, BASE[mixture])
+    return BASE[mixture]
+
+
+def _values(mixture: str, layer: int, layers: int, shared: int, has_importance: bool) -> str:
     base = BASE[mixture]
     match mixture:
         case "Q2_K":
@@ -79,6 +105,12 @@ def _values(mixture: str, layer: int, layers: int, shared: int) -> str:
             return "Q5_K" if layer < 2 else "Q4_K"
         case "Q3_K_L":
             return "Q5_K"
+        case "IQ3_M":
+            return "Q4_K"
+        case "IQ3_S" | "IQ3_XS" | "IQ3_XXS" if shared >= 4:
+            return "Q4_K"
+        case "IQ3_XXS":
+            return base if has_importance else "IQ3_S"
         case "IQ4_NL" | "IQ4_XS":
             return "Q5_K" if shared >= 4 else base
         case "Q4_K_M" | "Q5_K_M":
@@ -103,6 +135,10 @@ def _down(mixture: str, layer: int, layers: int, has_importance: bool) -> str:
             return "Q6_K" if _more_bits(layer, layers) else base
         case "Q4_K_S":
             return "Q5_K" if early else base
+        case "IQ3_M":
+            return "Q4_K" if early else base
+        case "IQ3_XXS" if not has_importance:
+            return "Q4_K" if early else "Q3_K"
         case "IQ4_NL" | "IQ4_XS":
             return "Q5_K" if early and not has_importance else base
         case "Q4_0" | "Q5_0":  # their first layers go astray with an importance matrix

@@ -32,6 +32,7 @@ from bitnet.files import JsonObject
 from bitnet.kernels import GROUP_SIZES, PACKED_BITS, blocks, dequantize_weight
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
+from bitnet.model.weight_only import BlockLinear
 from bitnet.quant import pack_codes, unpack_codes
 from bitnet.quant.blocks import mixtures, ternary
 from bitnet.quant.i2s import pack_i2_s
@@ -58,7 +59,8 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K": 11,
     "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K": 16, "Q5_K_M": 17,
     "Q6_K": 18, "Q2_K_S": 21, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "I2_S": 40,
-    "IQ3_S": 26, "IQ3_XXS": 23, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
+    "IQ3_S": 26, "IQ3_M": 27, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29,
+    "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19, "IQ1_M": 31, "IQ1_S": 24,
     "Q1_0": 40, "Q2_0": 41, "PQ2_0": 41,
 }  # fmt: skip
 
@@ -254,6 +256,8 @@ def _tensors(
 
     def weight(type: str, name: str, module: Any) -> Tensor:
         if config.quantizer == "none":
+            if isinstance(module, BlockLinear) and module.block_type == type:
+                return rotary_rows(config, arch, name, module.data.cpu())
             return encode(rotary_rows(config, arch, name, _floats(module.weight)), type)
         if config.quantizer in GROUP_SIZES:
             codes, groups = (rotary_rows(config, arch, name, part.cpu()) for part in codes_and_scale(module))
@@ -358,6 +362,8 @@ def _table(type: str, module: Any) -> Tensor:
     if isinstance(module, (PackedEmbedding, PackedLinear)):
         columns = module.embedding_dim if isinstance(module, PackedEmbedding) else module.in_features
         return encode((unpack_codes(module.packed_weight, 8, columns) * module.weight_scale).cpu(), type)
+    if isinstance(module, BlockLinear) and module.block_type == type:
+        return module.data.cpu()
     return encode(_floats(module.weight), type)
 
 
