@@ -40,12 +40,12 @@ sys.path.insert(0, str(ROOT))
 
 from bitnet.files import write_atomic  # noqa: E402
 from bitnet.kernels import blocks, use_backend  # noqa: E402
-from bitnet.quant.blocks import NEEDS_IMPORTANCE  # noqa: E402
 from bitnet.kernels.cpu import blocks as native  # noqa: E402
 from bitnet.machine import cpu_capabilities  # noqa: E402
 from bitnet.model.weight_only import FloatLinear  # noqa: E402
 from bitnet.quant import dequantize_nf4, quantize_nf4, quantize_ternary  # noqa: E402
 from bitnet.quant.awq import awq_scale, clip_quantize  # noqa: E402
+from bitnet.quant.blocks import NEEDS_IMPORTANCE  # noqa: E402
 from bitnet.quant.gptq import HessianSum, gptq_quantize, layer_error  # noqa: E402
 from bitnet.quant.grouped import Grid, round_to_nearest  # noqa: E402
 from bitnet.quant.nf4 import nf4_codebook  # noqa: E402
