@@ -32,7 +32,7 @@ RAMP: dict[str, Any] = {"float_start": 0.4, "ramp": 0.3}
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained, beside the demo's recipe (half of the steps in 16 bit, learning rate 1e-2)."""
+    """What is trained otherwise than by the demo's recipe with half of the steps in 16 bit, no ramp, and rate 1e-2."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the configuration, dotted those within."""
@@ -49,9 +49,9 @@ class Row:
 
 ROWS: dict[str, Row] = {
     "float": Row(FLOAT, RATES),
-    "ternary, today": Row({}, RATES),
+    "switch": Row({}, RATES),
     "ramp": Row(RAMP, RATES),
-    "today, teacher": Row({}, (1e-2, 2e-2), teacher="float"),
+    "switch, teacher": Row({}, (1e-2, 2e-2), teacher="float"),
     "ramp, teacher": Row(RAMP, RATES, teacher="float"),
     "float, teacher": Row(FLOAT, RATES, teacher="float"),
     # One technique each.

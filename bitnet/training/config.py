@@ -349,9 +349,13 @@ PRESETS: dict[str, TrainConfig] = {
         model=MODELS["tiny"], steps=200, batch_size=8, eval_every=100, sample_every=0, out="runs/tiny",
         optim=OptimConfig(warmup_steps=10),
     ),
-    # Tuned on 1.2 M tokens of speeches: dev/LOG.md has the attempts.
-    "demo": TrainConfig(model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.5, out="runs/demo"),
-    "small": TrainConfig(model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.5, out="runs/small"),
+    # Tuned on 1.2 M tokens of speeches and of code: dev/LOG.md has the attempts, docs/results.md the ramps.
+    "demo": TrainConfig(
+        model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.2, ramp=0.6, out="runs/demo",
+    ),
+    "small": TrainConfig(
+        model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.2, ramp=0.6, out="runs/small",
+    ),
     # With --init and --data.chat, which give the model and what to say.
     "chat": TrainConfig(
         optim=OptimConfig(optimizer="muon", lr=5e-3, lr_rest=5e-3, warmup_steps=20), steps=500, eval_every=100,
