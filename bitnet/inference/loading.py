@@ -21,7 +21,6 @@ from bitnet.kernels import native_wanted, requested_backend, triton_wanted
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.adapters import Adapter
 from bitnet.storage.gguf.read import holds_ternary
-from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
 
@@ -76,8 +75,8 @@ def open_model(
         return _with_adapter(source, lora, device, dtype, options)
     if pack and source.kind == "packed" and native:
         return _stream(source, options)
-    if source.file is not None and native and dtype == torch.float32 and not holds_ternary(source.file):
-        model = read_stored(source.file, source.config)
+    if native and dtype == torch.float32 and not (source.file is not None and holds_ternary(source.file)):
+        model = source.stored()
         if model is not None:
             return options.engine(model)
     # Our own folders are read onto the device that runs them; other files, and for the native engine, into memory.

@@ -113,6 +113,8 @@ def _gguf(file: GGUFFile) -> Contents:
 
 
 def _folder(source: Source, tensors: Tensors) -> Contents:
+    if source.form in ("gptq", "awq"):
+        return _quantized(Contents(f"Hugging Face model, {source.form}", source.settings), tensors, source)
     if source.kind == "hf":
         return _entries(
             Contents(f"Hugging Face model, {source.form}", source.settings), tensors, source.config, source.form
@@ -152,10 +154,13 @@ def _entries(contents: Contents, tensors: Tensors, config: ModelConfig | None, f
 
 
 def _quantized(contents: Contents, tensors: Tensors, source: Source) -> Contents:
-    """Add the tensors of `bitnet/storage/folders.py`: all that belong to a projection are shown as one."""
-    quantization = source.settings["quantization"]
+    """Add the tensors of `bitnet/storage/folders.py` or of GPTQ and AWQ: all that belong to a projection are shown as
+    one."""
+    quantization = source.settings.get("quantization")
     method = str(quantization.get("method", "quantized")) if isinstance(quantization, dict) else "quantized"
-    contents.about["method"] = method
+    method = source.form or method
+    if source.kind == "quantized":
+        contents.about["method"] = method
     shapes = {name.removesuffix(".weight"): shape for name, shape in source.config.tensor_shapes().items()}
     stems = [name for name in shapes if name.endswith("_proj")]
     parts = {stem: [n for n in tensors.names if n.startswith(f"{stem}.")] for stem in stems}

@@ -29,10 +29,12 @@ from bitnet.storage.checksums import CHECKSUMS, verifying
 from bitnet.storage.folders import warn_once
 from bitnet.storage.foreign import refuse_foreign, refuse_pointer
 from bitnet.storage.gguf import read as gguf_read
+from bitnet.storage.gguf import stored as gguf_stored
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.gguf.stored import read_stored
 from bitnet.storage.hf import read as hf_read
-from bitnet.storage.hf.config import Form, parse_config
+from bitnet.storage.hf import stored as hf_stored
+from bitnet.storage.hf.config import Form, group_scheme, parse_config
 from bitnet.storage.hf.write import TOKENIZER_FILES
 from bitnet.storage.json_files import CheckpointError, load_json
 from bitnet.storage.safetensors import CONFIG, MODEL, Tensors, open_tensors
@@ -120,8 +122,21 @@ class Source:
             return folders.load_quantized(self.path, config, self.settings["quantization"]).to(device)
         if self.file is not None:
             return gguf_read.read_model(self.file, config).to(device)
+        if self.form in ("gptq", "awq"):
+            model = self.stored()
+            assert model is not None
+            return model.to(device)
         assert self.form is not None
         return hf_read.read_model(self.path, config, self.form).to(device)
+
+    def stored(self) -> BitNetForCausalLM | None:
+        """The model of a GGUF file or Hugging Face folder with its weights as they are stored, most of them views of
+        the mapped file; None where there is no such form. Raises as `model` does."""
+        if self.file is not None:
+            return gguf_stored.read_stored(self.file, self.config)
+        if self.form not in ("dense", "gptq", "awq"):
+            return None
+        return hf_stored.read_stored(self.path, self.config, group_scheme(self.settings.get("quantization_config")))
 
     def _say_where_sums_are_missing(self) -> None:
         """Our own folders are written with the sums of their files; other formats know none."""
@@ -134,7 +149,7 @@ class Source:
         Packed codes become latents that are quantized to the same codes and scale. Raises as `model` does, and
         ValueError for weights that were quantized after training.
         """
-        if self.kind == "quantized":
+        if self.kind == "quantized" or self.form in ("gptq", "awq"):
             raise ValueError(
                 f"{self.path} was quantized after training and cannot be trained; give the model it was made from"
             )

@@ -11,7 +11,10 @@ from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.loading import open_model
 from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, bit_linears
+from bitnet.model.compound import ScaledBlockLinear
 from bitnet.model.linear import codes_and_scale
+from bitnet.model.quantized import build
+from bitnet.model.weight_only import BlockLinear
 from bitnet.quant.blocks import ternary
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import NUMBERS, TYPES, GGUFError, GGUFFile
@@ -174,5 +177,39 @@ def test_four_bit_floats_are_read_from_files(tmp_path: Path, monkeypatch: Any, k
     model = open_source(path).model()
     assert len(made) == 6
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, made["blk.1.ffn_up.weight"])
+    stored = open_source(path).stored()
+    assert stored is not None
+    layer = stored.model.layers[1].mlp.up_proj
+    assert isinstance(layer, BlockLinear)
+    assert layer.data.dtype == torch.uint8
+    with torch.inference_mode():
+        torch.testing.assert_close(open_model(path)(IDS[None]), model(IDS[None]), rtol=1e-4, atol=1e-4)
     with torch.no_grad(), LlamaModel(path, 64) as loaded:
         assert distance(model(IDS[None])[0], torch.tensor(loaded.logits(IDS.tolist()))) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "NVFP4", "Q1_0"])
+def test_a_factor_beside_blocks_is_read_and_stays_beside_them(tmp_path: Path, kind: str) -> None:
+    write(gguf_model(quantizer="none", sub_norm=False), tmp_path / "x.gguf", "F32")
+    _, size, nbytes = TYPES[NUMBERS[kind]]
+
+    def with_factor(entries: list[Any]) -> list[Any]:
+        index = next(i for i, entry in enumerate(entries) if entry.name == "blk.1.ffn_up.weight")
+        entry = entries[index]
+        data = torch.randint(0, 256, (entry.shape[0], entry.shape[1] // size, nbytes), dtype=torch.uint8)
+        data[..., : 4 if kind == "NVFP4" else 2] = 24  # scales
+        entries[index] = type(entry)(entry.name, entry.shape, kind, lambda: data.flatten().numpy())
+        factor = torch.full((1,), 0.37).view(torch.uint8).numpy()
+        return [*entries, type(entry)("blk.1.ffn_up.scale", (1,), "F32", lambda: factor)]
+
+    path = rewritten(tmp_path / "x.gguf", tensors=with_factor)
+    stored, model = open_source(path).stored(), open_source(path).model()
+    assert stored is not None
+    layer = stored.model.layers[1].mlp.up_proj
+    assert isinstance(layer, ScaledBlockLinear)
+    assert torch.equal(layer.weight, model.model.layers[1].mlp.up_proj.weight)
+    again = build(layer.description())
+    again.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(again.weight, layer.weight)
+    with torch.inference_mode():
+        torch.testing.assert_close(open_model(path)(IDS[None]), model(IDS[None]), rtol=1e-4, atol=1e-4)

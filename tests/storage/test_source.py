@@ -14,7 +14,6 @@ from bitnet.ptq.methods import quantize_model
 from bitnet.storage.folders import save_packed, save_quantized
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.gguf.container import GGUFFile, write_file
-from bitnet.storage.hf import gptq
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.json_files import CheckpointError, load_json, load_record
 from bitnet.storage.safetensors import save_tensors
@@ -228,13 +227,6 @@ def test_a_sharded_run_says_how_to_convert_it(tmp_path, tokenizer):
     save_tensors(folder / "model.safetensors", tiny_model().state_dict())
     with torch.inference_mode():
         assert torch.equal(open_source(run).model()(IDS), tiny_model()(IDS))
-
-
-def test_gptq_folders_are_refused_by_name(tmp_path, tokenizer):
-    model = quantize_model(tiny_model("none"), "rtn-int4", options=Options(group_size=32, progress=False))
-    gptq.write(model, tmp_path / "gptq", sentencepiece_files(tokenizer.model_proto))
-    with pytest.raises(ValueError, match=r"gptq.config\.json: .* quant_method 'gptq', and only 'bitnet' is understood"):
-        open_source(tmp_path / "gptq")
 
 
 def test_another_quantizer_for_latent_floats_only(tmp_path, tokenizer):

@@ -248,7 +248,9 @@ def _dense_tensors(file: GGUFFile, config: ModelConfig) -> dict[str, Tensor]:
     for name, theirs in projection_names(config):
         weight = dequantize(file, f"{theirs}.weight")
         weight = rotary_rows(config, file.architecture, name, weight, inverse=True)
-        tensors[f"{name}.weight"] = weight.mul_(_factor(file, theirs)) if f"{theirs}.scale" in file.tensors else weight
+        tensors[f"{name}.weight"] = (
+            weight.mul_(factor_of(file, theirs)) if f"{theirs}.scale" in file.tensors else weight
+        )
     return tensors
 
 
@@ -316,7 +318,7 @@ def _groups(file: GGUFFile, name: str, group_size: int) -> tuple[Tensor, Tensor]
     return codes, scale
 
 
-def _factor(file: GGUFFile, name: str) -> Tensor:
+def factor_of(file: GGUFFile, name: str) -> Tensor:
     if f"{name}.scale" not in file.tensors:
         return torch.ones(1)
     factor = dequantize(file, f"{name}.scale")
@@ -329,7 +331,7 @@ def read_ternary(file: GGUFFile, name: str, i2_s: str = "x86") -> tuple[Tensor, 
     """Codes of the matrix `name`.weight, packed to 2 bits (`bitnet/quant/packing.py`), and their scale; None where it
     is not ternary with one scale for the whole matrix."""
     info = file.tensors[f"{name}.weight"]
-    factor = float(_factor(file, name))
+    factor = float(factor_of(file, name))
     if info.type == "I2_S":
         codes, scale = unpack_i2_s(torch.from_numpy(file.data(info.name)), _matrix(info), i2_s)
         found: tuple[Tensor, float] | None = (pack_codes(codes, 2), scale)

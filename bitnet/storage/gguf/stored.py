@@ -8,22 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.model.compound import ScaledBlockLinear
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatEmbedding, FloatLinear
-from bitnet.quant.blocks import TYPES
+from bitnet.quant.blocks import READ_ONLY, TYPES
 from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.gguf.names import bias_names, norm_names, projection_names, rotary_rows, table_names
-from bitnet.storage.gguf.read import FLOATS, dequantize
+from bitnet.storage.gguf.read import FLOATS, dequantize, factor_of
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def read_stored(file: GGUFFile, config: ModelConfig) -> BitNetForCausalLM | None:
     """The model of a file with `BlockLinear` and `FloatLinear` layers, in evaluation mode, or None where a tensor is of
-    a type without such a layer or has a factor beside it. `config` is of `read_config`."""
+    a type without such a layer or a float one has a factor beside it. `config` is of `read_config`."""
     names = [*projection_names(config), *table_names(config)]
     for _, theirs in names:
-        kind = file.tensors[f"{theirs}.weight"].type
-        if (kind not in FLOATS and kind not in TYPES) or f"{theirs}.scale" in file.tensors:
+        kind, scaled = file.tensors[f"{theirs}.weight"].type, f"{theirs}.scale" in file.tensors
+        if scaled if kind in FLOATS else kind not in TYPES and kind not in READ_ONLY:
             return None
     tensors: dict[str, Tensor] = {}
     modules: dict[str, nn.Module] = {}
@@ -39,11 +40,15 @@ def read_stored(file: GGUFFile, config: ModelConfig) -> BitNetForCausalLM | None
                 form = FloatEmbedding if table else FloatLinear
                 layer = form(columns, rows, name in biases, dtype=_DTYPES[info.type])
             else:
-                layer = (BlockEmbedding if table else BlockLinear)(columns, rows, name in biases, block_type=info.type)
+                scaled = f"{theirs}.scale" in file.tensors
+                block = BlockEmbedding if table else ScaledBlockLinear if scaled else BlockLinear
+                layer = block(columns, rows, name in biases, block_type=info.type)
         stored = data.view(FLOATS[info.type]).view(rows, columns) if info.type in FLOATS else data.view(rows, -1)
         field = "stored" if info.type in FLOATS else "data"
         modules[name] = layer
         tensors[f"{name}.{field}"] = rotary_rows(config, file.architecture, name, stored, inverse=True)
+        if isinstance(layer, ScaledBlockLinear):
+            tensors[f"{name}.tensor_scale"] = factor_of(file, theirs).view(1)
         if name in biases:
             bias = dequantize(file, f"{biases[name]}.bias")
             tensors[f"{name}.bias"] = rotary_rows(config, file.architecture, name, bias, inverse=True)

@@ -1,12 +1,14 @@
 """The configuration of Hugging Face folders: which models are understood, and in which form their weights are."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from bitnet.files import JsonObject
 from bitnet.model import ModelConfig
+from bitnet.quant.grouped import GPTQ_BITS
 from bitnet.storage.hf.rope import parse_rope
 
-Form = Literal["dense", "master", "packed", "packed-inverse"]
+Form = Literal["dense", "master", "packed", "packed-inverse", "gptq", "awq"]
 
 # What a config.json leaves out has its class's default in transformers.
 _DEFAULTS: dict[str, JsonObject] = {
@@ -26,6 +28,21 @@ _HEADS = ("lm_head", "lm_head.weight", "embed_tokens", "model.embed_tokens", "mo
 _QUANTIZATION = (
     "quant_method", "linear_class", "quantization_mode", "modules_to_not_convert", "use_rms_norm", "rms_norm_eps",
 )  # fmt: skip
+# The same of GPTQ and AWQ: what is read, what says how the codes were found or which kernel its makers like, and values
+# at which another field changes nothing about the weights.
+_GROUPS = {"quant_method", "bits", "group_size", "checkpoint_format", "version", "zero_point"}
+_GROUP_NOTES = {
+    "desc_act", "sym", "static_groups", "true_sequential", "damp_percent", "damp_auto_increment", "mse",
+    "act_group_aware", "model_name_or_path", "model_file_base_name", "tokenizer", "dataset", "batch_size",
+    "model_seqlen", "max_input_length", "modules_to_not_convert", "modules_in_block_to_quantize",
+    "block_name_to_quantize", "module_name_preceding_first_block", "cache_block_outputs", "use_cuda_fp16",
+    "use_exllama", "disable_exllama", "exllama_config", "pad_token_id", "backend", "meta", "quantizer", "do_fuse",
+    "modules_to_fuse", "fuse_max_seq_len",
+}  # fmt: skip
+_GROUP_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "lm_head": (False,), "pack_dtype": ("int32",), "format": ("gptq", "gptq_v2"), "method": ("gptq",),
+    "is_marlin_format": (False,), "rotation": (None,),
+}  # fmt: skip
 # Fields that the functions below read.
 _READ = {
     *_COMMON, "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
@@ -114,7 +131,7 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        quantizer="none" if form == "dense" else "ternary",
+        quantizer="none" if form in ("dense", "gptq", "awq") else "ternary",
     )
     if config.sub_norm and config.num_attention_heads * config.head_width != config.hidden_size:
         raise ValueError(f"head_dim {config.head_width} times {heads} heads is not hidden_size, and attn_sub_norm is")
@@ -126,11 +143,13 @@ def parse_form(quantization: object) -> Form:
     ValueError for what is not understood."""
     if quantization is None:
         return "dense"
+    if scheme := group_scheme(quantization):
+        return scheme.method
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "bitnet":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(
-            f"quantization_config says quant_method {method!r}, and only 'bitnet' is understood; take the "
-            "unquantized model"
+            f"quantization_config says quant_method {method!r}, and 'bitnet', 'gptq' and 'awq' are understood; "
+            "take the unquantized model"
         )
     for name, value in quantization.items():
         if value is not None and name not in _QUANTIZATION:
@@ -152,6 +171,54 @@ def parse_form(quantization: object) -> Form:
     if linear == "bitlinear":
         return "packed-inverse"
     return "master" if mode == "online" else "packed"
+
+
+@dataclass(frozen=True)
+class GroupScheme:
+    """What a quantization_config of gptq or awq says of its tensors."""
+
+    method: Literal["gptq", "awq"]
+    bits: int
+    group_size: int
+    """-1: the whole row."""
+    version: int
+    """Of the zero points, as in `GroupLinear`."""
+
+
+def group_scheme(quantization: object) -> GroupScheme | None:
+    """The scheme of a quantization_config, None for another method than gptq and awq. Raises ValueError for what may
+    change the weights and is not understood."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in ("gptq", "awq"):
+        return None
+    method = quantization["quant_method"]
+    for name, value in quantization.items():
+        neutral = value in (None, "", [], {}) or any(value == known for known in _GROUP_NEUTRAL.get(name, ()))
+        if not (neutral or name in _GROUPS or name in _GROUP_NOTES):
+            raise ValueError(
+                f"quantization_config has {name} {value!r:.100}, which is not understood and may change the weights; "
+                "take the unquantized model"
+            )
+    bits, size = quantization.get("bits"), quantization.get("group_size", 128)
+    known = GPTQ_BITS if method == "gptq" else (4,)
+    if not isinstance(bits, int) or bits not in known or isinstance(bits, bool):
+        raise ValueError(f"quantization_config has bits {bits!r}; of {method} there are {', '.join(map(str, known))}")
+    if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and size < 1):
+        raise ValueError(f"quantization_config has group_size {size!r}; it must be a whole number from 1, or -1")
+    if method == "awq":
+        if (
+            str(quantization.get("version", "gemm")).lower() != "gemm"
+            or quantization.get("zero_point", True) is not True
+        ):
+            raise ValueError(
+                f"quantization_config has version {quantization.get('version')!r} and zero_point "
+                f"{quantization.get('zero_point')!r}; of awq only gemm with zero points is understood"
+            )
+        return GroupScheme("awq", bits, size, 2)
+    layouts = {"gptq": 1, "gptq_v2": 2}
+    layout = quantization.get("checkpoint_format") or quantization.get("format") or "gptq"
+    if layout not in layouts:
+        raise ValueError(f"quantization_config has checkpoint_format {layout!r}; gptq and gptq_v2 are understood")
+    return GroupScheme("gptq", bits, size, layouts[layout])
 
 
 def _check_window(kind: str, values: JsonObject) -> None:

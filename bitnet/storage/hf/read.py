@@ -7,6 +7,7 @@ A folder is config.json and model.safetensors, or shards of it under model.safet
     master           autobitlinear, online            latent floats, quantized in the forward pass
     packed           autobitlinear, offline           codes, and weight_scale = scale        (bitnet-b1.58-2B-4T)
     packed-inverse   bitlinear                        codes, and weight_scale = 1 / scale    (Falcon-E, HF1BitLLM)
+    gptq, awq        quant_method gptq or awq         codes of 2 to 8 bits in groups: stored.py
 
     A bias of the form packed is stored as bias / scale: there transformers multiplies it with the scale as well.
 
@@ -83,18 +84,20 @@ def read_model(folder: Path, config: ModelConfig, form: Form) -> BitNetForCausal
         return _build(config, form, tensors)
 
 
-def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausalLM:
+def inventory(config: ModelConfig, tensors: Tensors) -> tuple[ModelConfig, dict[str, str]]:
+    """The configuration as the tensors have it, and the name in the files of each tensor that says something. Raises
+    ValueError for more layers than tensors."""
     if config.num_hidden_layers > len(tensors.names):
         raise ValueError(
             f"{tensors.path}: {CONFIG} says {config.num_hidden_layers} layers and there are only "
             f"{len(tensors.names)} tensors"
         )
     config, renamed, ignored = _tied(config, tensors)
-    shapes = {name: list(shape) for name, shape in config.tensor_shapes().items()}
-    projections = [name for name in shapes if name.endswith("_proj.weight")]
-    packed = {name: name.removesuffix(".weight") for name in projections} if form.startswith("packed") else {}
-    expected = {*shapes, *(f"{module}.weight_scale" for module in packed.values())}
-    found = {renamed.get(name, name) for name in tensors.names - ignored}
+    return config, {renamed.get(name, name): name for name in tensors.names - ignored}
+
+
+def check_names(tensors: Tensors, form: Form, found: set[str], expected: set[str]) -> None:
+    """Raise ValueError unless the tensors are exactly those that are expected."""
     if missing := sorted(expected - found):
         raise ValueError(f"{tensors.path} lacks {len(missing)} tensors of its {CONFIG}, {missing[0]} among them")
     if form == "dense" and any(name.endswith(".weight_scale") for name in found):
@@ -104,8 +107,15 @@ def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausal
             f"{tensors.path} has {len(left)} tensors that this architecture ({form}) has no place for, such as "
             f"{left[0]}; leaving them out would change the model"
         )
-    # Names as the model has them, to the names in the files.
-    source = {renamed.get(name, name): name for name in tensors.names - ignored}
+
+
+def _build(config: ModelConfig, form: Form, tensors: Tensors) -> BitNetForCausalLM:
+    config, source = inventory(config, tensors)
+    shapes = {name: list(shape) for name, shape in config.tensor_shapes().items()}
+    projections = [name for name in shapes if name.endswith("_proj.weight")]
+    packed = {name: name.removesuffix(".weight") for name in projections} if form.startswith("packed") else {}
+    expected = {*shapes, *(f"{module}.weight_scale" for module in packed.values())}
+    check_names(tensors, form, set(source), expected)
     for name, shape in shapes.items():  # all headers before the first tensor is read
         if name in packed:
             _check_packed(tensors, packed[name], shape)
