@@ -14,8 +14,8 @@ them does not, no speed is printed and the exit code is 1. Then, median (min..ma
     GB/s        weights and filled cache, once a step, / the same time
     of limit    its share of one read through 1 GiB of memory; of peak: GOPS' share of multiply-adds on registers only
 
-Everything goes through `bitnet.inference.generation.generate`, as in generate.py, on a CPU. A float model runs in
-torch.
+Everything goes through `bitnet.inference.generation.generate`, as in generate.py, on a CPU. Models of any
+weight format run on the native engine; of one that is not ternary the gate checks a layer of every format that it has.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bitnet import console
-from bitnet.bench.cpu_gate import check_engine, check_products
+from bitnet.bench.cpu_gate import check_engine, check_layers, check_products
 from bitnet.bench.limits import integer_peak, read_bandwidth
 from bitnet.bench.plan import Options, Peer, Plan, make_plan
 from bitnet.bench.random_models import float_twin, random_tensors, ternary_weights
@@ -44,7 +44,7 @@ from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import GenerationStats, TextStream, time_generation
-from bitnet.inference.loading import open_model
+from bitnet.inference.loading import DEFAULT_ACTIVATIONS, open_model
 from bitnet.inference.options import DEFAULTS
 from bitnet.inference.weights import PackedWeights
 from bitnet.kernels import cpu, use_backend
@@ -61,14 +61,17 @@ TEXT = "\n\n".join(pydoc_data.topics.topics.values())  # 0.4 MB of English that 
 def passes_gate(plan: Plan, report: Report) -> bool:
     """Run the correctness gate and print how it went."""
     if not plan.native:
-        reason = "the native kernels are missing or switched off: the torch reference ran"
-        reason = "a float model: torch ran it" if plan.config.quantizer == "none" else reason
-        report.notes.append(f"{reason}, without gate and limits")
+        report.notes.append(
+            "the native kernels are missing or switched off: the torch reference ran, without gate and limits"
+        )
         return True
     stage("checking the kernels and the engine")
     wrong = [*check_products(plan.config)]
     for dtype in sorted({"float32", plan.options.cache}):
         wrong += check_engine(dtype)
+    if plan.source is not None and plan.config.quantizer == "none":
+        model = plan.source.stored() or plan.source.model()
+        wrong += check_layers(model, plan.options.activations or DEFAULT_ACTIVATIONS)
     state = "RED, so no speed is measured" if wrong else "green: every instruction set gives the reference's numbers"
     print("\n".join([f"gate {state}", *(f"  {line}" for line in wrong)]))
     report.results["gate"] = state

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from bitnet.bench.random_models import GATE_CONFIG
 from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.weights import matrix_of, stored
 from bitnet.kernels import cpu, reference, use_backend
 from bitnet.kernels.cpu import native
+from bitnet.kernels.cpu.matrices import linear
 from bitnet.machine import DTYPES
 from bitnet.model import BitNetForCausalLM, KVCache, ModelConfig
 from bitnet.quant import pack_codes
@@ -83,3 +85,36 @@ def check_engine(dtype: str) -> Iterator[str]:
             engine = Engine.from_model(model, cache_dtype=dtype, codec=codec)
             if not torch.equal(_gate_logits(engine, ids, engine.new_cache(B, T)), logits):
                 yield f"{isa}, {codec}: the engine's logits have other bits than {first}'s with a {dtype} cache"
+
+
+@torch.inference_mode()
+def check_layers(model: BitNetForCausalLM, activations: str) -> Iterator[str]:
+    """Compare one projection of every format in a model with torch, on every instruction set; yields what differs.
+
+    Torch multiplies by the dequantized weight: with float activations 1e-4 apart is rounding, with INT8 ones by groups
+    2 % is theirs. Instruction sets give equal bits.
+    """
+    seen: set[tuple[object, ...]] = set()
+    for name, layer in model.named_modules():
+        traits = (getattr(layer, trait, None) for trait in ("block_type", "dtype", "bits"))
+        kind = (type(layer).__name__, *traits)
+        if not name.endswith("_proj") or kind in seen:
+            continue
+        seen.add(kind)
+        weight = stored(layer, activations)
+        matrix = matrix_of(weight)
+        x = torch.randn(7, weight.form.inputs, generator=torch.Generator().manual_seed(0))
+        with use_backend("reference"):
+            expected = layer(x)
+        results = {}
+        for isa in native.instruction_sets():
+            with native.use_instruction_set(isa):
+                results[isa] = linear(matrix, x)
+        first, *others = results
+        error = float((results[first] - expected).norm() / expected.norm())
+        limit = 1e-4 if weight.form.activations == "float" else 0.02
+        if not error < limit:
+            yield f"{first}: {name} ({layer}) is off by {error:.1e} (relative, limit {limit:.0e})"
+        for isa in others:
+            if not torch.equal(results[isa], results[first]):
+                yield f"{isa}: {name} ({layer}) has other bits than on {first}"

@@ -82,9 +82,9 @@ def pick_model(options: Options) -> tuple[str, Source | None, ModelConfig]:
         raise ValueError(f"{options.model} has its own shape; leave out --preset {options.preset}")
     source = open_source(options.model)
     config = source.model().config if source.kind == "gguf" else source.config  # its weights tell the quantizer
-    if config.quantizer == "none" and (options.isa or options.twins or options.kernels):
+    if config.quantizer == "none" and options.kernels:
         raise ValueError(
-            f"{options.model} is a float model, which runs in torch; leave out --isa, --kernels and --twins"
+            f"--kernels times the products of ternary weights, which {options.model} has not; leave it out"
         )
     return str(options.model), source, config
 
@@ -99,7 +99,7 @@ def make_plan(options: Options) -> Plan:
         raise ValueError(f"--json {options.json} is a folder or in one that does not exist; give a file to write")
     name, source, config = pick_model(options)
     isas: tuple[str, ...] = ("reference",)
-    if options.isa or (config.quantizer != "none" and native_wanted(torch.device("cpu"))):
+    if options.isa or native_wanted(torch.device("cpu")):
         isas = ()
         for isa in options.isa or (native.kernels().name.decode(),):
             with native.use_instruction_set(isa):  # raises where it isn't there

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bitnet.kernels import GROUP_SIZES, PACKED_BITS, quantize_weight
 from bitnet.kernels.cpu import native
-from bitnet.kernels.cpu.matrices import Form, Piece, ternary_groups, ternary_piece, unsigned
+from bitnet.kernels.cpu.matrices import Form, NativeMatrix, Piece, ternary_groups, ternary_piece, unsigned
 from bitnet.model import BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.compound import AffineLinear, OutlierInt8Linear, ScaledBlockLinear, TritPlanesLinear
 from bitnet.model.linear import BitLinear, scale_form
@@ -48,6 +48,16 @@ class Stored:
         each = max(32, PIECE // max(self.form.columns, 1) // 32 * 32)
         for first in range(0, self.rows, each):
             yield first, self.read(first, min(first + each, self.rows))
+
+
+def matrix_of(weight: Stored) -> NativeMatrix:
+    """A weight in memory of its own."""
+    matrix = NativeMatrix(weight.form, weight.rows)
+    for first, piece in weight.pieces():
+        matrix.write(piece, first)
+    if weight.bias is not None:
+        matrix.write_bias(weight.bias)
+    return matrix
 
 
 class Weights(Protocol):

@@ -12,6 +12,7 @@ import torch
 from bitnet import kernels
 from bitnet.__main__ import main
 from bitnet.bench import cpu as cpu_module
+from bitnet.bench import cpu_gate
 from bitnet.bench import plan as plan_module
 from bitnet.bench.cpu_gate import check_engine
 from bitnet.bench.plan import fitting_twins
@@ -22,6 +23,7 @@ from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitNetForCausalLM, bit_linears
 from bitnet.quant import unpack_codes
 from bitnet.storage.folders import TOKENIZER, resolve, save_packed
+from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.source import open_source
 from tests.builders import save_run
 
@@ -266,15 +268,28 @@ def test_wrong_arguments_are_named_before_anything_runs(monkeypatch, capsys, arg
     assert captured.out == ""
 
 
-def test_a_float_model_runs_in_torch(tmp_path, capsys, tokenizer):
-    run = save_run(tmp_path / "run", BitNetForCausalLM(TINY.replace(quantizer="none")), tokenizer)
-    assert quick(run) == 0
-    out = capsys.readouterr().out
-    assert "note: a float model: torch ran it, without gate and limits" in out
-    assert "Generation" in out
-    for option in ("--twins", "--kernels", "--isa=scalar"):
-        assert quick(run, option) == 2
-        assert "is a float model, which runs in torch; leave out" in capsys.readouterr().err
+@needs_native
+@pytest.mark.parametrize("kind", [None, "Q4_K_M"])
+def test_a_model_of_any_format_runs_on_the_engine(tmp_path, capsys, monkeypatch, tokenizer, kind):
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "sub_norm": False}
+    torch.manual_seed(0)
+    model = BitNetForCausalLM(TINY.replace(quantizer="none", **sizes)).eval()
+    path = tmp_path / "m.gguf"
+    if kind is None:
+        path = save_run(tmp_path / "run", model, tokenizer)
+    else:
+        gguf_write.write(model, path, kind, tokenizer=tokenizer)
+    options = ["--activations", "int8", "--new", "2", "--json", tmp_path / "out.json"]
+    assert quick(path, *options, "--isa", *native.instruction_sets()[-2:]) == 0
+    assert "gate green" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())["generation"]
+    assert [row["isa"] for row in rows] == native.instruction_sets()[-2:]
+    assert quick(path, "--kernels") == 2
+    assert "--kernels times the products of ternary weights" in capsys.readouterr().err
+    right = cpu_gate.linear
+    monkeypatch.setattr(cpu_gate, "linear", lambda matrix, x: right(matrix, x) + (native.kernels().name == b"scalar"))
+    assert quick(path, *options) == 1
+    assert "self_attn.q_proj" in capsys.readouterr().out
 
 
 def test_twins_must_fit_memory(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.weights import Stored, float_table, of_blocks, stored
+from bitnet.inference.weights import float_table, matrix_of, of_blocks, stored
 from bitnet.kernels.cpu import native
 from bitnet.kernels.cpu.matrices import NativeMatrix, linear
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -21,15 +21,6 @@ from tests.builders import random_ids
 
 pytestmark = pytest.mark.skipif(not native.instruction_sets(), reason="the native kernels were not built")
 FLOATS = ("float32", "float16", "bfloat16", "float8")
-
-
-def matrix_of(weight: Stored) -> NativeMatrix:
-    matrix = NativeMatrix(weight.form, weight.rows)
-    for first, piece in weight.pieces():
-        matrix.write(piece, first)
-    if weight.bias is not None:
-        matrix.write_bias(weight.bias)
-    return matrix
 
 
 def shuffled(quantized: QuantizedWeight) -> QuantizedWeight:
@@ -100,14 +91,14 @@ def exact(layer: StoredLayer, x: Tensor) -> Tensor:
 def test_products_are_the_formats_on_every_instruction_set_for_any_number_of_tokens(name: str) -> None:
     torch.manual_seed(0)
     layer = LAYERS[name]()  # type: ignore[operator]
-    x = torch.randn(13, layer.in_features)
+    x = torch.randn(37, layer.in_features)
     expected = exact(layer, x)
     for activations, bound in (("float", 2e-6), ("int8", 1e-2)):
         matrix, seen = matrix_of(stored(layer, activations)), []
         for isa in native.instruction_sets():
             with native.use_instruction_set(isa):
                 seen.append(linear(matrix, x))
-                for count in (1, 6, 7):
+                for count in (1, 6, 7, 16, 19):
                     assert torch.equal(linear(matrix, x[:count]), seen[-1][:count]), (isa, count)
         assert all(torch.equal(y, seen[0]) for y in seen)
         assert float((seen[0] - expected).norm() / expected.norm()) < bound

@@ -234,6 +234,55 @@ static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t
     }
 }
 
+#if defined(BN_AMX)
+enum { TILE_TOKENS = 16 };
+
+// The same of 16 tokens on tiles: a segment's sums are one product of tiles of its width, or four of 64 columns, and
+// meet its scales with the outputs of all tokens in registers. Neighbouring segments have tiles of their own.
+static void codes_times_tiles(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
+                              float *sums) {
+    int64_t segment = segment_of(w), at = m * a.segments + c.first / segment, per_group = w.group / segment;
+    int64_t left = per_group - c.first / segment % per_group;
+    const int8_t *x = a.q + m * a.stride + c.first;
+    const float *s = c.s, *t = c.t;
+    alignas(64) int32_t part[2][TILE_TOKENS * 16];
+    vf y[TILE_TOKENS];
+    BN_WRITTEN(codes);
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE_TOKENS; j++) y[j] = load(sums + 32 * j);
+    for (int64_t i = 0; i < c.columns / segment; i++) {
+        int32_t *products = part[i % 2];
+#define BN_SEGMENT(total, tokens, rows)                                                                                \
+    _tile_zero(total);                                                                                                 \
+    for (int64_t k = 0; k < segment; k += 64, codes += 16 * (segment < 64 ? segment : 64)) {                           \
+        _tile_loadd(tokens, x + i * segment + k, a.stride);                                                            \
+        _tile_loadd(rows, codes, 64);                                                                                  \
+        _tile_dpbsud(total, tokens, rows);                                                                             \
+    }                                                                                                                  \
+    _tile_stored(total, products, 64);
+        if (i % 2 == 0) {
+            BN_SEGMENT(0, 4, 6)
+        } else {
+            BN_SEGMENT(1, 5, 7)
+        }
+#undef BN_SEGMENT
+        vf S = load(s), T = load(t);
+#pragma GCC unroll 16
+        for (int j = 0; j < TILE_TOKENS; j++) {
+            int64_t n = at + j * a.segments + i;
+            y[j] = enter(y[j], to_float(load(products + 16 * j)) * splat(a.scale[n]), S, T, a.sum[n]);
+        }
+        if (--left == 0) {
+            left = per_group;
+            s += 16;
+            t += 16;
+        }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE_TOKENS; j++) store(sums + 32 * j, y[j]);
+}
+#endif
+
 // The same with float activations.
 template <int MT, bool VALUES>
 static void codes_times_floats(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
@@ -290,6 +339,10 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
     }
     unpack_steps<codec>(w, c, codes);
     int64_t m = 0;
+#if defined(BN_AMX)
+    if (w.x != X_FLOAT)
+        for (; m + TILE_TOKENS <= M; m += TILE_TOKENS) codes_times_tiles(w, c, codes, a, m, sums + 32 * m);
+#endif
 #define BN_TILES(n)                                                                                                    \
     for (; m + n <= M; m += n) {                                                                                       \
         if (w.x != X_FLOAT) codes_times_tokens<n, BITS>(w, c, codes, a, m, sums + 32 * m);                             \
@@ -329,6 +382,8 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
                             int64_t last, uint8_t *scratch) {
     float *sums = (float *)round_up((int64_t)scratch, 64);
     uint8_t *codes = (uint8_t *)(sums + 32 * M);
+    int64_t segment = segment_of(w);
+    tiles ready(w.x != X_FLOAT && M > DIRECT, segment < 64 ? (int)segment : 64);
     chunk c;
     for (int64_t panel = first; panel < last; panel++) {
         memset(sums, 0, M * 32 * sizeof(float));

@@ -197,20 +197,24 @@ struct tile_config {
     uint16_t bytes[16];
     uint8_t rows[16];
 };
+// gcc's tile instructions do not say that they read memory: what they read must have been written before this.
+#define BN_WRITTEN(p) __asm__ volatile("" ::"r"(p) : "memory")
 // The tiles of a thread, while it multiplies. Another library in the process may have configured them for itself, once
 // for all, so its configuration is put back.
 struct tiles {
     alignas(64) tile_config before;
     bool on;
-    explicit tiles(bool wanted) : on(wanted) {
+    // `width`: bytes of a row of activations in tiles 4 and 5, four of which make a row of weights in tiles 6 and 7.
+    explicit tiles(bool wanted, int width = 64) : on(wanted) {
         if (!on) return;
         _tile_storeconfig(&before);
         tile_config c = {};
         c.palette = 1;
         for (int i = 0; i < 8; i++) {
-            c.bytes[i] = 64;
-            c.rows[i] = 16;
+            c.bytes[i] = (uint16_t)(i == 4 || i == 5 ? width : 64);
+            c.rows[i] = (uint8_t)(i == 6 || i == 7 ? width / 4 : 16);
         }
+        BN_WRITTEN(&c);
         _tile_loadconfig(&c);
     }
     ~tiles() {
@@ -223,6 +227,7 @@ struct tiles {
 
 static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
                                    int64_t M, int32_t *sums) {
+    BN_WRITTEN(p0);
     for (int64_t m = 0; m < M; m += 32) {
         int32_t *s = sums + 32 * m;
         const int8_t *x0 = x + m * stride, *x1 = x0 + 16 * stride;
@@ -259,7 +264,7 @@ static void panel_times_tokens_amx(const uint8_t *p0, const uint8_t *p1, int64_t
 
 #if !defined(BN_AMX)
 struct tiles {
-    explicit tiles(bool) {}
+    explicit tiles(bool, int = 64) {}
 };
 #endif
 
