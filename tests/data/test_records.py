@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 import tracemalloc
 from collections import Counter
 
@@ -304,6 +305,17 @@ def test_unpacking_costs_what_is_read(tmp_path, kind):
             assert len(unpacked.read(1000)) == 1000
 
     assert peak_of(read) < 12 << 20  # 8 MiB are the window of xz
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_noise_behind_magic_bytes_is_told_as_damage_of_their_kind(tmp_path, kind):
+    """A zstd frame may then want a dictionary, which nobody has; zstd itself says the same."""
+    for seed in range(20):
+        (tmp_path / f"text.jsonl.{kind}").write_bytes(
+            PACKED[kind](b"x")[: 6 if kind == "xz" else 4] + random.Random(seed).randbytes(4000)
+        )
+        with pytest.raises(ValueError, match=r"cannot read .* as (gzip|bzip2|xz|lzma|zstd|lz4)"):
+            documents(tmp_path / f"text.jsonl.{kind}")
 
 
 def test_an_xz_file_that_wants_much_memory(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def assert_is_quantized(x: Tensor, codes: Tensor, scale: Tensor, total: Tensor) 
 # Activations
 
 
-@pytest.mark.parametrize("M", [1, 3, 65])
+@pytest.mark.parametrize("M", [1, 3, 9])  # a program each
 @pytest.mark.parametrize("K", [1, 127, 128, 129, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_activations_are_the_reference(M: int, K: int, dtype: torch.dtype) -> None:

@@ -119,7 +119,7 @@ def test_resume_auto_needs_a_folder_and_begins_what_is_not_there(tmp_path):
     assert (config.out, resume) == (str(tmp_path / "new"), False)
 
 
-KILLS = int(os.environ.get("BITNET_KILLS", "2"))  # of one run; 20 take minutes
+KILLS = int(os.environ.get("BITNET_KILLS", "1"))  # of one run; 20 take minutes
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path, corpus):
