@@ -76,8 +76,8 @@ class Options:
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
     gpu_layers: int | None = None
     """Of a packed model larger than the GPU's memory: so many of its layers run there, the others on the CPU."""
-    cache: Literal["float32", "float16", "int8"] | None = None
-    """Of keys and values in the native engine, float32 by itself: fewer bits read less in long texts."""
+    cache: Literal["float32", "float16", "int8", "int4"] | None = None
+    """Of keys and values in the native engine, float32 by itself: fewer bits read less. int4 is in torch."""
     activations: Literal["int8", "float"] | None = None
     """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
     embeddings: Literal["int8", "float16"] | None = None

@@ -33,13 +33,19 @@ class Options:
     context: int | None = None
     """Tokens in a calibration sequence; the training context of a run, at most 512 for other models."""
     group_size: int = 128
-    """Input channels that share a scale (rtn, awq, gptq); -1: all of a row."""
+    """Input channels that share a scale (rtn, awq, gptq, hqq, autoround, ptqtp, mixed); -1: all of a row."""
     symmetric: bool = False
-    """Without zero points (rtn, awq, gptq)."""
+    """Without zero points (rtn, awq, gptq, autoround, mixed)."""
     algorithm: Literal["refined", "original"] = "refined"
     """gptq: the better one, or the published one step by step."""
     calibration: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
     """Of activation ranges (w8a8-static, smoothquant)."""
+    tuning_steps: int = 200
+    """autoround: steps of each block."""
+    target_bits: float | None = None
+    """mixed: bits of a weight with its scales, if not those of the method's name."""
+    outlier_threshold: float = 6.0
+    """llm-int8: input channels that reach it in the calibration text are kept in 16 bits."""
     compatible: bool = False
     """GGUF types: ggml's own bytes instead of the better search."""
 
@@ -82,6 +88,9 @@ def run(options: Options) -> None:
         symmetric=options.symmetric,
         algorithm=options.algorithm,
         calibration=options.calibration,
+        tuning_steps=options.tuning_steps,
+        target_bits=options.target_bits,
+        outlier_threshold=options.outlier_threshold,
         compatible=options.compatible,
     )
     model = quantize_model(model, options.method, ids, chosen)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitnet.console import note, only_for_looking, progress_bar, say
 from bitnet.evaluation import pictures, table
-from bitnet.evaluation.agreement import Reference
+from bitnet.evaluation.agreement import Predictor, Reference, with_cache
 from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.tasks import last_words, make_tasks
@@ -32,6 +32,7 @@ from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.compound import OutlierInt8Linear
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
+from bitnet.model.quantized_cache import QuantizedKVCache
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
 from bitnet.storage.folders import packed_quantizer, save_quantized
@@ -43,6 +44,8 @@ NATIVE_NAMES = {
     "ternary": "b1.58", "ternary-g64": "b1.58 g64", "ternary-g128": "b1.58 g128", "binary": "1-bit BitNet",
     "int8": "QAT int8", "int4": "QAT int4",
 }  # fmt: skip
+CACHES = {"kv-int8": 8, "kv-int4": 4}
+"""Rows of the float model whose keys and values are stored in so many bits."""
 NATIVE_BITS = {**dict.fromkeys(("ternary", *GROUP_SIZES), math.log2(3)), "binary": 1.0, "int4": 4.0, "int8": 8.0}
 
 
@@ -181,10 +184,10 @@ class Comparison:
         if self.options.methods == ("none",):
             return []
         if self.options.methods == ("all",):
-            return list(METHODS)
-        unknown = [name for name in self.options.methods if name not in METHODS]
+            return [*METHODS, *CACHES]
+        unknown = [name for name in self.options.methods if name not in METHODS and name not in CACHES]
         if unknown:
-            raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+            raise ValueError(f"method {unknown[0]!r} is unknown; choose from {', '.join([*METHODS, *CACHES])}")
         return list(self.options.methods)
 
     def run(self) -> None:
@@ -210,7 +213,7 @@ class Comparison:
                 try:
                     row = self.measure_row(name, what)
                 except ValueError as error:
-                    if what not in METHODS:
+                    if what not in METHODS and what not in CACHES:
                         raise
                     note(f"no row {name}: {error}")  # a shape that the method cannot take
                     continue
@@ -220,9 +223,11 @@ class Comparison:
                     say(f"{name:24} perplexity {row.perplexity:.2f}")
 
     def measure_row(self, name: str, what: str | None) -> Row:
-        """The row of the float model (None), of a run by its quantizer, or of a method by its name."""
+        """The row of the float model (None), of a run by its quantizer, of a method or a cache by its name."""
         if what is None:
             return self.add(name, "float", 32.0, self.model, None)
+        if what in CACHES:
+            return self.add_cache(what)
         return self.add_trained(name, what) if what in self.runs else self.add_quantized(what)
 
     def add_trained(self, name: str, quantizer: str) -> Row:
@@ -252,36 +257,54 @@ class Comparison:
         stored = open_model(path)
         if isinstance(stored, nn.Module):
             cache_weights(stored)
-        score = self.reference.score(stored)
-        found = {"cloze": score.cloze, **{task.name: task.accuracy(stored) for task in self.tasks}}
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        perplexity = math.exp(min(score.loss, 700))
-        row = Row(
-            name=name,
-            family=family,
-            bits=bits,
-            effective_bits=model_bits(model)[1],
-            file_mb=(path / MODEL).stat().st_size / 1e6,
-            perplexity=perplexity,
-            perplexity_error=perplexity * score.error,
-            gap=score.gap,
-            gap_error=score.gap_error,
-            kl=score.kl,
-            top1=score.top1,
-            kernel=stored.kernel if isinstance(stored, Engine) else kernel_of(model),
-            seconds=seconds,
-            whole_bits=8 * sum(tensor.nbytes for tensor in model.state_dict().values()) / parameters,
-        )
-        for task, accuracy in found.items():
-            if accuracy is not None:
-                setattr(row, task, accuracy.share)
-                setattr(row, f"{task}_error", accuracy.error)
+        kernel = stored.kernel if isinstance(stored, Engine) else kernel_of(model)
+        row = self.score(name, family, bits, model, stored, kernel, (path / MODEL).stat().st_size)
+        row.seconds = seconds
         del stored
         if self.options.speed:
             for key, value in measure_in_child(path, self.options.threads).items():
                 setattr(row, key, value)
         if not self.options.keep_models:
             shutil.rmtree(path)
+        return row
+
+    def add_cache(self, name: str) -> Row:
+        """The row of the float model with a cache of fewer bits."""
+        bits, config = CACHES[name], self.model.config
+        size = int(self.rows["float32"].file_mb * 1e6)
+        row = self.score(name, "cache", 32.0, self.model, with_cache(self.model, bits), "float", size)
+        cache = QuantizedKVCache(config, 1, self.context, bits=bits)
+        cache.advance(self.context)
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width * self.context
+        row.cache_bits = 8 * cache.nbytes / numbers
+        return row
+
+    def score(
+        self, name: str, family: str, bits: float, model: BitNetForCausalLM, run: Predictor, kernel: str, size: int
+    ) -> Row:
+        """The row of a model whose predictions `run` gives, of `size` bytes on disk; without speed and memory."""
+        score = self.reference.score(run)
+        perplexity = math.exp(min(score.loss, 700))
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        row = Row(
+            name=name,
+            family=family,
+            bits=bits,
+            effective_bits=model_bits(model)[1],
+            file_mb=size / 1e6,
+            perplexity=perplexity,
+            perplexity_error=perplexity * score.error,
+            gap=score.gap,
+            gap_error=score.gap_error,
+            kl=score.kl,
+            top1=score.top1,
+            kernel=kernel,
+            whole_bits=8 * sum(tensor.nbytes for tensor in model.state_dict().values()) / parameters,
+        )
+        for task, accuracy in {"cloze": score.cloze, **{task.name: task.accuracy(run) for task in self.tasks}}.items():
+            if accuracy is not None:
+                setattr(row, task, accuracy.share)
+                setattr(row, f"{task}_error", accuracy.error)
         return row
 
     def write(self) -> None:

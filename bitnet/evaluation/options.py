@@ -14,7 +14,8 @@ class Options:
     models: tyro.conf.Positional[tuple[str, ...]]
     """Runs of train.py, or one float model of any format."""
     methods: tuple[str, ...] = ("all",)
-    """Post-training methods to run on the float model: names from `bitnet quantize --list`, all, or none."""
+    """Post-training methods to run on the float model: names from `bitnet quantize --list`, kv-int8 and
+    kv-int4 (keys and values in fewer bits), all, or none."""
     train: tuple[Literal["none", "ternary", "ternary-g64", "ternary-g128", "binary", "int4", "int8"], ...] = ()
     """Train these twins of the first run if they are not found beside it."""
     text: str | None = None

@@ -48,6 +48,8 @@ class Row:
     """Time to quantize; None for trained models."""
     layer_errors: list[float] = field(default_factory=list)
     """Relative error of the residual stream behind each layer, post-training methods only."""
+    cache_bits: float | None = None
+    """Bits of a key's or value's number in the cache, scales included, where that is quantized (family cache)."""
     whole_bits: float | None = None
     """Bits of everything that is stored (embedding, head, norms, scales) for each parameter of the float model."""
     cloze: float | None = None

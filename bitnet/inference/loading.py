@@ -46,6 +46,7 @@ def open_model(
                   False runs the float weights that training fake-quantizes, where there are such. Float models are
                   what they are.
     cache_dtype:  of keys and values in the native engine: float32 (None), float16 or int8. Nothing else takes it.
+                  "int4" runs the model in torch, with `bitnet/model/quantized_cache.py`.
     dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
     activations:  in the native engine, of weights with a scale a group: "int8" with a scale a group, or "float", exact
                   to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.
@@ -70,6 +71,10 @@ def open_model(
         device = torch.device("cpu")
     if lora is not None and (gpu_layers is not None or not pack):
         raise ValueError("an adapter stands on the packed model as a whole; leave gpu_layers and no-pack out")
+    if cache_dtype == "int4":
+        if lora is not None or activations is not None or embeddings is not None:
+            raise ValueError("an int4 cache runs the model in torch; leave adapters, activations and embeddings out")
+        return _with_int4_cache(source, device, pack, dtype)
     native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
     if lora is not None:
         return _with_adapter(source, lora, device, dtype, options)
@@ -95,6 +100,17 @@ def open_model(
             return options.engine(model)
         note(f"{source.path} has layers {', '.join(unknown)}, which the native kernels do not know; it runs in torch")
     _refuse(options, "torch", str(dtype).removeprefix("torch."))
+    return model.to(device=device, dtype=dtype)
+
+
+def _with_int4_cache(source: Source, device: torch.device, pack: bool, dtype: torch.dtype) -> BitNetForCausalLM:
+    """In torch, which alone has such a cache."""
+    if requested_backend() == "native":
+        raise ValueError("the native kernels have no int4 cache; choose int8, or another backend")
+    model = source.model()
+    if pack and model.config.quantizer != "none" and source.kind not in ("packed", "quantized"):
+        model.pack()
+    model.cache_bits = 4
     return model.to(device=device, dtype=dtype)
 
 

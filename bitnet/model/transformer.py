@@ -28,6 +28,7 @@ from bitnet.model.config import ModelConfig
 from bitnet.model.kv_cache import KVCache
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear, pack
 from bitnet.model.loss import Taught, chunked_loss, cross_entropy, next_token_loss
+from bitnet.model.quantized_cache import Cache, QuantizedKVCache
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         width = self.o_proj.in_features
         self.attn_sub_norm = RMSNorm(width, config.rms_norm_eps) if config.sub_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             rearrange(projection(x), "b t (heads d) -> b heads t d", d=self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -140,7 +141,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None = None) -> Tensor:
         h = h + self.self_attn(self.input_layernorm(h), cos, sin, cache, mask)
         return h + self.mlp(self.post_attention_layernorm(h))
 
@@ -169,7 +170,7 @@ class Decoder(nn.Module):
             self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)
         return self
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None) -> Tensor:
         start = cache.length if cache is not None else 0
         end = start + input_ids.shape[1]
         if end > self.config.max_position_embeddings:
@@ -202,6 +203,7 @@ class BitNetForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, False)
         self.loss_chunk = 0  # tokens whose logits are in memory at a time; 0 for all
+        self.cache_bits: int | None = None  # of keys and values in new_cache(): 8 or 4, or floats
         self.document_ids: Callable[[Tensor], Tensor] | None = None  # of token ids; loss() attends inside a document
         self.next_token_loss = next_token_loss  # an attribute, so that compile_model can replace it
         self.apply(self._initialize)
@@ -212,7 +214,7 @@ class BitNetForCausalLM(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
         """Logits `[B, T, V]` of token ids int64 `[B, T]`, or `[B, 1, V]` of the last position with `last_only`.
 
         With a cache, the tokens continue the ones it holds and are added to it. Raises ValueError for more positions
@@ -314,8 +316,10 @@ class BitNetForCausalLM(nn.Module):
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache on the model's device, in its dtype."""
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache on the model's device, in its dtype or in `cache_bits`."""
+        if self.cache_bits is not None:
+            return QuantizedKVCache(self.config, batch_size, max_length, self.device, bits=self.cache_bits)
         return KVCache(self.config, batch_size, max_length, self.device, self.model.norm.weight.dtype)
 
     def weight_bytes(self) -> int:

@@ -41,9 +41,9 @@ class Options:
     """What `quantize_model` takes beside the method; each concerns the methods it names."""
 
     group_size: int = 128
-    """Input channels that share a scale (rtn, awq, gptq); -1: all of a row."""
+    """Input channels that share a scale (rtn, awq, gptq, hqq, autoround, ptqtp, mixed); -1: all of a row."""
     symmetric: bool = False
-    """Without zero points (rtn, awq, gptq)."""
+    """Without zero points (rtn, awq, gptq, autoround, mixed)."""
     algorithm: str = "refined"
     """gptq: refined or original."""
     damping: float | None = None

@@ -30,6 +30,10 @@ from bitnet.quant.trit_planes import quantize_planes
 class HQQ(Grouped):
     """Half-quadratic quantization."""
 
+    def check(self, linears: NamedLinears, options: Options) -> None:
+        refuse_symmetric("HQQ", options)
+        super().check(linears, options)
+
     def convert(self, linear: nn.Linear, options: Options) -> nn.Module:
         return AffineLinear.from_quantized(hqq_quantize(linear.weight, self.bits, options.group_size), linear.bias)
 
@@ -37,6 +41,10 @@ class HQQ(Grouped):
 @dataclass(frozen=True)
 class PTQTP(Grouped):
     """Two ternary planes."""
+
+    def check(self, linears: NamedLinears, options: Options) -> None:
+        refuse_symmetric("PTQTP", options)
+        super().check(linears, options)
 
     def convert(self, linear: nn.Linear, options: Options) -> nn.Module:
         return TritPlanesLinear.from_quantized(quantize_planes(linear.weight, options.group_size), linear.bias)
@@ -105,6 +113,12 @@ class OutlierInt8(Driver):
                 for name in names:
                     linear = projection(step.layer, name)
                     replace_module(step.layer, name, OutlierInt8Linear.from_linear(linear, outliers))
+
+
+def refuse_symmetric(what: str, options: Options) -> None:
+    """Raise ValueError where no zero points are asked of a method that has nothing like it to leave out."""
+    if options.symmetric:
+        raise ValueError(f"{what} has no zero points to do without; leave --symmetric out, or take another method")
 
 
 def check_float4(kind: str, linears: NamedLinears) -> None:

@@ -214,6 +214,10 @@ def check_options(options: Options, linears: list[tuple[str, BitLinear]]) -> Non
         raise ValueError(f"embeddings {options.embeddings!r} are unknown; choose float32, float16, bfloat16 or int8")
     if options.activations not in ("static", "dynamic"):
         raise ValueError(f"activations {options.activations!r} are unknown; choose static or dynamic")
+    if options.tuning_steps < 1:
+        raise ValueError(f"tuning_steps is {options.tuning_steps}; autoround needs 1 or more (200 are usual)")
+    if not options.outlier_threshold > 0:
+        raise ValueError(f"outlier_threshold is {options.outlier_threshold}; give a magnitude above 0 (6 is usual)")
     for name, linear in linears:
         if not linear.weight.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite weights; was the model's training diverging?")

@@ -93,6 +93,7 @@ def test_layer_errors_compare_the_residual_stream_behind_each_layer() -> None:
 
 
 METHODS = ("bf16", "rtn-int8", "w8a8-dynamic", "gptq-4", "gguf-q4_0")
+CACHES = ("kv-int8", "kv-int4")
 
 
 def test_a_whole_comparison_and_going_on_with_it(
@@ -100,8 +101,8 @@ def test_a_whole_comparison_and_going_on_with_it(
 ) -> None:
     out = tmp_path / "out"
     command = [
-        str(runs / "a"), "--methods", *METHODS, "--tokens", "512", "--calibration-tokens", "512", "--out", str(out),
-        "--no-speed",
+        str(runs / "a"), "--methods", *METHODS, *CACHES, "--tokens", "512", "--calibration-tokens", "512",
+        "--out", str(out), "--no-speed",
     ]  # fmt: skip
     original, calls = comparison.quantize_model, []
 
@@ -118,7 +119,10 @@ def test_a_whole_comparison_and_going_on_with_it(
     assert calls == [*METHODS[:3], *METHODS[2:]]  # the two finished ones were not done again
 
     rows = {row["name"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
-    assert list(rows) == ["float32", "b1.58", *METHODS]
+    assert list(rows) == ["float32", "b1.58", *METHODS, *CACHES]
+    assert 0 < rows["kv-int8"]["kl"] < rows["kv-int4"]["kl"]
+    assert 4 < rows["kv-int4"]["cache_bits"] < rows["kv-int8"]["cache_bits"] < 9
+    assert rows["kv-int8"]["family"] == "cache"
     text = capsys.readouterr().out
     assert all(name in text for name in rows)
     assert rows["float32"]["kl"] == pytest.approx(0, abs=1e-9)

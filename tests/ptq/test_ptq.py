@@ -370,12 +370,50 @@ def test_gguf_errors_are_named() -> None:
         ("w8a8-static", {"calibration": "guess"}, r"'guess'"),
         ("gptq-4", {"algorithm": "quick"}, r"'quick'"),
         ("rtn-int4", {"version": 3}, r"version is 3"),
+        ("hqq-4", {"symmetric": True}, r"HQQ has no zero points"),
+        ("ptqtp", {"group_size": 48}, r"group_size 48 does not divide"),
+        ("autoround-4", {"tuning_steps": 0}, r"tuning_steps is 0"),
+        ("autoround-4", {"ids": None}, r"autoround-4 needs calibration text"),
+        ("llm-int8", {"outlier_threshold": -1.0}, r"outlier_threshold is -1"),
+        ("mixed-4", {"target_bits": 2.2}, r"a target of 2\.2 bits is below the 2\.56 of 2-bit codes in groups of 32"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(method, changes, message) -> None:
     options = replace(QUICK, **{name: value for name, value in changes.items() if name != "ids"})
     with pytest.raises(ValueError, match=message):
         quantize_model(float_model(), method, changes.get("ids", ids()), options)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "gptq-nvfp4"])
+def test_four_bit_floats_refuse_rows_that_their_blocks_do_not_fill(method) -> None:
+    with pytest.raises(
+        ValueError, match=r"FP4 has blocks of \d+, which do not divide the input channels of model\.lay"
+    ):
+        quantize_model(float_model(intermediate_size=72), method, ids(), QUICK)
+
+
+def test_outlier_channels_stay_in_16_bits_and_none_is_w8a8() -> None:
+    original = float_model()
+    with torch.no_grad():
+        original.model.layers[0].input_layernorm.weight[3] *= 100
+    found = quantize_model(copy.deepcopy(original), "llm-int8", ids(), replace(QUICK, outlier_threshold=20.0))
+    assert found.model.layers[0].self_attn.q_proj.outliers.tolist() == [3]
+    assert found.model.layers[1].mlp.up_proj.outliers.tolist() == []
+    plain = quantize_model(copy.deepcopy(original), "w8a8-dynamic", options=QUICK)
+    assert relative_error(found, original) < 0.5 * relative_error(plain, original)
+    never = quantize_model(copy.deepcopy(original), "llm-int8", ids(), replace(QUICK, outlier_threshold=1e9))
+    assert torch.equal(logits(never), logits(plain))
+
+
+def test_mixtures_keep_their_target_and_give_bits_where_they_count() -> None:
+    original = float_model()
+    with torch.no_grad():
+        original.model.layers[1].mlp.down_proj.weight.mul_(6)  # counts for more than the others
+    for target in (3.0, 4.5):
+        model = quantize_model(copy.deepcopy(original), "mixed-3", ids(), replace(QUICK, target_bits=target))
+        assert target - 0.5 < model_bits(model)[1] <= target
+    bits = {name: module.bits for name, module in projections(model)}
+    assert bits["model.layers.1.mlp.down_proj"] > min(bits.values())
 
 
 def test_an_unknown_option_is_named() -> None:
