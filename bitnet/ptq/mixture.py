@@ -54,16 +54,19 @@ class Mixture(GPTQ):
             for unit, found in errors.items()
         ]
         target = options.target_bits or self.target
-        # b bits are stored as b codes, and for each group a float16 scale and a zero point of b bits.
-        size = options.group_size if options.group_size != -1 else min(c.in_features for c in _all(model, errors))
-        budget = (target - 16 / size) / (1 + 1 / size) * sum(sizes.values())
+        # Stored: codes of b bits, for each group a float16 scale and a zero point of b bits, and the channels' groups.
+        linears = [linear for unit in errors for linear in _linears(model, unit)]
+        total = sum(sizes.values())
+        groups = sum(
+            c.out_features * (1 if options.group_size == -1 else c.in_features // options.group_size) for c in linears
+        )
+        each, fixed = 1 + groups / total, 16 * groups + 32 * sum(linear.in_features for linear in linears)
         try:
-            bits = allocate(costs, list(sizes.values()), budget)
+            bits = allocate(costs, list(sizes.values()), (target * total - fixed) / each)
         except ValueError:
-            least = BITS[0] * (1 + 1 / size) + 16 / size
             raise ValueError(
-                f"a target of {target:g} bits is below the {least:.2f} of {BITS[0]}-bit codes in groups of {size}; "
-                "give a higher one, or larger groups"
+                f"a target of {target:g} bits is below the {BITS[0] * each + fixed / total:.2f} of {BITS[0]}-bit codes "
+                "with scales; give a higher one, or larger groups"
             ) from None
         return dict(zip(errors, bits, strict=True))
 
@@ -79,10 +82,6 @@ class _Chosen(GPTQ):
 def _linears(model: BitNetForCausalLM, unit: Unit) -> list[nn.Linear]:
     number, names = unit
     return [projection(model.model.layers[number], name) for name in names]
-
-
-def _all(model: BitNetForCausalLM, units: dict[Unit, dict[int, float]]) -> list[nn.Linear]:
-    return [linear for unit in units for linear in _linears(model, unit)]
 
 
 def _errors(model: BitNetForCausalLM, ids: Tensor, options: Options) -> dict[Unit, dict[int, float]]:
