@@ -116,7 +116,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
         tokenizer, template = base.source.tokenizer, base.source.chat_template
     elif config.init:
         source = open_source(config.init)
-        tokenizer, template, given = source.tokenizer, source.chat_template, source.latent()
+        tokenizer, template, given = source.tokenizer, source.chat_template, source.latent(config.model.quantizer)
         weights = given.state_dict()
         config = dataclasses.replace(config, model=given.config.replace(quantizer=config.model.quantizer))
     elif config.teacher and not config.data.tokenizer:

@@ -17,6 +17,8 @@ from bitnet.console import only_for_looking, table
 class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Runs or models of any kind; the last one is the baseline of the gaps."""
+    lora: tuple[Path, ...] = ()
+    """LoRA adapters of the first model, which is evaluated with each of them before it is without."""
     text: str | None = None
     """Corpus to evaluate on, its held-out part; a run's own unless given."""
     picture: Path | None = None
@@ -39,16 +41,22 @@ def run(options: Options) -> None:
     from bitnet.evaluation.loss import Evaluation, evaluate_model
     from bitnet.machine import pick_device, pick_dtype
     from bitnet.plots import draw_loss
+    from bitnet.storage.adapters import load_adapter
     from bitnet.training.reporter import read_metrics
 
     runs = options.runs
     if not runs:
         raise ValueError("no run was given; name a folder made by train.py, or a model of any kind")
+    if options.tasks and options.lora:
+        raise ValueError("--tasks takes models without adapters; merge them first (bitnet export --merge-lora)")
     if options.tasks:
         _run_tasks(options)
         return
     device = pick_device(options.device)
-    results = [(run, *evaluate_model(run, device, pick_dtype(options.dtype, device), options.text)) for run in runs]
+    dtype = pick_dtype(options.dtype, device)
+    with_adapters = [(f"{runs[0]} + {path}", runs[0], load_adapter(path)) for path in options.lora]
+    models = [*with_adapters, *((run, run, None) for run in runs)]
+    results = [(name, *evaluate_model(run, device, dtype, options.text, adapter)) for name, run, adapter in models]
 
     def loss(part: Evaluation) -> str:
         return f"{part.loss:.4f} ± {part.standard_error:.4f}"

@@ -26,6 +26,7 @@ from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.loss import cross_entropy
+from bitnet.storage.adapters import Adapter
 from bitnet.storage.source import open_source
 
 if TYPE_CHECKING:
@@ -198,10 +199,10 @@ def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
 
 
 def evaluate_model(
-    path: str, device: torch.device, dtype: torch.dtype, text: str | None = None
+    path: str, device: torch.device, dtype: torch.dtype, text: str | None = None, lora: Adapter | None = None
 ) -> tuple[str, Evaluation]:
     """Weight quantizer and held-out evaluation of a model, over the whole validation split: of a run at its best
-    checkpoint, as it was trained; anything else as generate.py runs it.
+    checkpoint, as it was trained; anything else, and a model with an adapter, as generate.py runs it.
 
     Raises CheckpointError or ValueError for a model or corpus that isn't there.
     """
@@ -209,7 +210,7 @@ def evaluate_model(
     is_run = source.kind == "run"
     if is_run:
         run_config(source)  # before anything large is read
-    model = open_model(source, device=device, pack=not is_run)
+    model = open_model(source, device=device, pack=lora is not None or not is_run, lora=lora)
     feed = open_held_out(source, text)
     if is_run and isinstance(model, BitNetForCausalLM):
         model.document_ids = feed.document_ids

@@ -135,7 +135,7 @@ def _with_adapter(
     weights."""
     base = source.frozen()
     adapter.check(base, source.path)
-    if native_wanted(device) and dtype == torch.float32:
+    if native_wanted(device) and dtype == torch.float32 and not unknown_layers(base):
         if base.is_packed and source.kind != "quantized":
             base.pack(embeddings=(options.embeddings or "int8") == "int8")
         model: LanguageModel = options.engine(base)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bitnet import kernels
 from bitnet.quant import packed_width, unpack_codes
 from bitnet.quant.packing import pack_codes
-from bitnet.quant.ternary import group_means
+from bitnet.quant.ternary import group_means, scale_of_columns
 
 ModuleFilter = Callable[[str, nn.Linear], bool]
 
@@ -241,6 +241,22 @@ def latent_weight(codes: Tensor, scale: Tensor, quantizer: str) -> Tensor:
     elif group := kernels.GROUP_SIZES.get(quantizer):
         scale = scale / group_means(magnitude, group).clamp(min=1e-5).float()
     return kernels.dequantize_weight(codes, scale, quantizer)
+
+
+def ternary_latent(weight: Tensor, quantizer: str) -> Tensor | None:
+    """`latent_weight` of a float weight `[N, K]` that is ternary already, with the scales of this quantizer's groups or
+    of the whole matrix; None for any other."""
+    size = kernels.GROUP_SIZES.get(quantizer, 0)
+    magnitude = weight.detach().float().abs()
+    if size:
+        padded = nn.functional.pad(magnitude, (0, -weight.shape[1] % size))
+        scale = padded.view(len(weight), -1, size).amax(2)
+        of_each = scale_of_columns(scale, size, weight.shape[1])
+    else:
+        scale = of_each = magnitude.amax().view(1, 1)
+    if not bool(((magnitude == 0) | (magnitude == of_each)).all()):
+        return None
+    return latent_weight(weight.detach().sign().to(torch.int8), scale, quantizer)
 
 
 def replace_linear(model: nn.Module, filter: ModuleFilter | None = None, *, quantizer: str = "ternary") -> nn.Module:

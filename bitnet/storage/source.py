@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bitnet.files import JsonObject
-from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
-from bitnet.model.linear import codes_and_scale, latent_weight
+from bitnet.kernels import GROUP_SIZES
+from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear, bit_linears
+from bitnet.model.linear import codes_and_scale, latent_weight, ternary_latent
 from bitnet.storage import folders
 from bitnet.storage.checksums import CHECKSUMS, verifying
 from bitnet.storage.folders import warn_once
@@ -143,17 +144,24 @@ class Source:
         if self.kind in ("run", "packed", "quantized") and not (self.path / CHECKSUMS).exists():
             warn_once(f"{self.path} has no {CHECKSUMS}: whether its weights are what was written cannot be told")
 
-    def latent(self) -> BitNetForCausalLM:
+    def latent(self, quantizer: str | None = None) -> BitNetForCausalLM:
         """The model to go on training with, its projections BitLinear layers of latent floats.
 
-        Packed codes become latents that are quantized to the same codes and scale. Raises as `model` does, and
-        ValueError for weights that were quantized after training.
+        Packed codes become latents that are quantized to the same codes and scale, and so do floats that are ternary
+        already, with the scales of the `quantizer` that the training has: other projects' files of groups. Raises as
+        `model` does, and ValueError for weights that were quantized after training.
         """
         if self.kind == "quantized" or self.form in ("gptq", "awq"):
             raise ValueError(
                 f"{self.path} was quantized after training and cannot be trained; give the model it was made from"
             )
         model = self.model()
+        if quantizer in ("ternary", *GROUP_SIZES) and model.config.quantizer == "none":
+            with torch.no_grad():
+                for _, layer in bit_linears(model):
+                    found = ternary_latent(layer.weight, quantizer)
+                    if found is not None:
+                        layer.weight.copy_(found)
         if not model.is_packed and not model.head_is_packed:
             return model
         tensors: dict[str, Tensor] = {}

@@ -150,3 +150,21 @@ def test_gptqs_layout_holds_codes_and_scales_exactly(tmp_path: Path) -> None:
             assert torch.equal(found.scale.float(), scale)
         assert {name for name in tensors if not name.endswith("norm.weight")} == {"model.embed_tokens.weight"}
         assert tensors["model.embed_tokens.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("quantizer", "kind"), [("ternary-g64", "Q2_0"), ("ternary-g128", "PQ2_0")])
+def test_files_of_others_with_scales_of_groups_are_trained_on_from_their_codes(
+    tmp_path: Path, quantizer: str, kind: str
+) -> None:
+    """Absmean of ternary floats would shrink them; told the groups, training begins with the file's very weights."""
+    model = model_of(quantizer)
+    write(model, tmp_path / "x.gguf", kind)
+    source = open_source(rewritten(tmp_path / "x.gguf", {QUANTIZER: None}))
+    latent = source.latent(quantizer)
+    assert latent.config.quantizer == "none"  # the training's configuration says what becomes of it
+    for name, layer in bit_linears(latent):
+        layer.quantizer = quantizer
+        for ours, theirs in zip(codes_and_scale(model.get_submodule(name)), codes_and_scale(layer), strict=True):
+            assert torch.equal(ours, theirs), name
+    plain = source.model().model.layers[0].mlp.up_proj.weight
+    assert torch.equal(source.latent("int8").model.layers[0].mlp.up_proj.weight, plain)
