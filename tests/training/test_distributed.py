@@ -17,12 +17,14 @@ import torch
 import train as trainer
 from bitnet import machine
 from bitnet.data.feed import open_feed
+from bitnet.kernels import reference
+from bitnet.model import BitLinear
 from bitnet.storage.folders import resolve
 from bitnet.storage.source import open_source
 from bitnet.training import config as recipes
 from bitnet.training.processes import World, _own_part, start
 from bitnet.training.reporter import read_metrics
-from bitnet.training.sharding import shard_like
+from bitnet.training.sharding import GatheredCodes, LatentWeight, shard_like
 from bitnet.training.shards import read_shards, read_whole, write_shards
 from tests import ROOT
 from tests.builders import SMALL, configuration, losses, tensors, torchrun
@@ -259,3 +261,20 @@ def test_damaged_shards_are_explained(tmp_path):
     (tmp_path / "shards" / "index.json").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"cannot be read.*another checkpoint"):
         read_whole(tmp_path / "shards", "model.")
+
+
+@pytest.mark.parametrize("quantizer", ["ternary-g64", "ternary-g128", "int8", "int4"])
+def test_rows_travel_as_codes_with_scales_of_their_own(quantizer: str) -> None:
+    """What two processes gather of a weight is what one would compute."""
+
+    class Mesh:
+        def size(self) -> int:
+            return 2
+
+    weight, layer = torch.randn(8, 200), BitLinear(200, 8, False, quantizer=quantizer)
+    layer.product = GatheredCodes()
+    parts = [LatentWeight(part) for part in weight.split(4)]
+    sent = [part.fsdp_pre_all_gather(Mesh(), torch.Size((8, 200)), (200, 1), layer, None) for part in parts]
+    gathered = tuple(torch.cat(tensors) for tensors in zip(*(each[0] for each in sent), strict=True))
+    whole, _ = parts[0].fsdp_post_all_gather(gathered, sent[0][1], torch.float32)
+    assert torch.equal(whole, reference.fake_quantize_weight(weight, quantizer))
