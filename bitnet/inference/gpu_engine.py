@@ -77,6 +77,8 @@ class _Storage:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        codes = dtype == torch.int8
+        self.scales = torch.zeros(2, *shape[:-1], device=device) if codes else None  # float32, of keys and of values
         self.start = torch.zeros(1, dtype=torch.int32, device=device)  # positions that are filled
         self.parts = attention.AttentionParts(
             batch_size, config.num_attention_heads, config.num_key_value_heads, config.head_width, capacity, device
@@ -98,7 +100,9 @@ class GpuCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the filled part, which one decoding step reads."""
-        return 2 * self.storage.keys[:, :, :, : self.length].numel() * self.storage.keys.element_size()
+        keys, scales = self.storage.keys, self.storage.scales
+        filled = 2 * keys[:, :, :, : self.length].numel() * keys.element_size()
+        return filled if scales is None else filled + 4 * scales[:, :, :, :, : self.length].numel()
 
 
 class _Matrix:
@@ -119,10 +123,11 @@ class GpuEngine:
     """A packed BitNet b1.58 model on the Triton kernels. Called like `BitNetForCausalLM`.
 
     `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
-    a file. `dtype` is that of the residual stream, the cache and attention. With `layers` it is the first layers of a
-    model alone, and a call returns the residual stream behind them, float32 `[B, T, C]`, instead of logits. Raises
-    ValueError where Triton or the GPU is missing, the model is not packed, or its tensors are not exactly those of the
-    configuration.
+    a file. `dtype` is that of the residual stream and of attention, and unless `cache_dtype` says otherwise of keys and
+    values: float32, bfloat16, float16, or int8 with a scale for every position of a head. With `layers` it is the first
+    layers of a model alone, and a call returns the residual stream behind them, float32 `[B, T, C]`, instead of logits.
+    Raises ValueError where Triton or the GPU is missing, the model is not packed, or its tensors are not exactly those
+    of the configuration.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class GpuEngine:
         *,
         device: torch.device | str = "cuda",
         dtype: str = "bfloat16",
+        cache_dtype: str | None = None,
         graphs: bool = True,
         layers: int | None = None,
     ) -> None:
@@ -142,6 +148,8 @@ class GpuEngine:
             raise ValueError(f"the Triton kernels do not compute {' and '.join(unknown)}; run the model in torch")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if cache_dtype not in (None, "int8", *DTYPES):
+            raise ValueError(f"cache {cache_dtype!r} is unknown on a GPU; choose one of {', '.join((*DTYPES, 'int8'))}")
         self._device = torch.device(device)
         backend.require(self._device)
         if self._device.type == "cuda" and self._device.index is None:
@@ -149,6 +157,7 @@ class GpuEngine:
         self._whole = layers is None
         self.config = config if layers is None else config.replace(num_hidden_layers=layers)
         self.dtype = DTYPES[dtype]
+        self.cache_dtype = torch.int8 if cache_dtype == "int8" else DTYPES[cache_dtype or dtype]
         self.graphs = graphs and self._device.type == "cuda"
         self._free: list[_Storage] = []  # the newest last
         self._lock = threading.Lock()
@@ -325,13 +334,14 @@ class GpuEngine:
 
         h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
         layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=True)
-        for matrix, norm, keys, values in layers:
+        for index, (matrix, norm, keys, values) in enumerate(layers):
+            scales = None if storage.scales is None else (storage.scales[0, index], storage.scales[1, index])
             qkv = projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
             positions = (self._cos, self._sin, storage.start, keys, values, H)
             if length is None:
-                mixed = attention.attend(qkv, *positions, storage.parts, constant=self.graphs)
+                mixed = attention.attend(qkv, *positions, storage.parts, scales, constant=self.graphs)
             else:
-                mixed = _attend(attention.rotate(qkv, *positions), keys, values, length)
+                mixed = _attend(attention.rotate(qkv, *positions, scales), keys, values, scales, length)
             h = projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
             gate_up = projected(h, matrix["gate_up"], norm["gate_up"])
             h = projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
@@ -362,7 +372,7 @@ class GpuEngine:
             if storage is not None:
                 self._free.remove(storage)
         if storage is None:
-            storage = _Storage(self.config, batch_size, capacity, self.dtype, self._device)
+            storage = _Storage(self.config, batch_size, capacity, self.cache_dtype, self._device)
         cache = GpuCache(self.config, storage, max_length)
         weakref.finalize(cache, self._keep, storage)
         return cache
@@ -407,11 +417,16 @@ def rounded_up(tokens: int) -> int:
     return tokens if tokens == 1 else max(16, power // 4 * 3 if tokens <= power // 4 * 3 else power)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None, length: int) -> Tensor:
     """Causal attention `[B, T, H * D]` of queries `[B, T, H, D]` behind `length` cached positions."""
     B, T, H, D = q.shape
     total, q = length + T, q.transpose(1, 2)
     keys, values = keys[:, :, :total], values[:, :, :total]
+    if scales is not None:
+        keys, values = (
+            part.float() * scale[:, :, :total, None] for part, scale in zip((keys, values), scales, strict=True)
+        )
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     if not length:
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=keys.shape[1] != H)
     else:

@@ -4,7 +4,7 @@ Weights of every format stay what they are, and run on the native engine where i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,8 +45,9 @@ def open_model(
                   engine on a CPU that has it, the Triton engine on a GPU that has it, else packed layers in torch.
                   False runs the float weights that training fake-quantizes, where there are such. Float models are
                   what they are.
-    cache_dtype:  of keys and values in the native engine: float32 (None), float16 or int8. Nothing else takes it.
-                  "int4" runs the model in torch, with `bitnet/model/quantized_cache.py`.
+    cache_dtype:  of keys and values in the engines: float32 (None on a CPU), bfloat16 (None on a GPU, and only there),
+                  float16 or int8. "int4" runs the model in torch, with `bitnet/model/quantized_cache.py`, and torch
+                  takes no other.
     dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
     activations:  in the native engine, of weights with a scale a group: "int8" with a scale a group, or "float", exact
                   to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.
@@ -163,11 +164,11 @@ def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | N
     return SplitEngine.from_model(model.pack(), gpu_layers, device=device, cache_dtype=cache)
 
 
-def _refuse(options: EngineOptions, runs_on: str, cache: str) -> None:
+def _refuse(options: EngineOptions, runs_on: str, cache: str = "") -> None:
     if options.cache_dtype is not None:
         raise ValueError(
-            f"cache {options.cache_dtype} is of the native CPU engine and this model runs on {runs_on}, whose cache is "
-            f"{cache}; leave it out"
+            f"cache {options.cache_dtype} is of the engines and this model runs on {runs_on}, whose cache is {cache}; "
+            "leave it out"
         )
     if options.embeddings is not None:
         raise ValueError(
@@ -211,7 +212,7 @@ def _engine(model: BitNetForCausalLM, device: torch.device, options: EngineOptio
     if not packed:
         model.pack()
     if triton_wanted(device) and not beyond_kernels(model.config):
-        _refuse(options, "the Triton engine", "bfloat16")
-        return GpuEngine.from_model(model.to(device).pack(), device=device)
+        _refuse(replace(options, cache_dtype=None), "the Triton engine")
+        return GpuEngine.from_model(model.to(device).pack(), device=device, cache_dtype=options.cache_dtype)
     _refuse(options, "torch", "float32")
     return model.to(device)

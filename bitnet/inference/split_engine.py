@@ -62,8 +62,8 @@ class SplitEngine:
         dtype: str = "bfloat16",
         cache_dtype: str | None = None,
     ) -> "SplitEngine":
-        """Of a packed torch model, `gpu_layers` of its layers on `device`; `dtype` counts there, and `cache_dtype` in
-        main memory. Raises ValueError unless at least one layer is left for each side."""
+        """Of a packed torch model, `gpu_layers` of its layers on `device`; `dtype` counts there, `cache_dtype` on both
+        sides. Raises ValueError unless at least one layer is left for each side."""
         config = model.config
         layers = config.num_hidden_layers
         if not 1 <= gpu_layers < layers:
@@ -71,7 +71,7 @@ class SplitEngine:
                 f"{gpu_layers} layers on the GPU do not split a model of {layers}; give 1 to {layers - 1}, or choose "
                 "the device for all"
             )
-        gpu = GpuEngine.from_model(model, device=device, dtype=dtype, layers=gpu_layers)
+        gpu = GpuEngine.from_model(model, device=device, dtype=dtype, cache_dtype=cache_dtype, layers=gpu_layers)
         others = LaterLayers(ModuleWeights(model, "int8", None), gpu_layers)
         cpu = Engine(config.replace(num_hidden_layers=layers - gpu_layers), others, cache_dtype=cache_dtype)
         return cls(config, gpu, cpu)

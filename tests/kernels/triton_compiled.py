@@ -59,12 +59,16 @@ def quantize(M: int, K: int, norm: bool, gate: str = "none") -> Callable[[], obj
     return call
 
 
-def attend(H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16) -> Callable[[], object]:
+def attend(
+    H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16, codes: bool = False
+) -> Callable[[], object]:
     def call() -> object:
-        qkv, cache = torch.empty(1, 1, (H + 2 * G) * D, dtype=dtype), torch.empty(1, G, 4096, D, dtype=dtype)
+        qkv = torch.empty(1, 1, (H + 2 * G) * D, dtype=dtype)
+        cache = torch.empty(1, G, 4096, D, dtype=torch.int8 if codes else dtype)
+        scales = (torch.empty(1, G, 4096), torch.empty(1, G, 4096)) if codes else None
         table, start = torch.empty(4096, D), torch.empty(1, dtype=torch.int32)
         parts = attention.AttentionParts(1, H, G, D, 4096, CPU)
-        return attention.attend(qkv, table, table, start, cache, cache, H, parts)
+        return attention.attend(qkv, table, table, start, cache, cache, H, parts, scales)
 
     return call
 
@@ -134,6 +138,8 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),
     "attend, heads of 96": (attend(16, 8, 96), FLOAT_MATRIX),
     "attend, a query a head": (attend(16, 16, 96), None),
+    "attend, int8 cache": (attend(codes=True), FLOAT_MATRIX),
+    "attend, a query a head, int8 cache": (attend(16, 16, 96, codes=True), None),
     "attend, heads of 256": (attend(8, 2, 256), FLOAT_MATRIX),
     "attend, heads of 256, float32": (attend(8, 2, 256, torch.float32), None),
     "one token, qkv": (project(3840, 2560), DOT4),

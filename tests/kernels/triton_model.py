@@ -14,6 +14,7 @@ from bitnet.inference import gpu_engine
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine, rounded_up
 from bitnet.inference.split_engine import SplitEngine
+from bitnet.kernels import reference
 from bitnet.kernels.cpu import native
 from bitnet.kernels.triton import attention, language, product, warm
 from bitnet.kernels.triton.product import Plan
@@ -110,6 +111,48 @@ def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: i
         assert not parts.arrived.any()
 
 
+def test_a_cache_of_codes() -> None:
+    """Rotation of several tokens, then one token's attention, over INT8 keys and values with a scale each."""
+    B, H, G, D, S, start = 2, 6, 2, 12, 70, 66
+    cos, sin = rope_tables(BASE.replace(num_attention_heads=H, num_key_value_heads=G, head_dim=D))
+    cos, sin = cos.repeat(3, 1)[:S], sin.repeat(3, 1)[:S]
+    keys, values = (torch.zeros(B, G, S, D, dtype=torch.int8) for _ in range(2))
+    scales = torch.zeros(B, G, S), torch.zeros(B, G, S)
+    qkv = 3 * torch.randn(B, start + 1, (H + 2 * G) * D)
+    zero, position = (torch.tensor([n], dtype=torch.int32) for n in (0, start))
+    attention.rotate(qkv[:, :start].contiguous(), cos, sin, zero, keys, values, H, scales)
+    parts = attention.AttentionParts(B, H, G, D, S, torch.device("cpu"))
+    out = attention.attend(qkv[:, start:].contiguous(), cos, sin, position, keys, values, H, parts, scales)
+
+    heads = qkv.view(B, start + 1, H + 2 * G, D).transpose(1, 2)
+    turned = apply_rope(heads[:, : H + G], cos[: start + 1], sin[: start + 1])
+    held = []
+    for cached, scale, floats in zip((keys, values), scales, (turned[:, H:], heads[:, H + G :]), strict=True):
+        codes, wanted = reference.quantize_activations(floats)
+        assert torch.equal(cached[:, :, : start + 1], codes)
+        assert torch.equal(scale[:, :, : start + 1, None], wanted)
+        assert not cached[:, :, start + 1 :].any()
+        assert not scale[:, :, start + 1 :].any()
+        held.append(codes * wanted)
+    expected = F.scaled_dot_product_attention(turned[:, :H, start:], *held, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2).reshape(B, 1, H * D), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
+def test_caches_of_fewer_bits(cache_dtype: str) -> None:
+    model, ids = packed_model(BASE), torch.randint(50, (1, 9))
+    engines = [GpuEngine.from_model(model, dtype="float32", cache_dtype=name) for name in (None, cache_dtype)]
+    wanted, found = (engine(ids, engine.new_cache(1, 12)) for engine in engines)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert 0 < error < 0.05
+    cache = engines[1].new_cache(1, 12)
+    parts = [engines[1](ids[:, :7], cache), engines[1](ids[:, 7:8], cache), engines[1](ids[:, 8:], cache)]
+    assert float((torch.cat(parts, 1) - found).norm() / found.norm()) < 0.05  # a code may lie on a border
+    assert cache.nbytes == 2 * 2 * 9 * 2 * (12 if cache_dtype == "int8" else 16)
+    with pytest.raises(ValueError, match="cache 'int4' is unknown on a GPU"):
+        GpuEngine.from_model(model, cache_dtype="int4")
+
+
 def test_a_position_behind_the_cache_is_not_written() -> None:
     keys, values = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)
     cos, sin = torch.ones(9, 4), torch.zeros(9, 4)
@@ -127,7 +170,7 @@ def test_attention_of_bad_input() -> None:
         attention.attend(qkv, table, table, start, cache, values, heads, parts)
 
     for call, message in [
-        (lambda: attend(qkv.half()), "float16"),
+        (lambda: attend(values=cache.half()), "give one type"),
         (lambda: attend(qkv[:, :, :56]), "strides|must be"),
         (lambda: attend(values=cache[:, :, :8]), r"\[1, 2, 8, 8\]"),
         (lambda: attend(start=start.long()), "int64"),
@@ -236,13 +279,13 @@ def test_prompts_are_rounded_up() -> None:
 
 
 def test_the_second_prompt_of_a_length_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = GpuEngine.from_model(packed_model(BASE), dtype="float32")
-    prompts = [torch.randint(50, (2, tokens)) for tokens in (11, 9, 5)]
+    engine = GpuEngine.from_model(packed_model(BASE.replace(num_hidden_layers=1)), dtype="float32")
+    prompts = [torch.randint(50, (1, tokens)) for tokens in (11, 9, 5)]
 
     def texts() -> list[torch.Tensor]:
         found = []
         for ids in prompts:
-            cache = engine.new_cache(2, 40)
+            cache = engine.new_cache(1, 40)
             found += [engine(ids, cache, last_only=True), engine(ids[:, :1], cache)]
             assert cache.length == ids.shape[1] + 1
             del cache
@@ -252,7 +295,7 @@ def test_the_second_prompt_of_a_length_is_captured(monkeypatch: pytest.MonkeyPat
     captured: list[int] = []
 
     def capture(storage: Any, tokens: int) -> Any:
-        graph = gpu_engine._Graph(2, tokens, engine.device)
+        graph = gpu_engine._Graph(1, tokens, engine.device)
         captured.append(tokens)
         length = None if tokens == 1 else 0
         graph.replay = lambda: engine._forward(graph.ids, storage, length, graph.last)  # type: ignore[method-assign]

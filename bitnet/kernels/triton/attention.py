@@ -8,6 +8,9 @@
 that comes last joins the parts in a fixed order. The number of filled positions is read from the device, so that one
 CUDA graph serves every step and no program walks further than they reach.
 
+Keys and values are stored in a float type, or as INT8 codes with a float32 scale for every position of a head (absmax,
+as activations are quantized); attention sees what is stored, the newest position included.
+
 Letters: B batch, T new tokens, M = B * T, H query heads, G key/value heads, R = H / G, D head_dim, S capacity of the
 cache, C hidden_size, V vocab_size.
 """
@@ -19,7 +22,9 @@ import math
 import torch
 from torch import Tensor
 
+from bitnet.kernels.triton.activations import codes_of, scale_of
 from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton, wait_for_inputs
+from bitnet.quant.affine import SCALE_EPS
 
 TILE = 64
 """Cached positions that a program of `attend` takes at a time, at most."""
@@ -42,10 +47,34 @@ def embed_kernel(
     tl.store(h + row * C + c, value.to(h.dtype.element_ty), mask=c < C)
 
 
+@triton.jit
+def largest_of(x):
+    """Absolute values as integers, which keep their order."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def store_halves(
+    cache, scale, place, first, second, i, inside, stored: tl.constexpr, D: tl.constexpr, SMALLEST: tl.constexpr,
+    INT8: tl.constexpr,
+):  # fmt: skip
+    """A key or value of a head to the position `place` of the cache, as codes of what a cache of type `stored` would
+    hold, or in its own type."""
+    if INT8:
+        first, second = first.to(stored).to(tl.float32), second.to(stored).to(tl.float32)
+        s = scale_of(tl.maximum(tl.max(largest_of(first), 0), tl.max(largest_of(second), 0)), SMALLEST)
+        tl.store(scale + place, s + first * 0, mask=inside & (i == 0))
+        first, second = codes_of(first, s), codes_of(second, s)
+    target = cache + place * D + i
+    tl.store(target, first.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target + D // 2, second.to(cache.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["T", "S"])
 def rotate_kernel(
-    qkv, cos, sin, start, q, keys, values, T, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    qkv, cos, sin, start, q, keys, values, key_scale, value_scale, T, S, H: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of q, k or v of one token. BLOCK is at least D / 2."""
     wait_for_inputs(PDL)
@@ -70,13 +99,11 @@ def rotate_kernel(
         tl.store(target, first.to(q.dtype.element_ty), mask=inside)
         tl.store(target + half, second.to(q.dtype.element_ty), mask=inside)
     elif head < H + G:
-        target = keys + (((m // T) * G + head - H).to(tl.int64) * S + position) * D + i
-        tl.store(target, first.to(keys.dtype.element_ty), mask=inside)
-        tl.store(target + half, second.to(keys.dtype.element_ty), mask=inside)
+        place = ((m // T) * G + head - H).to(tl.int64) * S + position
+        store_halves(keys, key_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST, INT8)
     else:
-        target = values + (((m // T) * G + head - H - G).to(tl.int64) * S + position) * D + i
-        tl.store(target, first.to(values.dtype.element_ty), mask=inside)
-        tl.store(target + half, second.to(values.dtype.element_ty), mask=inside)
+        place = ((m // T) * G + head - H - G).to(tl.int64) * S + position
+        store_halves(values, value_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST, INT8)
 
 
 @triton.jit
@@ -88,14 +115,34 @@ def turned(pointer, d, inside, c, s, D: tl.constexpr):
 
 
 @triton.jit
-def cached_tile(keys, values, tile, position, S, D: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Keys and values `[TILE, BLOCK]` of the tile's positions before `position`, zeros for the others. keys, values: of
-    one head, from its position 0 on."""
+def cached_tile(
+    keys, values, key_scale, value_scale, tile, position, S, stored: tl.constexpr, D: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Keys and values `[TILE, BLOCK]` of the tile's positions before `position`, zeros for the others, in the type
+    `stored`. keys, values and their scales: of one head, from its position 0 on."""
     t = tile * TILE + tl.arange(0, TILE)
     d = tl.arange(0, BLOCK)[None, :]
-    old = ((t < position) & (t < S))[:, None] & (d < D)
+    there = (t < position) & (t < S)
+    old = there[:, None] & (d < D)
     at = t[:, None] * D + d
-    return tl.load(keys + at, mask=old, other=0.0), tl.load(values + at, mask=old, other=0.0)
+    k, v = tl.load(keys + at, mask=old, other=0), tl.load(values + at, mask=old, other=0)
+    if INT8:
+        k = k.to(tl.float32) * tl.load(key_scale + t, mask=there, other=0.0)[:, None]
+        v = v.to(tl.float32) * tl.load(value_scale + t, mask=there, other=0.0)[:, None]
+    return k.to(stored), v.to(stored)
+
+
+@triton.jit
+def as_held(x, cache, SMALLEST: tl.constexpr, INT8: tl.constexpr):
+    """A key or value x `[1, BLOCK]` in the type of the cache, and its scale `[1, 1]`, which counts for codes."""
+    if INT8:
+        s = scale_of(tl.max(largest_of(x.to(tl.float32)), 1)[:, None], SMALLEST)
+        held = codes_of(x.to(tl.float32), s).to(tl.int8)
+    else:
+        s = tl.full([1, 1], 1.0, tl.float32)
+        held = x.to(cache.dtype.element_ty)
+    return held, s
 
 
 @triton.jit
@@ -110,8 +157,9 @@ def angles(cos, sin, position, S, D: tl.constexpr, POSITIONS: tl.constexpr, BLOC
 
 @triton.jit
 def attend_tiles(
-    row, head, keys, values, k, v, c, s, exists, position, split, S, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-    SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    row, head, keys, values, key_scale, value_scale, k, v, c, s, exists, position, split, S, H: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Running maximum `[ROWS]`, sum and weighted values of the R query heads of key/value head `head` over every
     SPLITS-th tile from `split` on, whose first is (k, v); the new key and value, taken from the token's `row` of qkv,
@@ -124,9 +172,17 @@ def attend_tiles(
     query = turned(row + (head * R + r) * D, d, wide & heads, c, s, D).to(stored)
     new_key = turned(row + (H + head) * D, d, wide, c, s, D).to(stored)
     new_value = tl.load(row + (H + G + head) * D + d, mask=wide, other=0.0)
+    new_key, key_s = as_held(new_key, keys, SMALLEST, INT8)
+    new_value, value_s = as_held(new_value, values, SMALLEST, INT8)
     if position // TILE % SPLITS == split:
         tl.store(keys + position * D + d, new_key, mask=exists)
         tl.store(values + position * D + d, new_value, mask=exists)
+        if INT8:
+            tl.store(key_scale + position + d * 0, key_s + d * 0.0, mask=exists & (d == 0))
+            tl.store(value_scale + position + d * 0, value_s + d * 0.0, mask=exists & (d == 0))
+    if INT8:
+        new_key, new_value = new_key.to(tl.float32) * key_s, new_value.to(tl.float32) * value_s
+    new_key, new_value = new_key.to(stored), new_value.to(stored)
     # Matrix instructions take 16 rows, too many for one query: there every place of the tile keeps its own maximum and
     # sum, and nothing passes between threads before the end.
     places: tl.constexpr = TILE if R == 1 else ROWS
@@ -158,7 +214,7 @@ def attend_tiles(
             acc = acc * shrink[:, None] + tl.dot(share.to(stored), v, input_precision="ieee")
         highest = top
         tile += SPLITS
-        k, v = cached_tile(keys, values, tile, position, S, D, BLOCK, TILE)
+        k, v = cached_tile(keys, values, key_scale, value_scale, tile, position, S, stored, D, BLOCK, TILE, INT8)
     if R == 1:
         top = tl.max(highest, 0)
         shrink = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
@@ -170,9 +226,10 @@ def attend_tiles(
 
 @triton.jit(do_not_specialize=["S"])
 def attend_kernel(
-    qkv, cos, sin, start, keys, values, part, largest, total, arrived, out, S, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    qkv, cos, sin, start, keys, values, key_scale, value_scale, part, largest, total, arrived, out, S, H: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
     log2(e) / sqrt(D), so that powers are of 2. The program of a group that comes last joins the parts of all."""
@@ -184,14 +241,16 @@ def attend_kernel(
         wait_for_inputs(PDL)
     position = tl.load(start)
     c, s, exists = angles(cos, sin, position, S, D, POSITIONS, BLOCK)
-    cached = group.to(tl.int64) * S * D
-    k, v = cached_tile(keys + cached, values + cached, split, position, S, D, BLOCK, TILE)
+    keys, values = keys + group.to(tl.int64) * S * D, values + group.to(tl.int64) * S * D
+    key_scale, value_scale = key_scale + group.to(tl.int64) * S, value_scale + group.to(tl.int64) * S
+    stored: tl.constexpr = qkv.dtype.element_ty
+    k, v = cached_tile(keys, values, key_scale, value_scale, split, position, S, stored, D, BLOCK, TILE, INT8)
     if AHEAD:
         wait_for_inputs(PDL)
     row = qkv + (group // G).to(tl.int64) * (H + 2 * G) * D
     highest, weight, acc = attend_tiles(
-        row, group % G, keys + cached, values + cached, k, v, c, s, exists, position, split, S, H, G, D, SCALE, SPLITS,
-        ROWS, BLOCK, TILE,
+        row, group % G, keys, values, key_scale, value_scale, k, v, c, s, exists, position, split, S, H, G, D, SCALE,
+        SPLITS, ROWS, BLOCK, TILE, SMALLEST, INT8,
     )  # fmt: skip
     own = (group.to(tl.int64) * SPLITS + split) * ROWS
     tl.store(largest + own + tl.arange(0, ROWS), highest)
@@ -230,23 +289,40 @@ def embed(ids: Tensor, packed: Tensor, scale: Tensor, width: int, dtype: torch.d
     return h
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def check_cache(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
+    """Raise ValueError unless keys and values `[B, G, S, D]` are of one float type, or int8 with float32 scales
+    `[B, G, S]`."""
+    dtype = None if scales is None else torch.int8
+    for name, part in (("keys", keys), ("values", values)):
+        check(name, part, dtype, keys.device, *keys.shape)
+    if values.dtype != keys.dtype:
+        raise ValueError(f"keys are {keys.dtype} and values {values.dtype}; give one type")
+    for scale in scales or ():
+        check("scale", scale, torch.float32, keys.device, *keys.shape[:3])
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, values: Tensor, heads: int,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Rotated queries `[B, T, H, D]` of qkv `[B, T, (H + 2 G) * D]`; k and v go to the cache `[B, G, S, D]`.
 
-    start: int32 `[1]`, the positions that are filled. cos, sin: float32 `[positions, D]`, both halves alike. What would
-    lie behind the cache's or the tables' end is not written.
+    start: int32 `[1]`, the positions that are filled. cos, sin: float32 `[positions, D]`, both halves alike. `scales`
+    of keys and of values, float32 `[B, G, S]`, make it a cache of INT8 codes. What would lie behind the cache's or the
+    tables' end is not written.
     """
     B, G, S, D = keys.shape
     check("qkv", qkv, None, keys.device, B, None, (heads + 2 * G) * D)
+    check_cache(keys, values, scales)
     for name, table in (("cos", cos), ("sin", sin)):
         check(name, table, torch.float32, keys.device, None, D)
     check("start", start, torch.int32, keys.device, 1)
-    check("values", values, keys.dtype, keys.device, B, G, S, D)
     T = qkv.shape[1]
     q = torch.empty(B, T, heads, D, dtype=qkv.dtype, device=qkv.device)
     launch(
-        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, keys, values, T, S, H=heads, G=G, D=D,
-        POSITIONS=cos.shape[0], BLOCK=power_of_2(D // 2), warps=1,
+        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, keys, values, *(scales or (cos, cos)), T, S,
+        H=heads, G=G, D=D, POSITIONS=cos.shape[0], BLOCK=power_of_2(D // 2), SMALLEST=SCALE_EPS,
+        INT8=scales is not None, warps=1,
     )  # fmt: skip
     return q
 
@@ -286,20 +362,19 @@ def _positions_and_warps(programs: int, rows: int, row_bytes: int) -> tuple[int,
 
 def attend(
     qkv: Tensor, cos: Tensor, sin: Tensor, start: Tensor, keys: Tensor, values: Tensor, heads: int,
-    parts: AttentionParts, *, constant: bool = False,
+    parts: AttentionParts, scales: tuple[Tensor, Tensor] | None = None, *, constant: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention `[B, 1, H * D]` of one new token over the first start + 1 positions of the cache `[B, G, S, D]`.
 
-    qkv `[B, 1, (H + 2 G) * D]` of the cache's type: q and k are rotated by the angles of position `start` (int32
-    `[1]`), and k and v go to the cache; cos, sin: float32 `[positions, D]`, both halves alike. Where `start` lies
+    qkv `[B, 1, (H + 2 G) * D]`: q and k are rotated by the angles of position `start` (int32 `[1]`), and k and v go to
+    the cache; cos, sin, scales: as `rotate`. Arithmetic on matrix units is in qkv's type. Where `start` lies
     behind the cache's or the tables' end nothing is written. `constant` promises that no kernel still running writes
     `start` or earlier positions of the cache, as inside a CUDA graph of one step.
     """
     B, G, S, D = keys.shape
     rows, block = _tile(heads, G, D)
     check("qkv", qkv, None, keys.device, B, 1, (heads + 2 * G) * D)
-    check("keys", keys, qkv.dtype, qkv.device, B, G, S, D)
-    check("values", values, qkv.dtype, qkv.device, B, G, S, D)
+    check_cache(keys, values, scales)
     check("start", start, torch.int32, qkv.device, 1)
     for name, table in (("cos", cos), ("sin", sin)):
         check(name, table, torch.float32, keys.device, None, D)
@@ -307,9 +382,10 @@ def attend(
     out = torch.empty(B, 1, heads * D, dtype=qkv.dtype, device=qkv.device)
     positions, warps = _positions_and_warps(B * G * parts.splits, rows, block * qkv.element_size())
     launch(
-        attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, parts.part, parts.largest,
-        parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
-        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block, AHEAD=constant,
+        attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, *(scales or (cos, cos)), parts.part,
+        parts.largest, parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
+        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
+        SMALLEST=SCALE_EPS, INT8=scales is not None, AHEAD=constant,
         TILE=positions, warps=warps,
     )  # fmt: skip
     return out
