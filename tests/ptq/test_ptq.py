@@ -29,6 +29,7 @@ from bitnet.quant.grouped import Grid, round_to_nearest
 from bitnet.storage.gguf import names as gguf_names
 from tests.ptq.builders import SHAPES, float_model, ids, logits, projections, relative_error
 
+
 def options_of(method: str) -> Options:
     """Whose groups are small: 3 bits a weight are fewer than 2-bit codes with their scales have."""
     return replace(QUICK, target_bits=3.2) if method == "mixed-3" else QUICK
@@ -103,7 +104,8 @@ def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(metho
 def test_errors_come_in_the_order_of_the_formats() -> None:
     original = float_model()
     errors = {
-        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), options_of(m)), original) for m in PLAIN_METHODS
+        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), options_of(m)), original)
+        for m in PLAIN_METHODS
     }
     for finer, coarser in [
         ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "rtn-int8"), ("rtn-int8", "rtn-int4"), ("rtn-int4", "rtn-int3"),
