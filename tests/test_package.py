@@ -127,7 +127,8 @@ def test_a_wheel_of_the_source_distribution_runs_outside_the_tree(sdist, tmp_pat
     wheel = next(tmp_path.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"bitnet", wheel.name.split("-cp")[0] + ".dist-info"}
-    assert {"bitnet/py.typed", *(f"bitnet/commands/{name}.py" for name in COMMANDS)} <= set(names)
+    pages = {"bitnet/serving/page/theme.css", "bitnet/pages/static/page.css", "bitnet/pages/static/report.js"}
+    assert {"bitnet/py.typed", *pages, *(f"bitnet/commands/{name}.py" for name in COMMANDS)} <= set(names)
     assert [name for name in names if name.startswith("bitnet/kernels/cpu/_native")], "no native kernels"
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
 

@@ -103,7 +103,7 @@ def table(
         cells = f'<th scope="row">{show(first)}</th>' + "".join(f"<td>{show(cell)}</td>" for cell in others)
         body += f"<tr{' class=marked' if index in marks else ''}>{cells}</tr>"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><table>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(title)}"><table>'
         f"<caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

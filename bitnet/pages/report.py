@@ -178,7 +178,7 @@ def _layers(rows: Sequence[Row]) -> str:
     )
     title = "Relative error of the residual stream behind each layer, the best method on top"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{title}"><table><caption>{title}</caption>'
         f'<thead><tr><th scope="col">behind layer</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -164,7 +164,7 @@ def test_the_page_has_every_figure_group(page: str) -> None:
     for words in (
         "s = 127 / 10.8 = 11.76",
         "3.08 and 3.02 both become 36, which is 3.061 again",
-        "s = 255 / (10.8 - -7.59) = 13.87, z = -23",
+        "s = 255 / (10.8 + 7.59) = 13.87, z = -23",
         "Clipped at [-5, 5]: 7 different integers for 7 values",
         "8 colors, 3 bits a pixel",
         "What a format reaches",

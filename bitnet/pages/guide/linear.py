@@ -105,11 +105,13 @@ def _worked(name: str, x: Tensor, anchor: str, *, symmetric: bool) -> str:
     for bits in BITS:
         found = absmax(x, bits) if symmetric else zero_point(x, bits)
         low, high = found.limits
-        largest, smallest = text(float(x.abs().max() if symmetric else x.max())), text(float(x.min()))
+        largest, smallest = text(float(x.abs().max() if symmetric else x.max())), min(float(x.min()), 0.0)
         if symmetric:
             formula = f"s = {high} / {largest} = {1 / found.scale:.2f}"
         else:
-            formula = f"s = {high - low} / ({largest} - {smallest}) = {1 / found.scale:.2f}, z = {found.zero_point}"
+            formula = (
+                f"s = {high - low} / ({largest} + {text(-smallest)}) = {1 / found.scale:.2f}, z = {found.zero_point}"
+            )
         extra = ""
         if symmetric and len(x) == len(VECTOR):
             (a, again), (b, _) = found.of(VECTOR[1]), found.of(NEIGHBOUR)

@@ -96,7 +96,7 @@ def section(subject: Subject) -> Section:
 
 def _matrix(title: str, matrix: Tensor, names: str) -> str:
     rows = [[f"{names} {i + 1}", *(f"{value:+.3f}" for value in row)] for i, row in enumerate(matrix.tolist())]
-    return table(["", *(f"column {j + 1}" for j in range(matrix.shape[1]))], rows, title=title)
+    return table([names, *(f"column {j + 1}" for j in range(matrix.shape[1]))], rows, title=title)
 
 
 def _example() -> str:

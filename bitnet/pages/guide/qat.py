@@ -16,6 +16,8 @@ from bitnet.pages.page import Section, caption, escape, frames, paragraph, side_
 from bitnet.quant.affine import PerTensor, choose_qparams_symmetric, fake_quantize_ste, integer_range
 
 BITS = (2, 3, 4, 8)
+TELLING = 0.002
+"""Nats a token: a smaller difference of two costs says nothing."""
 WEIGHT_QUANTIZERS = ("int8", "int4", "ternary", "binary")
 
 
@@ -110,10 +112,12 @@ def _minima(minima: Minima) -> str:
         [name, f"{way.plain[way.at.index(0.0)]:.4f}", f"{way.plain[way.at.index(1.0)]:.4f}", f"{costs[name]:+.4f}"]
         for name, way in minima.ways.items()
     ]
-    wider = "wider" if costs["QAT"] < costs["float"] else "no wider"
+    found = "wider" if costs["QAT"] < costs["float"] else "narrower"
+    if abs(costs["QAT"] - costs["float"]) < TELLING:
+        found = "neither wider nor narrower, as far as these tokens can tell,"
     verdict = (
         f"Rounding costs the float model {costs['float']:+.4f} nats a token and the model that was trained with "
-        f"rounding {costs['QAT']:+.4f}: here the minimum that training with rounding found is {wider} in the direction "
+        f"rounding {costs['QAT']:+.4f}: here the minimum that training with rounding found is {found} in the direction "
         "that counts."
     )
     return (

@@ -13,6 +13,12 @@ from bitnet.pages.page import Section, caption, escape, frames, paragraph, side_
 from bitnet.quant.affine import PerToken, integer_range, quantize_symmetric
 from bitnet.quant.ternary import quantize_binary, quantize_ternary
 
+EXAMPLE = (
+    (0.61, -0.42, 0.08, 0.35, -0.73, 0.12, 0.54),
+    (-0.17, 0.66, -0.58, 0.02, 0.31, -0.44, -0.09),
+    (0.05, -0.29, 0.77, -0.63, 0.19, 0.48, -0.36),
+)
+"""Latent weights that the guide's vector goes through."""
 OUTPUTS = 3
 CHANNELS = 8
 TERMS = 12
@@ -21,9 +27,7 @@ QUANTIZERS = {"absmean (b1.58)": quantize_ternary, "sign (1-bit)": quantize_bina
 
 def section(subject: Subject) -> Section:
     """The five steps, the histograms, and the product."""
-    generator = torch.Generator().manual_seed(1)
-    vector = torch.tensor(VECTOR)
-    example = torch.randn(OUTPUTS, len(vector), generator=generator) * 0.6
+    vector, example = torch.tensor(VECTOR), torch.tensor(EXAMPLE)
     token = subject.inputs[0, -1]
     body = paragraph(
         "A BitLinear layer keeps float weights while it is trained, and multiplies with what is left of them: -1, 0 "
@@ -76,7 +80,7 @@ def _steps(name: str, x: Tensor, weight: Tensor, anchor: str) -> str:
             [label, *(text(float(value)) if row.is_floating_point() else int(value) for value in row[:count])]
             for label, row in zip(names, rows, strict=True)
         ]
-        heads = ["", *(f"{'output' if index >= 3 else 'channel'} {i + 1}" for i in range(len(cells[0]) - 1))]
+        heads = ["of", *(f"{'out' if index >= 3 else 'in'} {i + 1}" for i in range(len(cells[0]) - 1))]
         note = f"scale {scale:.6g}" if scale is not None else ""
         if index == 4:
             exact = steps[0][1] @ weight.t()
