@@ -102,9 +102,17 @@ def test_adapters_learn_are_saved_apart_and_run(tmp_path: Path, corpus: Path, ba
         assert generate.main([*arguments, "--lora", str(folder), "--backend", backend]) == 0
 
 
-def test_the_same_codes_are_the_same_base_and_others_are_refused(tmp_path: Path, corpus: Path, bases: Path) -> None:
-    trainer.train(run(tmp_path, corpus, bases / "ternary", steps=2, eval_every=2))
-    load(bases / "packed", lora=tmp_path / "run")
+def test_the_same_codes_are_the_same_base_and_others_are_refused(
+    tmp_path: Path, corpus: Path, bases: Path, capsys
+) -> None:
+    trainer.train(run(tmp_path, corpus, bases / "ternary", steps=4, eval_every=4))
+    capsys.readouterr()
+    options = ["--lora", str(tmp_path / "run"), "--text", str(corpus), "--device", "cpu"]
+    assert main(["evaluate", str(bases / "packed"), *options]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "±" in line]
+    assert [row[0] for row in rows] == [str(bases / "packed")] * 2
+    with_adapter, without = (float(row[row.index("±") - 1]) for row in rows)
+    assert with_adapter < without
     for other in ("other", "nf4"):
         with pytest.raises(ValueError, match=r"is an adapter of .*ternary \(weights .* has other weights"):
             load(bases / other, lora=tmp_path / "run")
