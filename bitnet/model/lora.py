@@ -146,7 +146,7 @@ def make_trainable(model: BitNetForCausalLM, rank: int, alpha: float) -> None:
             raise ValueError(f"{name}: {type(layer).__name__} {NO_GRADIENT}")
         adapter = LoRALinear(layer, rank, alpha)
         nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
-        _replace(model, name, adapter)
+        _replace(model, name, adapter.to(model.device))
     if model.head_is_packed:
         model.lm_head = FrozenHead(model.model.embed_tokens if model.lm_head is None else model.lm_head)
     model._register_state_dict_hook(_only_adapters)
