@@ -13,6 +13,7 @@ from bitnet.kernels import blocks
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedLinear
 from bitnet.ptq.drivers import Options
 from bitnet.ptq.methods import quantize_model
+from bitnet.storage.gguf.container import GGUFFile
 from bitnet.storage.hf import gptq
 from bitnet.storage.safetensors import load_tensors
 from bitnet.storage.source import open_source
@@ -104,6 +105,17 @@ def test_a_float_model_becomes_gguf_blocks_that_runs_here(folder: Path, tmp_path
     assert open_model(tmp_path / "q.gguf")(torch.arange(20)[None]).isfinite().all()
 
 
+def test_blocks_by_importance_are_exported_as_they_are(folder: Path, tmp_path: Path) -> None:
+    quantized, file = tmp_path / "q", tmp_path / "q.gguf"
+    arguments = [str(folder / "plain"), str(quantized), "--method", "gguf-iq2_xxs", "--text", str(folder / "text.txt")]
+    assert main(["quantize", *arguments, "--calibration-tokens", "512"]) == 0
+    assert main(["export", str(quantized), str(file), "--to", "gguf", "--type", "IQ2_XXS"]) == 0
+    module, written = open_source(quantized).model().model.layers[1].mlp.down_proj, GGUFFile(file)
+    assert written.tensors["blk.1.ffn_down.weight"].type == "IQ2_XXS"
+    assert written.data("blk.1.ffn_down.weight").tolist() == module.data.flatten().tolist()
+    assert open_model(file)(torch.arange(20)[None]).isfinite().all()
+
+
 def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path: Path) -> None:
     arguments = [str(folder / "narrow"), str(tmp_path / "q"), "--method", "gptq-4", "--text", str(folder / "text.txt")]
     assert main(["quantize", *arguments, "--calibration-tokens", "512", "--group-size", "64"]) == 0
@@ -131,6 +143,11 @@ def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path
         ("float", ["--to", "gptq"], "is no group-quantized layer"),
         ("ternary", ["--to", "gguf", "--type", "Q4_K"], "would quantize ternary weights again"),
         ("ternary", ["--to", "gguf", "--type", "Q9"], "'Q9' is unknown"),
+        (
+            "plain",
+            ["--to", "gguf", "--type", "IQ2_XS"],
+            "IQ2_XS needs the importance of the columns: calibrate on text",
+        ),
         ("ternary", ["--form", "master"], "--form master has no effect on --to packed"),
         ("ternary", ["--to", "hf", "--type", "F16"], "--type F16 has no effect on --to hf"),
         ("nothing", [], "does not exist"),

@@ -242,7 +242,7 @@ def test_llama_cpp_runs_every_block_type(tmp_path, tokenizer, kind):
     )  # random weights, no structure to exploit
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_L", "Q4_K_M", "Q5_1", "IQ4_NL"])
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_L", "Q4_K_M", "Q5_1", "IQ4_NL", "IQ4_XS", "IQ3_M"])
 def test_files_that_llama_cpp_quantized_are_read(tmp_path, tokenizer, kind):
     gguf_write.write(gguf_model(quantizer="none", sub_norm=False), tmp_path / "x.gguf", "F32", tokenizer=tokenizer)
     quantize(tmp_path / "x.gguf", tmp_path / "y.gguf", FILE_TYPES[kind])

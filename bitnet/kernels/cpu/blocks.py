@@ -46,7 +46,8 @@ class _Codebook(ctypes.Structure):
 
 class _Job(ctypes.Structure):
     _fields_ = [
-        ("x", ctypes.c_void_p), ("importance", ctypes.c_void_p), ("blocks", ctypes.c_int64), ("per_row", ctypes.c_int64),
+        ("x", ctypes.c_void_p), ("importance", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64), ("per_row", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("kind", "compatible", "threads")),
         *((name, ctypes.c_void_p) for name in ("index", "signs", "scale", "scales")),
     ]  # fmt: skip

@@ -219,11 +219,6 @@ def _factors(scales: Tensor, largest: int, limit: int) -> tuple[Tensor, Tensor]:
 # IQ1
 
 
-def _levels(shift: Tensor) -> Tensor:
-    """-1, 0 and 1 with a shift: `[3, ..]` for shifts `[..]` of 1/8 or -1/8."""
-    return torch.stack([shift - 1, shift, shift + 1])
-
-
 def _ternary(x: Tensor, weight: Tensor, groups: int, search: Search) -> Vectors:
     """IQ1_S: the best split of a group's sorted weights into -1, 0 and 1, for either shift."""
     up = [torch.tensor(level) for level in (-0.875, 0.125, 1.125)]
