@@ -1,6 +1,7 @@
 """The GGUF block formats: ggml's bytes, the better search, torch against native code, mixtures against llama.cpp."""
 
 import functools
+import os
 import zlib
 from typing import Any
 
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
 FAMILY = {kind: family for family in (simple, kquants, levels, iquants, ternary) for kind in family.BITS}
 GGML_KINDS = [kind for kind in KINDS if kind != "PQ2_0"]  # which PrismML's fork alone has
+# ggml sorts the neighbours of these for seconds before it quantizes; their golden bytes are compared all the same.
+SLOW_IN_GGML = () if os.environ.get("BITNET_LONG") == "1" else ("IQ2_S", "IQ1_M", "IQ1_S")
+QUANTIZED_KINDS = [kind for kind in GGML_KINDS if kind not in SLOW_IN_GGML]
 GGUF_KINDS = [kind for kind in GGML_KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
 TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "PQ2_0")
 BUILT = native_blocks.available()
@@ -191,7 +195,7 @@ def test_dequantizers_give_gguf_py_s_floats(kind):
 
 
 @pytest.mark.parametrize("importance", importances())
-@pytest.mark.parametrize("kind", GGML_KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 def test_torch_gives_ggml_s_bytes(kind, importance):
     x, weight = rows_for(kind), weights_for(kind, importances()[importance])
     theirs = ggml.quantize(x, kind, weight)
@@ -200,7 +204,7 @@ def test_torch_gives_ggml_s_bytes(kind, importance):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", GGML_KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 def test_native_code_gives_ggml_s_bytes(kind, isa):
     with native.use_instruction_set(isa):
         for seed in (0,) if kind in iquants.BITS else (0, 10, 20):
@@ -242,8 +246,8 @@ BETTER = {
     "Q4_0": (0.89, 0.95), "Q4_1": (0.80, 0.94), "Q5_0": (0.89, 0.90), "Q5_1": (0.80, 0.93), "Q8_0": (0.85, 0.60),
     "Q2_K": (0.78, 0.85), "Q3_K": (0.91, 0.94), "Q4_K": (0.96, 0.94), "Q5_K": (0.93, 0.90), "Q6_K": (0.90, 0.82),
     "IQ4_NL": (0.94, 0.93), "IQ4_XS": (0.94, 0.84), "TQ1_0": (0.32, 0.32), "TQ2_0": (0.32, 0.32),
-    "IQ3_S": (0.62, 0.62), "IQ3_XXS": (0.71, 0.59), "IQ2_S": (0.82, 0.75), "IQ2_XS": (0.91, 0.71),
-    "IQ2_XXS": (0.91, 0.33), "IQ1_M": (0.50, 0.80), "IQ1_S": (0.84, 0.81),
+    "IQ3_S": (0.61, 0.61), "IQ3_XXS": (0.70, 0.59), "IQ2_S": (0.82, 0.71), "IQ2_XS": (0.91, 0.68),
+    "IQ2_XXS": (0.91, 0.35), "IQ1_M": (0.51, 0.78), "IQ1_S": (0.84, 0.79),
     "Q1_0": (1.0001, 0.93), "Q2_0": (0.25, 0.18), "PQ2_0": (0.23, 0.19),
 }  # fmt: skip
 
@@ -445,7 +449,7 @@ def test_golden_bytes(kind):
     assert golden(kind, compatible) + golden(kind, blocks.quantize) == GOLDEN[kind]
 
 
-@pytest.mark.parametrize("kind", GGML_KINDS)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
 def test_golden_bytes_are_ggml_s(kind):
     assert golden(kind, ggml.quantize) == GOLDEN[kind][:2]
 

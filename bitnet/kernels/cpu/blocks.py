@@ -95,7 +95,7 @@ def quantize(x: Tensor, kind: str, importance: Tensor | None = None, *, compatib
     sigma2 = torch.empty(len(x), dtype=torch.float32, device="cpu")
     weight = None if importance is None else importance.detach().to(torch.float32).contiguous()
     if kind in iquants.BITS:
-        return _search(x, kind, weight, compatible=compatible)
+        return _search(x, kind, weight, compatible=compatible) if x.numel() else out
     source = x.data_ptr(), len(x), x.shape[1], block_type(kind).number, None if weight is None else weight.data_ptr()
     failed = _in_force().quantize(*source, sigma2.data_ptr(), int(compatible), out.data_ptr(), _threads(x.numel()))
     assert not failed, kind

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitnet.quant.blocks.codebooks import CODEBOOKS, Codebook
+from bitnet.quant.blocks.codebooks import CODEBOOKS, SHIFT, Codebook
 from bitnet.quant.blocks.ggml_search import divide, divide_by, nearest_int, positive, root, to_half, total
 from bitnet.quant.blocks.layout import Vectors, by_group
 
 SUPER_BLOCK = 256
+LEVELS = ((-1 + SHIFT, SHIFT, 1 + SHIFT), (-1 - SHIFT, -SHIFT, 1 - SHIFT))  # of IQ1, shifted up and down
 CHUNK = 2**22  # numbers that are compared at a time
 
 
@@ -221,8 +222,7 @@ def _factors(scales: Tensor, largest: int, limit: int) -> tuple[Tensor, Tensor]:
 
 def _ternary(x: Tensor, weight: Tensor, groups: int, search: Search) -> Vectors:
     """IQ1_S: the best split of a group's sorted weights into -1, 0 and 1, for either shift."""
-    up = [torch.tensor(level) for level in (-0.875, 0.125, 1.125)]
-    down = [torch.tensor(level) for level in (-1.125, -0.125, 0.875)]
+    up, down = ([torch.tensor(level) for level in levels] for levels in LEVELS)
     n = len(x)
     values, order = torch.sort(x, dim=0, stable=True)
     sorted_weight = weight.gather(0, order)
@@ -247,7 +247,7 @@ def _ternary(x: Tensor, weight: Tensor, groups: int, search: Search) -> Vectors:
     turned = split.scale < 0
     digits = torch.where(turned, 2 - digits, digits)
     shift = torch.where(turned, -split.choice, split.choice)
-    index, scale = _ternary_index(x, weight, digits, split.scale.abs(), (shift * 0.125).expand(n // 8, -1))
+    index, scale = _ternary_index(x, weight, digits, split.scale.abs(), (shift * SHIFT).expand(n // 8, -1))
     scale = torch.where(dead, 0.0, scale)
     index = torch.where(dead, 0, index)
     d, factors = _factors(scale.view(groups, -1), 15, 7)
@@ -267,9 +267,8 @@ def _ternary_halves(x: Tensor, weight: Tensor, groups: int, search: Search) -> V
         products = torch.where(half, sorted_weight * values, 0.0)
         halves.append((_running(products), _running(torch.where(half, sorted_weight, 0.0))))
     split = _Split(x)
-    levels = [(-0.875, 0.125, 1.125), (-1.125, -0.125, 0.875)]
     # The differences of the levels' squares are exact.
-    terms = [(c, c * c, a * a - b * b, b * b - c * c) for a, b, c in levels]
+    terms = [(c, c * c, a * a - b * b, b * b - c * c) for a, b, c in LEVELS]
     for i in range(n + 1):
         for j in range(i, n + 1):
             sums = [
@@ -287,7 +286,7 @@ def _ternary_halves(x: Tensor, weight: Tensor, groups: int, search: Search) -> V
     turned = split.scale < 0
     digits = torch.where(turned, 2 - digits, digits)
     shifts_of = torch.where(dead, 0, torch.where(turned, 3 - split.choice, split.choice))
-    shift = 0.125 - 0.25 * torch.stack([shifts_of // 2, shifts_of % 2]).float()
+    shift = SHIFT - 2 * SHIFT * torch.stack([shifts_of // 2, shifts_of % 2]).float()
     index, scale = _ternary_index(x, weight, digits, split.scale.abs(), shift)
     scale = torch.where(dead, 0.0, scale)
     index = torch.where(dead, 0, index)
@@ -349,8 +348,8 @@ def _ternary_index(x: Tensor, weight: Tensor, digits: Tensor, scale: Tensor, shi
     off = index < 0
     vectors, weights, scales = in_vectors(x, 8), in_vectors(weight, 8), scale.repeat(count)
     for sign in (1.0, -1.0):
-        mine = (off & (shift.flatten() == 0.125 * sign)).nonzero().flatten()
-        values = book.values + 0.125 * sign
+        mine = (off & (shift.flatten() == SHIFT * sign)).nonzero().flatten()
+        values = book.values + SHIFT * sign
         index[mine] = nearest_neighbour(book, values, number[mine], vectors[:, mine], weights[:, mine], scales[mine])
     q = in_groups(_at(book, index.view(count, -1), shift), count)
     sum_xq, sum_qq = total(weight * q * x), total(weight * q * q)
