@@ -6,6 +6,7 @@ The library is that of the package libggml-python, and for the types that it is 
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def library(path: Path | None = None) -> Any:
     return library
 
 
+KINDS = [kind for kind in TYPES if kind != "PQ2_0"]  # which PrismML's fork alone has
+# ggml sorts the neighbours of these for seconds before it quantizes; their golden bytes are compared all the same.
+SLOW_IN_GGML = () if os.environ.get("BITNET_LONG") == "1" else ("IQ2_S", "IQ1_M", "IQ1_S")
+QUANTIZED_KINDS = [kind for kind in KINDS if kind not in SLOW_IN_GGML]
 NEWER = ("Q1_0", "Q2_0", "IQ1_M", *READ_ONLY)  # of IQ1_M the sums of the older one are added in another order
 
 

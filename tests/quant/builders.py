@@ -10,6 +10,7 @@ from bitnet.quant import (
     Observer,
     PerTensor,
 )
+from bitnet.quant.blocks import NEEDS_IMPORTANCE
 
 
 def noise(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -36,3 +37,8 @@ def assert_same_statistics(a: Observer, b: Observer) -> None:
     assert (a.count, a.scale_shape) == (b.count, b.scale_shape)
     for name in ("minimum", "maximum", "exponent", "counts"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def weights_for(kind: str, importance: Tensor | None, columns: int = 512) -> Tensor | None:
+    """The importance, or equal ones for a type that is refused without."""
+    return torch.ones(columns) if importance is None and kind in NEEDS_IMPORTANCE else importance

@@ -1,7 +1,6 @@
 """The GGUF block formats: ggml's bytes, the better search, torch against native code, mixtures against llama.cpp."""
 
 import functools
-import os
 
 import pytest
 import torch
@@ -24,16 +23,12 @@ from bitnet.quant.blocks import (
 )
 from tests import oracles
 from tests.oracles import ggml
-from tests.quant.builders import noise
+from tests.quant.builders import noise, weights_for
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KINDS = list(TYPES)
 FAMILY = {kind: family for family in (simple, kquants, levels, iquants, ternary) for kind in family.BITS}
-GGML_KINDS = [kind for kind in KINDS if kind != "PQ2_0"]  # which PrismML's fork alone has
-# ggml sorts the neighbours of these for seconds before it quantizes; their golden bytes are compared all the same.
-SLOW_IN_GGML = () if os.environ.get("BITNET_LONG") == "1" else ("IQ2_S", "IQ1_M", "IQ1_S")
-QUANTIZED_KINDS = [kind for kind in GGML_KINDS if kind not in SLOW_IN_GGML]
-GGUF_KINDS = [kind for kind in GGML_KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
+GGUF_KINDS = [kind for kind in ggml.KINDS if kind not in ggml.NEWER] + list(READ_ONLY)
 TERNARY = ("TQ1_0", "TQ2_0", "Q2_0", "PQ2_0")
 BUILT = native_blocks.available()
 
@@ -84,11 +79,6 @@ def importances(seed: int = 7, columns: int = K) -> dict[str, Tensor | None]:
         "half of it 0": torch.where(torch.rand(columns, generator=generator) < 0.5, 0.0, even),
         "zero": torch.zeros(columns),
     }
-
-
-def weights_for(kind: str, importance: Tensor | None, columns: int = K) -> Tensor | None:
-    """The importance, or equal ones for a type that is refused without."""
-    return torch.ones(columns) if importance is None and kind in iquants.NEEDS_IMPORTANCE else importance
 
 
 def all_rows(seed: int = 0, columns: int = K) -> Tensor:
@@ -145,7 +135,7 @@ def same_floats(a: Tensor, b: Tensor) -> bool:
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
-@pytest.mark.parametrize("kind", GGML_KINDS)
+@pytest.mark.parametrize("kind", ggml.KINDS)
 def test_dequantizers_give_ggml_s_floats(kind):
     data = random_bytes(kind)
     ours = dequantize_blocks(data, kind)
@@ -193,7 +183,7 @@ def test_dequantizers_give_gguf_py_s_floats(kind):
 
 
 @pytest.mark.parametrize("importance", importances())
-@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@pytest.mark.parametrize("kind", ggml.QUANTIZED_KINDS)
 def test_torch_gives_ggml_s_bytes(kind, importance):
     x, weight = rows_for(kind), weights_for(kind, importances()[importance])
     theirs = ggml.quantize(x, kind, weight)
@@ -202,7 +192,7 @@ def test_torch_gives_ggml_s_bytes(kind, importance):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@pytest.mark.parametrize("kind", ggml.QUANTIZED_KINDS)
 def test_native_code_gives_ggml_s_bytes(kind, isa):
     with native.use_instruction_set(isa):
         for seed in (0,) if kind in iquants.BITS else (0, 10, 20):

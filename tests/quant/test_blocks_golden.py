@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import blocks
+from bitnet.quant.blocks import TYPES
 from tests.oracles import ggml
-from tests.quant.test_blocks import KINDS, QUANTIZED_KINDS, weights_for
+from tests.quant.builders import weights_for
 
+KINDS = list(TYPES)
 # Golden bytes: CRC-32 of ggml's bytes (plain, with importance) and of the default's, for the weights below.
 GOLDEN = {
     "Q4_0": (0x3194D7C0, 0xF0BF26C1, 0xE04C8ED6, 0x0FBB0A6F),
@@ -62,6 +64,6 @@ def test_golden_bytes(kind):
     assert golden(kind, compatible) + golden(kind, blocks.quantize) == GOLDEN[kind]
 
 
-@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@pytest.mark.parametrize("kind", ggml.QUANTIZED_KINDS)
 def test_golden_bytes_are_ggml_s(kind):
     assert golden(kind, ggml.quantize) == GOLDEN[kind][:2]
