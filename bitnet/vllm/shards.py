@@ -11,6 +11,7 @@ Letters: N out_features, K in_features of the whole matrix.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bitnet import kernels
@@ -52,7 +53,12 @@ def packed_part(weight: Tensor, part: Part) -> Tensor:
 
 def quantized_part(weight: Tensor, part: Part) -> tuple[Tensor, Tensor]:
     """The same of latent floats `[N, K]`, with the scale float32 `[1, 1]` of the whole matrix."""
-    codes, scale = kernels.quantize_weight(weight, "ternary")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # which add floats in one order, however many threads a process of vLLM has
+    try:
+        codes, scale = kernels.quantize_weight(weight, "ternary")
+    finally:
+        torch.set_num_threads(threads)
     return pack_codes(part.of(codes), 2, checked=False), scale
 
 

@@ -41,6 +41,19 @@ def test_latent_floats_are_quantized_by_the_mean_of_the_whole_matrix(rows):
     assert all(torch.equal(scale, wanted_scale) for _, scale in packed)
 
 
+def test_latent_floats_are_quantized_alike_by_any_number_of_threads():
+    weight = torch.randn(256, 768, generator=torch.Generator().manual_seed(2))
+    threads, scales = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            scales.append(shards.quantized_part(weight, Part(0, 4, 0, 4))[1])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(scale, scales[0]) for scale in scales)
+
+
 def test_a_part_fills_its_rows_of_the_layer():
     target = torch.zeros(6, 1)
     Part(0, 2, 0, 1, at=3).place(target).fill_(1)
