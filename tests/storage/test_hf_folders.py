@@ -338,7 +338,7 @@ def test_mutated_files_give_our_error_or_a_sound_model(folder: Path, target: str
     if target == "index":
         tensors.rename(folder / "a.safetensors")
     loaded = 0
-    for _ in range(150 * MANY):
+    for _ in range((500 if target == "header" else 150) * MANY):  # few edits of a header are harmless
         if target == "config.json":
             (folder / target).write_bytes(mutate(rng, config))
         elif target == "index":

@@ -191,5 +191,5 @@ def read_scale(stored: Tensor, form: Form) -> Tensor:
     scale = 1 / stored.double() if form == "packed-inverse" else stored.double()
     scale = scale.float().view(1, 1)
     if not (0 < float(scale) < float("inf")):
-        raise ValueError(f"its scale is {float(scale)}; it must be above 0 and finite")
+        raise ValueError(f"it has the scale {float(scale)}; it must be above 0 and finite")
     return scale
