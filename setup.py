@@ -5,9 +5,11 @@ so a wheel built here runs elsewhere. train.py and generate.py, at the top of th
 of the package. Everything else about it is in pyproject.toml.
 """
 
+import hashlib
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -47,6 +49,14 @@ if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
 
 
+def sum_of_sources() -> str:
+    """SHA-256 of the C++ files, as bitnet/kernels/cpu/native.py forms it."""
+    sums = hashlib.sha256()
+    for path in sorted((*Path(FOLDER).glob("*.cpp"), *Path(FOLDER).glob("*.h"))):
+        sums.update(path.read_bytes())
+    return sums.hexdigest()
+
+
 class BuildModules(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """Modules of a package, as (package, module, file)."""
@@ -77,6 +87,7 @@ class BuildKernels(build_ext):
             needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool", "repack")]
             compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", sets[name]), sets))
         found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
+        found.append(f'-DBN_SOURCES="{sum_of_sources()}"')
         print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")
         parts = [compile_one("dispatch", found), *(part.result() for part in needed)]
         if None in parts:

@@ -99,6 +99,9 @@ BN_EXPORT int bn_available(const bn_kernels **out) {
     return n;
 }
 
+// The sum of all sources, which setup.py gives and native.py compares with those it finds.
+BN_EXPORT const char *bn_sources() { return BN_SOURCES; }
+
 BN_EXPORT int64_t bn_struct_sizes(int which) {
     static const int64_t sizes[] = {sizeof(bn_matrix), sizeof(bn_projection), sizeof(bn_layer), sizeof(bn_model),
                                     sizeof(bn_cache), sizeof(bn_row), sizeof(bn_draw), sizeof(bn_kernels)};

@@ -5,6 +5,7 @@ was not built; the environment variable BITNET_CPU_ISA or `use_instruction_set` 
 """
 
 import ctypes
+import hashlib
 import importlib.machinery
 import os
 import sys
@@ -140,6 +141,7 @@ def library() -> ctypes.CDLL | None:
                 lib = ctypes.CDLL(str(path))
             except OSError:
                 continue
+            _check_sources(lib, path)
             lib.bn_available.argtypes = [POINTER(POINTER(Kernels))]
             lib.bn_struct_sizes.argtypes = [c_int]
             lib.bn_struct_sizes.restype = c_int64
@@ -154,15 +156,33 @@ def library() -> ctypes.CDLL | None:
             lib.bn_advise_huge_pages.argtypes = c_types("pq")
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
-            # The structs are declared twice, here and in layout.h; a stale library must not be called.
-            for index, struct in enumerate((Matrix, Projection, Layer, Model, Cache, Row, Draw, Kernels)):
-                if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
-                    raise RuntimeError(
-                        f"{path.name} was built from other sources than this Python ({struct.__name__} differs); "
-                        "rebuild it with: pip install -e ."
-                    )
+            structs = (Matrix, Projection, Layer, Model, Cache, Row, Draw, Kernels)  # declared here and in layout.h
+            sizes = [lib.bn_struct_sizes(index) for index in range(len(structs))]
+            if sizes != [ctypes.sizeof(struct) for struct in structs]:
+                raise _stale(path)
             return lib
     return None
+
+
+def _check_sources(lib: ctypes.CDLL, path: Path) -> None:
+    """Refuse a library that was built from other sources than those beside this file, where there are such: calling it
+    could read past an end. A wheel has none."""
+    sources = sorted((*Path(__file__).parent.glob("*.cpp"), *Path(__file__).parent.glob("*.h")))
+    if sources:
+        sums = hashlib.sha256()
+        for source in sources:
+            sums.update(source.read_bytes())
+        built = getattr(lib, "bn_sources", None)  # the first libraries did not say
+        if built is not None:
+            built.restype = ctypes.c_char_p
+        if built is None or built() != sums.hexdigest().encode():
+            raise _stale(path)
+
+
+def _stale(path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"{path.name} was built from other sources than this Python; rebuild it with: pip install -e . (or make)"
+    )
 
 
 @cache
