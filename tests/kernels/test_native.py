@@ -12,6 +12,8 @@ from bitnet.quant import pack_codes
 from tests.kernels.builders import BITS, LIMITS, both, lines_of, needs_library, operands, random_codes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ONE_SCALE = [quantizer for quantizer in kernels.PACKED_BITS if quantizer not in kernels.GROUP_SIZES]
+"""Of the matrix or of a row. Groups have float sums of their own: `test_linear.py`, `test_cpu_engine.py`."""
 
 
 def integer_tokens(M: int, K: int) -> Tensor:
@@ -159,7 +161,7 @@ def test_a_value_that_is_not_finite_shows_in_its_token_only(isa: str, bad: float
 # The packed product
 
 
-@pytest.mark.parametrize("quantizer", kernels.PACKED_BITS)
+@pytest.mark.parametrize("quantizer", ONE_SCALE)
 def test_packed_linear_is_the_reference_bit_for_bit(isa: str, quantizer: str) -> None:
     leading = [(), (1,), (5,), (2, 3), (13,), (33,), (2, 0), (0,)]
     for shape, (N, K) in itertools.product(leading, [(1, 1), (37, 129), (48, 250)]):
@@ -174,7 +176,7 @@ def test_packed_linear_is_the_reference_bit_for_bit(isa: str, quantizer: str) ->
         assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-@pytest.mark.parametrize("quantizer", kernels.PACKED_BITS)
+@pytest.mark.parametrize("quantizer", ONE_SCALE)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_packed_linear_of_other_dtypes(isa: str, quantizer: str, dtype: torch.dtype) -> None:
     x, packed, scale, bias = operands((2, 3), 21, 70, quantizer)
