@@ -7,6 +7,7 @@ more connections than there may be.
 import asyncio
 import ipaddress
 import logging
+import math
 import socket
 from dataclasses import dataclass
 from types import FrameType
@@ -139,6 +140,9 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 application.app,
                 http=protocol_class(settings.io_seconds, settings.connections),
+                # The protocol ends what waits. uvicorn's own 5 seconds are those for which httpx, and so OpenAI's
+                # client, takes a connection again: its request could meet the server's closing.
+                timeout_keep_alive=math.ceil(settings.io_seconds) + 1,
                 ws="none",
                 log_config=None,
                 access_log=False,

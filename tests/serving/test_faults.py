@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from bitnet.serving.server import Settings
+from bitnet.serving.server import Server, Settings
 from tests import ROOT, oracles
 from tests.builders import save_run, tiny_model
 from tests.serving.builders import running
@@ -156,6 +156,11 @@ def test_a_thousand_idle_connections_leave_room(model):
             assert served.scheduler.counts[0] == 0
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_connection_waits_longer_than_clients_keep_theirs(model):
+    with running(model) as (_, application):
+        assert Server(application, Settings()).config.timeout_keep_alive > httpx.Limits().keepalive_expiry
 
 
 def httpx_refused(address: str) -> bool:
