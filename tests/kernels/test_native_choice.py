@@ -151,6 +151,19 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) 
         native.library.__wrapped__()
 
 
+@needs_library
+def test_a_library_that_is_older_than_the_sources_beside_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its structs may be the same while a function takes other arguments, which ended Python without a word."""
+    monkeypatch.setenv("BITNET_NATIVE_FOLDER", str(Path(native.__file__).parent))
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    assert native.library.__wrapped__() is not None  # a wheel has no sources
+    (tmp_path / "pool.h").write_text("// another one\n")
+    with pytest.raises(RuntimeError, match=r"other sources.*pip install -e"):
+        native.library.__wrapped__()
+
+
 # The build
 
 

@@ -123,7 +123,11 @@ def test_weights_that_change_in_place_are_noticed(isa: str, quantizer: str) -> N
         layer.packed_weight += layer_of(quantizer).packed_weight
         changed = layer(x)
     with kernels.use_backend("reference"):
-        assert torch.equal(layer(x), changed)
+        expected = layer(x)
+    if quantizer in kernels.GROUP_SIZES:  # whose sums are of floats
+        torch.testing.assert_close(changed, expected)
+    else:
+        assert torch.equal(changed, expected)
 
 
 @needs_library

@@ -1,10 +1,10 @@
-"""HQQ: a turn is the hqq package's, and no group is worse than its range alone."""
+"""HQQ: no group is worse than its range alone. The hqq package itself: `conformance_methods.py`."""
 
 import pytest
 import torch
 
 from bitnet.quant.grouped import round_scale
-from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
+from bitnet.quant.hqq import NORM, hqq_quantize
 
 
 def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
@@ -12,22 +12,8 @@ def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
     return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
 
 
-def test_a_turn_is_that_of_the_published_code() -> None:
-    theirs = pytest.importorskip("hqq.core.optimize")
-    groups = heavy_tailed().view(-1, 64)
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    scale = (high - low) / 15
-    zero = ours = -low / scale
-    for _ in range(4):
-        expected = theirs.optimize_weights_proximal_legacy_step(groups, 1 / scale, zero, [0, 15], BETA, NORM, 1)[2]
-        ours = step(groups, scale, ours, 15, BETA)
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-        zero = ours
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_norm_of_the_error_falls_and_is_at_or_below_the_packages(bits: int) -> None:
-    theirs = pytest.importorskip("hqq.core.optimize")
+def test_the_norm_of_the_error_falls(bits: int) -> None:
     weight = heavy_tailed()
     found = hqq_quantize(weight, bits, 64)
     assert int(found.codes.max()) == 2**bits - 1
@@ -35,13 +21,11 @@ def test_the_norm_of_the_error_falls_and_is_at_or_below_the_packages(bits: int) 
     low, quant_max = groups.amin(1, keepdim=True), 2**bits - 1
     scale = round_scale((groups.amax(1, keepdim=True) - low) / quant_max)
     plain = ((groups - low) / scale).round().clamp(0, quant_max) * scale + low
-    codes, inverse, zero = theirs.optimize_weights_proximal_legacy(groups, 1 / scale, -low / scale, [0, quant_max], 1)
 
     def norm(values: torch.Tensor) -> float:
         return float((values.reshape(groups.shape) - groups).abs().pow(NORM).sum())
 
     assert norm(found.dequantize()) < norm(plain) * 1.001
-    assert norm(found.dequantize()) <= norm((codes - zero) / inverse) * 1.001
     if bits < 8:
         assert norm(found.dequantize()) < 0.99 * norm(plain)
 

@@ -284,11 +284,11 @@ def test_metadata_that_this_model_does_not_have_are_refused(tmp_path, values, me
 def test_tensors_that_this_model_does_not_have_are_refused(tmp_path):
     gguf_write.write(gguf_model(quantizer="none", sub_norm=False), tmp_path / "x.gguf", "F16")
     bias = TensorToWrite("blk.0.attn_q.bias", (256,), "F32", lambda: np.zeros(1024, np.uint8))
-    strange = TensorToWrite("blk.0.attn_q.weight", (256, 256), "IQ2_S", lambda: np.zeros(256 * 82, np.uint8))
+    strange = TensorToWrite("blk.0.attn_q.weight", (256, 256), "PTQ1_0", lambda: np.zeros(512 * 28, np.uint8))
     changes = {
         "attn_q.bias; biases, experts": lambda entries: [*entries, bias],
         "blk.1.ffn_norm.weight is missing": lambda entries: [e for e in entries if e.name != "blk.1.ffn_norm.weight"],
-        "attn_q.weight is IQ2_S, which has no dequantizer": lambda entries: [
+        "attn_q.weight is PTQ1_0, which has no dequantizer": lambda entries: [
             strange if e.name == strange.name else e for e in entries
         ],
     }

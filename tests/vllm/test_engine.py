@@ -24,7 +24,6 @@ from bitnet.storage.source import open_source
 
 if not os.environ.get("BITNET_VLLM_TESTS"):
     pytest.skip("vLLM has an environment of its own: make vllm", allow_module_level=True)
-pytest.importorskip("vllm")
 
 SMALL = ModelConfig(
     vocab_size=1000, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,

@@ -157,9 +157,9 @@ def library() -> ctypes.CDLL | None:
             lib.bn_read.argtypes = c_types("pqi")
             lib.bn_read.restype = c_int64
             structs = (Matrix, Projection, Layer, Model, Cache, Row, Draw, Kernels)  # declared here and in layout.h
-            sizes = [lib.bn_struct_sizes(index) for index in range(len(structs))]
-            if sizes != [ctypes.sizeof(struct) for struct in structs]:
-                raise _stale(path)
+            for index, struct in enumerate(structs):
+                if lib.bn_struct_sizes(index) != ctypes.sizeof(struct):
+                    raise _stale(path, f" ({struct.__name__} differs)")
             return lib
     return None
 
@@ -179,9 +179,9 @@ def _check_sources(lib: ctypes.CDLL, path: Path) -> None:
             raise _stale(path)
 
 
-def _stale(path: Path) -> RuntimeError:
+def _stale(path: Path, why: str = "") -> RuntimeError:
     return RuntimeError(
-        f"{path.name} was built from other sources than this Python; rebuild it with: pip install -e . (or make)"
+        f"{path.name} was built from other sources than this Python{why}; rebuild it with: pip install -e ."
     )
 
 
