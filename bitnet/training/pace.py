@@ -10,10 +10,13 @@ The clock makes decisions and nothing else; they are part of the configuration, 
 uninterrupted one bit for bit.
 """
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 
 Pace = tuple[tuple[int, int], ...]
 """Decisions (step, steps in all) in order; empty for a run whose steps were never changed, else the first is at 0."""
+STEPS = 20
+"""That a decision looks at, at least; of a short run a tenth."""
 TOLERANCE = 0.03
 """Share of the steps that are left by which a plan may be wrong before it is changed."""
 
@@ -58,12 +61,12 @@ class Clock:
     """Of the last one, on a machine as fast as it was when that was timed."""
     interval: float
     """Between decisions."""
-    since: float
-    """When the window of steps that is measured began."""
-    first: int
-    """Its first step."""
+    last: float | None = None
+    """When the step before ended, None before the first."""
     paused: float = 0.0
-    """Seconds of pauses within it."""
+    """Seconds of pauses since then."""
+    times: list[float] = field(default_factory=list)
+    """Seconds of the steps since the last decision was thought of."""
 
     def pause(self, seconds: float) -> None:
         """A validation with what belongs to it took so long."""
@@ -71,12 +74,17 @@ class Clock:
         self.pause_seconds = seconds
 
     def decide(self, step: int, steps: int, eval_every: int, now: float) -> int | None:
-        """How many steps there are to be in all, at least one more than are done; None where the plan is right."""
-        if now - self.since - self.paused < self.interval or step <= self.first:
+        """Called before every step: how many there are to be in all, at least one more than are done; None where the
+        plan is right. The median step counts: one that compiles, as behind the change to ternary, says nothing of those
+        that come."""
+        if self.last is not None:
+            self.times.append(now - self.last - self.paused)
+        self.last, self.paused = now, 0.0
+        if len(self.times) < min(STEPS, max(1, steps // 10)) or sum(self.times) < self.interval:
             return None
-        each = (now - self.since - self.paused) / (step - self.first)
+        each = statistics.median(self.times)
         slower = max(1.0, each / self.step_seconds)
-        self.since, self.first, self.paused = now, step, 0.0
+        self.times.clear()
         left = self.deadline - now - slower * self.last_seconds
         total = step + max(1, int(left / (each + self.pause_seconds / eval_every)))
         return None if abs(total - steps) <= max(1.0, TOLERANCE * (steps - step)) else total

@@ -235,9 +235,9 @@ class Trainer:
             self.step()
             times.append(time.perf_counter() - start)
             # The first ones compile, and touch memory for the first time; one that takes long does not need company.
-            if len(times) > 1 and time.perf_counter() - begun > 0.2 * minutes * 60:
+            if len(times) > 2 and time.perf_counter() - begun > 0.2 * minutes * 60:
                 break
-        step = statistics.median(times[2:] or times[-1:])
+        step = statistics.median(times[2:])
         self.progress.step = start_step
         self.model.load_state_dict(weights)
         self.optimizer = Optimizer(self.model, config.optim)
@@ -263,7 +263,7 @@ class Trainer:
             )
         self.validates_whole = last == held_out
         now = time.perf_counter()
-        self.clock = Clock(now + budget, step, pause, last * token, minutes * 60 / 50, now, start_step)
+        self.clock = Clock(now + budget, step, pause, last * token, minutes * 60 / 50)
         eval_tokens = None if tokens >= held_out and config.eval_tokens is None else tokens
         return replace(config, steps=start_step + steps, eval_tokens=eval_tokens, minutes=None, pace=())
 

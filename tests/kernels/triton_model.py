@@ -113,7 +113,7 @@ def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: i
 
 def test_a_cache_of_codes() -> None:
     """Rotation of several tokens, then one token's attention, over INT8 keys and values with a scale each."""
-    B, H, G, D, S, start = 2, 6, 2, 12, 70, 66
+    B, H, G, D, S, start = 1, 4, 2, 12, 70, 65
     cos, sin = rope_tables(BASE.replace(num_attention_heads=H, num_key_value_heads=G, head_dim=D))
     cos, sin = cos.repeat(3, 1)[:S], sin.repeat(3, 1)[:S]
     keys, values = (torch.zeros(B, G, S, D, dtype=torch.int8) for _ in range(2))
@@ -140,15 +140,15 @@ def test_a_cache_of_codes() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["float16", "int8"])
 def test_caches_of_fewer_bits(cache_dtype: str) -> None:
-    model, ids = packed_model(BASE), torch.randint(50, (1, 9))
+    model, ids = packed_model(BASE.replace(num_hidden_layers=1)), torch.randint(50, (1, 6))
     engines = [GpuEngine.from_model(model, dtype="float32", cache_dtype=name) for name in (None, cache_dtype)]
     wanted, found = (engine(ids, engine.new_cache(1, 12)) for engine in engines)
     error = float((found - wanted).norm() / wanted.norm())
     assert 0 < error < 0.05
     cache = engines[1].new_cache(1, 12)
-    parts = [engines[1](ids[:, :7], cache), engines[1](ids[:, 7:8], cache), engines[1](ids[:, 8:], cache)]
+    parts = [engines[1](ids[:, :4], cache), engines[1](ids[:, 4:5], cache), engines[1](ids[:, 5:], cache)]
     assert float((torch.cat(parts, 1) - found).norm() / found.norm()) < 0.05  # a code may lie on a border
-    assert cache.nbytes == 2 * 2 * 9 * 2 * (14 if cache_dtype == "int8" else 20)
+    assert cache.nbytes == 2 * 6 * 2 * (14 if cache_dtype == "int8" else 20)
     with pytest.raises(ValueError, match="cache 'int4' is unknown on a GPU"):
         GpuEngine.from_model(model, cache_dtype="int4")
 
@@ -280,7 +280,7 @@ def test_prompts_are_rounded_up() -> None:
 
 def test_the_second_prompt_of_a_length_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = GpuEngine.from_model(packed_model(BASE.replace(num_hidden_layers=1)), dtype="float32")
-    prompts = [torch.randint(50, (1, tokens)) for tokens in (11, 9, 5)]
+    prompts = [torch.randint(50, (1, tokens)) for tokens in (4, 3)]
 
     def texts() -> list[torch.Tensor]:
         found = []

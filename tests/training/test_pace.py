@@ -61,7 +61,7 @@ def test_it_comes_back_from_json():
 @pytest.mark.parametrize("factor", [0.4, 1.0, 1.02, 3.0, 20.0])
 def test_a_machine_of_another_speed_ends_in_time(factor):
     """Validations too, which take as much longer."""
-    clock, now, done, steps, decisions = Clock(1000.0, 1.0, 20.0, 40.0, 20.0, 0.0, 0), 0.0, 0, 760, 0
+    clock, now, done, steps, decisions = Clock(1000.0, 1.0, 20.0, 40.0, 20.0), 0.0, 0, 760, 0
     known = pace.Pace()
     while done < steps:
         total = clock.decide(done, steps, 100, now)
@@ -118,3 +118,15 @@ def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeyp
     assert all(torch.equal(value, expected[name]) for name, value in tensors(tmp_path / "again").items())
     # Other steps are another schedule, over all of them.
     assert trainer.prepare(dataclasses.replace(again, steps=90), resume=True).config.pace == ()
+
+
+def test_one_long_step_costs_its_own_time_alone():
+    """A graph that is compiled in the middle of a run: 30 s in which the others take 1 s."""
+    clock, now, steps = Clock(300.0, 1.0, 0.0, 0.0, 5.0), 0.0, 290
+    seen, done = [], 0
+    while done < steps:
+        steps = clock.decide(done, steps, 100, now) or steps
+        seen.append(steps)
+        now, done = now + (30.0 if done == 60 else 1.0), done + 1
+    assert min(seen) >= 265
+    assert 280 <= now <= 301
