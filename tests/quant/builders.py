@@ -42,3 +42,8 @@ def assert_same_statistics(a: Observer, b: Observer) -> None:
 def weights_for(kind: str, importance: Tensor | None, columns: int = 512) -> Tensor | None:
     """The importance, or equal ones for a type that is refused without."""
     return torch.ones(columns) if importance is None and kind in NEEDS_IMPORTANCE else importance
+
+
+def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02

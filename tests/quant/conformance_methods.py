@@ -11,7 +11,7 @@ from bitnet.quant import float4
 from bitnet.quant.grouped import round_scale
 from bitnet.quant.hadamard import hadamard
 from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
-from tests.quant.test_hqq import heavy_tailed
+from tests.quant.builders import heavy_tailed
 
 
 def test_a_turn_is_that_of_the_published_code() -> None:

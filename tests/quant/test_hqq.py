@@ -5,11 +5,7 @@ import torch
 
 from bitnet.quant.grouped import round_scale
 from bitnet.quant.hqq import NORM, hqq_quantize
-
-
-def heavy_tailed(rows: int = 12, columns: int = 128) -> torch.Tensor:
-    torch.manual_seed(0)
-    return torch.distributions.StudentT(3.0).sample((rows, columns)) * 0.02
+from tests.quant.builders import heavy_tailed
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
