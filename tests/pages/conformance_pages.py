@@ -5,7 +5,6 @@ Run by `make conformance`. SCREENSHOTS=folder keeps what they looked like.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,7 @@ import pytest
 from tests import oracles
 from tests.pages.builders import TABLE
 
-playwright = oracles.require("playwright.sync_api")
 axe = oracles.require("axe_playwright_python.sync_playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        oracles.missing("there is no Chromium; apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1200, 800, "light"), (390, 844, "light"), (390, 844, "dark")], ids=["desk", "phone", "dark"])

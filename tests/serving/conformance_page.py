@@ -4,26 +4,11 @@ Run by `make conformance`. SCREENSHOTS=folder keeps what it looked like.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests import oracles
 from tests.serving.builders import running, text_model
-
-playwright = oracles.require("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        oracles.missing("there is no Chromium; apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
