@@ -125,7 +125,11 @@ def test_the_guide(page, guide_file):
 
     play = page.locator("[data-play=add-vector]")
     play.click()
-    page.wait_for_function("document.getElementById('add-vector').value >= 2")
+    for _ in range(150):  # not wait_for_function, whose predicate the page's own policy refuses to evaluate
+        if int(page.input_value("#add-vector")) >= 2:
+            break
+        page.wait_for_timeout(200)
+    assert int(page.input_value("#add-vector")) >= 2
     if play.get_attribute("aria-pressed") == "true":
         play.click()
     assert play.get_attribute("aria-pressed") == "false"
