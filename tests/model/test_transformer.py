@@ -7,12 +7,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
 
 from bitnet.model import PRESETS, BitNetForCausalLM, KVCache, ModelConfig, PackedLinear, pack
 from bitnet.model.transformer import MLP, RMSNorm, apply_rope, rope_tables
 from tests import oracles
-from tests.builders import random_ids, random_model
+from tests.builders import random_ids, random_model, tiny_model
 from tests.oracles.transformers import SHAPES, TINY, load_into, oracle
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -160,6 +161,20 @@ def test_gradient_reaches_every_parameter(shape: dict, quantizer: str) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
+
+
+def test_a_compiled_step_quantizes_what_q_k_v_and_gate_up_share_once() -> None:
+    counts = []
+
+    def compiler(module: torch.fx.GraphModule, inputs: list[Tensor]):
+        counts.append(sum("amax" in str(node.target) for node in module.graph.nodes))
+        return make_boxed_func(module.forward)
+
+    # What torch.compile makes of a graph before inductor sees it.
+    model = tiny_model(num_hidden_layers=1)
+    step = aot_module(model, compiler, partition_fn=min_cut_rematerialization_partition)
+    step(random_ids(model.config, 2, 8)).square().mean().backward()
+    assert counts == [4, 0]  # of the layer's seven products, forward; none again on the way back
 
 
 def test_loss_at_the_start_is_that_of_a_uniform_guess() -> None:
