@@ -26,7 +26,8 @@ import torch
 
 from bitnet.console import EveryFewSeconds, note, progress_bar, say
 from bitnet.inference.cpu_rows import BLOCK
-from bitnet.inference.generation import cache_of, check_ids
+from bitnet.inference.engine import check_ids
+from bitnet.inference.generation import cache_of
 from bitnet.inference.options import TextOptions
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import draw_rows
@@ -145,7 +146,7 @@ def _writing(model: TextModel, one: Asked, path: Path) -> Writing:
         sampling = one.options.sampling(model.source.sampling)
         writing = Writing(model.encode(one.prompt), one.options, sampling, not is_conversation(one.prompt))
         OpenText(model.model, model.source.tokenizer, writing, None)
-        check_ids(model.model.config, writing.ids)
+        check_ids(model.model.config, min(writing.ids), max(writing.ids))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, line {one.line}: {error}") from None
     return writing

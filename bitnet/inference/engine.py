@@ -35,7 +35,8 @@ def check_ids(config: ModelConfig, smallest: int, largest: int) -> None:
     """Raise ValueError unless token ids from `smallest` to `largest` are of the vocabulary."""
     if smallest < 0 or largest >= config.vocab_size:
         raise ValueError(
-            f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to {config.vocab_size - 1})"
+            f"token id {smallest if smallest < 0 else largest} is outside the vocabulary (0 to "
+            f"{config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
         )
 
 

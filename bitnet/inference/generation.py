@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.cpu_rows import BLOCK, BlockRow
-from bitnet.inference.engine import LanguageModel
+from bitnet.inference.engine import LanguageModel, check_ids
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows
@@ -166,16 +166,6 @@ def check_vocab_size(config: ModelConfig, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def check_ids(config: ModelConfig, ids: Sequence[int]) -> None:
-    """Raise ValueError for ids that the model does not know."""
-    smallest, largest = min(ids), max(ids)
-    if smallest < 0 or largest >= config.vocab_size:
-        raise ValueError(
-            f"token id {smallest if smallest < 0 else largest} is outside the model's vocabulary (0 to "
-            f"{config.vocab_size - 1}); encode the prompt with the model's own tokenizer"
-        )
-
-
 def draw_texts(
     model: LanguageModel,
     prompts: Sequence[list[int]],
@@ -191,7 +181,7 @@ def draw_texts(
     ValueError at once for ids outside the vocabulary, and later for logits that are not finite.
     """
     for ids in prompts:
-        check_ids(model.config, ids)
+        check_ids(model.config, min(ids), max(ids))
     alike = len({(len(ids), room, *_plain(one)) for ids, room, one in zip(prompts, rooms, samplers, strict=True)}) == 1
     if isinstance(model, Engine) or not alike or _plain(samplers[0])[0]:
         return _draw_rows(model, prompts, samplers, rooms, set(ends), stats, memory)

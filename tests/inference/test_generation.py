@@ -143,7 +143,7 @@ def test_generation_fills_the_positions_and_no_more():
         (torch.zeros(1, 0, dtype=torch.int64), {}, "prompt has no tokens"),
         (torch.zeros(4, dtype=torch.int64), {}, r"int64 of shape \[4\]; give int64 \[batch, tokens\]"),
         (torch.zeros(1, 4), {}, "float32 of shape"),
-        (torch.tensor([[1, 512]]), {}, r"token id 512 is outside the model's vocabulary \(0 to 511\)"),
+        (torch.tensor([[1, 512]]), {}, r"token id 512 is outside the vocabulary \(0 to 511\); encode"),
         (torch.tensor([[-1, 5]]), {}, "token id -1 is outside"),
         (torch.tensor([[1]]), {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (torch.tensor([[1]]), {"seed": -5}, "seed is -5"),
