@@ -32,14 +32,14 @@ conformance: $(VENV)/.dev $(VENV)/.native  ## the server and the pages under too
 	$(PIP) -r requirements-conformance.txt
 	BITNET_REQUIRE_ORACLES=1 $(BIN)/python -m pytest -n 0 tests/*/conformance_*.py
 
-vllm: $(VENV)/vllm/.ready  ## ternary models in vLLM, in an environment of its own: beside our engine, on one process and two
+vllm: $(VENV)/vllm/.ready  ## ternary models in vLLM, in an environment of its own: engine, transformers, two processes, server
 	BITNET_VLLM_TESTS=1 $(VENV)/vllm/bin/python -m pytest -n 0 tests/vllm
 
 # The package brings a torchvision for another build of torch where torch has none for GPUs; texts need none.
 $(VENV)/vllm/.ready: pyproject.toml setup.py $(wildcard bitnet/kernels/cpu/*.cpp bitnet/kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)/vllm
-	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) "setuptools>=77" pytest pytest-xdist
-	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e .
+	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM) "setuptools>=77" pytest pytest-xdist accelerate tenacity
+	$(VENV)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[demo,evaluate]'
 	$(VENV)/vllm/bin/python -c "import torchvision" 2>/dev/null || $(VENV)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 

@@ -11,6 +11,8 @@ from functools import cache
 import pytest
 import torch
 
+from bitnet.kernels import ops
+from bitnet.kernels import triton as backend
 from bitnet.kernels.triton import activations, attention, groups, language, product, sampling, weights
 from bitnet.kernels.triton import project as one_token
 from bitnet.kernels.triton.language import Launch, record
@@ -112,6 +114,18 @@ def draw() -> object:
     return sampling.draw(torch.empty(2, 128256), uniform, temperature=0.8, top_p=0.95, min_p=0.05, not_finite=-2)
 
 
+def operator(M: int, N: int, K: int) -> Callable[[], object]:
+    """The operator that vLLM's layers call, with a scale a row."""
+
+    def call() -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "_backend", lambda x: backend)
+            packed = torch.empty(N, packed_width(K, 2), dtype=torch.uint8)
+            return ops.packed_linear(torch.empty(M, K, dtype=BF16), packed, torch.empty(N, 1), None, 2, K)
+
+    return call
+
+
 # 2B-4T's shapes: calls, and the pattern that the first launch must hold.
 CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "norm and quantize": (quantize(1, 2560, True), None),
@@ -133,6 +147,7 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "tensor core, head": (multiply(8, 128256, 2560, 8, "tensor_core"), MATRIX),
     "groups of 64, 1 token": (grouped(1, 64), None),
     "groups of 128, 64 tokens": (grouped(64, 128), None),
+    "vLLM, half of down, 8 tokens": (operator(8, 2560, 3456), None),
     "dense, training": (multiply(2048, 2560, 2560, 2, "dense"), None),
     "attend": (attend(), FLOAT_MATRIX),
     "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),
@@ -183,7 +198,7 @@ def test_compiles_without_spills_to_the_expected_instructions(target: str, case:
     expected = CASES[case][1]
     assert problems(first, target, expected[target] if expected else None, SPILLS.get(case, 0)) == []
     assert [problem for code in others for problem in problems(code, target)] == []
-    if case.startswith("dense"):  # the second launch is the product
+    if case.startswith(("dense", "vLLM")):  # the second launch is the product
         assert problems(others[0], target, MATRIX[target]) == []
     if case in ("select", "four lanes"):  # additions and subtractions only
         assert first.count(MULTIPLY[target]) == 0

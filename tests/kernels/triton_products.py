@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet import kernels
+from bitnet.kernels import ops as operators
 from bitnet.kernels import reference
 from bitnet.kernels import triton as backend
 from bitnet.kernels.triton import language, ops, product, training, warm
@@ -224,6 +225,18 @@ def test_groups_with_scales_of_their_own(quantizer: str, M: int, N: int, K: int,
         kernels.packed_linear(x, packed, scale[:, :1].repeat(1, 9).half(), bias, **options)
     with pytest.raises(ValueError, match="the Triton kernel takes 64 or 128"):
         kernels.packed_linear(x, packed, scale, bias, **{**options, "group_size": 32})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_operators_of_vllm_run_the_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its layers call on a GPU, where `_backend` is this one: q, k and v in one matrix, and integer sums."""
+    monkeypatch.setattr(operators, "_backend", lambda x: backend)
+    codes, scale = torch.randint(-1, 2, (24, 131), dtype=torch.int8), torch.tensor([0.3, 0.7, 1.1])
+    x, packed, scale = torch.randn(5, 131).to(dtype), pack_codes(codes, 2), scale.repeat_interleave(8).view(24, 1)
+    y = operators.packed_linear(x, packed, scale, None, 2, 131)
+    assert torch.equal(y, reference.packed_linear(x, packed, scale, None, bits=2, in_features=131))
+    sums = operators.packed_matmul(reference.quantize_activations(x)[0], packed, 2, 131)
+    assert torch.equal(sums, reference.integer_matmul(reference.quantize_activations(x)[0], codes, bits=2))
 
 
 def test_packed_linear_of_bad_input(on_triton: None) -> None:

@@ -3,8 +3,8 @@
     python tests/vllm/in_vllm.py JOBS.json OUT.json
 
 JOBS is a list of objects: model (a folder), prompts (lists of token ids), new_tokens, and options of vllm.LLM. OUT has
-for each job the greedy ids and, of every prompt position but the first, the likeliest tokens with their
-log-probabilities; or the reason why vLLM did not start.
+for each job the greedy ids, those of a second time, when the prompts are in the prefix cache, and, of every prompt
+position but the first, the likeliest tokens with their log-probabilities; or the reason why vLLM did not start.
 """
 
 import json
@@ -27,17 +27,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm = vllm.LLM(job["model"], **options)
     except Exception as error:  # of any kind, from other processes too
         return {"refused": str(error)}
-    sampling = vllm.SamplingParams(
-        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, prompt_logprobs=LIKELIEST
-    )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling)
-    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    greedy = {"temperature": 0, "max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
+    outputs = llm.generate(prompts, vllm.SamplingParams(**greedy, prompt_logprobs=LIKELIEST))
+    again = llm.generate(prompts, vllm.SamplingParams(**greedy))
+    texts, cached = ([list(output.outputs[0].token_ids) for output in found] for found in (outputs, again))
+    assert all(output.num_cached_tokens for output in again)
     positions = [
         [{id: entry.logprob for id, entry in position.items()} for position in output.prompt_logprobs[1:]]
         for output in outputs
     ]
     llm.llm_engine.engine_core.shutdown()
-    return {"texts": texts, "positions": positions}
+    return {"texts": texts, "cached": cached, "positions": positions}
 
 
 if __name__ == "__main__":
