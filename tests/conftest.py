@@ -1,14 +1,16 @@
 """Fixtures of the suite. Every test starts from one seed, on one thread, and never asks the network for a model."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import tyro._unsafe_cache
 
 from bitnet import kernels
 from bitnet.data.chats import TokenizedChats, tokenize_chats
@@ -21,6 +23,15 @@ from tests.vocabularies import CHAT_TEXT, stdlib_tokenizer
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch.set_num_threads(1)
+# Where pytest is loaded, tyro makes a tenth of what it has cached anew, at random, for which it parses our sources.
+tyro._unsafe_cache.sys = SimpleNamespace(modules={})
+
+gc.disable()  # half a million objects are imported and collected, and stay
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

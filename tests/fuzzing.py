@@ -5,11 +5,14 @@ import json
 import os
 import random
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
+from tests.timing import within
+
+Result = TypeVar("Result")
 SECONDS, MEMORY = 1.0, 300_000_000
 """What one attempt may take: of this process' own time, and of memory beyond the file and what was there before."""
 ADDRESSES = 1 << 30
@@ -65,18 +68,28 @@ def _memory(name: str) -> int | None:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), None)
 
 
-@contextlib.contextmanager
-def bounded(what: object, size: int = 0) -> Iterator[None]:
-    """One attempt on a file of so many bytes: asserts that it takes little time and memory, whatever comes of it."""
+def bounded(what: object, attempt: Callable[[], Result], size: int = 0) -> Result:
+    """One attempt on a file of so many bytes: asserts that it takes little time and memory, whatever comes of it.
+
+    What it imports or compiles late should be there: attempt the good file before.
+    """
     before = _memory("VmRSS")
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    start = time.process_time()
-    yield
-    seconds, peak = time.process_time() - start, _memory("VmHWM")
-    assert seconds < SECONDS, f"{seconds:.1f} s: {what!r:.2000}"
+    result = within(SECONDS, attempt, what)
+    peak = _memory("VmHWM")
     more = 0 if before is None or peak is None else peak - before
     assert more < size + MEMORY, f"{more:,} bytes: {what!r:.2000}"
+    return result
+
+
+def outcome(load: Callable[[], object]) -> str:
+    """ "opened" or "refused": only ValueError may come out, and it must say something."""
+    try:
+        load()
+    except ValueError as error:
+        return "refused" if str(error) else "refused without a word"
+    return "opened"
 
 
 def mutate(content: bytes, rng: random.Random, header: int) -> bytes:
@@ -141,16 +154,12 @@ def fuzz(
     with limited_memory():
         for attempt in range(attempts * MANY):
             what = prepare(rng)
-            with bounded(what):
-                try:
-                    load()
-                    counts["opened"] += 1
-                except ValueError as error:
-                    counts["refused" if str(error) else "refused without a word"] += 1
-                except BaseException as error:
-                    raise AssertionError(
-                        f"attempt {attempt} with {what!r:.2000}: {type(error).__name__}: {error}"
-                    ) from error
+            try:
+                counts[bounded(what, lambda: outcome(load))] += 1
+            except BaseException as error:
+                raise AssertionError(
+                    f"attempt {attempt} with {what!r:.2000}: {type(error).__name__}: {error}"
+                ) from error
     assert not counts["refused without a word"], counts
     assert counts["refused"] > attempts * MANY // 20, counts
     return counts

@@ -153,7 +153,7 @@ def test_work_that_lasts_outlives_its_readers(tmp_path, both):
     )
     assert child.stdout.readline() == b"a line ? 0\n"
     child.stdout.close()
-    assert child.wait(60) == 0
+    assert child.wait(300) == 0
     assert made.read_text() == "made"
 
 

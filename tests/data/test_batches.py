@@ -331,7 +331,7 @@ def test_reading_ahead_gives_what_is_asked_for(depth):
     order = [*range(5), 3, 4, 100, 101, 2, 2, *range(50, 60)]  # on, back, far ahead, the same again
     for n in order:
         assert ahead[n] == n * n
-    deadline = time.time() + 10
+    deadline = time.time() + 300
     while depth and loaded[-1] < 59 + depth and time.time() < deadline:
         time.sleep(0.001)
     assert loaded[-1] == 59 + depth  # in the meantime
@@ -350,7 +350,7 @@ def test_a_thread_is_ahead_while_the_caller_works():
     second = threading.Event()
     ahead = Prefetcher(lambda n: second.set() if n == 1 else None)
     ahead[0]
-    assert second.wait(10)
+    assert second.wait(300)
     ahead.close()
 
 
@@ -374,7 +374,7 @@ def test_an_interrupt_while_waiting_is_raised_at_once():
     def load(n: int) -> int:
         if not release.is_set():
             signal.pthread_kill(main_thread, signal.SIGINT)
-            release.wait(30)
+            release.wait(3000)
         return n
 
     ahead = Prefetcher(load, 1)
@@ -384,7 +384,7 @@ def test_an_interrupt_while_waiting_is_raised_at_once():
     release.set()
     assert ahead[1] == 1
     ahead.close()
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 300
 
 
 def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, second, monkeypatch):

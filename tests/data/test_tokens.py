@@ -257,7 +257,7 @@ def test_two_calls_at_once_wait_for_each_other(tmp_path, tokenizer):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=300)
     assert len(folders) == 3
     assert set(folders) == set(tmp_path.iterdir()) == {folders[0]}
 

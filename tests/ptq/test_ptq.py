@@ -1,6 +1,7 @@
 """Quantized layers, and the quantization of whole models after training."""
 
 import copy
+import functools
 import json
 import warnings
 from dataclasses import replace
@@ -52,13 +53,18 @@ REPEATED = {  # by the same driver with another number
 QUICK = Options(progress=False, group_size=32, damping=0.01, tuning_steps=8)
 
 
+@functools.cache
+def quantized(method: str, shape: str = "sub-norms") -> BitNetForCausalLM:
+    """The float model of a shape, quantized once for all tests that only look at it."""
+    return quantize_model(float_model(**SHAPES[shape]), method, ids(), options_of(method))
+
+
 # Whole models
 
 
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_every_method_quantizes_every_projection_and_little_else(method) -> None:
-    original = float_model()
-    model = quantize_model(copy.deepcopy(original), method, ids(), options_of(method))
+    original, model = float_model(), quantized(method)
     kind = KINDS.get(method, GroupLinear)
     assert {type(module) for _, module in projections(model)} == {kind}
     assert len(list(projections(model))) == 14
@@ -85,7 +91,7 @@ def test_every_method_quantizes_every_projection_and_little_else(method) -> None
     ],
 )
 def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(method, shape) -> None:
-    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), options_of(method))
+    model = quantized(method, shape)
     twin = float_model(**SHAPES[shape])
     with torch.no_grad():
         twin.load_state_dict({k: v for k, v in model.state_dict().items() if "norm" in k}, strict=False)
@@ -103,10 +109,7 @@ def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(metho
 
 def test_errors_come_in_the_order_of_the_formats() -> None:
     original = float_model()
-    errors = {
-        m: relative_error(quantize_model(copy.deepcopy(original), m, ids(), options_of(m)), original)
-        for m in PLAIN_METHODS
-    }
+    errors = {method: relative_error(quantized(method), original) for method in PLAIN_METHODS}
     for finer, coarser in [
         ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "rtn-int8"), ("rtn-int8", "rtn-int4"), ("rtn-int4", "rtn-int3"),
         ("rtn-int3", "rtn-int2"), ("gptq-8", "gptq-4"), ("gptq-4", "gptq-3"), ("gptq-3", "gptq-2"),
@@ -131,7 +134,7 @@ def test_errors_come_in_the_order_of_the_formats() -> None:
     ],
 )
 def test_saved_models_come_back_to_the_last_bit(method, shape, tmp_path) -> None:
-    model = quantize_model(float_model(**SHAPES[shape]), method, ids(), options_of(method))
+    model = quantized(method, shape)
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     (tmp_path / "quantization.json").write_text(json.dumps(describe_quantized(model, method)))
 

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 from bitnet.tokenizer import ChatTemplate, chat_render, chat_worker, find_chat_template
 from tests.conversations import CHATML
+from tests.timing import within
 from tests.vocabularies import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -72,12 +72,14 @@ def little_time():
 
 
 def fails(tokenizer, source: str) -> str:
-    start = time.process_time()
-    with pytest.raises(ValueError, match="the file") as failure:
-        ChatTemplate(source, tokenizer, "the file").render(MESSAGES)
-    assert time.process_time() - start < 1
-    assert len(str(failure.value)) < 5000
-    return str(failure.value)
+    def complaint() -> str:
+        with pytest.raises(ValueError, match="the file") as failure:
+            ChatTemplate(source, tokenizer, "the file").render(MESSAGES)
+        return str(failure.value)
+
+    message = within(1, complaint)
+    assert len(message) < 5000
+    return message
 
 
 @pytest.mark.parametrize("name", ENDLESS)
@@ -119,9 +121,7 @@ def test_templates_see_nothing_of_the_program(tokenizer, monkeypatch):
 def test_a_model_with_a_hostile_template_opens(tokenizer, tmp_path):
     for source in ("{{ 10 ** (10 ** 9) }}", "{% nonsense"):
         (tmp_path / "chat_template.jinja").write_text(source)
-        start = time.perf_counter()
-        template = find_chat_template(tmp_path, tokenizer)
-        assert time.perf_counter() - start < 0.1
+        template = within(0.1, lambda: find_chat_template(tmp_path, tokenizer))
         assert template.files() == {"chat_template.jinja": source.encode()}
     (tmp_path / "chat_template.jinja").write_text("x" * (2**20 + 1))
     with pytest.raises(ValueError, match=r"has 1,048,577 bytes; a chat template has a few thousand"):
@@ -171,4 +171,4 @@ for i in range(50):
 if child:
     assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

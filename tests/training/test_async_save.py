@@ -65,7 +65,7 @@ def test_the_steps_go_on_meanwhile(tmp_path, corpus, monkeypatch):
         return train_step(self)
 
     def save(path, tensors):
-        waited.append(gone_on.wait(timeout=20))
+        waited.append(gone_on.wait(timeout=300))
         save_tensors(path, tensors)
 
     monkeypatch.setattr(Trainer, "step", step)

@@ -173,6 +173,6 @@ def test_training_outlives_its_reader(tmp_path: Path, corpus: Path) -> None:
     assert child.stdout is not None
     assert child.stdout.readline()
     child.stdout.close()
-    assert child.wait(120) == 0
+    assert child.wait(300) == 0
     index = json.loads((tmp_path / "run" / "checkpoints" / "index.json").read_text())
     assert index["last"] == "step-00000006"
