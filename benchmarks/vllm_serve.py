@@ -113,7 +113,9 @@ def server(name: str, folder: Path, options: Options) -> Iterator[tuple[str, int
         command = [sys.executable, "-m", "bitnet", "serve", f"model={folder}", "--parallel", str(most),
                    "--cache-tokens", str(most * positions)]  # fmt: skip
     root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib), "PYTHONPATH": str(root)}
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))  # or vLLM leaves one of them to its scheduler
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": cores} | os.environ
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib), "PYTHONPATH": str(root)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=environment)
         try:

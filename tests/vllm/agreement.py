@@ -7,6 +7,7 @@ The measure is the model in float64 between its integer products, and the same w
 last bits of float32 at random:
 
     error rule   the other program is at most twice as far from it as the moved one, in root mean square
+    choices      it prefers another token at twice as many positions at most, and one, or one in a thousand, more
     near-tie     two tokens no farther apart than twice the largest distance of the moved one's logits, over all
                  positions and tokens; only between such may a choice differ
 """
@@ -21,7 +22,9 @@ from torch import Tensor
 from bitnet import kernels
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM
+from bitnet.model.lora import attach
 from bitnet.model.transformer import RMSNorm
+from bitnet.storage.adapters import Adapter
 from bitnet.storage.source import Source
 
 Position = dict[str, float]
@@ -67,16 +70,23 @@ class Agreement:
 class Judge:
     """A folder's model in float64 and on this project's engine, and how far it may be missed on prompts `[B, T]`."""
 
-    def __init__(self, source: Source, prompts: Sequence[Sequence[int]], embeddings: bool = True) -> None:
+    def __init__(
+        self, source: Source, prompts: Sequence[Sequence[int]], embeddings: bool = True, lora: Adapter | None = None
+    ) -> None:
         """embeddings: in INT8 like the projections, or else in floats, as transformers has them."""
         self.prompts = [list(prompt) for prompt in prompts]
-        self.engine = open_model(source) if embeddings else source.model().pack(embeddings=False).eval()
-        self.exact_model = source.model().pack(embeddings=embeddings).double()
-        rows, choices, self.bound, squares = [], [], 0.0, []
+        self.engine = open_model(source, lora=lora) if embeddings else source.model().pack(embeddings=False).eval()
+        self.exact_model = source.model().pack(embeddings=embeddings)
+        if lora is not None:
+            attach(self.exact_model, lora.matrices)
+        self.exact_model.double()
+        rows, choices, squares = [], [], []
+        self.bound, self.undecided = 0.0, 0
         for prompt in self.prompts:  # of a large vocabulary the logits of all are gigabytes
             ids = torch.tensor([prompt])
             exact, moved = (exact_logits(self.exact_model, ids, by)[0, :-1] for by in (0.0, MOVED))
             self.bound = max(self.bound, 2 * float((moved - exact).abs().max()))
+            self.undecided += int((moved.argmax(-1) != exact.argmax(-1)).sum())
             listed = exact.topk(8, -1).indices
             squares.append((moved.log_softmax(-1) - exact.log_softmax(-1)).gather(1, listed).square().mean())
             rows.append(exact.float())
@@ -97,6 +107,11 @@ class Judge:
             squares.append((torch.tensor(list(position.values())) - wanted).square().mean())
         return Agreement(len(theirs), equal, float(torch.stack(squares).mean().sqrt()), gap)
 
+    def accepts_positions(self, found: Agreement) -> bool:
+        others = found.count - found.equal
+        few = others <= 2 * self.undecided + max(1, found.count // 1000)
+        return few and found.error <= 2 * self.error and found.gap <= self.bound
+
     def texts(self, theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> Agreement:
         """Greedy continuations of the prompts; behind the first token that differs the contexts are others."""
         equal, gap = 0, 0.0
@@ -108,5 +123,5 @@ class Judge:
                 gap = max(gap, float(row[wanted[at]] - row[text[at]]))
         return Agreement(len(theirs), equal, 0.0, gap)
 
-    def accepts(self, found: Agreement) -> bool:
-        return found.error <= 2 * self.error and found.gap <= self.bound
+    def accepts_texts(self, found: Agreement) -> bool:
+        return found.gap <= self.bound

@@ -2,9 +2,10 @@
 
     python tests/vllm/in_vllm.py JOBS.json OUT.json
 
-JOBS is a list of objects: model (a folder), prompts (lists of token ids), new_tokens, and options of vllm.LLM. OUT has
-for each job the greedy ids, those of a second time, when the prompts are in the prefix cache, and, of every prompt
-position but the first, the likeliest tokens with their log-probabilities; or the reason why vLLM did not start.
+JOBS is a list of objects: model (a folder), prompts (lists of token ids), new_tokens, options of vllm.LLM, and lora (a
+folder or null). OUT has for each job the greedy ids, those of a second time, when the prompts are in the prefix cache,
+and, of every prompt position but the first, the likeliest tokens with their log-probabilities; or the reason why vLLM
+did not start.
 """
 
 import json
@@ -17,6 +18,7 @@ LIKELIEST = 8
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     import vllm
+    from vllm.lora.request import LoRARequest
 
     options = {
         "dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 256,
@@ -29,8 +31,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"refused": str(error)}
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     greedy = {"temperature": 0, "max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
-    outputs = llm.generate(prompts, vllm.SamplingParams(**greedy, prompt_logprobs=LIKELIEST))
-    again = llm.generate(prompts, vllm.SamplingParams(**greedy))
+    lora = LoRARequest("adapter", 1, job["lora"]) if job["lora"] else None
+    outputs = llm.generate(prompts, vllm.SamplingParams(**greedy, prompt_logprobs=LIKELIEST), lora_request=lora)
+    again = llm.generate(prompts, vllm.SamplingParams(**greedy), lora_request=lora)
     texts, cached = ([list(output.outputs[0].token_ids) for output in found] for found in (outputs, again))
     assert all(output.num_cached_tokens for output in again)
     positions = [
