@@ -5,6 +5,7 @@
     python train.py --resume runs/demo                   go on where a run was stopped
     python train.py --like runs/demo --model.quantizer none --optim.lr 5e-3 --out runs/demo-float     its float twin
     python train.py --like runs/demo --init runs/demo-float --ramp 0.5 --out runs/demo-converted      float to ternary
+    python train.py --preset convert --init MODEL --teacher MODEL --out runs/mine        a float model becomes ternary
     python train.py --like runs/demo --teacher runs/demo-float --out runs/demo-taught    the float twin teaches it
     python train.py --preset lora --init runs/demo --lora 8 --data.corpus my.txt      adapters on a frozen, packed model
     python train.py --preset chat --init runs/demo --data.chat chats.jsonl            conversations: answers count
@@ -46,6 +47,7 @@ from bitnet.training.checkpoint import Progress
 from bitnet.training.config import TrainConfig
 from bitnet.training.estimate import estimate_run, memory_warning, preset_table
 from bitnet.training.faults import Diverged, watchdog
+from bitnet.training.layerwise import LayerwiseStart, check_start
 from bitnet.training.memory import estimate
 from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World, exit_process, local_device, start, stop
@@ -85,10 +87,12 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     world = world or World()
     config.check_processes(world.size)
     folder = Path(config.out)
-    saved = checkpoint.newest_checkpoint(folder, world) if resume else None
+    begun = checkpoint.has_checkpoint(folder)
+    # A layer-wise start that was stopped has layers, and no checkpoint yet.
+    saved = checkpoint.newest_checkpoint(folder, world) if resume and (begun or not config.layer_steps) else None
     if saved and not config.lora:
         checkpoint.check_model(saved, config.model)
-    if not resume and checkpoint.has_checkpoint(folder):
+    if not resume and begun:
         raise ValueError(
             f"{folder} already holds a run; continue it with --resume {folder}, choose another --out, "
             "or delete the folder"
@@ -117,8 +121,11 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     elif config.init:
         source = open_source(config.init)
         tokenizer, template, given = source.tokenizer, source.chat_template, source.latent(config.model.quantizer)
+        check_start(config, given.config, world)
         weights = given.state_dict()
         config = dataclasses.replace(config, model=given.config.replace(quantizer=config.model.quantizer))
+    elif config.layer_steps:
+        raise ValueError(f"a layer-wise start (layer_steps {config.layer_steps}) begins with --init, a float model")
     elif config.teacher and not config.data.tokenizer:
         tokenizer = open_source(config.teacher).tokenizer
 
@@ -183,10 +190,15 @@ def carry_out(trainer: Trainer, started: float) -> None:
         print(f"{config.out} is finished: {config.steps} of {config.steps} steps; more with --steps or --minutes")
         return
 
+    # A conversion begins layer by layer.
+    if config.layer_steps and not checkpoint.has_checkpoint(trainer.folder) and not start_layers(trainer, started):
+        return
+
     # Minutes become steps.
     if config.minutes:
         print("timing a few steps" + (" (the first one compiles)" if trainer.compiled else ""), flush=True)
-        config = trainer.config = trainer.plan(config.minutes)
+        spent = trainer.progress.seconds / 60 if not trainer.progress.step else 0.0  # on the layers
+        config = trainer.config = trainer.plan(config.minutes - spent)
     epochs = ", ".join(f"{n:.2f}" for n in trainer.feed.epochs(config.steps).values())
     print(
         f"training  {config.steps:,} steps of {config.tokens_per_step:,} tokens = "
@@ -209,6 +221,34 @@ def carry_out(trainer: Trainer, started: float) -> None:
         if config.lora:
             print(f"adapters  of the best checkpoint are in {write_adapter(trainer.folder)}")
         checkpoint.consolidate_run(trainer.folder, world)  # of a sharded run what generate.py and the exports read
+
+
+def start_layers(trainer: Trainer, started: float) -> bool:
+    """The layer-wise start, a validation, and a checkpoint before the first step; False where it was stopped, and is
+    gone on with."""
+    config = trainer.config
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    write_config(trainer)
+    start = LayerwiseStart(trainer)
+
+    def stop(longest: float) -> bool:
+        if config.max_minutes and config.max_minutes * 60 < time.perf_counter() - started + 2 * longest:
+            trainer.stop_signal = signal.SIGTERM
+        return trainer.stop_signal is not None
+
+    with stop_on_signals(trainer), contextlib.closing(Saver(trainer)) as saver:
+        if not start.run(say, stop):
+            print(
+                f"stopped in the layer-wise start, behind layer {len(start.found.errors)} of "
+                f"{config.model.num_hidden_layers}; go on with: python train.py --resume {config.out}"
+            )
+            return False
+        result = trainer.validate(whole=False)
+        say(f"layers    validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
+        trainer.progress.seconds, trainer.progress.best_loss = start.found.seconds, result.loss
+        saver.save(best=True, must=True)
+        start.remove()
+    return True
 
 
 def write_config(trainer: Trainer) -> None:

@@ -26,8 +26,8 @@ from bitnet.kernels import training_product
 from bitnet.machine import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import config as recipes
-from bitnet.training.memory import storages_saved
 from bitnet.training.optimizer import Optimizer, clip_gradients
+from bitnet.training.saved import storages_saved
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 

@@ -1,4 +1,4 @@
-"""The command line of training: --preset, --like or --resume give a configuration, every other option one field of it.
+"""The command line of training: --preset, --size, --like or --resume give a configuration, other options a field of it.
 
 arguments = parse(["--preset", "small", "--data.corpus", "my_texts/"])
 arguments.config, arguments.resume
@@ -16,6 +16,7 @@ from bitnet.storage.safetensors import CONFIG, MODEL
 from bitnet.training.checkpoint import has_checkpoint
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.help import help_text
+from bitnet.training.sizes import SIZES
 
 # The words of other projects: Hugging Face's TrainingArguments, nanochat, nanoGPT.
 ELSEWHERE = {
@@ -67,6 +68,9 @@ ELSEWHERE = {
     "warmup-iters": "--optim.warmup-steps",
 }
 
+STARTS = ("--preset", "--size", "--like")
+"""What a new run may start from, one of them."""
+
 
 class Arguments(NamedTuple):
     """What a command line asks for."""
@@ -84,7 +88,9 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     check_words(arguments)
     first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     base = first.add_mutually_exclusive_group()
-    base.add_argument("--preset", choices=PRESETS, default="demo")
+    # No default here, since argparse takes a value that is the default for one that was not given.
+    base.add_argument("--preset", choices=PRESETS)
+    base.add_argument("--size", choices=SIZES)
     base.add_argument("--like", metavar="RUN")
     base.add_argument("--resume", metavar="RUN")
     first.add_argument("--out")
@@ -93,12 +99,13 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
     first.add_argument("-h", "--help", action="store_true")
     resolved = _resolve_auto(arguments)
     known, rest = first.parse_known_args(resolved)
-    default = PRESETS[known.preset]
+    default = SIZES[known.size] if known.size else PRESETS[known.preset or "demo"]
     source = known.resume or known.like
     if source:
         default = load_record(Path(source) / CONFIG, TrainConfig)
-        # A run trained "for 5 minutes" knows by now how many steps that was.
-        default = dataclasses.replace(default, minutes=None, **({"out": source} if known.resume else {"pace": ()}))
+        # A run trained "for 5 minutes" knows by now how many steps that was, unless it was stopped before the first.
+        changes = {"out": source} if known.resume else {"pace": (), "minutes": None}
+        default = dataclasses.replace(default, **changes)
     if known.help:
         print(help_text(prog, default, shutil.get_terminal_size().columns), end="")
         raise SystemExit(0)
@@ -126,10 +133,10 @@ def check_words(arguments: Sequence[str]) -> None:
 
 
 def _resolve_auto(arguments: Sequence[str]) -> list[str]:
-    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of --preset and --like, and
+    """`--resume auto` is `--resume OUT` where that run has begun, which takes the place of what began it, and
     nothing where it has not: the same command line starts a run and goes on with it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--resume", "--out", "--preset", "--like"):
+    for name in ("--resume", "--out", *STARTS):
         first.add_argument(name)
     known, rest = first.parse_known_args(arguments)
     if known.resume != "auto":
@@ -138,5 +145,6 @@ def _resolve_auto(arguments: Sequence[str]) -> list[str]:
         raise ValueError("--resume auto goes on with the run in --out, or begins it; give --out")
     if has_checkpoint(Path(known.out)):
         return ["--resume", known.out, *rest]
-    start = ["--like", known.like] if known.like else ["--preset", known.preset] if known.preset else []
+    given = {name: getattr(known, name.removeprefix("--")) for name in STARTS}
+    start = [word for name, value in given.items() if value is not None for word in (name, value)]
     return [*start, "--out", known.out, *rest]

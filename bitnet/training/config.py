@@ -79,6 +79,13 @@ class TrainConfig:
     GGUF type) and frozen. --preset lora has rates for them."""
     lora_alpha: float | None = None
     """Factor of the adapters, divided by their rank; twice the rank unless given."""
+    layer_steps: int = 0
+    """Before the first step, bring each layer of --init's float model alone, quantized, to what it says in float, by so
+    many steps: the layer-wise start of a conversion, of which --preset convert is made. 0 for none."""
+    layer_tokens: int = 16384
+    """Of the training data that the layer-wise start sees, again and again; a fifth is held out."""
+    layer_rate: float = 0.02
+    """Largest step of a weight in it, as a share of its matrix's mean magnitude."""
     teacher: str | None = None
     """Learn from this model too, which has the same tokenizer: a run, Hugging Face folder or GGUF file, best a float
     one. It runs beside every step."""
@@ -163,6 +170,7 @@ class TrainConfig:
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
         check_pace(self.pace, self.steps)
+        self.check_start()
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight is {self.teacher_weight}; it is a share of the loss, from 0 to 1")
         if not 0 < self.teacher_temperature <= 1000:
@@ -189,7 +197,8 @@ class TrainConfig:
     def absolute(self) -> "TrainConfig":
         """The same with paths that do not depend on the current folder; a name on the hub is none."""
         teacher = str(Path(self.teacher).absolute()) if self.teacher and Path(self.teacher).exists() else self.teacher
-        init = str(Path(self.init).absolute()) if self.lora and self.init and Path(self.init).exists() else self.init
+        again = bool(self.lora or self.layer_steps)  # who goes on opens it once more
+        init = str(Path(self.init).absolute()) if again and self.init and Path(self.init).exists() else self.init
         return replace(self, data=self.data.absolute(), teacher=teacher, init=init)
 
     @property
@@ -218,6 +227,25 @@ class TrainConfig:
         for wanted, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f"adapters (--lora {self.lora}) want {wanted}")
+
+    def check_start(self) -> None:
+        """Raise ValueError for a layer-wise start that cannot be, or would be undone."""
+        if not 0 <= self.layer_steps <= 1_000_000:
+            raise ValueError(f"layer_steps is {self.layer_steps}; it must be from 0 (no layer-wise start) to 1,000,000")
+        if not 1 <= self.layer_tokens <= 2**30:
+            raise ValueError(f"layer_tokens is {self.layer_tokens}; it must be from 1 to 2^30")
+        if not 0 < self.layer_rate <= 1:
+            raise ValueError(f"layer_rate is {self.layer_rate}; it is a share of a weight, above 0 and at most 1")
+        wrong = {
+            "--float-start 0 and --ramp 0, since its latents say nothing without the quantizers": self.float_start
+            or self.ramp,
+            "another quantizer than none": self.model.quantizer == "none",
+            "no --lora, which trains no weights": self.lora is not None,
+            "--parallel auto or ddp": self.parallel == "fsdp",
+        }
+        for wanted, is_wrong in wrong.items():
+            if self.layer_steps and is_wrong:
+                raise ValueError(f"a layer-wise start (layer_steps {self.layer_steps}) wants {wanted}")
 
     def place(self, step: int) -> tuple[float, int]:
         """Where a step stands in every schedule: at which place of how many."""
@@ -324,6 +352,8 @@ class TrainConfig:
             async_save=self.saves_in_background(world.strategy),
             teacher=teacher,
             tempered=self.teacher_temperature != 1,
+            layer_steps=self.layer_steps,
+            layer_tokens=self.layer_tokens,
         )
 
     @classmethod
@@ -360,6 +390,12 @@ PRESETS: dict[str, TrainConfig] = {
     "chat": TrainConfig(
         optim=OptimConfig(optimizer="muon", lr=5e-3, lr_rest=5e-3, warmup_steps=20), steps=500, eval_every=100,
         out="runs/chat",
+    ),
+    # With --init, a float model, and --teacher, best the same one: docs/converting.md has how it was chosen.
+    "convert": TrainConfig(
+        model=ModelConfig(quantizer="ternary-g64"), layer_steps=100, context=256, batch_size=8, steps=500,
+        optim=OptimConfig(optimizer="muon", lr=1e-3, lr_rest=1e-4, warmup_steps=20, weight_decay=0.0),
+        teacher_weight=0.9, eval_every=100, eval_tokens=16384, sample_every=0, out="runs/converted",
     ),
     # With --init and --lora.
     "lora": TrainConfig(

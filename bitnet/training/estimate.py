@@ -40,6 +40,7 @@ from bitnet.training.memory import (
     projection_parameters,
 )
 from bitnet.training.processes import World
+from bitnet.training.sizes import SIZES
 
 ROWS, COLUMNS = 512, 8192
 """Tokens, and rows of a weight, that a timed product has at most."""
@@ -262,10 +263,12 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     compiled = config.compile != "off" and has_compiler(device)
     teacher = open_source(config.teacher).config if config.teacher else None
     frozen = 0
-    if config.lora:
-        assert config.init is not None
+    if config.init:
         source = open_source(config.init)
-        config, frozen = replace(config, model=source.config), frozen_bytes(source)
+        if config.lora:
+            config, frozen = replace(config, model=source.config), frozen_bytes(source)
+        else:
+            config = replace(config, model=source.config.replace(quantizer=config.model.quantizer))
     world = World(0, processes, strategy)
     work = config.workload(device, dtype, world, compiled=compiled, teacher=teacher, frozen=frozen)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
@@ -288,8 +291,8 @@ def preset_table() -> str:
     device = pick_device("auto")
     rows = [("preset", "parameters", "tokens", "memory", "time", "corpus")]
     rates: dict[tuple[torch.dtype, bool], float] = {}
-    for name, config in PRESETS.items():
-        if config.model == ModelConfig():
+    for name, config in (PRESETS | {f"--size {name}": each for name, each in SIZES.items()}).items():
+        if config.model.replace(quantizer="ternary") == ModelConfig():
             rows.append(
                 (name, "of --init", "", "", "", "of --data.chat" if name == "chat" else str(config.data.corpus))
             )

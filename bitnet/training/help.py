@@ -10,12 +10,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
 from bitnet.training.config import PRESETS, TrainConfig
+from bitnet.training.sizes import SIZES
 
 INTRODUCTION = """\
 Train a BitNet b1.58 language model, or go on with a run.
 
   {prog} --preset demo --minutes 5               a small model on public-domain speeches, no download
   {prog} --preset small --data.corpus my.txt     your own text
+  {prog} --size 30m --data.corpus my.txt --minutes 60     a size and a time
   {prog} --resume runs/demo                      go on where a run was stopped
   {prog} --preset 700m --estimate                what it would take; trains nothing
   {prog} --presets                               the presets, with parameters, tokens, memory and hours
@@ -24,6 +26,7 @@ Train a BitNet b1.58 language model, or go on with a run.
 # Options that are no fields of the configuration.
 COMMAND = {
     "preset": (f"{{{','.join(PRESETS)}}}", "Start from this preset.", "demo"),
+    "size": (f"{{{','.join(SIZES)}}}", "Start from the run of this size: shape, batch, rates and tokens by rules.", ""),
     "like": ("RUN", "Start from the configuration of another run, not from its weights.", ""),
     "resume": ("RUN", "Go on with this run; auto: with --out's, if it has begun.", ""),
     "estimate": ("[N]", "Train nothing; print the tokens, memory, disk and time of the run, on N processes.", ""),
@@ -34,9 +37,10 @@ FIRST = (
 )  # fmt: skip
 GROUPS = {
     "run": (
-        "preset", "like", "resume", "estimate", "presets", "out", "init", "lora", "lora_alpha", "steps", "minutes",
-        "pace", "max_minutes", "context", "batch_size", "float_start", "ramp", "ramp_shape", "teacher",
-        "teacher_weight", "teacher_temperature", "seed", "log_every", "sample_every", "sample_prompt", "wandb",
+        "preset", "size", "like", "resume", "estimate", "presets", "out", "init", "lora", "lora_alpha", "layer_steps",
+        "layer_tokens", "layer_rate", "steps", "minutes", "pace", "max_minutes", "context", "batch_size", "float_start",
+        "ramp", "ramp_shape", "teacher", "teacher_weight", "teacher_temperature", "seed", "log_every", "sample_every",
+        "sample_prompt", "wandb",
     ),
     "model": ("model",),
     "data": ("data",),

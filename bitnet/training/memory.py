@@ -38,20 +38,20 @@ Letters: B sequences of a micro-batch, T window, C hidden_size, H heads, Q = H D
 keys, F intermediate_size, V vocab_size, L layers, W processes.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from bitnet.console import table
-from bitnet.kernels import PACKED_BITS, Int8Product
+from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
 PROCESS = {False: 410e6, True: 510e6}
 """Python, torch, and what it loads for an optimizer; compiled or not. Measured on Linux, torch 2.13."""
 PROCESS_PART = "Python and torch"
+LAYER_STEP_TOKENS = 2048
+"""In a step of the layer-wise start, or one sequence where that is longer."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ class Workload:
     """Bytes of that model as it lies in memory."""
     tempered: bool = False
     """Whether its distribution is taken at a temperature other than 1."""
+    layer_steps: int = 0
+    """Of each layer in the layer-wise start; 0 without one."""
+    layer_tokens: int = 0
+    """Tokens that it sees."""
 
     @property
     def owners(self) -> int:
@@ -233,26 +237,6 @@ def saved_bytes(work: Workload) -> int:
     return L * (layer_activations(work) + layer_weights(work)) + head_activations(work)
 
 
-@contextmanager
-def storages_saved(model: BitNetForCausalLM, *inputs: Tensor) -> Iterator[dict[int, int]]:
-    """Bytes, by address, of each storage that autograd keeps for the backward from the forward within the block; those
-    of the model, of its quantized weights and of the inputs are left out. What `saved_bytes` predicts."""
-    own = [*model.parameters(), *model.buffers(), *inputs]
-    products = [layer.product for _, layer in bit_linears(model)]
-    own += [t for product in products if isinstance(product, Int8Product) for t in (product.codes, product.scale)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
-
-
 def layer_weights(work: Workload) -> int:
     """Bytes of the W~ that a layer keeps for its backward."""
     return work.value * projection_parameters(work.model) if work.copies_weights else 0
@@ -282,7 +266,29 @@ def estimate(work: Workload) -> Estimate:
             Estimate(constant | parts(step) | {PROCESS_PART: PROCESS[work.compiled]}, moment, phase)
             for moment, parts in MOMENTS.items()
         ]
+    if work.layer_steps:
+        found.append(at_the_start(work, model.num_parameters()))
     return max(found, key=lambda each: each.total)
+
+
+def at_the_start(work: Workload, P: int) -> Estimate:
+    """In the layer-wise start: hidden states of N tokens, into and out of a layer in float and quantized, 16 N C (and
+    N T of masks); of one layer of P' parameters the float copy, two saved forms, gradients and moments, 24 P', and what
+    a step of M tokens keeps; of an input of K channels two Hessians and what GPTQ makes of them, 48 K^2."""
+    c, layer = work.model, projection_parameters(work.model)
+    N = max(2 * work.window, work.layer_tokens)
+    step = replace(work, sequences=max(1, LAYER_STEP_TOKENS // work.window), compiled=False, int8=False)
+    widest = max(K for _, K in c.projections().values())
+    parts = {
+        "parameters": 4.0 * P,
+        "teacher": float(teacher_bytes(work)),
+        "hidden states of the tokens": 16.0 * N * c.hidden_size + (N * work.window if work.masked else 0),
+        "the layer that learns": 24.0 * layer + layer_weights(step),
+        "activations kept by layers": float(layer_activations(step)),
+        "workspace": 48.0 * widest**2,
+        PROCESS_PART: PROCESS[False],
+    }
+    return Estimate(parts, "the layer-wise start", work)
 
 
 def adapter_parameters(c: ModelConfig, rank: int) -> int:

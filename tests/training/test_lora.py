@@ -21,6 +21,7 @@ from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.training import memory
 from bitnet.training.optimizer import OptimConfig
+from bitnet.training.saved import storages_saved
 from tests.builders import configuration, save_run, tensors, tiny_model
 from tests.faults import stop_after
 
@@ -217,7 +218,7 @@ def test_the_estimate_counts_the_frozen_model_and_the_adapters(
         assert found.parts["adapters"] == found.parts["gradients"] == 4 * adapters
         assert found.parts["optimizer moments"] == 8 * adapters
         ids = torch.randint(300, (4, 32))
-        with memory.storages_saved(model, ids) as kept:
+        with storages_saved(model, ids) as kept:
             model.loss(ids, ids)
         predicted = found.parts["activations kept by layers"] + found.parts.get("final norm and loss", 0)
         assert 0.7 * predicted < sum(kept.values()) < 1.1 * predicted

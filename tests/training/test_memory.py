@@ -19,8 +19,9 @@ from bitnet.machine import return_freed_blocks
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import estimate as estimate_module
 from bitnet.training.estimate import disk_bytes, flops_per_token, memory_warning
-from bitnet.training.memory import Workload, estimate, meta_model, projection_parameters, saved_bytes, storages_saved
+from bitnet.training.memory import Workload, estimate, meta_model, projection_parameters, saved_bytes
 from bitnet.training.optimizer import OptimConfig, Optimizer
+from bitnet.training.saved import storages_saved
 from bitnet.training.teacher import Teacher
 
 SHAPES = {
