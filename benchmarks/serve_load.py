@@ -1,11 +1,13 @@
 """A server under load: tokens a second, time to the first token and between tokens, for 1, 4, 8, 16 and 64 streams.
 
     python benchmarks/serve_load.py runs/demo --threads 2 --json result.json
-    python benchmarks/serve_load.py --preset 700m --threads 2 --llama-server PATH      in turn with llama.cpp's server
+    python benchmarks/serve_load.py --preset 700m --threads 2 --llama-server PATH      in turn with llama.cpp's server,
+                                                  or benchmarks/llama_server.py for PATH: the one of a wheel
     python benchmarks/serve_load.py --url http://127.0.0.1:8080 --no-gate      another server with OpenAI's interface
 
 Every request has a prompt of its own, of random tokens; `--shared` of them begin all prompts. When all is measured,
-some of ours are asked again, alone: their texts must be equal, or the number is not printed. With `--llama-server` both
+some of ours are asked again, alone: their texts must be equal, or the number is not printed. A text of any server must
+have the tokens that were asked for. With `--llama-server` both
 servers have the same GGUF file, ours and llama.cpp's in turn for each number of streams; `--preset` makes one of random
 weights. Needs `pip install bitnet[serve] httpx`. The soak is benchmarks/serve_soak.py.
 """
@@ -13,6 +15,7 @@ weights. Needs `pip install bitnet[serve] httpx`. The soak is benchmarks/serve_s
 import asyncio
 import json
 import os
+import platform
 import random
 import re
 import socket
@@ -22,16 +25,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet.console import note, table
+from bitnet.kernels.cpu import native
+from bitnet.machine import cpu_capabilities
 
 TYPE = "TQ2_0"
 """llama.cpp's fastest ternary type on a CPU."""
@@ -46,13 +53,13 @@ class Options:
     url: str | None = None
     """A server that runs already, instead."""
     llama_server: Path | None = None
-    """llama.cpp's llama-server, to be measured on the same file."""
+    """llama.cpp's llama-server, or a Python file that takes its options, to be measured on the same file."""
     threads: int | None = None
     """Of each server; its own choice unless given."""
     streams: tuple[int, ...] = (1, 4, 8, 16, 64)
     """Clients at a time; each sends its next request when the last one has ended."""
     requests: int = 2
-    """Of each client."""
+    """Of each client, and more where few clients would make fewer than 8 in all."""
     prompt_tokens: int = 64
     new_tokens: int = 64
     shared: int = 0
@@ -74,6 +81,8 @@ class Run:
     first_median: float = 0.0
     first_p95: float = 0.0
     between_p95: float = 0.0
+    processor_ms_per_token: float | None = None
+    """Of the server; a machine that is busy with other things changes it least."""
     tokens: int = 0
     different: int = 0
     first: list[float] = field(default_factory=list, repr=False)
@@ -99,82 +108,98 @@ def prompt_of(options: Options, number: int, vocab_size: int) -> list[int]:
     return begin + [own.randrange(10, vocab_size) for _ in range(options.prompt_tokens - options.shared)]
 
 
-async def ask(client: httpx.AsyncClient, peer: Peer, options: Options, number: int, vocab_size: int, run: Run) -> None:
+async def lines_of(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The events of a completion, read with as little work as can be: a client takes time from the server beside it.
+
+    Raises ValueError for an answer that is no stream.
+    """
+    host, port = url.removeprefix("http://").rstrip("/").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    try:
+        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+        if (status := await reader.readline()).split()[1:2] != [b"200"]:
+            raise ValueError(f"{url} answered {(status + await reader.read(1000)).decode(errors='replace')}")
+        async for line in reader:  # headers, sizes of chunks and empty lines among them
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
+    finally:
+        writer.close()
+
+
+async def ask(peer: Peer, options: Options, number: int, vocab_size: int, run: Run) -> None:
     """One request, its text and times added to the run."""
     body = {
         "prompt": prompt_of(options, number, vocab_size), "max_tokens": options.new_tokens, "seed": number,
         "temperature": 0.8, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    if peer.ours:
-        body["logprobs"] = 0  # with which every token comes at once, whether or not it makes a character certain
     started = last = time.perf_counter()
     text, tokens = "", None
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        if answer.status_code != 200:
-            raise ValueError(f"{peer.name} answered {answer.status_code}: {(await answer.aread()).decode()[:300]}")
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise ValueError(f"{peer.name}: {chunk['error']['message']}")
-            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-            if not chunk["choices"]:
-                continue
-            now = time.perf_counter()
-            (run.between if last > started else run.first).append(now - last)
-            last = now
-            text += chunk["choices"][0]["text"]
-    if tokens != options.new_tokens:
-        raise ValueError(f"{peer.name} wrote {tokens} tokens and {options.new_tokens} were asked for")
+    async for chunk in lines_of(peer.url, body):
+        if "error" in chunk:
+            raise ValueError(f"{peer.name}: {chunk['error']['message']}")
+        tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+        if not chunk["choices"]:
+            continue
+        now = time.perf_counter()
+        (run.between if last > started else run.first).append(now - last)
+        last = now
+        text += chunk["choices"][0]["text"]
+    if tokens != options.new_tokens or not text:
+        raise ValueError(f"{peer.name} wrote {tokens} tokens, {text!r}, and {options.new_tokens} were asked for")
     run.tokens += options.new_tokens
     run.texts[number] = text
+
+
+def processor_seconds(process: int | None) -> float | None:
+    """What a process has taken of the processors; None where that is not told."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def measure(peers: list[Peer], options: Options, vocab_size: int) -> list[Run]:
     """All numbers of streams, one after the other, on every server in turn."""
     runs, number = [], 0
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with AsyncExitStack() as stack:
-        clients = [
-            await stack.enter_async_context(httpx.AsyncClient(base_url=peer.url, timeout=1800, limits=limits))
-            for peer in peers
-        ]
-        for peer, client in zip(peers, clients, strict=True):  # what is made late is there then
-            await ask(client, peer, options, 10**6, vocab_size, Run("", 0))
-        for streams in options.streams:
-            for peer, client in zip(peers, clients, strict=True):
-                run = Run(peer.name, streams)
+    for peer in peers:  # what is made late is there then
+        await ask(peer, options, 10**6, vocab_size, Run("", 0))
+    for streams in options.streams:
+        turns = max(options.requests, 8 // streams)
+        for peer in peers:
+            run = Run(peer.name, streams)
 
-                async def one(
-                    first: int, peer: Peer = peer, client: httpx.AsyncClient = client, run: Run = run
-                ) -> None:
-                    for turn in range(options.requests):
-                        await ask(client, peer, options, first + turn, vocab_size, run)
+            async def one(first: int, peer: Peer = peer, run: Run = run, turns: int = turns) -> None:
+                for turn in range(turns):
+                    await ask(peer, options, first + turn, vocab_size, run)
 
-                started = time.perf_counter()
-                await asyncio.gather(*(one(number + i * options.requests) for i in range(streams)))
-                run.tokens_per_second = run.tokens / (time.perf_counter() - started)
-                run.first_median, run.first_p95 = statistics.median(run.first), percentile(run.first)
-                run.between_p95 = percentile(run.between)
-                runs.append(run)
-                note(f"{peer.name}, {streams} streams: {run.tokens_per_second:.1f} tokens/s")
-            number += streams * options.requests
-        if options.gate:
-            for peer, client in zip(peers, clients, strict=True):
-                if peer.ours:
-                    await compare([run for run in runs if run.server == peer.name], client, peer, options, vocab_size)
+            started, spent = time.perf_counter(), processor_seconds(peer.process)
+            await asyncio.gather(*(one(number + i * turns) for i in range(streams)))
+            run.tokens_per_second = run.tokens / (time.perf_counter() - started)
+            if spent is not None and (now := processor_seconds(peer.process)) is not None:
+                run.processor_ms_per_token = 1000 * (now - spent) / run.tokens
+            run.first_median, run.first_p95 = statistics.median(run.first), percentile(run.first)
+            run.between_p95 = percentile(run.between)
+            runs.append(run)
+            note(f"{peer.name}, {streams} streams: {run.tokens_per_second:.1f} tokens/s")
+        number += streams * turns
+    if options.gate:
+        for peer in peers:
+            if peer.ours:
+                await compare([run for run in runs if run.server == peer.name], peer, options, vocab_size)
     return runs
 
 
-async def compare(runs: list[Run], client: httpx.AsyncClient, peer: Peer, options: Options, vocab_size: int) -> None:
+async def compare(runs: list[Run], peer: Peer, options: Options, vocab_size: int) -> None:
     """Ask some requests of every run again, alone, and count the texts that are others."""
     for run in runs:
         numbers = sorted(run.texts)
         share = -(-options.checked // len(runs))
         for number in numbers[:: max(1, len(numbers) // share)][:share]:
             alone = Run("", 1)
-            await ask(client, peer, options, number, vocab_size, alone)
+            await ask(peer, options, number, vocab_size, alone)
             run.different += alone.texts[number] != run.texts[number]
 
 
@@ -229,7 +254,18 @@ def llama_server(program: Path, model: str, options: Options) -> Iterator[Peer]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     tokens = most * (options.prompt_tokens + options.new_tokens + 16)
-    command = [str(program), "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", str(most)]
+    command = [
+        *([sys.executable] if program.suffix == ".py" else []),
+        str(program),
+        "-m",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-np",
+        str(most),
+    ]
     command += ["-c", str(tokens), *(["-t", str(options.threads)] if options.threads else [])]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -260,6 +296,14 @@ def vocabulary_of(url: str) -> int:
     return int(found[1])
 
 
+def machine() -> dict[str, Any]:
+    """What a result was measured on."""
+    return {
+        "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
+        "instruction_sets": native.instruction_sets(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
 def main(options: Options) -> int:
     if sum(given is not None for given in (options.model, options.preset, options.url)) != 1:
         raise ValueError("give a model, --preset or --url of a server, one of them")
@@ -267,6 +311,8 @@ def main(options: Options) -> int:
         vocab_size = 32_000
         if options.url is not None:
             peers = [Peer("server", options.url, options.gate)]
+            if options.gate:
+                vocab_size = vocabulary_of(options.url)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             model = options.model or random_model(str(options.preset), folder)
@@ -278,16 +324,19 @@ def main(options: Options) -> int:
             if options.llama_server is not None:
                 peers.append(stack.enter_context(llama_server(options.llama_server, model, options)))
         runs = asyncio.run(measure(peers, options, vocab_size))
-    rows = [["streams", "server", "tokens/s", "first token, median", "p95", "between tokens, p95"]]
+    rows = [["streams", "server", "tokens/s", "first token, median", "p95", "between tokens, p95", "processor"]]
     for run in runs:
         times = [f"{1000 * t:.0f} ms" for t in (run.first_median, run.first_p95, run.between_p95)]
-        shown = ["red: texts differ", "", "", ""] if run.different else [f"{run.tokens_per_second:.1f}", *times]
+        if run.processor_ms_per_token is not None:
+            times.append(f"{run.processor_ms_per_token:.2f} ms a token")
+        shown = ["red: texts differ"] if run.different else [f"{run.tokens_per_second:.1f}", *times]
+        shown += [""] * (5 - len(shown))
         rows.append([str(run.streams), run.server, *shown])
-    print(table(rows, right=(0, 2, 3, 4, 5)))
+    print(table(rows, right=(0, 2, 3, 4, 5, 6)))
     if options.json:
         kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between", "texts")} for run in runs]
         about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
-        options.json.write_text(json.dumps({"options": about, "runs": kept}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(), "options": about, "runs": kept}, indent=1) + "\n")
     return int(any(run.different for run in runs))
 
 

@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from serve_load import our_server, random_model, vocabulary_of
+from serve_load import machine, our_server, random_model, vocabulary_of
 
 from bitnet.console import note, progress_bar
 
@@ -215,7 +215,7 @@ def main(options: Options) -> int:
         about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
         kept = {"counts": found.counts, "different": found.different, "errors": found.errors, "growth": share}
         memory = [[round(at, 1), size] for at, size in found.memory]
-        options.json.write_text(json.dumps({"options": about, **kept, "memory": memory}) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(), "options": about, **kept, "memory": memory}) + "\n")
     return int(bad)
 
 

@@ -1,7 +1,8 @@
 """What stands before every handler: keys, hosts, limits of bodies and time, one line of log and one count an answer.
 
-A body that is too long is refused when its headers say so, or when it turns out to be. A client that stops in the
-middle of its body, or stops reading its answer, is left after `io_seconds`. Without a key the server answers only to
+A body that is too long is refused when its headers say so, or when it turns out to be; its rest is thrown away as it
+comes, since a client whose connection is closed while it sends never sees the answer. A client that stops in the middle
+of its body, or stops reading its answer, is left after `io_seconds`. Without a key the server answers only to
 names of this machine, so that no web page can reach it under a name of its own (DNS rebinding).
 """
 
@@ -156,7 +157,7 @@ class _Exchange:
     async def _refuse(self, error: ApiError) -> None:
         body = json.dumps(error.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if error.status in (408, 413):
+        if error.status == 408:
             headers.append((b"connection", b"close"))  # the rest of the body is not waited for
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers + extra(error)})
         await self.send({"type": "http.response.body", "body": body})

@@ -124,6 +124,19 @@ def test_long_bodies_and_bodies_that_are_no_json(strict):
         assert answer.json()["error"]["message"]
 
 
+def test_ten_megabytes_are_refused_to_a_client_that_sends_them_all(address):
+    """Python's own client reads nothing before it has sent everything; a closed connection would break it."""
+    client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    with contextlib.closing(client):
+        for _ in range(3):  # on one connection
+            client.request("POST", "/v1/completions", b" " * 10_000_000, {"Content-Type": "application/json"})
+            answer = client.getresponse()
+            assert answer.status == 413
+            assert json.load(answer)["error"]["code"] == "too_long"
+        client.request("GET", "/health")
+        assert client.getresponse().status == 200
+
+
 def test_half_a_request_is_given_up(strict):
     address, _ = strict
     authorized = b"Host: localhost\r\nAuthorization: Bearer secret\r\n"

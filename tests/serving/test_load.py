@@ -28,7 +28,7 @@ def test_load_is_measured_and_texts_are_compared(scripts, address, monkeypatch, 
     size = load.vocabulary_of(address)
     runs = asyncio.run(load.measure(peers, options, size))
     assert [(run.server, run.streams, run.tokens) for run in runs] == [
-        ("one", 1, 10), ("other", 1, 10), ("one", 3, 30), ("other", 3, 30)
+        ("one", 1, 40), ("other", 1, 40), ("one", 3, 30), ("other", 3, 30)
     ]  # fmt: skip
     assert all(run.tokens_per_second > 0 and run.first_p95 >= run.first_median > 0 for run in runs)
     assert not any(run.different for run in runs)
