@@ -39,6 +39,7 @@ from bitnet.training.memory import (
     meta_model,
     projection_parameters,
 )
+from bitnet.training.optimizer import iteration_dtype, iteration_flops, orthogonalize
 from bitnet.training.processes import World
 from bitnet.training.sizes import SIZES
 
@@ -161,10 +162,11 @@ def time_shapes(work: Workload, device: torch.device) -> Speed:
     optimizer = 28 * trained / work.owners / bandwidth
     if work.optimizer == "muon":
         # One matrix gives the speed of the iteration; the model's own are counted in its FLOPs.
-        matrix = torch.nn.Parameter(torch.randn(512, 1024, device=device))
-        matrix.grad = torch.randn_like(matrix)
-        rate = newton_schulz_flops(512, 1024) / seconds(torch.optim.Muon([matrix]).step, device)
-        optimizer += sum(n * newton_schulz_flops(*shape) for shape, n in shapes.items()) / rate
+        dtype = iteration_dtype(device)
+        matrix = torch.randn(512, 1024, dtype=dtype, device=device)
+        took = seconds(lambda: orthogonalize(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7), device)
+        rate = iteration_flops(512, 1024, dtype) / took
+        optimizer += sum(n * iteration_flops(*shape, dtype) for shape, n in shapes.items()) / rate
     return Speed(products, attention, other, optimizer, teacher_seconds(work, device))
 
 
@@ -182,12 +184,6 @@ def teacher_seconds(work: Workload, device: torch.device) -> float:
     products = sum(n * product_seconds(N, K, tokens, work, device, False, learns=False) for (N, K), n in shapes.items())
     attention = attention_seconds(replace(work, model=c), device, learns=False)
     return products + attention * work.sequences * work.micro_batches * c.num_hidden_layers
-
-
-def newton_schulz_flops(N: int, K: int) -> int:
-    """Of Muon's five iterations on one matrix."""
-    short, long = min(N, K), max(N, K)
-    return 5 * (4 * short * short * long + 2 * short**3)
 
 
 def memory_warning(found: Estimate, work: Workload, device: torch.device, *, in_use: bool = False) -> str | None:

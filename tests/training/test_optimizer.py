@@ -128,6 +128,35 @@ def test_muon_iterates_in_float32_where_the_processor_has_no_bfloat16(monkeypatc
     optimizer.iteration_dtype.cache_clear()
 
 
+@pytest.mark.parametrize("shape", [(24, 72), (72, 24), (3, 24, 36)])
+@pytest.mark.parametrize("decades", [0, 6])
+def test_collected_factors_give_the_iteration_s_numbers(shape, decades):
+    """Beside the plain iteration in float64, and far nearer to it than bfloat16, in which others compute it."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    matrices = u @ (torch.logspace(0, -decades, u.shape[-1], dtype=torch.float64)[:, None] * v)
+    constants = ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    assert optimizer.collects(*shape[-2:], torch.float32)
+    wanted = optimizer.orthogonalize(matrices, *constants)
+    error, coarse = (
+        float((optimizer.orthogonalize(matrices.to(kind), *constants) - wanted).norm() / wanted.norm())
+        for kind in (torch.float32, torch.bfloat16)
+    )
+    assert error < 1e-3
+    assert error < coarse / 10
+
+
+def test_factors_are_collected_where_that_saves_operations():
+    def plain(N, K):
+        return optimizer.iteration_flops(N, K, torch.bfloat16)
+
+    for N, K in [(256, 768), (768, 256), (512, 1536), (64, 96)]:
+        assert optimizer.iteration_flops(N, K, torch.float32) <= plain(N, K)
+    assert optimizer.iteration_flops(256, 768, torch.float32) < 0.7 * plain(256, 768)
+    for N, K in [(256, 256), (256, 320)]:
+        assert optimizer.iteration_flops(N, K, torch.float32) == plain(N, K)
+
+
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
 def test_a_batch_of_matrices_is_made_orthogonal_like_single_ones(shape):
     batch = torch.randn(3, *shape)
