@@ -1,10 +1,7 @@
 """What tests build: models with random weights, their inputs, folders of runs, and short runs to train."""
 
 import dataclasses
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from bitnet.tokenizer import Tokenizer
 from bitnet.training import config as recipes
 from bitnet.training.checkpoint import save_checkpoint
 from bitnet.training.reporter import read_metrics
-from tests import ROOT
+from tests.forked import Forked
 
 SMALL = (
     *("--preset", "tiny", "--model.vocab-size", "300", "--wandb", "off"),
@@ -100,15 +97,9 @@ def tensors(run: Path, which: str = "last") -> dict[str, Tensor]:
 
 
 def torchrun(processes: int, tmp_path: Path, jobs: list[dict]) -> subprocess.CompletedProcess[str]:
-    """Runs, one behind the other, in processes of `distributed_worker.py`, which says what a job is."""
-    path = tmp_path / f"jobs-{processes}.json"
-    path.write_text(json.dumps([{"resume": False, "hang": None} | job for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, str(ROOT / "tests" / "training" / "distributed_worker.py"), str(path)],
-        capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
+    """Runs, one behind the other, in a group of processes as torchrun starts them; a job is what
+    tests/training/distributed_worker.py says."""
+    return Forked(tmp_path, processes=processes, jobs=[{"resume": False, "hang": None} | job for job in jobs]).wait()
 
 
 def losses(config: recipes.TrainConfig) -> Tensor:

@@ -4,25 +4,20 @@ One or two kills of each command; BITNET_KILLS=20 for as many of each.
 """
 
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.builders import SMALL, save_run, tiny_model
+from tests.forked import Forked
 from tests.vocabularies import stdlib_text, stdlib_tokenizer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 KILLS = int(os.environ.get("BITNET_KILLS", "1"))
-ROOT = Path(__file__).parents[1]
-Run = Callable[[list[str], float | None], tuple[int, float]]
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +32,12 @@ def place(tmp_path_factory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def run(place) -> Iterator[Run]:
+def run(place: Path, command: list[str], kill: float | None) -> tuple[int, float]:
     """Runs a command, and kills it behind some seconds unless these are None; returns its exit code and its seconds."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.killed_worker"]
-    log = place / "log"
-    with subprocess.Popen(
-        command, cwd=place, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as worker:
-
-        def ask(arguments: list[str], kill: float | None) -> tuple[int, float]:
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write(json.dumps({"command": arguments, "kill": kill, "log": str(log)}) + "\n")
-            worker.stdin.flush()
-            code, seconds = json.loads(worker.stdout.readline())
-            assert code == (-9 if kill is not None and code else 0), log.read_text()[-2000:]
-            return code, seconds
-
-        yield ask
-        worker.stdin.close()
+    running = Forked(place, kill, command=command)
+    done = running.wait()
+    assert done.returncode == (-9 if kill is not None and done.returncode else 0), done.stderr[-2000:]
+    return done.returncode, running.seconds
 
 
 def commands(place: Path, out: Path) -> dict[str, list[str]]:
@@ -87,21 +67,21 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", commands(Path(), Path()))
-def test_a_killed_command_goes_on_and_leaves_nothing(place, run, name, tmp_path):
+def test_a_killed_command_goes_on_and_leaves_nothing(place, name, tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     command = commands(place, tmp_path / "whole")[name]
-    _, seconds = run(command, None)
+    _, seconds = run(place, command, None)
     expected = contents(tmp_path / "whole")
     rng, killed = random.Random(name), 0
     command = commands(place, tmp_path / "killed")[name]
     while killed < KILLS:
-        code, _ = run(command, rng.random() * seconds)
+        code, _ = run(place, command, rng.random() * seconds)
         killed += code != 0
         if code == 0:  # it was faster this time: from the beginning
             shutil.rmtree(tmp_path / "killed")
             (tmp_path / "killed").mkdir()
-    run(command, None)
+    run(place, command, None)
     found = contents(tmp_path / "killed")
     remains = [path for path in found if re.search(r"\.tmp|\.lock", path)]
     assert not remains

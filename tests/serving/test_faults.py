@@ -183,7 +183,7 @@ def test_a_connection_waits_longer_than_clients_keep_theirs(model):
 
 def httpx_refused(address: str) -> bool:
     try:
-        return get(f"{address}/health").status_code != 200
+        return httpx.get(f"{address}/health", timeout=5).status_code != 200
     except httpx.TransportError:
         return True
 

@@ -1,19 +1,14 @@
-"""Runs several training runs, one behind the other, in the processes that torchrun started: for test_distributed.py.
+"""Runs several training runs, one behind the other, in each process of a group: for `torchrun` of tests/builders.py.
 
-    torchrun --standalone --nproc-per-node 2 tests/training/distributed_worker.py runs.json
-
-runs.json is a list of {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null},
-with "muon" a file for the weights and moments after some steps of Muon alone.
+A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null}, with "muon" a
+file for the weights and moments after some steps of Muon alone.
 """
 
-import json
-import sys
 import time
-from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 import train as trainer
 from bitnet.model import BitNetForCausalLM
 from bitnet.training import config as recipes
@@ -41,10 +36,9 @@ def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Ten
     return {name: full_tensor(value.detach()).clone() for name, value in found.items()}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def work(jobs: list[dict[str, Any]]) -> NoReturn:
     trainer.stop = lambda: None  # one process group for all runs
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in jobs:
         config = recipes.TrainConfig.from_dict(job["config"])
         if job.get("muon"):
             world = processes.start("fsdp", torch.device("cpu"), 1)
@@ -64,7 +58,3 @@ def main() -> None:
         Trainer.step = original
     processes.stop()
     processes.exit_process(0)
-
-
-if __name__ == "__main__":
-    main()

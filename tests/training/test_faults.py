@@ -21,8 +21,10 @@ from bitnet.training import saver
 from bitnet.training.faults import Diverged
 from bitnet.training.reporter import read_metrics
 from bitnet.training.step import Trainer
-from tests.builders import ROOT, SMALL, configuration, tensors
+from tests import ROOT
+from tests.builders import SMALL, configuration, tensors
 from tests.faults import poison
+from tests.forked import Forked
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
@@ -142,23 +144,23 @@ def test_kills_at_random_moments_change_nothing(tmp_path, corpus):
         *SMALL, "--data.corpus", str(corpus), "--steps", str(20 * KILLS), "--eval-every", "3", "--eval-tokens", "64",
         "--batch-size", "2", "--log-every", "1", "--dtype", "float32",
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--resume", "auto", "--out"]
-    straight = subprocess.run([*command, "straight"], cwd=tmp_path, capture_output=True, text=True)
+    command = ["train", *arguments, "--resume", "auto", "--out"]
+    straight = Forked(tmp_path, command=[*command, "straight"]).wait()
     assert straight.returncode == 0, straight.stderr
     rng, kills, attempts = random.Random(0), 0, 0
     metrics = tmp_path / "broken" / "metrics.jsonl"
     while True:
-        process = subprocess.Popen([*command, "broken"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+        process = Forked(tmp_path, command=[*command, "broken"])
         before = metrics.read_bytes() if metrics.exists() else b""
-        while process.poll() is None and (metrics.read_bytes() if metrics.exists() else b"") == before:
+        while not process.ended() and (metrics.read_bytes() if metrics.exists() else b"") == before:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
-        if kills < KILLS and process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        if kills < KILLS and not process.ended():
+            os.kill(process.children[0], signal.SIGKILL)
         attempts += 1
-        if process.wait() != 0:
-            assert process.returncode == -signal.SIGKILL
+        if code := process.wait().returncode:
+            assert code == -signal.SIGKILL
+            kills += 1
         elif kills or attempts > 20:
             break
         else:  # it was faster than the signal

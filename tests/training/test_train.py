@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -283,11 +282,6 @@ def test_minutes_become_steps(tmp_path, corpus):
     assert json.loads((run.folder / "config.json").read_text())["steps"] == run.config.steps
 
 
-def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -309,7 +303,8 @@ def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_an_error_without_a_traceback(tmp_path, corpus, arguments, message):
+def test_bad_input_is_an_error_without_a_traceback(tmp_path, corpus, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
     text = "".join(p.read_text() for p in sorted(corpus.iterdir()))
     (tmp_path / "text.txt").write_text(text)
     (tmp_path / "empty.txt").write_text("")
@@ -317,10 +312,14 @@ def test_bad_input_is_an_error_without_a_traceback(tmp_path, corpus, arguments, 
     (tmp_path / "few.txt").write_text("the cat sees the dog. " * 4)
     (tmp_path / "latin1.txt").write_bytes(text.encode() + b"caf\xe9 au lait\n")
     preset = SMALL[2:] if "--resume" in arguments else SMALL
-    result = run_cli(*preset, *arguments, cwd=tmp_path)
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert message in result.stderr + result.stdout
+    try:
+        code = trainer.main([*preset, *arguments])
+    except SystemExit as end:  # what tyro finds wrong
+        code = end.code
+    out, err = capfd.readouterr()
+    assert code
+    assert "Traceback" not in err
+    assert message in err + out
     assert not (tmp_path / "runs").exists()
 
 
@@ -332,7 +331,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path, corpus):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
-def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus):
+def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus, monkeypatch):
     arguments = [*SMALL, "--data.corpus", str(corpus), "--out", "run", "--steps", "100000", "--eval-every", "100000"]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
@@ -347,8 +346,8 @@ def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus):
     step = load_json(resolve(tmp_path / "run") / STATE)["step"]
     assert f"stopped at step {step}" in output
 
-    result = run_cli("--resume", "run", "--steps", str(step + 2), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--resume", "run", "--steps", str(step + 2)]) == 0
     assert resolve(tmp_path / "run").name == f"step-{step + 2:08d}"
 
 
