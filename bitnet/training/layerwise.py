@@ -10,7 +10,8 @@ AdamW on latents and norms lower the error, on sequences of which a fifth is hel
 these. A layer learns from the errors of those before it, since its input is what they give quantized.
 
 Only one layer's gradients and moments are in memory, and the hidden states of the tokens twice. Each finished layer is
-written to OUT/layers, so that a start that was stopped goes on behind it with the numbers of one that was not.
+written to OUT/layers, so that a start that was stopped goes on behind it with the numbers of one that was not; the
+errors of all layers stay in OUT/layers.json.
 
 Letters: B sequences, T tokens, C hidden_size, N rows and K columns of a weight.
 """
@@ -22,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ LAYERS, STATE = "layers", "layers.json"
 
 @dataclass
 class Found:
-    """What is known of a start: in OUT/layers/layers.json."""
+    """What is known of a start: OUT/layers.json."""
 
     fingerprint: str
     """Of what its numbers depend on."""
@@ -93,13 +95,14 @@ class LayerwiseStart:
         text = f"{settings} {fingerprint(self.model)}"
         self.found = Found(hashlib.sha256(text.encode()).hexdigest())
         try:
-            before = load_record(self.folder / STATE, Found)
+            before = load_record(trainer.folder / STATE, Found)
         except CheckpointError:
             before = self.found
-        if before.fingerprint == self.found.fingerprint:
+        whole = all(self._file(index).is_file() for index in range(len(before.errors)))
+        if before.fingerprint == self.found.fingerprint and whole:
             self.found = before
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of another start
+            self.remove()  # of another start
 
     def run(self, say: Callable[[str], None], stop: Callable[[float], bool]) -> bool:
         """Bring every layer near the float one; False where `stop`, which is told the seconds of a layer, wanted it
@@ -114,9 +117,8 @@ class LayerwiseStart:
                 layer, started = layers[index], time.perf_counter()
                 assert isinstance(layer, DecoderLayer)
                 targets = self._forward(float_copy(layer), theirs, masks)
-                path = self.folder / f"{index:03}.safetensors"
                 if index < len(self.found.errors):
-                    layer.load_state_dict(load_tensors(path))
+                    layer.load_state_dict(load_tensors(self._file(index)))
                 else:
                     if stop(longest):
                         return False
@@ -124,10 +126,10 @@ class LayerwiseStart:
                     if errors is None:
                         return False
                     longest = max(longest, time.perf_counter() - started)
-                    save_tensors(path, layer.state_dict())
+                    save_tensors(self._file(index), layer.state_dict())
                     self.found.errors.append(errors)
                     self.found.seconds += time.perf_counter() - started
-                    write_atomic(self.folder / STATE, json.dumps(asdict(self.found)))
+                    write_atomic(self.trainer.folder / STATE, json.dumps(asdict(self.found)))
                     say(f"layer {index:>3}/{len(layers)}  error {errors[0]:.4f} rounded, {errors[1]:.4f} with codes of "
                         f"least squares, {errors[2]:.4f} learned")  # fmt: skip
                 own, theirs = self._forward(layer, own, masks), targets
@@ -135,6 +137,9 @@ class LayerwiseStart:
         say(f"layers    mean error {rounded:.4f} rounded, {fitted:.4f} with codes of least squares, {learned:.4f} "
             f"learned, in {self.found.seconds:.0f} s")  # fmt: skip
         return True
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:03}.safetensors"
 
     def remove(self) -> None:
         """The files of the layers, once a checkpoint holds them."""
