@@ -51,9 +51,9 @@ main(parser.parse_args())"""
 TERNARY, OURS = "vLLM, ternary, float32", "bitnet serve"
 SERVERS = {
     TERNARY: ("ternary", "float32"),
+    OURS: ("ternary", ""),
     "vLLM, float twin, bfloat16": ("twin", "bfloat16"),
     "vLLM, float twin, float32": ("twin", "float32"),
-    OURS: ("ternary", ""),
 }
 MEASURED = {
     "output_throughput": "tokens/s", "median_ttft_ms": "first token, median ms", "p95_ttft_ms": "first token, p95 ms",
@@ -74,6 +74,8 @@ class Options:
     prompt_tokens: int = 64
     new_tokens: int = 32
     servers: tuple[str, ...] = tuple(SERVERS)
+    eager: bool = False
+    """vLLM without torch.compile, which starts sooner."""
     cache_gib: int = 1
     """Of vLLM's cache."""
     json: Path | None = None
@@ -109,6 +111,7 @@ def server(name: str, folder: Path, options: Options) -> Iterator[tuple[str, int
         sys.executable, *SERVE, "--model", str(folder), "--served-model-name", "model", "--dtype", dtype,
         "--max-model-len", str(positions), "--max-num-seqs", str(most), "--disable-uvicorn-access-log",
     ]  # fmt: skip
+    command += ["--enforce-eager"] if options.eager else []
     if name == OURS:
         command = [sys.executable, "-m", "bitnet", "serve", f"model={folder}", "--parallel", str(most),
                    "--cache-tokens", str(most * positions)]  # fmt: skip

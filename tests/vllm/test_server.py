@@ -25,7 +25,7 @@ QUESTIONS = {
 
 @pytest.fixture(scope="module")
 def options(trained) -> vllm_serve.Options:
-    return vllm_serve.Options(str(trained), streams=(1, 3), prompt_tokens=160, new_tokens=8)
+    return vllm_serve.Options(str(trained), streams=(1, 3), prompt_tokens=160, new_tokens=8, eager=True)
 
 
 @pytest.fixture(scope="module")
