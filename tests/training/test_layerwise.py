@@ -128,6 +128,20 @@ def test_errors_are_what_they_are_called(tmp_path, corpus, source):
     run.batches.close()
 
 
+@pytest.mark.parametrize("shape", [{"qk_norm": True, "head_dim": 32}, {"qkv_bias": True}], ids=["Qwen3", "Qwen2"])
+def test_layers_of_other_architectures_learn_too(tmp_path, corpus, tokenizer, shape):
+    model = tiny_model("none", vocab_size=300, sub_norm=False, num_hidden_layers=1, **shape)
+    given = save_run(tmp_path / "given", model, tokenizer)
+    run = trainer.prepare(conversion(tmp_path, corpus, given, model=recipes.ModelConfig(quantizer="int4")))
+    start = LayerwiseStart(run)
+    assert start.run(lambda _: None, lambda _: False)
+    assert all(learned < rounded for rounded, _, learned in start.found.errors)
+    changed = run.model.state_dict()
+    kept = [name for name, value in model.state_dict().items() if torch.equal(changed[name], value)]
+    assert kept == ["model.embed_tokens.weight", "model.norm.weight"]
+    run.batches.close()
+
+
 def tensors_of_step(run: Path, step: int) -> dict[str, torch.Tensor]:
     from bitnet.storage.safetensors import MODEL, load_tensors
 
