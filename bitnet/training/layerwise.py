@@ -35,8 +35,8 @@ from bitnet.kernels import GROUP_SIZES
 from bitnet.machine import eager
 from bitnet.model import ModelConfig, bit_linears
 from bitnet.model.transformer import DecoderLayer, document_mask
-from bitnet.ptq.walk import STAGES, SplitHessian, projection
-from bitnet.quant.gptq import choose_damping, gptq_quantize
+from bitnet.ptq.walk import STAGES, projection
+from bitnet.quant.gptq import HessianSum, gptq_quantize
 from bitnet.quant.grouped import TERNARY
 from bitnet.quant.ternary import FLOAT16_TINY
 from bitnet.storage.json_files import CheckpointError, load_record
@@ -49,6 +49,8 @@ from bitnet.training.teacher import fingerprint
 
 HESSIAN_TOKENS = 16384
 """That GPTQ sees of the tokens: a few for each channel are enough."""
+DAMPING = 0.03
+"""GPTQ's, between what suits many tokens and few; the steps behind it are worth more than a search for the best."""
 NORM_RATE = 0.1
 """Of the rate of matrices."""
 BORDER = 0.49, 0.51
@@ -221,29 +223,26 @@ class LayerwiseStart:
         for names in STAGES:
             # Anew for each stage: its inputs depend on the projections that were just quantized.
             first = projection(layer, names[0])
-            seen = SplitHessian(first.in_features, inputs[0].device)
+            seen = HessianSum(first.in_features, inputs[0].device)
             hook = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(args[0]))
             self._forward(layer, inputs[:few], masks[:few])
             hook.remove()
-            fit_stage([projection(layer, name) for name in names], seen, GROUP_SIZES.get(quantizer, 0))
+            hessian = seen.matrix()
+            for name in names:
+                fit(projection(layer, name), hessian, GROUP_SIZES.get(quantizer, 0))
 
 
-def fit_stage(linears: Sequence[nn.Linear], seen: SplitHessian, group_size: int) -> None:
-    """Latents of codes that suit an input, of projections that share it: GPTQ's, with the damping that does best on
-    inputs that it has not seen, or those of least squares where that is none, or the groups are no whole ones (0: the
-    matrix is one)."""
-    damping = None
-    if group_size and linears[0].in_features % group_size == 0:
-        weights = torch.cat([linear.weight for linear in linears])
-        damping = choose_damping(weights, seen.fitted.matrix(), seen.held_out.matrix(), TERNARY, group_size=group_size)
-    hessian = seen.matrix()
-    for linear in linears:
-        if damping is None:
-            codes, scale = least_squares_codes(linear.weight, hessian.diagonal(), group_size)
-        else:
-            found = gptq_quantize(linear.weight, hessian, TERNARY, group_size=group_size, damping=damping)
-            codes, scale = found.codes.float() - 1, found.scale.float().clamp(min=FLOAT16_TINY)
-        linear.weight.copy_(nearby_latent(linear.weight, codes, scale, group_size))
+def fit(linear: nn.Linear, hessian: Tensor, group_size: int) -> None:
+    """Latents of codes that suit the inputs of a projection: GPTQ's, or those of least squares where the groups are no
+    whole ones (0: the matrix is one)."""
+    if group_size and linear.in_features % group_size == 0:
+        found = gptq_quantize(
+            linear.weight, hessian, TERNARY, group_size=group_size, damping=DAMPING, sweeps=1, rounds=1
+        )
+        codes, scale = found.codes.float() - 1, found.scale.float().clamp(min=FLOAT16_TINY)
+    else:
+        codes, scale = least_squares_codes(linear.weight, hessian.diagonal(), group_size)
+    linear.weight.copy_(nearby_latent(linear.weight, codes, scale, group_size))
 
 
 def least_squares_codes(weight: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,6 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_damping(monkeypatch):
-    monkeypatch.setattr("bitnet.quant.gptq.DAMPINGS", (0.1,))
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer) -> Path:
     model = tiny_model("none", vocab_size=300, sub_norm=False, num_hidden_layers=2, max_position_embeddings=256,
