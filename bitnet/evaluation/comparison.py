@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,14 +26,14 @@ from bitnet.evaluation.texts import calibration_sequences, held_out_windows, ope
 from bitnet.evaluation.twins import find_twins, train_twin, trained_quantizer
 from bitnet.files import working_in
 from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import GROUP_SIZES, native_wanted
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.compound import OutlierInt8Linear
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
-from bitnet.model.quantized_cache import QuantizedKVCache
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
 from bitnet.storage.folders import packed_quantizer, save_quantized
@@ -41,12 +42,16 @@ from bitnet.storage.safetensors import MODEL
 from bitnet.storage.source import open_source
 
 NATIVE_NAMES = {
-    "ternary": "b1.58", "ternary-g64": "b1.58 g64", "ternary-g128": "b1.58 g128", "binary": "1-bit BitNet",
-    "int8": "QAT int8", "int4": "QAT int4",
+    "none": "float", "ternary": "b1.58", "ternary-g64": "b1.58 g64", "ternary-g128": "b1.58 g128",
+    "binary": "1-bit BitNet", "int8": "QAT int8", "int4": "QAT int4",
 }  # fmt: skip
 CACHES = {"kv-int8": 8, "kv-int4": 4}
 """Rows of the float model whose keys and values are stored in so many bits."""
-NATIVE_BITS = {**dict.fromkeys(("ternary", *GROUP_SIZES), math.log2(3)), "binary": 1.0, "int4": 4.0, "int8": 8.0}
+NATIVE_BITS = {
+    **dict.fromkeys(("ternary", *GROUP_SIZES), math.log2(3)), "none": 32.0, "binary": 1.0, "int4": 4.0, "int8": 8.0,
+}  # fmt: skip
+LONGEST = 2048
+"""Tokens behind which decoding is timed where the cache is what matters, or as many as the model takes."""
 
 
 @torch.inference_mode()
@@ -75,32 +80,53 @@ def kernel_of(model: BitNetForCausalLM) -> str:
     return "int8" if all(isinstance(module, integers) for module in projections) else "dequantizes"
 
 
-def measure(path: str, threads: int | None) -> dict[str, float | None]:
-    """Speed and memory of a model on disk; runs in a process of its own. Medians of 3."""
+def open_with_cache(path: str | Path, bits: int) -> LanguageModel:
+    """A float model whose keys and values are stored in 32, 8 or 4 bits: on the native engine where that has such a
+    cache, else in torch."""
+    if bits == 32 or (bits == 8 and native_wanted(torch.device("cpu"))):
+        return open_model(path, cache_dtype="int8" if bits == 8 else None)
+    model = open_source(path).model()
+    model.cache_bits = bits
+    return model
+
+
+def measure(path: str, threads: int | None, cache: int | None = None) -> dict[str, float | None]:
+    """Speed and memory of a model on disk, medians of 3; runs in a process of its own. With `cache`, the bits of keys
+    and values, also what they take behind a long text, and the speed there, once."""
     if threads:
         torch.set_num_threads(threads)
     before = process_memory("VmRSS")
     reset_peak_memory()
-    model = open_model(path)
+    model = open_model(path) if cache is None else open_with_cache(path, cache)
     if isinstance(model, nn.Module):
         cache_weights(model)  # dequantized once: the speed that a method can have without a kernel
     positions = model.config.max_position_embeddings
     prompt, steps = min(256, positions // 2), min(32, positions // 4)
-    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator)
     rounds = [time_generation(model, ids, steps) for _ in range(4)][1:]  # the first touches memory and starts threads
     peak = process_memory()
+    far: dict[str, float | None] = {}
+    if cache is not None:
+        ids = torch.randint(model.config.vocab_size, (1, min(LONGEST, positions) - steps - 1), generator=generator)
+        stats = time_generation(model, ids, steps)
+        far = {
+            "far_decode": stats.decode_rate,
+            "cache_mb": (stats.bytes_per_token - model.weight_bytes()) / 1e6,
+        }
     return {
+        **far,
         "prefill": statistics.median(stats.prefill_rate for stats in rounds),
         "decode": statistics.median(stats.decode_rate for stats in rounds),
         "peak_mb": None if peak is None or before is None else peak - before,
     }
 
 
-def measure_in_child(path: Path, threads: int | None) -> dict[str, float | None]:
+def measure_in_child(path: Path, threads: int | None, cache: int | None = None) -> dict[str, float | None]:
     """`measure` in a fresh process. Raises ValueError with its message where it fails."""
     work = "from bitnet.evaluation.comparison import measure; print(json.dumps(measure(*json.loads(sys.argv[1]))))"
     code = f"import json, sys; {work}"
-    command = [sys.executable, "-c", code, json.dumps([str(path), threads])]
+    command = [sys.executable, "-c", code, json.dumps([str(path), threads, cache])]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
         raise ValueError(f"{path} could not be measured: {child.stderr.strip()[-500:]}")
@@ -115,8 +141,7 @@ class Comparison:
         that cannot be compared, or other settings than those of the rows in the folder."""
         self.options = options
         self.out = options.out
-        self.runs = self._runs(train)
-        path = self.runs.get("none", Path(options.models[0]))
+        path, self.runs = self._runs(train)
         source = open_source(path)
         self.tokenizer, self.files = source.tokenizer, source.tokenizer_files()
         self.model = source.model()
@@ -149,23 +174,35 @@ class Comparison:
         self.distributions: list[table.Distribution] = []
         self.rows = self._finished_rows()
 
-    def _runs(self, train: Sequence[str]) -> dict[str, Path]:
-        """Quantizer to run folder of the trained models; empty for a model that is no run."""
+    def _runs(self, train: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+        """The float model, and the trained models by the names of their rows: the runs that were given, and of twins of
+        the first those with other quantizers. A second run with a quantizer is called by its folder too; the first
+        float one is the reference."""
         if not self.options.models:
             raise ValueError("no model was given; name a run of train.py or a float model")
-        first = Path(self.options.models[0])
+        models = [Path(model) for model in self.options.models]
+        first = models[0]
         if not (first / "checkpoints").is_dir():
-            if len(self.options.models) > 1 or self.options.train:
+            if len(models) > 1 or self.options.train:
                 raise ValueError(f"{first} is not a run of train.py; several models and --train need runs")
-            return {}
-        runs = find_twins(first)
-        for other in self.options.models[1:]:
-            runs[trained_quantizer(Path(other))] = Path(other)
-        for quantizer in self.options.train:
-            if quantizer not in runs:
-                train_twin(first, quantizer, train)
-                runs = {**find_twins(first), **runs}
-        return runs
+            return first, {}
+        twins = find_twins(first)
+        given = [(trained_quantizer(run), run) for run in models]
+        for wanted in self.options.train:
+            if wanted not in twins and wanted not in dict(given):
+                train_twin(first, wanted, train)
+                twins = {**find_twins(first), **twins}
+        runs: dict[str, Path] = {}
+        found = [(quantizer, run) for quantizer, run in twins.items() if quantizer not in dict(given)]
+        for quantizer, run in [*given, *found]:
+            name = NATIVE_NAMES[quantizer]
+            name = name if name not in runs else f"{name}, {run.resolve().name}"
+            if name in runs or run in runs.values():
+                raise ValueError(
+                    f"{run} would be the row of another; give each run once, in folders of different names"
+                )
+            runs[name] = run
+        return runs.pop(NATIVE_NAMES["none"], first), runs
 
     def _finished_rows(self) -> dict[str, Row]:
         """Rows of an interrupted call with the same settings."""
@@ -198,7 +235,7 @@ class Comparison:
     def _fill(self) -> None:
         self.write()  # from now on the folder is ours
         jobs: list[tuple[str, str | None]] = [("float32", None)]
-        jobs += [(NATIVE_NAMES[quantizer], quantizer) for quantizer in self.runs if quantizer != "none"]
+        jobs += [(name, name) for name in self.runs]
         pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
         if not pending:
             return
@@ -223,15 +260,18 @@ class Comparison:
                     say(f"{name:24} perplexity {row.perplexity:.2f}")
 
     def measure_row(self, name: str, what: str | None) -> Row:
-        """The row of the float model (None), of a run by its quantizer, of a method or a cache by its name."""
+        """The row of the float model (None), of a run, a method or a cache by its name."""
         if what is None:
-            return self.add(name, "float", 32.0, self.model, None)
+            return self.add(name, "float", 32.0, self.model, None, cache=32)
         if what in CACHES:
             return self.add_cache(what)
-        return self.add_trained(name, what) if what in self.runs else self.add_quantized(what)
+        return self.add_trained(name) if what in self.runs else self.add_quantized(what)
 
-    def add_trained(self, name: str, quantizer: str) -> Row:
-        model = open_source(self.runs[quantizer]).model()
+    def add_trained(self, name: str) -> Row:
+        model = open_source(self.runs[name]).model()
+        quantizer = model.config.quantizer
+        if quantizer == "none":
+            return self.add(name, "float", NATIVE_BITS[quantizer], model, None)
         return self.add(name, "native", NATIVE_BITS[quantizer], model.pack(), None)
 
     def add_quantized(self, name: str) -> Row:
@@ -247,37 +287,61 @@ class Comparison:
         row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
         return row
 
-    def add(self, name: str, family: str, bits: float, model: BitNetForCausalLM, seconds: float | None) -> Row:
-        """Write a model, read it back, and measure it."""
-        path = self.out / "models" / name.replace(" ", "-")
-        if path.exists():
-            shutil.rmtree(path)
-        path.parent.mkdir(exist_ok=True)
-        save_quantized(model, path, name, self.files)
-        stored = open_model(path)
-        if isinstance(stored, nn.Module):
-            cache_weights(stored)
-        kernel = stored.kernel if isinstance(stored, Engine) else kernel_of(model)
-        row = self.score(name, family, bits, model, stored, kernel, (path / MODEL).stat().st_size)
-        row.seconds = seconds
-        del stored
-        if self.options.speed:
-            for key, value in measure_in_child(path, self.options.threads).items():
-                setattr(row, key, value)
-        if not self.options.keep_models:
-            shutil.rmtree(path)
+    def add(
+        self,
+        name: str,
+        family: str,
+        bits: float,
+        model: BitNetForCausalLM,
+        seconds: float | None,
+        cache: int | None = None,
+    ) -> Row:
+        """Write a model, read it back, and measure it; with `cache` also its cache of so many bits."""
+        with self.written(name, model) as path:
+            stored = open_model(path)
+            if isinstance(stored, nn.Module):
+                cache_weights(stored)
+            kernel = stored.kernel if isinstance(stored, Engine) else kernel_of(model)
+            row = self.score(name, family, bits, model, stored, kernel, (path / MODEL).stat().st_size)
+            row.seconds = seconds
+            del stored
+            self.time(row, path, cache)
         return row
 
     def add_cache(self, name: str) -> Row:
         """The row of the float model with a cache of fewer bits."""
         bits, config = CACHES[name], self.model.config
-        size = int(self.rows["float32"].file_mb * 1e6)
-        row = self.score(name, "cache", 32.0, self.model, with_cache(self.model, bits), "float", size)
-        cache = QuantizedKVCache(config, 1, self.context, bits=bits)
-        cache.advance(self.context)
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width * self.context
-        row.cache_bits = 8 * cache.nbytes / numbers
+        with self.written(name, self.model) as path:
+            stored = open_with_cache(path, bits)
+            kernel = stored.kernel if isinstance(stored, Engine) else kernel_of(self.model)
+            size = (path / MODEL).stat().st_size
+            row = self.score(name, "cache", 32.0, self.model, with_cache(stored), kernel, size)
+            cache = stored.new_cache(1, self.context)
+            with torch.inference_mode():
+                stored(self.windows[0][0][:, : self.context], cache, last_only=True)
+            numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width * cache.length
+            row.cache_bits = 8 * cache.nbytes / numbers
+            del stored, cache
+            self.time(row, path, bits)
         return row
+
+    @contextmanager
+    def written(self, name: str, model: BitNetForCausalLM) -> Iterator[Path]:
+        """The folder of a model on disk, while it is measured."""
+        path = self.out / "models" / name.replace(" ", "-")
+        if path.exists():
+            shutil.rmtree(path)
+        path.parent.mkdir(exist_ok=True)
+        save_quantized(model, path, name, self.files)
+        yield path
+        if not self.options.keep_models:
+            shutil.rmtree(path)
+
+    def time(self, row: Row, path: Path, cache: int | None) -> None:
+        """Fill in the columns of speed and memory, where they are wanted."""
+        if self.options.speed:
+            for key, value in measure_in_child(path, self.options.threads, cache).items():
+                setattr(row, key, value)
 
     def score(
         self, name: str, family: str, bits: float, model: BitNetForCausalLM, run: Predictor, kernel: str, size: int

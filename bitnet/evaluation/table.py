@@ -50,6 +50,11 @@ class Row:
     """Relative error of the residual stream behind each layer, post-training methods only."""
     cache_bits: float | None = None
     """Bits of a key's or value's number in the cache, scales included, where that is quantized (family cache)."""
+    cache_mb: float | None = None
+    """Keys and values that a decoding step reads behind the longest text (2,048 tokens, or as many as the model takes),
+    10^6 bytes. Of the float model and of family cache: all others have the float model's cache."""
+    far_decode: float | None = None
+    """Tokens a second there, one at a time."""
     whole_bits: float | None = None
     """Bits of everything that is stored (embedding, head, norms, scales) for each parameter of the float model."""
     cloze: float | None = None
@@ -102,11 +107,12 @@ class Table:
     """Weights and activations of the float model, measured when all rows were there."""
 
 
-_OPTIONAL = ("whole", "cloze", "grammar", "definitions")
+_OPTIONAL = ("whole", "cloze", "grammar", "definitions", "cache MB", "far decode")
 LEGEND = (
     "bits: of a code; stored: with scales; whole: of all that is stored, a parameter. gap: loss above the float "
     "model's, nats; KL and top-1 against it too. cloze, grammar, definitions: right answers in tasks of our own. "
-    "prefill, decode: tokens/s. MB: memory of the running model."
+    "prefill, decode: tokens/s. MB: memory of the running model. cache MB, far decode: keys and values behind the "
+    "longest text (at most 2,048 tokens), and tokens/s there; where they are empty, the cache is that of float32."
 )
 """What the headings mean."""
 
@@ -134,6 +140,8 @@ def cells(row: Row) -> dict[str, str]:
         "decode": number(row.decode, ".1f"),
         "kernel": row.kernel,
         "MB": number(row.peak_mb, ".0f"),
+        "cache MB": number(row.cache_mb, ".3g"),
+        "far decode": number(row.far_decode, ".1f"),
         "quantize": number(row.seconds, ".1f", " s"),
     }
 

@@ -43,6 +43,7 @@ from bitnet.ptq.walk import STAGES
 MIN_CALIBRATION_TOKENS = 128
 BLOCK_TYPES = (
     "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "Q2_K",
+    "Q2_0", "Q1_0",
 )  # fmt: skip
 IMPORTANT_TYPES = ("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Those for which llama-quantize wants an importance matrix."""

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from bitnet import plots
 from bitnet.__main__ import main
 from bitnet.evaluation import comparison
 from bitnet.evaluation.agreement import Reference
-from bitnet.evaluation.comparison import Comparison, layer_outputs, measure_in_child
+from bitnet.evaluation.comparison import Comparison, layer_outputs, measure, measure_in_child
+from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.twins import find_twins
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -48,6 +50,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         trainer.train(dataclasses.replace(config, out=str(root / "runs" / name), **changes))
     return root / "runs"
+
+
+def test_caches_of_fewer_bits_are_counted_and_timed(runs: Path) -> None:
+    """Eight decoding steps read 24 to 31 positions of 2 layers, keys and values of one head of 128."""
+    counted = {bits: measure(str(runs / "b-float"), None, bits) for bits in (32, 8, 4)}
+    numbers = 2 * 2 * 128 * (24 + 31) / 2
+    assert counted[32]["cache_mb"] == pytest.approx(numbers * 4 / 1e6)
+    assert numbers < counted[8]["cache_mb"] * 1e6 < numbers * 1.05
+    assert counted[4]["cache_mb"] < counted[32]["cache_mb"]
+    assert all(found["far_decode"] > 0 for found in counted.values())
+
+
+def test_several_runs_with_one_quantizer_have_rows_of_their_own(runs: Path, tmp_path: Path) -> None:
+    ternary, binary, copy = runs / "a", runs / "c-longer", tmp_path / "d-again"
+    shutil.copytree(binary, copy)
+
+    def named(*models: Path) -> dict[str, Path]:
+        return Comparison(Options(tuple(map(str, models)), out=tmp_path / "out", tokens=64, tasks=0)).runs
+
+    assert named(ternary) == named(runs / "b-float", ternary) == {"b1.58": ternary}
+    assert named(ternary, binary, copy) == {"b1.58": ternary, "1-bit BitNet": binary, "1-bit BitNet, d-again": copy}
+    for twice in (ternary, copy):
+        with pytest.raises(ValueError, match="give each run once"):
+            named(ternary, binary, copy, twice)
 
 
 def test_twins_are_the_runs_that_differ_in_the_quantizer_only(runs: Path) -> None:
@@ -154,6 +180,7 @@ def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
     measured = measure_in_child(runs / "a", 1)
     assert measured["prefill"] > 0
     assert measured["decode"] > 0
+    assert "far_decode" not in measured
     with pytest.raises(ValueError, match="could not be measured"):
         measure_in_child(runs / "nothing", 1)
 

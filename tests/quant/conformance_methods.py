@@ -1,13 +1,10 @@
-"""Methods beside the packages of others, which only `make conformance` installs: hqq, ml_dtypes, scipy."""
+"""Methods beside the packages of others, which only `make conformance` installs: hqq, scipy."""
 
 import hqq.core.optimize as theirs
-import ml_dtypes
-import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from bitnet.quant import float4
 from bitnet.quant.grouped import round_scale
 from bitnet.quant.hadamard import hadamard
 from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
@@ -38,15 +35,6 @@ def test_the_norm_of_the_error_is_at_or_below_the_packages(bits: int) -> None:
         return float((values.reshape(groups.shape) - groups).abs().pow(NORM).sum())
 
     assert norm(hqq_quantize(weight, bits, 64).dequantize()) <= norm((codes - zero) / inverse) * 1.001
-
-
-def test_values_are_rounded_as_ml_dtypes_does() -> None:
-    x = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5, 0.0])])
-    expected = x.numpy().astype(ml_dtypes.float4_e2m1fn)
-    assert np.array_equal(float4.round_e2m1(x).numpy(), expected.astype(np.float32))
-    codes = expected.view(np.uint8) & 15
-    ours = float4.codes_of(x).numpy()
-    assert np.array_equal(np.where(codes == 8, 0, codes), ours)  # there is one zero
 
 
 def test_powers_of_two_are_scipys() -> None:

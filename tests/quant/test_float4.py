@@ -1,5 +1,6 @@
 """MXFP4 and NVFP4: rounding against ml_dtypes, scales, bytes, and GPTQ on top."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,8 +8,19 @@ from bitnet.quant import float4
 from bitnet.quant.blocks import dequantize_blocks
 from bitnet.quant.gptq import HessianSum, layer_error
 from bitnet.quant.gptq_levels import best_damping, fit_levels, sensitivity
+from tests import oracles
 
 KINDS = list(float4.GROUP)
+
+
+def test_values_are_rounded_as_ml_dtypes_does() -> None:
+    ml_dtypes = oracles.require("ml_dtypes")
+    x = torch.cat([torch.linspace(-8, 8, 4001), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -2.5, 0.0])])
+    expected = x.numpy().astype(ml_dtypes.float4_e2m1fn)
+    assert np.array_equal(float4.round_e2m1(x).numpy(), expected.astype(np.float32))
+    codes = expected.view(np.uint8) & 15
+    ours = float4.codes_of(x).numpy()
+    assert np.array_equal(np.where(codes == 8, 0, codes), ours)  # there is one zero
 
 
 @pytest.mark.parametrize("kind", KINDS)

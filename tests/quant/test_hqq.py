@@ -1,10 +1,10 @@
-"""HQQ: no group is worse than its range alone. The hqq package itself: `conformance_methods.py`."""
+"""HQQ: no group is worse than its range alone, and what the package gives, which `conformance_methods.py` imports."""
 
 import pytest
 import torch
 
 from bitnet.quant.grouped import round_scale
-from bitnet.quant.hqq import NORM, hqq_quantize
+from bitnet.quant.hqq import BETA, NORM, hqq_quantize, step
 from tests.quant.builders import heavy_tailed
 
 
@@ -24,6 +24,24 @@ def test_the_norm_of_the_error_falls(bits: int) -> None:
     assert norm(found.dequantize()) < norm(plain) * 1.001
     if bits < 8:
         assert norm(found.dequantize()) < 0.99 * norm(plain)
+
+
+# Of hqq 0.2.8.post1, which needs a build: zero points of the first turns of two groups, norms after all of them.
+TURNS = [[7.70839, 3.80613], [7.70928, 3.75926], [7.70946, 3.68113], [7.70949, 3.64988]]
+NORMS = {3: 32.81617, 4: 19.27324}
+
+
+def test_turns_and_norms_of_the_package() -> None:
+    n = torch.arange(128)
+    groups = (((n * 37 % 101 - 50) * (1 + 3 * (n % 19 == 0)) + (n * n % 13) / 7) / 61.3).view(2, 64)
+    low = groups.amin(1, keepdim=True)
+    scale = (groups.amax(1, keepdim=True) - low) / 15
+    zero = -low / scale
+    for expected in TURNS:
+        zero = step(groups, scale, zero, 15, BETA)
+        torch.testing.assert_close(zero.flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    for bits, norm in NORMS.items():
+        assert float((hqq_quantize(groups, bits, 64).dequantize() - groups).abs().pow(NORM).sum()) <= norm
 
 
 def test_hard_rows_and_bad_input() -> None:
