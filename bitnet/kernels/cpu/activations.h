@@ -3,7 +3,9 @@
 //     X_TOKEN   codes int8, a scale and the sum of the codes for each token; with groups, of each segment
 //     X_STATIC  the same with a scale and a zero point that were stored with the weights
 //     X_GROUP   codes int8, a scale and the scaled sum for each segment of columns
-//     X_FLOAT   the floats, and with groups their sum over each segment
+//     X_FLOAT   the floats, and with groups their sum over each segment; or, where the codes have at most 6 bits, three
+//               digits of 8 bits with a scale and the scaled sum for each segment: as exact as float32 sums, for the
+//               time of three products of INT8 activations
 //
 // A segment is a group of the weights, or 32 columns of it. `prepare` writes one token; tokens do not depend on each other.
 #pragma once
@@ -25,14 +27,23 @@ BN_INLINE int64_t padded_columns(const bn_matrix &w) {
     return w.kind == GROUPS_NONE ? w.K : round_up(w.K, w.codec == CODEC_BASE3 ? 256 : 32);
 }
 
+// A float in three digits: x = s (q0 + 256 q1 + 65536 q2), each from -128 to 127, and |x| at most s LARGEST. What that
+// rounds away, 2^-24 of the segment's largest, is what a float32 sum over the segment rounds away too.
+enum { DIGITS = 3, LARGEST = 127 * (1 + 256 + 65536) };
+BN_INLINE bool in_digits(const bn_matrix &w) {
+    bool small = w.codec <= CODEC_SIX_BIT || w.codec == CODEC_ONE_BIT;
+    return w.x == X_FLOAT && w.kind != GROUPS_NONE && small && !w.values;
+}
+BN_INLINE bool in_floats(const bn_matrix &w) { return w.x == X_FLOAT && !in_digits(w); }
+
 struct activations {
-    int8_t *q;      // [rows + 32, stride], zero from K on
-    float *x;       // [rows, stride], for X_FLOAT instead of q
+    int8_t *q;      // [rows + 32, stride], zero from K on; one such array for each digit, `plane` bytes apart
+    float *x;       // [rows, stride], instead of q
     float *scale;   // [rows] or [rows, segments]
     float *sum;     // [rows, segments]
     int32_t *total; // [rows]
     float *low;     // [rows, rank]: what the adapter's `down` makes of the floats
-    int64_t stride, segments;
+    int64_t stride, segments, plane;
 };
 
 // Lays the activations of `rows` tokens out in memory (NULL: only counts); returns their bytes.
@@ -48,10 +59,11 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
     a.segments = groups ? padded_columns(w) / segment_of(w) : 1;
     // AMX reads whole tiles of 32 tokens, and a line of base 3 covers 20 columns: both may read beyond the end.
     a.stride = round_up(padded_columns(w) + 20, 64);
-    if (w.x == X_FLOAT) {
+    if (in_floats(w)) {
         a.x = (float *)take(rows * a.stride * 4);
     } else {
-        a.q = (int8_t *)take((round_up(rows, 32) + 32) * a.stride);
+        a.plane = (round_up(rows, 32) + 32) * a.stride;
+        a.q = (int8_t *)take(a.plane * (in_digits(w) ? DIGITS : 1));
         a.scale = (float *)take(rows * a.segments * 4);
     }
     if (groups) a.sum = (float *)take(rows * a.segments * 4);
@@ -65,6 +77,7 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
 BN_INLINE bool same_activations(const bn_matrix &a, const bn_matrix &b) {
     bool groups = a.kind != GROUPS_NONE;
     if (a.x != b.x || a.K != b.K || a.order != b.order || a.divisor != b.divisor || a.down != b.down) return false;
+    if (in_digits(a) != in_digits(b)) return false;
     if (groups != (b.kind != GROUPS_NONE) || (groups && segment_of(a) != segment_of(b))) return false;
     return a.x != X_STATIC || (a.x_scale == b.x_scale && a.x_zero == b.x_zero);
 }
@@ -134,6 +147,31 @@ BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float 
         sums = sums + code;
     }
     *scale = s + sum(odd); // not finite where a value is not
+    *scaled_sum = *scale * (float)sum(sums);
+}
+
+// The same in digits.
+BN_INLINE void quantize_digits(const float *x, int64_t width, int8_t *q, int64_t plane, float *scale,
+                               float *scaled_sum) {
+    vf peak = {}, odd = {}, most = splat((float)LARGEST);
+    for (int64_t k = 0; k < width; k += 16) {
+        vf v = load(x + k);
+        peak = max(absolute(v), peak);
+        odd = fma(v, splat(0.0f), odd);
+    }
+    float absmax = maximum(peak);
+    float s = (absmax > 1e-30f ? absmax : 1e-30f) / (float)LARGEST;
+    vi sums = {};
+    for (int64_t k = 0; k < width; k += 16) {
+        vi code = to_int(min(max(load(x + k) / splat(s), -most), most)); // what is not finite becomes a number too
+        sums = sums + code;
+        for (int d = 0; d < DIGITS; d++) {
+            vi digit = ((code + splat(128)) & splat(255)) - splat(128);
+            narrow(q + d * plane + k, digit);
+            code = (code - digit) >> 8;
+        }
+    }
+    *scale = s + sum(odd);
     *scaled_sum = *scale * (float)sum(sums);
 }
 
@@ -221,6 +259,12 @@ static void prepare(const bn_matrix &w, const float *x, const activations &a, in
         for (int64_t s = 0; s < a.segments; s++)
             quantize_segment(x + s * width, width, q + s * width, a.scale + m * a.segments + s, sum_of + s);
         memset(q + K, 0, a.stride - K);
+        return;
+    }
+    if (in_digits(w)) {
+        for (int64_t s = 0; s < a.segments; s++)
+            quantize_digits(x + s * width, width, q + s * width, a.plane, a.scale + m * a.segments + s, sum_of + s);
+        for (int d = 0; d < DIGITS; d++) memset(q + d * a.plane + K, 0, a.stride - K);
         return;
     }
     memcpy(a.x + m * a.stride, x, K * sizeof(float));

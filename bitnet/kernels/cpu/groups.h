@@ -1,11 +1,13 @@
 // Products with groups of columns that have scales of their own: codes of 1 to 8 bits, w = s c + t in each group.
 //
 //     y = sum over segments of  s (x_scale sum c x_q) + t (x_scale sum x_q)      INT8 activations, X_GROUP and X_TOKEN
-//     y = sum over segments of  s sum c x + t sum x                              floats, X_FLOAT
+//     the same with  sum c x_q = sum c q0 + 256 sum c q1 + 65536 sum c q2        X_FLOAT in digits (activations.h)
+//     y = sum over segments of  s sum c x + t sum x                              X_FLOAT in floats
 //
-// The integer sums are exact; the float operations are the same ones in the same order for any number of tokens, so a
-// token's outputs do not depend on the others. Columns are worked on in chunks of 512, whose codes stay in the
-// first-level cache for all tokens: as lines for up to DIRECT of them, else unpacked.
+// Letters: D digits of an activation, 1 of INT8. The integer sums are exact; the float operations are the same ones in
+// the same order for any number of tokens, so a token's outputs do not depend on the others. Columns are worked on in
+// chunks of 512, whose codes stay in the first-level cache for all tokens: as lines for up to DIRECT of them, else
+// unpacked.
 #pragma once
 
 #include "matmul.h"
@@ -37,25 +39,38 @@ template <int codec, int i> BN_INLINE vb quad(const uint8_t *p, const uint8_t *l
     else return load_line(p + 64 * i);
 }
 
-// Sums of codes times x over quads FIRST to FIRST + COUNT of a step; x of the first of them.
-template <int codec, int FIRST, int COUNT>
-BN_INLINE vi quads_times_token(const uint8_t *p, const uint8_t *levels, const int8_t *x) {
-    vi total = {}, part = {};
+// Sums of codes times x over quads FIRST to FIRST + COUNT of a step, for each digit of x; x of the first of them.
+template <int codec, int FIRST, int COUNT, int D>
+BN_INLINE void quads_times_token(const uint8_t *p, const uint8_t *levels, const int8_t *x, int64_t plane, vi *total) {
+    vi part[D];
+#pragma GCC unroll 3
+    for (int d = 0; d < D; d++) total[d] = part[d] = (vi){};
 #define BN_QUAD(i)                                                                                                     \
     if constexpr (i < COUNT) {                                                                                         \
-        if constexpr (bits_to_add(codec) == 8) {                                                                       \
-            total = dot4(total, quad<codec, FIRST + i>(p, levels), splat_dword(x + 4 * i));                            \
-        } else {                                                                                                       \
-            part = add_small(part, quad<codec, FIRST + i>(p, levels), splat_dword(x + 4 * i));                         \
-            if constexpr ((i + 1) % every(bits_to_add(codec)) == 0 || i + 1 == COUNT) {                                \
-                total = total + dot4_of(part);                                                                         \
-                part = (vi){};                                                                                         \
+        vb v = quad<codec, FIRST + i>(p, levels);                                                                      \
+        _Pragma("GCC unroll 3") for (int d = 0; d < D; d++) {                                                          \
+            vi t = splat_dword(x + d * plane + 4 * i);                                                                 \
+            if constexpr (bits_to_add(codec) == 8) {                                                                   \
+                total[d] = dot4(total[d], v, t);                                                                       \
+            } else {                                                                                                   \
+                part[d] = add_small(part[d], v, t);                                                                    \
+                opaque(part[d]);                                                                                       \
+                if constexpr ((i + 1) % every(bits_to_add(codec)) == 0 || i + 1 == COUNT) {                            \
+                    total[d] = total[d] + dot4_of(part[d]);                                                            \
+                    part[d] = (vi){};                                                                                  \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
     }
     BN_QUAD(0) BN_QUAD(1) BN_QUAD(2) BN_QUAD(3) BN_QUAD(4) BN_QUAD(5) BN_QUAD(6) BN_QUAD(7)
 #undef BN_QUAD
-    return total;
+}
+
+// The sum that D sums of digits make; each is below 2^24.
+template <int D> BN_INLINE vf joined(const vi *total) {
+    vf low = to_float(total[0]);
+    if constexpr (D == 1) return low;
+    else return fma(to_float(total[2]), splat(65536.0f), fma(to_float(total[1]), splat(256.0f), low));
 }
 
 struct chunk { // of one block: its columns, and what its groups have
@@ -121,7 +136,7 @@ static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
 BN_INLINE vf enter(vf sum, vf part, vf s, vf t, float x_sum) { return fma(splat(x_sum), t, fma(part, s, sum)); }
 
 // One token with the lines of a chunk: sums[16] += ...
-template <int codec, int SEGMENT>
+template <int codec, int SEGMENT, int D>
 static void lines_times_token(const bn_matrix &w, const chunk &c, const activations &a, int64_t m, float *sums) {
     const uint8_t *p = c.lines;
     const int8_t *x = a.q + m * a.stride + c.first;
@@ -129,26 +144,28 @@ static void lines_times_token(const bn_matrix &w, const chunk &c, const activati
     const float *scale = a.scale + at, *x_sum = a.sum + at;
     int64_t until = c.columns / SEGMENT;
     vf y = load(sums);
+    vi total[D];
     if constexpr (SEGMENT == 16) {
         for (int64_t i = 0; i < until; i += 2, p += 64 * step_lines(codec), x += 32) {
-            BN_PREFETCH(p + PREFETCH);
-            vf part = to_float(quads_times_token<codec, 0, 4>(p, w.levels, x)) * splat(scale[i]);
-            y = enter(y, part, load(c.s + 16 * i), load(c.t + 16 * i), x_sum[i]);
-            part = to_float(quads_times_token<codec, 4, 4>(p, w.levels, x + 16)) * splat(scale[i + 1]);
+            for (int l = 0; l < step_lines(codec); l++) BN_PREFETCH(p + PREFETCH + 64 * l);
+            quads_times_token<codec, 0, 4, D>(p, w.levels, x, a.plane, total);
+            y = enter(y, joined<D>(total) * splat(scale[i]), load(c.s + 16 * i), load(c.t + 16 * i), x_sum[i]);
+            quads_times_token<codec, 4, 4, D>(p, w.levels, x + 16, a.plane, total);
+            vf part = joined<D>(total) * splat(scale[i + 1]);
             y = enter(y, part, load(c.s + 16 * i + 16), load(c.t + 16 * i + 16), x_sum[i + 1]);
         }
     } else {
         int64_t left = per_group - c.first / SEGMENT % per_group;
         const float *s = c.s, *t = c.t;
         for (int64_t i = 0; i < until; i++, p += 64 * step_lines(codec), x += SEGMENT) {
-            vi sum;
             if constexpr (codec == CODEC_BASE3) {
-                sum = block_times_token<CODEC_BASE3>(p, 13, x);
+#pragma GCC unroll 3
+                for (int d = 0; d < D; d++) total[d] = block_times_token<CODEC_BASE3>(p, 13, x + d * a.plane);
             } else {
                 for (int l = 0; l < step_lines(codec); l++) BN_PREFETCH(p + PREFETCH + 64 * l);
-                sum = quads_times_token<codec, 0, 8>(p, w.levels, x);
+                quads_times_token<codec, 0, 8, D>(p, w.levels, x, a.plane, total);
             }
-            y = enter(y, to_float(sum) * splat(scale[i]), load(s), load(t), x_sum[i]);
+            y = enter(y, joined<D>(total) * splat(scale[i]), load(s), load(t), x_sum[i]);
             if (--left == 0) {
                 left = per_group;
                 s += 16;
@@ -172,7 +189,7 @@ template <int codec> static void unpack_steps(const bn_matrix &w, const chunk &c
             }
     } else {
         for (int64_t k = 0; k < c.columns; k += 32, p += 64 * step_lines(codec), out += 512) {
-            BN_PREFETCH(p + PREFETCH);
+            for (int l = 0; l < step_lines(codec); l++) BN_PREFETCH(p + PREFETCH + 64 * l);
             store_line(out, quad<codec, 0>(p, w.levels));
             store_line(out + 64, quad<codec, 1>(p, w.levels));
             store_line(out + 128, quad<codec, 2>(p, w.levels));
@@ -186,7 +203,7 @@ template <int codec> static void unpack_steps(const bn_matrix &w, const chunk &c
 }
 
 // MT tokens with an unpacked chunk: sums[m * 32 ..] += ...; BITS of the codes, 8 for any.
-template <int MT, int BITS>
+template <int MT, int BITS, int D>
 static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
                                float *sums) {
     int64_t segment = segment_of(w), at = m * a.segments + c.first / segment, per_group = w.group / segment;
@@ -194,29 +211,33 @@ static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t
     const int8_t *x = a.q + m * a.stride + c.first;
     const float *s = c.s, *t = c.t;
     for (int64_t i = 0; i < c.columns / segment; i++, x += segment) {
-        vi total[MT], part[MT];
+        vi total[MT * D], part[MT * D];
 #pragma GCC unroll 12
-        for (int j = 0; j < MT; j++) total[j] = (vi){};
+        for (int j = 0; j < MT * D; j++) total[j] = (vi){};
         if constexpr (BITS == 8) {
             for (int64_t k = 0; k < segment; k += 4, codes += 64) {
                 vb v = load_line(codes);
 #pragma GCC unroll 12
-                for (int j = 0; j < MT; j++) total[j] = dot4(total[j], v, splat_dword(x + j * a.stride + k));
+                for (int j = 0; j < MT * D; j++)
+                    total[j] = dot4(total[j], v, splat_dword(x + j / D * a.stride + j % D * a.plane + k));
             }
         } else {
             constexpr int EVERY = every(BITS) < 4 ? every(BITS) : 4;
             for (int64_t k = 0; k < segment; k += 4 * EVERY) {
 #pragma GCC unroll 12
-                for (int j = 0; j < MT; j++) part[j] = (vi){};
+                for (int j = 0; j < MT * D; j++) part[j] = (vi){};
 #pragma GCC unroll 4
                 for (int e = 0; e < EVERY; e++, codes += 64) {
                     vb v = load_line(codes);
 #pragma GCC unroll 12
-                    for (int j = 0; j < MT; j++)
-                        part[j] = add_small(part[j], v, splat_dword(x + j * a.stride + k + 4 * e));
+                    for (int j = 0; j < MT * D; j++) {
+                        const int8_t *at = x + j / D * a.stride + j % D * a.plane + k + 4 * e;
+                        part[j] = add_small(part[j], v, splat_dword(at));
+                        if constexpr (D > 1) opaque(part[j]);
+                    }
                 }
 #pragma GCC unroll 12
-                for (int j = 0; j < MT; j++) total[j] = total[j] + dot4_of(part[j]);
+                for (int j = 0; j < MT * D; j++) total[j] = total[j] + dot4_of(part[j]);
             }
         }
         vf S = load(s), T = load(t);
@@ -224,7 +245,7 @@ static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t
         for (int j = 0; j < MT; j++) {
             int64_t n = at + j * a.segments + i;
             vf y = load(sums + 32 * j);
-            store(sums + 32 * j, enter(y, to_float(total[j]) * splat(a.scale[n]), S, T, a.sum[n]));
+            store(sums + 32 * j, enter(y, joined<D>(total + j * D) * splat(a.scale[n]), S, T, a.sum[n]));
         }
         if (--left == 0) {
             left = per_group;
@@ -238,39 +259,47 @@ static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t
 enum { TILE_TOKENS = 16 };
 
 // The same of 16 tokens on tiles: a segment's sums are one product of tiles of its width, or four of 64 columns, and
-// meet its scales with the outputs of all tokens in registers. Neighbouring segments have tiles of their own.
+// meet its scales with the outputs of all tokens in registers. Neighbouring segments, or the digits of one, have tiles
+// of their own.
+template <int D>
 static void codes_times_tiles(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
                               float *sums) {
     int64_t segment = segment_of(w), at = m * a.segments + c.first / segment, per_group = w.group / segment;
-    int64_t left = per_group - c.first / segment % per_group;
+    int64_t left = per_group - c.first / segment % per_group, lines = 16 * (segment < 64 ? segment : 64);
     const int8_t *x = a.q + m * a.stride + c.first;
     const float *s = c.s, *t = c.t;
-    alignas(64) int32_t part[2][TILE_TOKENS * 16];
+    alignas(64) int32_t part[D == 1 ? 2 : D][TILE_TOKENS * 16];
     vf y[TILE_TOKENS];
     BN_WRITTEN(codes);
 #pragma GCC unroll 16
     for (int j = 0; j < TILE_TOKENS; j++) y[j] = load(sums + 32 * j);
-    for (int64_t i = 0; i < c.columns / segment; i++) {
-        int32_t *products = part[i % 2];
-#define BN_SEGMENT(total, tokens, rows)                                                                                \
+    for (int64_t i = 0; i < c.columns / segment; i++, x += segment) {
+        int32_t(*products)[TILE_TOKENS * 16] = part + (D == 1 ? i % 2 : 0);
+#define BN_SEGMENT(d, total, tokens, rows)                                                                             \
     _tile_zero(total);                                                                                                 \
-    for (int64_t k = 0; k < segment; k += 64, codes += 16 * (segment < 64 ? segment : 64)) {                           \
-        _tile_loadd(tokens, x + i * segment + k, a.stride);                                                            \
-        _tile_loadd(rows, codes, 64);                                                                                  \
+    for (int64_t k = 0; k < segment; k += 64) {                                                                        \
+        _tile_loadd(tokens, x + d * a.plane + k, a.stride);                                                            \
+        _tile_loadd(rows, codes + lines * (k / 64), 64);                                                               \
         _tile_dpbsud(total, tokens, rows);                                                                             \
     }                                                                                                                  \
-    _tile_stored(total, products, 64);
-        if (i % 2 == 0) {
-            BN_SEGMENT(0, 4, 6)
+    _tile_stored(total, products[d], 64);
+        if constexpr (D == DIGITS) {
+            BN_SEGMENT(0, 0, 4, 6) BN_SEGMENT(1, 1, 5, 7) BN_SEGMENT(2, 2, 4, 6)
+        } else if (i % 2 == 0) {
+            BN_SEGMENT(0, 0, 4, 6)
         } else {
-            BN_SEGMENT(1, 5, 7)
+            BN_SEGMENT(0, 1, 5, 7)
         }
 #undef BN_SEGMENT
+        codes += 16 * segment;
         vf S = load(s), T = load(t);
 #pragma GCC unroll 16
         for (int j = 0; j < TILE_TOKENS; j++) {
+            vi total[D];
+#pragma GCC unroll 3
+            for (int d = 0; d < D; d++) total[d] = load(products[d] + 16 * j);
             int64_t n = at + j * a.segments + i;
-            y[j] = enter(y[j], to_float(load(products + 16 * j)) * splat(a.scale[n]), S, T, a.sum[n]);
+            y[j] = enter(y[j], joined<D>(total) * splat(a.scale[n]), S, T, a.sum[n]);
         }
         if (--left == 0) {
             left = per_group;
@@ -283,56 +312,93 @@ static void codes_times_tiles(const bn_matrix &w, const chunk &c, const uint8_t 
 }
 #endif
 
-// The same with float activations.
-template <int MT, bool VALUES>
-static void codes_times_floats(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
-                               float *sums) {
-    int64_t segment = segment_of(w), at = m * a.segments + c.first / segment, per_group = w.group / segment;
-    int64_t left = per_group - c.first / segment % per_group;
-    const float *x = a.x + m * a.stride + c.first, *s = c.s, *t = c.t;
-    for (int64_t i = 0; i < c.columns / segment; i++, x += segment) {
-        vf part[MT];
+// The same of NB neighbouring blocks with float activations; their codes are `next` bytes apart.
+template <int MT, int NB, bool VALUES>
+static void codes_times_floats(const bn_matrix &w, const chunk *c, const uint8_t *codes, int64_t next,
+                               const activations &a, int64_t m, float *sums) {
+    int64_t segment = segment_of(w), at = m * a.segments + c->first / segment, per_group = w.group / segment;
+    int64_t left = per_group - c->first / segment % per_group, g = 0;
+    const float *x = a.x + m * a.stride + c->first;
+    for (int64_t i = 0; i < c->columns / segment; i++, x += segment) {
+        vf part[MT][NB];
 #pragma GCC unroll 12
-        for (int j = 0; j < MT; j++) part[j] = (vf){};
+        for (int j = 0; j < MT; j++)
+#pragma GCC unroll 2
+            for (int b = 0; b < NB; b++) part[j][b] = (vf){};
         for (int64_t k = 0; k < segment; k += 4, codes += 64) {
-            vb v = load_line(codes);
-#define BN_BYTE(b)                                                                                                     \
+            vb v[NB];
+#pragma GCC unroll 2
+            for (int b = 0; b < NB; b++) v[b] = load_line(codes + b * next);
+#define BN_BYTE(n)                                                                                                     \
     {                                                                                                                  \
-        vf f;                                                                                                          \
-        if constexpr (VALUES) f = lookup(byte_of<b>(v), w.values);                                                     \
-        else f = to_float(byte_of<b>(v));                                                                              \
-        _Pragma("GCC unroll 12") for (int j = 0; j < MT; j++)                                                          \
-            part[j] = fma(f, splat(x[j * a.stride + k + b]), part[j]);                                                 \
+        vf f[NB];                                                                                                      \
+        _Pragma("GCC unroll 2") for (int b = 0; b < NB; b++) {                                                         \
+            if constexpr (VALUES) f[b] = lookup(byte_of<n>(v[b]), w.values);                                           \
+            else f[b] = to_float(byte_of<n>(v[b]));                                                                    \
+        }                                                                                                              \
+        _Pragma("GCC unroll 12") for (int j = 0; j < MT; j++) {                                                        \
+            vf t = splat(x[j * a.stride + k + n]);                                                                     \
+            _Pragma("GCC unroll 2") for (int b = 0; b < NB; b++) part[j][b] = fma(f[b], t, part[j][b]);                \
+        }                                                                                                              \
     }
             BN_BYTE(0) BN_BYTE(1) BN_BYTE(2) BN_BYTE(3)
 #undef BN_BYTE
         }
-        vf S = load(s), T = load(t);
+#pragma GCC unroll 2
+        for (int b = 0; b < NB; b++) {
+            vf S = load(c[b].s + 16 * g), T = load(c[b].t + 16 * g);
 #pragma GCC unroll 12
-        for (int j = 0; j < MT; j++) {
-            vf y = load(sums + 32 * j);
-            store(sums + 32 * j, enter(y, part[j], S, T, a.sum[at + j * a.segments + i]));
+            for (int j = 0; j < MT; j++) {
+                float *y = sums + 32 * j + 16 * b;
+                store(y, enter(load(y), part[j][b], S, T, a.sum[at + j * a.segments + i]));
+            }
         }
         if (--left == 0) {
             left = per_group;
-            s += 16;
-            t += 16;
+            g++;
         }
     }
 }
 
-// A chunk with all tokens; `codes` is room for it unpacked.
+// Chunks of two blocks with all tokens in floats; `codes` is room for both unpacked.
 template <int codec>
+static void chunks_times_floats(const bn_matrix &w, const chunk *c, const activations &a, int64_t M, uint8_t *codes,
+                                float *sums) {
+    constexpr bool VALUES = codec == CODEC_FOUR_BIT;
+    const uint8_t *p = codes;
+    int64_t next = CHUNK * 16, m = 0;
+    if (codec == CODEC_EIGHT_BIT) { // unpacked as they lie there
+        p = c->lines;
+        next = c[1].lines - p;
+        for (int64_t i = 0; i < 16 * c->columns; i += 64) {
+            BN_PREFETCH(p + PREFETCH + i);
+            BN_PREFETCH(p + next + PREFETCH + i);
+        }
+    } else {
+        unpack_steps<codec>(w, c[0], codes);
+        unpack_steps<codec>(w, c[1], codes + next);
+    }
+    if constexpr (FLOAT_TILE > 2)
+        for (; m + FLOAT_TILE <= M; m += FLOAT_TILE)
+            for (int64_t b = 0; b < 2; b++)
+                codes_times_floats<FLOAT_TILE, 1, VALUES>(w, c + b, p + b * next, next, a, m, sums + 32 * m + 16 * b);
+    if constexpr (FLOAT_TILE > 1)
+        for (; m + 2 <= M; m += 2) codes_times_floats<2, 2, VALUES>(w, c, p, next, a, m, sums + 32 * m);
+    for (; m < M; m++) codes_times_floats<1, 2, VALUES>(w, c, p, next, a, m, sums + 32 * m);
+}
+
+// A chunk with all tokens; `codes` is room for it unpacked.
+template <int codec, int D>
 static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
                                float *sums) {
-    constexpr int BITS = bits_to_add(codec);
-    if (w.x != X_FLOAT && M <= DIRECT) {
+    constexpr int BITS = bits_to_add(codec), TILE = FLOAT_TILE < D ? 1 : FLOAT_TILE / D;
+    if (M * D <= DIRECT || M == 1) {
         for (int64_t m = 0; m < M; m++, sums += 32) {
             if constexpr (codec == CODEC_BASE3) {
-                lines_times_token<codec, 256>(w, c, a, m, sums);
+                lines_times_token<codec, 256, D>(w, c, a, m, sums);
             } else {
-                if (w.group == 16) lines_times_token<codec, 16>(w, c, a, m, sums);
-                else lines_times_token<codec, 32>(w, c, a, m, sums);
+                if (w.group == 16) lines_times_token<codec, 16, D>(w, c, a, m, sums);
+                else lines_times_token<codec, 32, D>(w, c, a, m, sums);
             }
         }
         return;
@@ -340,19 +406,25 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
     unpack_steps<codec>(w, c, codes);
     int64_t m = 0;
 #if defined(BN_AMX)
-    if (w.x != X_FLOAT)
-        for (; m + TILE_TOKENS <= M; m += TILE_TOKENS) codes_times_tiles(w, c, codes, a, m, sums + 32 * m);
+    for (; m + TILE_TOKENS <= M; m += TILE_TOKENS) codes_times_tiles<D>(w, c, codes, a, m, sums + 32 * m);
 #endif
 #define BN_TILES(n)                                                                                                    \
-    for (; m + n <= M; m += n) {                                                                                       \
-        if (w.x != X_FLOAT) codes_times_tokens<n, BITS>(w, c, codes, a, m, sums + 32 * m);                             \
-        else if (w.values) codes_times_floats<n, true>(w, c, codes, a, m, sums + 32 * m);                              \
-        else codes_times_floats<n, false>(w, c, codes, a, m, sums + 32 * m);                                           \
-    }
-    BN_TILES(FLOAT_TILE)
-    if constexpr (FLOAT_TILE > 2) BN_TILES(2)
-    if constexpr (FLOAT_TILE > 1) BN_TILES(1)
+    for (; m + n <= M; m += n) codes_times_tokens<n, BITS, D>(w, c, codes, a, m, sums + 32 * m);
+    BN_TILES(TILE)
+    if constexpr (TILE > 2) BN_TILES(2)
+    if constexpr (TILE > 1) BN_TILES(1)
 #undef BN_TILES
+}
+template <int codec>
+static void digits_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
+                                float *sums) {
+    if constexpr (codec != CODEC_EIGHT_BIT && codec != CODEC_LEVELS)
+        chunk_times_tokens<codec, DIGITS>(w, c, a, M, codes, sums);
+}
+template <int codec>
+static void int8_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
+                              float *sums) {
+    chunk_times_tokens<codec, 1>(w, c, a, M, codes, sums);
 }
 
 // Calls f<codec>(..) of the codecs that have groups.
@@ -383,21 +455,28 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
     float *sums = (float *)round_up((int64_t)scratch, 64);
     uint8_t *codes = (uint8_t *)(sums + 32 * M);
     int64_t segment = segment_of(w);
-    tiles ready(w.x != X_FLOAT && M > DIRECT, segment < 64 ? (int)segment : 64);
-    chunk c;
+    tiles ready(!in_floats(w) && M > DIRECT, segment < 64 ? (int)segment : 64);
+    chunk c[2];
     for (int64_t panel = first; panel < last; panel++) {
         memset(sums, 0, M * 32 * sizeof(float));
-        for (int64_t k = 0; k < padded_columns(w); k += CHUNK)
+        for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
             for (int64_t b = 0; b < 2; b++) {
-                cut(w, 2 * panel + b, k, c);
-                BN_GROUP_CODECS(w.codec, chunk_times_tokens, w, c, a, M, codes, sums + 16 * b)
+                cut(w, 2 * panel + b, k, c[b]);
+                float *of = sums + 16 * b;
+                if (in_digits(w)) BN_GROUP_CODECS(w.codec, digits_times_tokens, w, c[b], a, M, codes, of)
+                else if (w.x != X_FLOAT) BN_GROUP_CODECS(w.codec, int8_times_tokens, w, c[b], a, M, codes, of)
             }
+            if (!in_floats(w)) continue;
+            if (w.codec == CODEC_EIGHT_BIT) chunks_times_floats<CODEC_EIGHT_BIT>(w, c, a, M, codes, sums);
+            else if (w.codec == CODEC_LEVELS) chunks_times_floats<CODEC_LEVELS>(w, c, a, M, codes, sums);
+            else chunks_times_floats<CODEC_FOUR_BIT>(w, c, a, M, codes, sums); // NF4
+        }
         vf s0 = load(w.scale + 32 * panel), s1 = load(w.scale + 32 * panel + 16);
         for (int64_t m = 0; m < M; m++)
             finish(w, to, panel, load(sums + 32 * m) * s0, load(sums + 32 * m + 16) * s1, m);
     }
 }
-BN_INLINE int64_t group_scratch(int64_t M) { return M * 128 + CHUNK_LINES * 64 + 64; }
+BN_INLINE int64_t group_scratch(int64_t M) { return M * 128 + 2 * CHUNK_LINES * 64 + 64; }
 
 } // namespace BN_ISA
 } // namespace bn

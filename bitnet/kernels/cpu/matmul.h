@@ -141,22 +141,38 @@ enum { TILE = 12, BLOCKS = 2 };
 enum { TILE = 4, BLOCKS = 1 };
 #endif
 
-template <int MT, int NB>
+// BITS of the codes. Those below 8 are added up where `add_small` does, for as long as there is room.
+template <int MT, int NB, int BITS>
 BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *sums) {
 #define BN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
 #define BN_DECLARE(m) vi a##m = {}, b##m = {};
     BN_EACH(BN_DECLARE)
-    for (int64_t k = 0; k < quads; k++) {
-        vb w0 = load_line(p0 + 64 * k), w1;
-        if constexpr (NB == 2) w1 = load_line(p1 + 64 * k);
+#define BN_BEGIN(m) vi c##m = {}, d##m = {};
 #define BN_STEP(m)                                                                                                     \
     if constexpr (m < MT) {                                                                                            \
         vi t = splat_dword(x + m * stride + 4 * k);                                                                    \
-        a##m = dot4(a##m, w0, t);                                                                                      \
-        if constexpr (NB == 2) b##m = dot4(b##m, w1, t);                                                               \
+        c##m = BITS == 8 ? dot4(c##m, w0, t) : add_small(c##m, w0, t);                                                 \
+        if constexpr (SHORT_SUMS && BITS < 8) opaque(c##m); /* or gcc multiplies first, for all, and spills */         \
+        if constexpr (NB == 2) d##m = BITS == 8 ? dot4(d##m, w1, t) : add_small(d##m, w1, t);                          \
     }
-        BN_EACH(BN_STEP)
+#define BN_END(m)                                                                                                      \
+    if constexpr (m < MT) {                                                                                            \
+        a##m = a##m + (BITS == 8 ? c##m : dot4_of(c##m));                                                              \
+        if constexpr (NB == 2) b##m = b##m + (BITS == 8 ? d##m : dot4_of(d##m));                                       \
     }
+    constexpr int64_t EVERY = BITS == 8 || !SHORT_SUMS ? INT64_MAX : every(BITS);
+    for (int64_t k = 0, end = 0; k < quads;) {
+        end = quads - end < EVERY ? quads : end + EVERY;
+        BN_EACH(BN_BEGIN)
+        for (; k < end; k++) {
+            vb w0 = load_line(p0 + 64 * k), w1;
+            if constexpr (NB == 2) w1 = load_line(p1 + 64 * k);
+            BN_EACH(BN_STEP)
+        }
+        BN_EACH(BN_END)
+    }
+#undef BN_BEGIN
+#undef BN_END
 #define BN_STORE(m)                                                                                                    \
     if constexpr (m < MT) {                                                                                            \
         store(sums + 32 * m, a##m);                                                                                    \
@@ -169,24 +185,25 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
 #undef BN_STORE
 }
 
-template <int MT>
+template <int MT, int BITS>
 static void tile_both(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *s) {
     if constexpr (BLOCKS == 2) {
-        tile<MT, 2>(p0, p1, quads, x, stride, s);
+        tile<MT, 2, BITS>(p0, p1, quads, x, stride, s);
     } else {
-        tile<MT, 1>(p0, p0, quads, x, stride, s);
-        tile<MT, 1>(p1, p1, quads, x, stride, s + 16);
+        tile<MT, 1, BITS>(p0, p0, quads, x, stride, s);
+        tile<MT, 1, BITS>(p1, p1, quads, x, stride, s + 16);
     }
 }
 
 // sums[m][32] of all M tokens with a panel.
+template <int BITS>
 static void panel_times_tokens(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
                                int64_t M, int32_t *sums) {
     int64_t m = 0;
-    for (; m + TILE <= M; m += TILE) tile_both<TILE>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
-    for (; m + 4 <= M; m += 4) tile_both<4>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
-    for (; m + 2 <= M; m += 2) tile_both<2>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
-    for (; m < M; m++) tile_both<1>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m + TILE <= M; m += TILE) tile_both<TILE, BITS>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m + 4 <= M; m += 4) tile_both<4, BITS>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m + 2 <= M; m += 2) tile_both<2, BITS>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
+    for (; m < M; m++) tile_both<1, BITS>(p0, p1, quads, x + m * stride, stride, sums + 32 * m);
 }
 
 #if defined(BN_AMX)
@@ -322,7 +339,9 @@ static void multiply_tokens(const bn_matrix &w, const int8_t *x, int64_t stride,
 #if defined(BN_AMX)
         panel_times_tokens_amx(p0, p1, quads, x, stride, M, sums);
 #else
-        panel_times_tokens(p0, p1, quads, x, stride, M, sums);
+        if (!SHORT_SUMS || w.codec == CODEC_EIGHT_BIT) panel_times_tokens<8>(p0, p1, quads, x, stride, M, sums);
+        else if (w.codec == CODEC_FOUR_BIT) panel_times_tokens<4>(p0, p1, quads, x, stride, M, sums);
+        else panel_times_tokens<2>(p0, p1, quads, x, stride, M, sums);
 #endif
         for (int64_t m = 0; m < M; m++)
             finish_sums(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);

@@ -33,6 +33,7 @@ namespace BN_ISA {
 template <int N> struct native {
     typedef float f __attribute__((vector_size(N)));
     typedef int32_t i __attribute__((vector_size(N)));
+    typedef uint32_t u __attribute__((vector_size(N)));
     typedef uint8_t b __attribute__((vector_size(N)));
 };
 
@@ -205,12 +206,14 @@ BN_INLINE nf min(nf a, nf b) {
 // Sums of short dot products: `add_small` up to EVERY times from zero, then `dot4_of`. Where dot products go by way of 16
 // bits, those are added first, and EVERY is what they hold of codes of this many bits.
 #if defined(BN_AVX2) && !defined(BN_AVXVNNI)
-BN_INLINE constexpr int every(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : 2; }
+enum { SHORT_SUMS = 1 };
+BN_INLINE constexpr int every(int bits) { return bits <= 2 ? 32 : bits <= 4 ? 8 : bits == 5 ? 4 : 2; }
 BN_INLINE ni add_small(ni acc, nb w, ni x) {
     return (ni)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
 }
 BN_INLINE ni dot4_of(ni acc) { return (ni)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)); }
 #else
+enum { SHORT_SUMS = 0 };
 BN_INLINE constexpr int every(int bits) { return 8; }
 #if defined(BN_AVX512) || !(defined(BN_AVX2) || defined(BN_NEON))
 BN_INLINE vi add_small(vi acc, vb w, vi x) { return dot4_small(acc, w, x); }
@@ -277,7 +280,16 @@ template <class T, class E> BN_INLINE auto lookup(pair<T> v, const E *table) -> 
 // Byte j of every dword.
 template <int j> BN_INLINE ni byte_of(nb v) {
     if constexpr (j == 0) return (ni)v & 255;
+    if constexpr (j == 3) return (ni)((native<NATIVE>::u)v >> 24);
+#if defined(BN_AVX512)
+    __m512i from = _mm512_set4_epi32(~255 | (12 + j), ~255 | (8 + j), ~255 | (4 + j), ~255 | j); // in one instruction
+    return (ni)_mm512_shuffle_epi8((__m512i)v, from);
+#elif defined(BN_AVX2)
+    __m128i from = _mm_setr_epi32(~255 | j, ~255 | (4 + j), ~255 | (8 + j), ~255 | (12 + j));
+    return (ni)_mm256_shuffle_epi8((__m256i)v, _mm256_broadcastsi128_si256(from));
+#else
     return ((ni)v >> (8 * j)) & 255;
+#endif
 }
 template <int j, class T> BN_INLINE auto byte_of(pair<T> v) -> pair<decltype(byte_of<j>(v.lo))> {
     return {byte_of<j>(v.lo), byte_of<j>(v.hi)};
