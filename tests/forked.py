@@ -33,8 +33,9 @@ class Forked:
     """A running command, or group of processes, of which there may be one at a time."""
 
     def __init__(self, folder: Path, kill: float | None = None, **request: Any) -> None:
-        """request: `command`, a list as `bitnet` takes it, or `train ...` or `tokenize CORPUS TOKENIZER OUT`; or
-        `processes` and `jobs` of tests/training/distributed_worker.py. It is killed behind so many seconds."""
+        """request: `command`, a list as `bitnet` takes it, or `train ...` or `tokenize CORPUS TOKENIZER OUT`, or `jobs`
+        of tests/training/distributed_worker.py; and for a group `processes`, their number. It is killed behind so many
+        seconds."""
         self._texts = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._texts.name) / name for name in ("out", "err"))
         self._out.touch()

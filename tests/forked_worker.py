@@ -14,6 +14,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from bitnet.data.corpus import open_corpus
 from bitnet.data.tokens_write import tokenize_corpus
 from bitnet.inference import loading  # noqa: F401
 from bitnet.tokenizer import load_tokenizer
+from bitnet.training.processes import exit_process
 from tests.training import distributed_worker
 
 
@@ -35,6 +38,15 @@ def run(arguments: list[str]) -> int:
         tokenize_corpus(open_corpus(corpus), load_tokenizer(tokenizer), out, workers=1, progress=False)
         return 0
     return train.main(rest) if name == "train" else commands.main(arguments)
+
+
+def work(request: dict[str, Any]) -> int:
+    if "jobs" in request:
+        distributed_worker.work(request["jobs"])
+    code = run(request["command"])
+    if "processes" in request:
+        exit_process(code)
+    return code
 
 
 def fork(work: Callable[[], int], folder: str, out: str, err: str, environment: dict[str, str]) -> int:
@@ -72,13 +84,11 @@ def main() -> None:
         request = json.loads(line)
         start, store = time.perf_counter(), None
         places = request["folder"], request["out"], request["err"]
-        if "command" in request:
-            children = [fork(lambda request=request: run(request["command"]), *places, {})]
-        else:
+        environments: list[dict[str, str]] = [{}]
+        if "processes" in request:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             environments = group(request["processes"], "127.0.0.1", store.port)
-            work = lambda request=request: distributed_worker.work(request["jobs"])  # noqa: E731
-            children = [fork(work, *places, environment) for environment in environments]
+        children = [fork(partial(work, request), *places, environment) for environment in environments]
         print(json.dumps(children), flush=True)
         if request["kill"] is not None:
             time.sleep(request["kill"])

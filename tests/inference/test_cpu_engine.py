@@ -49,7 +49,8 @@ def off_borders(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[B
         return codes, scale
 
     monkeypatch.setattr(reference, "quantize_activations", quantize_activations)
-    for seed in range(300):
+    first = {"ternary-g64": 106, "ternary-g128": 147}.get(config.quantizer, 0)  # of those the first; it may vary
+    for seed in range(first, first + 300):
         margins.clear()
         model = packed_model(config, seed)
         ids = random_ids(config, 2, 3)

@@ -42,15 +42,14 @@ class Passing(TorchDispatchMode):
 @pytest.fixture(params=[(backend, kind) for backend in BACKENDS for kind in LAYERS], ids="-".join)
 def layer(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     backend, kind = request.param
-    if (backend, kind) == ("reference", "blocks"):
-        pytest.skip("torch.jit.trace knows no reinterpretation of bytes")
     with use_backend("auto" if backend == "native" else backend):
         yield LAYERS[kind]().eval()
 
 
-def test_traces_compute_what_the_layer_does(layer: nn.Module) -> None:
+def test_traces_compute_what_the_layer_does(layer: nn.Module, request: pytest.FixtureRequest) -> None:
     x = torch.randn(5, K)
-    assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))
+    if request.node.callspec.id != "reference-blocks":  # torch.jit.trace knows no reinterpretation of bytes
+        assert torch.equal(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))
     assert torch.equal(make_fx(layer)(x)(x), layer(x))
 
 

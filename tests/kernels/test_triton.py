@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 
 def run_apart(file: str, *options: str, interpret: bool) -> str:
     """Run one test file in a process of its own and return what pytest printed; fails with it where a test failed."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BITNET_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BITNET_"))}
+    environment = kept | {"OMP_NUM_THREADS": "1", "BITNET_LONG": os.environ.get("BITNET_LONG", "")}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
     command = [sys.executable, "-m", "pytest", str(HERE / file), "-o", "addopts=", "-q", "--strict-markers", "-rs"]
     command += ["--import-mode=importlib", "-p", "no:cacheprovider", *options]

@@ -5,6 +5,7 @@ that the kernel was written for.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -191,8 +192,17 @@ def problems(code: Compiled, target: str, expected: str | None = None, spills: i
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", CASES)
+# What is plain Triton compiles for one generation as for the next; it is what is looked for that differs.
+LOOKED_FOR = [
+    case for case, (_, expected) in CASES.items() if expected or case in ("select", "four lanes", "dense, training")
+]
+PAIRS = [
+    (target, case) for target in TARGETS for case in CASES
+    if target != "sm_80" or case in LOOKED_FOR or os.environ.get("BITNET_LONG") == "1"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "case"), PAIRS)
 def test_compiles_without_spills_to_the_expected_instructions(target: str, case: str) -> None:
     first, *others = compiled(target, case)
     expected = CASES[case][1]

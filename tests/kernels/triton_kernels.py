@@ -11,9 +11,11 @@ from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
 from bitnet.kernels.triton import activations, language, product, sampling, weights
 from bitnet.quant import pack_codes, quantize_ternary, unpack_codes
+from tests.kernels.interpreter import hasten
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
+hasten()
 
 
 def assert_is_quantized(x: Tensor, codes: Tensor, scale: Tensor, total: Tensor) -> None:

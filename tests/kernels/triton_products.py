@@ -20,9 +20,11 @@ from bitnet.kernels.triton.product import Plan, choose
 from bitnet.kernels.triton.project import project
 from bitnet.model import BitLinear, PackedLinear
 from bitnet.quant import pack_codes, packed_width
+from tests.kernels.interpreter import hasten
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
+hasten()
 CPU = torch.device("cpu")
 LIMITS = {2: (-1, 1), 4: (-8, 7), 8: (-128, 127)}
 

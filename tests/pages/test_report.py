@@ -1,6 +1,7 @@
 """The page of a comparison: from its JSON alone, old or new, with every row, and nothing from elsewhere."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -23,7 +24,10 @@ ROWS = [
 ]
 
 
-def test_a_measured_comparison_as_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measured_comparison_as_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet.pages.report.CEILINGS", (1.2, math.inf))  # each is four pictures
     shutil.copy(TABLE, tmp_path)
     assert main(["report", str(tmp_path)]) == 0
     assert "report.html" in capsys.readouterr().out

@@ -84,8 +84,6 @@ def fails(tokenizer, source: str) -> str:
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_templates_end(tokenizer, name):
-    if name not in ("power", "nested lists") and os.environ.get("BITNET_LONG") != "1":
-        pytest.skip("BITNET_LONG=1 runs all")
     assert "it does not end within 0.1 s of processor time and 192 MiB of memory" in fails(tokenizer, ENDLESS[name])
     assert ChatTemplate("{{ messages[0].content }}", tokenizer).render(MESSAGES) == "hello"
 

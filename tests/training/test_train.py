@@ -34,7 +34,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, o
     if compiled == "on" and (reason := machine.compile_failure(torch.device("cpu"))):
         pytest.skip(reason)
     optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
-    config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=0.25, compile=compiled)
+    start = 0.0 if compiled == "on" and not os.environ.get("BITNET_LONG") else 0.25  # which is a graph of its own
+    config = configuration(tmp_path, corpus, optim=optim, micro_batches=2, float_start=start, compile=compiled)
     trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
 
     stop_after(monkeypatch, 3)
