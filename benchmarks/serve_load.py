@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet.console import note, table
 from bitnet.kernels.cpu import native
 from bitnet.machine import cpu_capabilities
+from bitnet.serving.jobs import SLACK
 
 TYPE = "TQ2_0"
 """llama.cpp's fastest ternary type on a CPU."""
@@ -317,7 +318,7 @@ def main(options: Options) -> int:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             model = options.model or random_model(str(options.preset), folder)
             most = max(options.streams)
-            room = most * (options.prompt_tokens + options.new_tokens + 64)
+            room = most * (options.prompt_tokens + options.new_tokens + 2 * SLACK)  # so that all run at once
             more = ("--parallel", str(most), "--cache-tokens", str(room))
             peers = [stack.enter_context(our_server(model, options.threads, *more))]
             vocab_size = vocabulary_of(peers[0].url)
