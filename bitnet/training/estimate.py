@@ -29,6 +29,7 @@ from bitnet.storage.safetensors import MODEL
 from bitnet.storage.source import Source, open_source
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.memory import (
+    LAYER_STEP_TOKENS,
     PROCESS_PART,
     Estimate,
     Workload,
@@ -186,6 +187,18 @@ def teacher_seconds(work: Workload, device: torch.device) -> float:
     return products + attention * work.sequences * work.micro_batches * c.num_hidden_layers
 
 
+def start_seconds(work: Workload, device: torch.device) -> float:
+    """Seconds of the layer-wise start: its steps, and its tokens seven times forward, in float products."""
+    step = replace(work, recompute=False)
+    tokens = max(LAYER_STEP_TOKENS, work.window)
+    seconds = 0.0
+    for (N, K), n in matrix_shapes(work.model).items():
+        learning = product_seconds(N, K, tokens, step, device, False)
+        forward = product_seconds(N, K, work.layer_tokens, step, device, False, learns=False)
+        seconds += n * (work.layer_steps * learning + 7 * forward)
+    return seconds
+
+
 def memory_warning(found: Estimate, work: Workload, device: torch.device, *, in_use: bool = False) -> str | None:
     """What to change where a process wants more memory than there is; None where it fits. `in_use` says that this
     process has its parameters already."""
@@ -242,6 +255,11 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
         f"            An estimate from products timed alone on {device} ({torch.get_num_threads()} threads), without "
         f"validation, compilation{' and communication' if work.processes > 1 else ''}.",
     ]
+    if work.layer_steps:
+        lines.append(
+            f"layers      about {duration(start_seconds(work, device))} before it, for {work.layer_steps} steps of each layer "
+            "alone; finding codes is not counted."
+        )
     warning = memory_warning(found, work, device)
     return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
 

@@ -224,7 +224,9 @@ def test_the_estimate_is_of_the_model_that_is_given(source, capsys, monkeypatch)
     monkeypatch.setattr("bitnet.training.estimate.seconds", lambda *_, **__: 0.01)  # of the products that are timed
     assert trainer.main(["--preset", "convert", "--init", str(source), "--teacher", str(source), "--estimate"]) == 0
     parameters = open_source(source).latent().num_parameters()
-    assert f"parameters  {parameters:,}," in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"parameters  {parameters:,}," in out
+    assert "layers      about " in out
     config = recipes.PRESETS["convert"]
     work = config.workload(torch.device("cpu"), torch.float32, recipes.World(), compiled=False)
     assert estimate(work).moment != "the layer-wise start"
