@@ -224,7 +224,11 @@ def main(options: Options) -> int:
         raise ValueError(f"the preset {options.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     results: list[dict[str, Any]] = []
     about: dict[str, Any] = {key: str(value) for key, value in vars(options).items() if key != "json"}
-    about |= {"machine": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    about |= {
+        "run": Path(options.run).name,
+        "machine": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folders = make_folders(options, root)
