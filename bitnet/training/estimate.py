@@ -257,8 +257,8 @@ def report(work: Workload, device: torch.device, *, steps: int, minutes: float |
     ]
     if work.layer_steps:
         lines.append(
-            f"layers      about {duration(start_seconds(work, device))} before it, for {work.layer_steps} steps of each layer "
-            "alone; finding codes is not counted."
+            f"layers      about {duration(start_seconds(work, device))} before it, for {work.layer_steps} steps of "
+            "each layer alone; finding codes is not counted."
         )
     warning = memory_warning(found, work, device)
     return "\n".join([*lines, *([f"warning: {warning}"] if warning else [])])
