@@ -82,6 +82,9 @@ class Options:
     """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
     embeddings: Literal["int8", "float16"] | None = None
     """In the native engine, of a float embedding and head: int8 by itself for ternary models, float16 is exact."""
+    prompt_lookup_num_tokens: int = 0
+    """In the native engine, of the longest draft by which a text goes on where it repeats its prompt or itself: faster
+    for code and quotations, and the same text. 0 drafts nothing."""
     lora: Path | None = None
     """A LoRA adapter of the model's weights: its folder, or a run of train.py with --lora."""
     device: str = "auto"
@@ -118,6 +121,7 @@ def run(options: Options) -> None:
             activations=options.activations,
             embeddings=options.embeddings,
             lora=options.lora,
+            prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
         )
         model.warm_up()
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:

@@ -24,6 +24,7 @@ from torch import Tensor
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.cpu_rows import BLOCK, BlockRow
 from bitnet.inference.engine import LanguageModel, check_ids
+from bitnet.inference.lookup import Ahead, PromptLookup
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows
@@ -53,21 +54,23 @@ class GenerationStats:
     decode_tokens: int = 0
     """The part of new_tokens that decoding steps gave."""
     decode_steps: int = 0
+    """Passes through the model behind the prefill."""
     decode_seconds: float = 0.0
     bytes_read: int = 0
     """Bytes that the decoding steps had to read: the model's `weight_bytes` and the filled cache at every step."""
 
-    def count(self, running: Sequence[int], prompt_tokens: int, bytes_read: int, seconds: float) -> None:
-        """One more step, which gave a token to each of these rows; the first one has read the prompts."""
+    def count(self, running: int, prompt_tokens: int, bytes_read: int, seconds: float, passes: int = 1) -> None:
+        """One more step, which gave a token to so many rows; the first one has read the prompts. Logits of a step may
+        be there already, without a pass."""
         if not self.new_tokens:
             self.prompt_tokens += prompt_tokens
             self.prefill_seconds += seconds
         else:
-            self.decode_tokens += len(running)
-            self.decode_steps += 1
+            self.decode_tokens += running
+            self.decode_steps += passes
             self.decode_seconds += seconds
-            self.bytes_read += bytes_read
-        self.new_tokens += len(running)
+            self.bytes_read += bytes_read * passes
+        self.new_tokens += running
 
     @property
     def prefill_rate(self) -> float:
@@ -224,9 +227,11 @@ def time_generation(
 
 
 class Memory:
-    """The last text that a native engine has read, for the next one that begins alike. Any thread may use it."""
+    """The last text that a native engine has read, for the next one that begins alike, and what was seen of drafts. Any
+    thread may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, lookup: PromptLookup) -> None:
+        self.lookup = lookup
         self._kept: list[tuple[BlockRow, list[int]]] = []
 
     def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int]:
@@ -266,10 +271,12 @@ def _draw_rows(
     rows, bytes_of_weights = rows_of(model), model.weight_bytes()
     ids = [list(prompt) for prompt in prompts]
     texts: dict[int, Any] = {}  # the rows that have not ended
+    ahead: Ahead | None = None
     started = time.perf_counter()
     if memory is not None and isinstance(model, Engine) and len(ids) == 1:
         texts[0], known = memory.take(model, ids[0], len(ids[0]) + rooms[0])
         logits = rows.step([(texts[0], ids[0][known:])])
+        ahead = Ahead(memory.lookup, model.rows, texts[0], ids[0]) if memory.lookup.tokens else None
     else:
         cache = cache_of(model, sum(-(-(len(p) + room) // BLOCK) * BLOCK for p, room in zip(ids, rooms, strict=True)))
         # A prompt that several rows have is read once.
@@ -291,7 +298,8 @@ def _draw_rows(
                 ids[row].append(one.token)
             now = time.perf_counter()
             filled = sum(texts[row].nbytes for row in running)
-            stats.count(running, sum(map(len, prompts)), bytes_of_weights + filled, now - started)
+            passes = 1 if ahead is None else int(ahead.passed)
+            stats.count(len(running), sum(map(len, prompts)), bytes_of_weights + filled, now - started, passes)
             step += 1
             yield [drawn.get(row) for row in range(len(ids))]
             started = time.perf_counter()
@@ -304,8 +312,13 @@ def _draw_rows(
                         return
             if not texts:
                 return
-            logits = rows.step([(text, ids[row][-1:]) for row, text in texts.items()])
+            if ahead is None:
+                logits = rows.step([(text, ids[row][-1:]) for row, text in texts.items()])
+            else:
+                logits = ahead.next_logits(rooms[0] - step)
     finally:
+        if ahead is not None:
+            ahead.forget()
         if memory is not None and 0 in texts:
             memory.put(texts[0], ids[0])
 
@@ -349,8 +362,7 @@ def _draw_batch(
             raise _not_finite(T + step)
         now = time.perf_counter()
         seconds, started = now - started, now  # of the device, which does not stop while the consumer works
-        running = [row for row in range(B) if not finished[row]]
-        stats.count(running, B * T, bytes_of_weights + filled, seconds)
+        stats.count(finished.count(False), B * T, bytes_of_weights + filled, seconds)
         yield [None if finished[row] else Drawn(ids[row]) for row in range(B)]
         finished = [done or ids[row] in ends for row, done in enumerate(finished)]
         if all(finished):

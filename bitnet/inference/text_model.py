@@ -32,6 +32,7 @@ from bitnet.inference.generation import (
 )
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
+from bitnet.inference.lookup import PromptLookup
 from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.split_engine import SplitEngine
@@ -184,9 +185,15 @@ class CompletionStream(Iterator[str]):
 class TextModel:
     """A model that writes text: what `bitnet.load` gives."""
 
-    def __init__(self, model: LanguageModel, source: Source) -> None:
+    def __init__(self, model: LanguageModel, source: Source, prompt_lookup_num_tokens: int = 0) -> None:
+        """`prompt_lookup_num_tokens`: see `load`."""
         self.model, self.source = model, source
-        self._memory = Memory()
+        if prompt_lookup_num_tokens and not isinstance(model, Engine):
+            raise ValueError(
+                f"prompt_lookup_num_tokens {prompt_lookup_num_tokens} is of the native CPU engine, where drafts change "
+                "no text, and this model runs elsewhere; leave it out"
+            )
+        self._memory = Memory(PromptLookup(prompt_lookup_num_tokens))
 
     @property
     def kernel(self) -> str:
@@ -285,12 +292,12 @@ class TextModel:
         weights, which are read for that, and on a GPU for a model that was opened without one."""
         adapter = load_adapter(path)
         adapter.check(self.source.frozen(), self.source.path)
-        self._memory = Memory()  # of texts that the other weights have read
+        self._memory = Memory(self._memory.lookup)  # of texts that the other weights have read
         put_on(self.model, adapter)
 
     def unload_lora(self) -> None:
         """Write as the base again."""
-        self._memory = Memory()
+        self._memory = Memory(self._memory.lookup)
         take_off(self.model)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -315,6 +322,7 @@ def load(
     activations: str | None = None,
     embeddings: str | None = None,
     lora: str | Path | None = None,
+    prompt_lookup_num_tokens: int = 0,
 ) -> TextModel:
     """Open any model: a run, a packed or quantized folder, a Hugging Face folder or hub name, a GGUF file.
 
@@ -327,6 +335,8 @@ def load(
     activations: int8 or float (None), of weights with group scales in the native CPU engine.
     embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
     lora:        a LoRA adapter of these weights: its folder, or a run with --lora.
+    prompt_lookup_num_tokens: in the native CPU engine, of the longest draft by which one text goes on where it repeats
+                 its prompt or itself (`bitnet/inference/lookup.py`): faster, and the same text; 0: none.
 
     Raises ValueError or OSError, naming what is wrong with the path.
     """
@@ -340,7 +350,7 @@ def load(
         source, device=run_on, pack=pack, dtype=DTYPES[dtype], gpu_layers=gpu_layers, lora=adapter, **engine
     )
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
-    return TextModel(model, source)
+    return TextModel(model, source, prompt_lookup_num_tokens)
 
 
 def _numbered(options: TextOptions, count: int) -> list[TextOptions]:

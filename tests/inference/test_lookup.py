@@ -1,0 +1,114 @@
+"""Prompt look-up: the same texts with and without, drafts that follow a repetition, and when none is run."""
+
+import random
+
+import pytest
+import torch
+
+from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.generation import GenerationStats, Memory, draw_texts
+from bitnet.inference.lookup import PromptLookup, Repeats
+from bitnet.inference.options import SamplingConfig
+from bitnet.inference.sampling import Drawn, RowSampler
+from bitnet.inference.text_model import TextModel
+from tests.builders import packed_model
+from tests.inference.builders import CONFIGS, ON_NATIVE_KERNELS
+
+pytestmark = ON_NATIVE_KERNELS
+
+
+class AlwaysDrafts(PromptLookup):
+    """Whatever passes cost."""
+
+    def draft_length(self, match: int, room: int) -> int:
+        return min(self.tokens, room) if match else 0
+
+
+def write(
+    engine: Engine, lookup: PromptLookup, prompt: list[int], how: SamplingConfig, memory: Memory | None = None
+) -> tuple[list[Drawn | None], GenerationStats]:
+    sampler = RowSampler(how, 3, prompt, vocab_size=engine.config.vocab_size, logprobs=2)
+    stats = GenerationStats()
+    steps = draw_texts(engine, [prompt], [sampler], [40], [], stats, memory or Memory(lookup))
+    return [step[0] for step in steps], stats
+
+
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+def test_texts_are_the_same_with_and_without(cache: str) -> None:
+    engine = Engine.from_model(packed_model(CONFIGS["base"]), cache_dtype=cache)
+    prompt, passes = [5, 6, 7, 8, 5, 6, 7, 9, 3, 5, 6], []
+    for how in (
+        SamplingConfig(temperature=0),
+        SamplingConfig(temperature=0.05),
+        SamplingConfig(1.0, top_p=0.9, presence_penalty=1.0),
+        SamplingConfig(1.0, repetition_penalty=1.3, logit_bias={7: 5.0, 8: 5.0}),
+    ):
+        expected, without = write(engine, PromptLookup(0), prompt, how)
+        drawn, stats = write(engine, AlwaysDrafts(7), prompt, how)
+        assert drawn == expected  # log-probabilities too
+        assert stats.decode_tokens == without.decode_steps == without.decode_tokens == 39
+        assert stats.bytes_read < without.bytes_read or stats.decode_steps == 39
+        passes.append(stats.decode_steps)
+    assert min(passes) < 30  # some drafts were right
+
+
+def test_what_a_text_leaves_is_what_it_said() -> None:
+    # A text that ends within a draft leaves no token of it to the next one.
+    engine = Engine.from_model(packed_model(CONFIGS["base"]))
+    prompt, how = [5, 6, 7, 8, 5, 6], SamplingConfig(temperature=0)
+    memory = Memory(AlwaysDrafts(7))
+    for _ in range(3):
+        expected, _ = write(engine, PromptLookup(0), prompt, how)
+        drawn, _ = write(engine, memory.lookup, prompt, how, memory)
+        assert drawn == expected
+        prompt = [*prompt, *(one.token for one in expected[:11] if one), 4, 5, 6]
+
+
+def test_a_draft_is_what_followed_the_last_time() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        repeats, ids = Repeats(), list[int]()
+        for _ in range(60):
+            repeats.push(token := draw.randrange(3))
+            ids.append(token)
+            if not repeats.match:
+                assert not any(ids[i : i + 2] == ids[-2:] for i in range(len(ids) - 2))
+                continue
+            at, match = repeats.at, repeats.match
+            assert match >= 2
+            assert ids[at - match : at] == ids[len(ids) - match :]
+            draft = repeats.draft(9)
+            assert len(draft) == 9
+            assert draft[: len(ids) - at] == ids[at : at + 9]
+            assert all(draft[i] == draft[i - (len(ids) - at)] for i in range(len(ids) - at, 9))
+
+
+def test_drafts_are_run_where_they_pay() -> None:
+    lookup = PromptLookup(15)
+    assert lookup.draft_length(9, 15) == 0  # no pass was measured
+    for seconds in (1.0, 1.1, 0.9):
+        lookup.measured(1, seconds)
+    assert lookup.draft_length(0, 15) == 0
+    for _ in range(200):
+        lookup.count(16, True)
+        lookup.count(2, False)
+    assert lookup.draft_length(2, 15) == 0
+    assert lookup.draft_length(16, 15) == 15
+    assert lookup.draft_length(16, 5) == 3  # a pass of four tokens
+    for _ in range(9):
+        lookup.measured(16, 20.0)
+        lookup.measured(8, 2.0)
+    assert lookup.draft_length(16, 15) == 7
+    for size in (2, 4, 8):
+        for _ in range(9):
+            lookup.measured(size, size + 0.5)
+    assert lookup.draft_length(16, 15) == 0
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 64; give"):
+        PromptLookup(64)
+
+
+def test_models_elsewhere_have_none() -> None:
+    torch.manual_seed(0)
+    model = packed_model(CONFIGS["base"])
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens 5 is of the native CPU engine"):
+        TextModel(model, None, 5)  # type: ignore[arg-type]
