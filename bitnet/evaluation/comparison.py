@@ -36,7 +36,7 @@ from bitnet.model.compound import OutlierInt8Linear
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
-from bitnet.storage.folders import packed_quantizer, save_quantized
+from bitnet.storage.folders import CONFIG, packed_quantizer, save_quantized
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import MODEL
 from bitnet.storage.source import open_source
@@ -182,7 +182,7 @@ class Comparison:
             raise ValueError("no model was given; name a run of train.py or a float model")
         models = [Path(model) for model in self.options.models]
         first = models[0]
-        if not (first / "checkpoints").is_dir():
+        if not all((first / part).exists() for part in ("checkpoints", CONFIG)):  # other checkpoints have no settings
             if len(models) > 1 or self.options.train:
                 raise ValueError(f"{first} is not a run of train.py; several models and --train need runs")
             return first, {}
