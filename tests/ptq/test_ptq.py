@@ -307,7 +307,8 @@ def test_gguf_methods_store_the_bytes_of_the_quantizer(method, tmp_path) -> None
             assert torch.equal(module.data, kernels.blocks.quantize(weight, block_type)), name
         assert torch.equal(module.dequantize(), kernels.blocks.dequantize(module.data, block_type))
         assert module.bits_per_weight()[1] == 8 * module.data.shape[1] / module.in_features
-    assert relative_error(model, original) < (1.2 if METHODS[method].bits < 4 else 0.4)
+    most = 1.4 if kind == "Q1_0" else 1.2 if METHODS[method].bits < 4 else 0.4  # Q1_0 has the signs alone
+    assert relative_error(model, original) < most
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     description = json.loads(json.dumps(describe_quantized(model, method)))
     again = build_quantized(config, description, load_file(tmp_path / "model.safetensors"))
