@@ -336,7 +336,8 @@ def main(options: Options) -> int:
     print(table(rows, right=(0, 2, 3, 4, 5, 6)))
     if options.json:
         kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between", "texts")} for run in runs]
-        about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
+        about = {k: v.name if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
+        about["model"] = options.model and Path(options.model).name
         options.json.write_text(json.dumps({"machine": machine(), "options": about, "runs": kept}, indent=1) + "\n")
     return int(any(run.different for run in runs))
 
