@@ -207,6 +207,37 @@ def scatter(
     _place_names(axes, [(f"mark-{index}", p, min(p.y, edge)) for index, p in important], text)
 
 
+def draw_speed(points: Sequence[Point], path: Path, *, title: str, bits_per_second: float) -> None:
+    """Tokens a second over bits a weight, both logarithmic, with what reading allows: `bits_per_second` of one weight.
+    Rings are formats that take activations as floats, dots as INT8."""
+    with _figure(path, size=(10, 6.5)) as axes:
+        axes.set_title(title, fontsize=10)
+        axes.set(xscale="log", yscale="log", xlabel="bits read per weight, scales included", ylabel="tokens/s")
+        ends = [min(point.x for point in points) / 1.1, max(point.x for point in points) * 1.1]
+        axes.plot(ends, [bits_per_second / x for x in ends], color="#bbbbbb", lw=1, label="what reading allows")
+        seen = set[tuple[str, bool]]()
+        for point in points:
+            color, kind = FAMILIES[point.family], (point.family, point.hollow)
+            axes.plot(
+                point.x,
+                point.y,
+                MARKERS[list(FAMILIES).index(point.family) % len(MARKERS)],
+                color=color,
+                ms=5,
+                markerfacecolor="white" if point.hollow else color,
+                label=None if kind in seen else f"{point.family}{', float activations' if point.hollow else ''}",
+            )
+            seen.add(kind)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(frameon=False, fontsize=8)
+        axes.figure.canvas.draw()  # the final limits and sizes, for placing the names
+        named = sorted(points, key=lambda point: (point.family != "native", point.hollow, -point.y))
+        _place_names(axes, [("", point, point.y) for point in named], 6.5)
+
+
 def front(points: Sequence[Point], edge: float, lower_is_better: bool) -> list[Point]:
     """The points up to `edge` that no other beats in both x and y, from the best x on."""
     border: list[Point] = []
