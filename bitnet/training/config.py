@@ -393,8 +393,8 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # With --init, a float model, and --teacher, best the same one: docs/converting.md has how it was chosen.
     "convert": TrainConfig(
-        model=ModelConfig(quantizer="ternary-g64"), layer_steps=100, context=256, batch_size=8, steps=500,
-        optim=OptimConfig(optimizer="muon", lr=1e-3, lr_rest=1e-4, warmup_steps=20, weight_decay=0.0),
+        model=ModelConfig(quantizer="ternary-g64"), layer_steps=40, layer_rate=0.03, context=256, batch_size=8,
+        optim=OptimConfig(optimizer="muon", lr=1e-3, lr_rest=1e-4, warmup_steps=20, weight_decay=0.0), steps=500,
         teacher_weight=0.9, eval_every=100, eval_tokens=16384, sample_every=0, out="runs/converted",
     ),
     # With --init and --lora.
