@@ -82,6 +82,9 @@ BN_INLINE bool same_activations(const bn_matrix &a, const bn_matrix &b) {
     return a.x != X_STATIC || (a.x_scale == b.x_scale && a.x_zero == b.x_zero);
 }
 
+// The code of a value over its scale, a number for what is not finite too.
+BN_INLINE vi code_of(vf v, float most) { return to_int(min(max(v, splat(-most)), splat(most))); }
+
 // Per-token absmax INT8 of x[K], which is zero or readable up to a multiple of 16 past K: the codes, their sum, the
 // scale. A value that is not finite makes the scale NaN and with it the whole token, as in the reference.
 BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale, int32_t *total) {
@@ -101,7 +104,7 @@ BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale
     vi sums = {};
     for (int64_t k = 0; k < K; k += 16) {
         vf v = k < whole ? load(x + k) : load(tail);
-        vi code = to_int(v / splat(s));
+        vi code = code_of(v / splat(s), 127.0f);
         int8_t narrowed[16];
         narrow(narrowed, code);
         memcpy(q + k, narrowed, K - k < 16 ? K - k : 16);
@@ -142,7 +145,7 @@ BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float 
     float s = (absmax > 1e-30f ? absmax : 1e-30f) / 127.0f;
     vi sums = {};
     for (int64_t k = 0; k < width; k += 16) {
-        vi code = to_int(load(x + k) / splat(s));
+        vi code = code_of(load(x + k) / splat(s), 127.0f);
         narrow(q + k, code);
         sums = sums + code;
     }
@@ -153,7 +156,7 @@ BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float 
 // The same in digits.
 BN_INLINE void quantize_digits(const float *x, int64_t width, int8_t *q, int64_t plane, float *scale,
                                float *scaled_sum) {
-    vf peak = {}, odd = {}, most = splat((float)LARGEST);
+    vf peak = {}, odd = {};
     for (int64_t k = 0; k < width; k += 16) {
         vf v = load(x + k);
         peak = max(absolute(v), peak);
@@ -163,7 +166,7 @@ BN_INLINE void quantize_digits(const float *x, int64_t width, int8_t *q, int64_t
     float s = (absmax > 1e-30f ? absmax : 1e-30f) / (float)LARGEST;
     vi sums = {};
     for (int64_t k = 0; k < width; k += 16) {
-        vi code = to_int(min(max(load(x + k) / splat(s), -most), most)); // what is not finite becomes a number too
+        vi code = code_of(load(x + k) / splat(s), (float)LARGEST);
         sums = sums + code;
         for (int d = 0; d < DIGITS; d++) {
             vi digit = ((code + splat(128)) & splat(255)) - splat(128);
