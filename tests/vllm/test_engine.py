@@ -126,9 +126,6 @@ def in_vllm(folders, adapter, prompts, tmp_path_factory, request) -> dict[str, d
     over_two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     wanted: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAMES}
     wanted |= {f"{name} in two": (name, over_two) for name in TWO_PROCESSES}
-    wanted[f"{TRAINED} in a pipeline"] = (
-        TRAINED, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-    )  # fmt: skip
     wanted |= {f"{name} as floats": (name, {"additional_config": FLOATS}) for name in TRANSFORMERS}
     wanted |= {way: (TRAINED, options) for way, options in WAYS.items()}
     wanted |= {name: ("bitnet", over_two | options) for name, (options, _) in REFUSED.items()}
@@ -223,11 +220,6 @@ def test_transformers_says_the_same(name, folders, judge_of, in_vllm):
 def test_two_processes_give_the_bits_of_one(name, in_vllm):
     assert positions_of(in_vllm[f"{name} in two"]) == positions_of(in_vllm[name])
     assert in_vllm[f"{name} in two"] == in_vllm[name]
-
-
-@pytest.mark.parametrize("name", [TRAINED])
-def test_a_pipeline_of_two_gives_the_bits_of_one(name, in_vllm):
-    assert in_vllm[f"{name} in a pipeline"] == in_vllm[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
