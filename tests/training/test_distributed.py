@@ -103,24 +103,25 @@ def test_two_and_four_processes_follow_the_curve_of_one(tmp_path, words):
     half = dataclasses.replace(two[1], out=str(tmp_path / "half"), steps=36)
     for copy in (half.out, str(tmp_path / "alone")):
         shutil.copytree(two[1].out, copy)
-    four = [
-        named(base, "ddp-4", parallel="ddp", micro_batches=2),
-        named(base, "fsdp-4", parallel="fsdp"),
-        named(twin, "float-4", parallel="ddp"),
-    ]
+    four = [named(base, "fsdp-4", parallel="fsdp")]
+    if LONG:
+        four += [
+            named(base, "ddp-4", parallel="ddp", micro_batches=2),
+            named(twin, "float-4", parallel="ddp"),
+        ]
     jobs = [{"config": dataclasses.asdict(c)} for c in four] + [{"config": dataclasses.asdict(half), "resume": True}]
     result = torchrun(4, tmp_path, jobs)
     assert result.returncode == 0, result.stderr
 
     # Sums of two parts are the same in either order, so here not a bit may differ.
     assert torch.equal(losses(two[0]), losses(parts[2]))
-    for config in (two[0], two[1], four[0], four[1]):
+    for config in (two[0], two[1], *four[:2]):
         error = difference(config, one["ternary"])
         assert float(error[:5].max()) < 1e-5, error
         assert float(error.max()) < 4 * noise, (error, noise)
         assert float(losses(config)[-1]) < 0.97 * float(losses(config)[0])
     # Without codes nothing flips: the order of float32 sums is all there is.
-    for config in (two[2], four[2]):
+    for config in (two[2], *four[2:]):
         assert float(difference(config, one["float"]).max()) < 16 * torch.finfo(torch.float32).eps
     assert float(difference(two[3], one["fading"]).max()) < 5e-3
 

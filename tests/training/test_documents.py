@@ -159,9 +159,10 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):
 def test_a_compiled_step_is_masked_too(tmp_path, corpus):
     if reason := machine.compile_failure(torch.device("cpu")):
         pytest.skip(reason)
-    found = []
+    found, config = [], masked(tmp_path, corpus, micro_batches=2, recompute=True)
+    config = dataclasses.replace(config, model=config.model.replace(num_hidden_layers=1))
     for compiled in ("off", "on"):
-        run = trainer.prepare(masked(tmp_path, corpus, micro_batches=2, recompute=True, compile=compiled))
+        run = trainer.prepare(dataclasses.replace(config, compile=compiled))
         run.set_products()
         loss = run.forward_backward(0)
         found.append((loss, gradient_of(run.model)))
