@@ -5,7 +5,7 @@
 JOBS is a list of objects: model (a folder), prompts (lists of token ids), new_tokens, options of vllm.LLM, and lora (a
 folder or null). OUT has for each job the greedy ids, those of a second time with the least number of prompt tokens that
 were then in the prefix cache, and, of every prompt position but the first, the likeliest tokens with their
-log-probabilities; or the reason why vLLM did not start.
+log-probabilities (without an adapter); or the reason why vLLM did not start.
 """
 
 import json
@@ -30,10 +30,12 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # of any kind, from other processes too
         return {"refused": str(error)}
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    # vLLM itself cannot give those of prompts beside an adapter: it multiplies the adapter by the rows of the texts.
+    listed = None if job["lora"] else LIKELIEST
     greedy = {"temperature": 0, "max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
     lora = LoRARequest("adapter", 1, job["lora"]) if job["lora"] else None
     try:
-        outputs = llm.generate(prompts, vllm.SamplingParams(**greedy, prompt_logprobs=LIKELIEST), lora_request=lora)
+        outputs = llm.generate(prompts, vllm.SamplingParams(**greedy, prompt_logprobs=listed), lora_request=lora)
         again = llm.generate(prompts, vllm.SamplingParams(**greedy), lora_request=lora)
     except Exception as error:  # the jobs behind this one have engines of their own
         return {"failed": repr(error)}
@@ -43,6 +45,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     positions = [
         [{id: entry.logprob for id, entry in position.items()} for position in output.prompt_logprobs[1:]]
         for output in outputs
+        if listed
     ]
     found = min(output.num_cached_tokens or 0 for output in again)
     return {"texts": texts, "cached": cached, "found_in_cache": found, "positions": positions}
