@@ -9,6 +9,8 @@ matrix.
 Letters: N out_features, K in_features of the whole matrix.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +55,27 @@ def packed_part(weight: Tensor, part: Part) -> Tensor:
 
 def quantized_part(weight: Tensor, part: Part) -> tuple[Tensor, Tensor]:
     """The same of latent floats `[N, K]`, with the scale float32 `[1, 1]` of the whole matrix."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # which add floats in one order, however many threads a process of vLLM has
-    try:
-        codes, scale = kernels.quantize_weight(weight, "ternary")
-    finally:
-        torch.set_num_threads(threads)
+    codes, scale = _by_one_thread(lambda: kernels.quantize_weight(weight, "ternary"))
     return pack_codes(part.of(codes), 2, checked=False), scale
+
+
+def _by_one_thread(call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What a call gives whose sums are added in one order, however many threads a process of vLLM has.
+
+    vLLM binds those of its own thread to cores and replaces `torch.set_num_threads`; a thread of ours has a number of
+    its own.
+    """
+
+    def run() -> tuple[Tensor, Tensor]:
+        before = torch.get_num_threads()
+        torch._C.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch._C.set_num_threads(before)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def exact_bias(stored: Tensor, scale: Tensor, form: Form) -> Tensor:
