@@ -48,15 +48,17 @@ def test_its_benchmark_runs_behind_a_gate(address, folder, options, tmp_path):
         assert found["requests"] >= 4
         assert all(found[key] > 0 for key in vllm_serve.MEASURED)
     vocab_size = gate.engine.config.vocab_size
-    gate.texts = [[(id + 1) % vocab_size for id in text] for text in gate.texts]
-    gate.noise = 0.0
+    gate.texts, engine = [[(id + 1) % vocab_size for id in text] for text in gate.texts], gate.engine
+    gate.engine = lambda ids: -engine(ids)  # a model that prefers least what this one prefers
     with pytest.raises(ValueError, match="red: "):
         gate.check(vllm_serve.TERNARY, address)
 
 
 def test_lm_eval_gives_the_scores_of_our_engine(address, folder, tmp_path, monkeypatch):
+    # Long enough that codes which flip with the last bits of sums are few among many.
+    text = " ".join(question + choice for question, choices in QUESTIONS.items() for choice in choices)
     rows = [
-        {"question": question, "choices": choices[turn:] + choices[:turn], "gold": -turn % 3, "text": question}
+        {"question": question, "choices": choices[turn:] + choices[:turn], "gold": -turn % 3, "text": text}
         for question, choices in QUESTIONS.items()
         for turn in range(3)
     ]
