@@ -107,7 +107,7 @@ def test_the_readme_is_short():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 170
     assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 1  # tables: the others are in docs/results.md
-    assert text.count("![") == 1
+    assert text.count("![") == 2  # curves of training, and the page of the server
 
 
 def anchors(page: Path) -> set[str]:
