@@ -28,6 +28,16 @@ SMALL = (
 )
 
 
+FOXES = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
+
+
+def fox_corpus(folder: Path) -> Path:
+    """Twenty files of one text, which a tiny model learns in a few steps."""
+    for part in range(20):
+        (folder / f"{part:02}.txt").write_text(FOXES)
+    return folder
+
+
 def packed_model(config: ModelConfig, seed: int = 0) -> BitNetForCausalLM:
     """A random packed model, norms included."""
     torch.manual_seed(seed)

@@ -18,25 +18,20 @@ from bitnet.storage.safetensors import CheckpointError
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import BaseTokenizer, Tokenizer, train_tokenizer
 from bitnet.training import config as recipes
-from tests.builders import configuration, save_run, tensors, tiny_model
+from tests.builders import FOXES, configuration, fox_corpus, save_run, tensors, tiny_model
 from tests.conversations import CHATML, chat, write_chats
 from tests.faults import stop_after
 from tests.vocabularies import byte_pair_tokenizer
 
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT * 4], 300, threads=1)
+    return train_tokenizer([FOXES * 4], 300, threads=1)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for part in range(20):
-        (folder / f"{part:02}.txt").write_text(TEXT)
-    return folder
+    return fox_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def begin(tmp_path, corpus, source, **changes) -> recipes.TrainConfig:

@@ -16,22 +16,17 @@ from bitnet.training import config as recipes
 from bitnet.training.arguments import parse
 from bitnet.training.layerwise import LayerwiseStart, float_copy, least_squares_codes, nearby_latent, relative_error
 from bitnet.training.memory import estimate
-from tests.builders import configuration, save_run, tensors, tiny_model
-
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
+from tests.builders import FOXES, configuration, fox_corpus, save_run, tensors, tiny_model
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT * 4], 300, threads=1)
+    return train_tokenizer([FOXES * 4], 300, threads=1)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for part in range(20):
-        (folder / f"{part:02}.txt").write_text(TEXT)
-    return folder
+    return fox_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

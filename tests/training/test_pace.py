@@ -13,18 +13,13 @@ from bitnet.training import config as recipes
 from bitnet.training import pace, step
 from bitnet.training.pace import Clock, place
 from bitnet.training.reporter import read_metrics
-from tests.builders import configuration, tensors
+from tests.builders import configuration, fox_corpus, tensors
 from tests.faults import stop_after
-
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for part in range(20):
-        (folder / f"{part:02}.txt").write_text(TEXT)
-    return folder
+    return fox_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_a_decision_leaves_what_was_and_goes_on_from_there():

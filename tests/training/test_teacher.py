@@ -13,24 +13,19 @@ from bitnet.storage.hf import write as hf_write
 from bitnet.storage.safetensors import CheckpointError
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.training import config as recipes
-from tests.builders import SMALL, configuration, losses, save_run, tensors, tiny_model, torchrun
+from tests.builders import FOXES, SMALL, configuration, fox_corpus, losses, save_run, tensors, tiny_model, torchrun
 from tests.faults import stop_after
 from tests.vocabularies import byte_pair_tokenizer
-
-TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "user assistant one two three\n"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT * 4], 300, threads=1)
+    return train_tokenizer([FOXES * 4], 300, threads=1)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for part in range(20):
-        (folder / f"{part:02}.txt").write_text(TEXT)
-    return folder
+    return fox_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +112,7 @@ def test_another_vocabulary_is_refused(tmp_path, corpus, teacher, tokenizer):
         ValueError, match=f"another tokenizer than the run: 300 tokens, and {theirs.vocab_size} there; train"
     ):
         trainer.prepare(config)
-    other = train_tokenizer(["completely different words here " * 50 + TEXT], 300, threads=1)
+    other = train_tokenizer(["completely different words here " * 50 + FOXES], 300, threads=1)
     other.save(tmp_path / "other.model")
     data = recipes.DataConfig(corpus=str(corpus), cache=str(tmp_path / "data"), tokenizer=str(tmp_path / "other.model"))
     with pytest.raises(ValueError, match=r"token \d+ is b'.*', and b'.*' there"):

@@ -85,19 +85,25 @@ BN_INLINE bool same_activations(const bn_matrix &a, const bn_matrix &b) {
 // The code of a value over its scale, a number for what is not finite too.
 BN_INLINE vi code_of(vf v, float most) { return to_int(min(max(v, splat(-most)), splat(most))); }
 
+// The largest magnitudes of x[count], a multiple of 16; `odd` stays 0 unless a value is not finite, and is NaN then.
+BN_INLINE vf peak_of(const float *x, int64_t count, vf *odd) {
+    vf peak = {};
+    for (int64_t k = 0; k < count; k += 16) {
+        vf v = load(x + k);
+        peak = max(absolute(v), peak);
+        *odd = fma(v, splat(0.0f), *odd);
+    }
+    return peak;
+}
+
 // Per-token absmax INT8 of x[K], which is zero or readable up to a multiple of 16 past K: the codes, their sum, the
 // scale. A value that is not finite makes the scale NaN and with it the whole token, as in the reference.
 BN_INLINE void quantize_token(const float *x, int64_t K, int8_t *q, float *scale, int32_t *total) {
-    vf peak = {}, odd = {};
+    vf odd = {};
     int64_t whole = K / 16 * 16;
     float tail[16] = {};
     memcpy(tail, x + whole, (K - whole) * sizeof(float));
-    for (int64_t k = 0; k < whole; k += 16) {
-        vf v = load(x + k);
-        peak = max(absolute(v), peak);
-        odd = fma(v, splat(0.0f), odd);
-    }
-    peak = max(absolute(load(tail)), peak);
+    vf peak = max(absolute(load(tail)), peak_of(x, whole, &odd));
     odd = fma(load(tail), splat(0.0f), odd);
     float absmax = maximum(peak);
     float s = (absmax > 1e-5f ? absmax : 1e-5f) / 127.0f;
@@ -135,13 +141,8 @@ BN_INLINE void quantize_static(const float *x, int64_t K, float scale, int32_t z
 
 // One segment of `width` floats, a multiple of 16: codes, scale, and the sum of the codes times the scale.
 BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float *scale, float *scaled_sum) {
-    vf peak = {}, odd = {};
-    for (int64_t k = 0; k < width; k += 16) {
-        vf v = load(x + k);
-        peak = max(absolute(v), peak);
-        odd = fma(v, splat(0.0f), odd);
-    }
-    float absmax = maximum(peak);
+    vf odd = {};
+    float absmax = maximum(peak_of(x, width, &odd));
     float s = (absmax > 1e-30f ? absmax : 1e-30f) / 127.0f;
     vi sums = {};
     for (int64_t k = 0; k < width; k += 16) {
@@ -156,13 +157,8 @@ BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float 
 // The same in digits.
 BN_INLINE void quantize_digits(const float *x, int64_t width, int8_t *q, int64_t plane, float *scale,
                                float *scaled_sum) {
-    vf peak = {}, odd = {};
-    for (int64_t k = 0; k < width; k += 16) {
-        vf v = load(x + k);
-        peak = max(absolute(v), peak);
-        odd = fma(v, splat(0.0f), odd);
-    }
-    float absmax = maximum(peak);
+    vf odd = {};
+    float absmax = maximum(peak_of(x, width, &odd));
     float s = (absmax > 1e-30f ? absmax : 1e-30f) / (float)LARGEST;
     vi sums = {};
     for (int64_t k = 0; k < width; k += 16) {
