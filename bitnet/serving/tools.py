@@ -10,7 +10,7 @@ prompt goes on with the beginning of a call, and a grammar keeps the rest to the
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from bitnet.tokenizer import ChatTemplate
 Form = Literal["tagged", "mistral", "bare"]
 OPENERS: dict[Form, str] = {"tagged": "<tool_call>", "mistral": "[TOOL_CALLS]", "bare": "{"}
 CLOSER = "</tool_call>"
+_VALUES = ("const", "enum", "default", "examples")
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,35 @@ def call_schema(form: Form, functions: Sequence[Function]) -> dict[str, Any]:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": function.name}, key: function.parameters or {"type": "object"}},
+            "properties": {"name": {"const": function.name}, key: {"$ref": f"#/$defs/{number}"}},
             "required": ["name", key],
             "additionalProperties": False,
         }
-        for function in functions
+        for number, function in enumerate(functions)
     ]
     call = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    # What a schema refers to inside itself is looked for from the top.
-    definitions = {k: v for f in functions for k, v in (f.parameters or {}).items() if k in ("$defs", "definitions")}
-    call = {**definitions, **call}
-    return {**definitions, "type": "array", "items": call, "minItems": 1, "maxItems": 1} if form == "mistral" else call
+    whole = {"type": "array", "items": call, "minItems": 1, "maxItems": 1} if form == "mistral" else call
+    # Each tool's schema stands whole in a place of its own: what it defines is no other tool's.
+    schemas = [
+        _moved(function.parameters or {"type": "object"}, f"#/$defs/{i}") for i, function in enumerate(functions)
+    ]
+    return {**whole, "$defs": {str(i): schema for i, schema in enumerate(schemas)}}
+
+
+def _moved(schema: Any, to: str, names: bool = False) -> Any:
+    """A schema that stands at `to`, a pointer, and not at the top: what it refers to inside itself is there too.
+    `names`: the keys are not a schema's words, but names of schemas."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {}
+    for key, value in schema.items():
+        if key == "$ref" and not names and isinstance(value, str) and value.startswith("#"):
+            moved[key] = to + value[1:]
+        else:
+            moved[key] = value if key in _VALUES and not names else _moved(value, to, key in _NAMED and not names)
+    return moved
 
 
 class CallReader:
@@ -131,16 +151,21 @@ class CallReader:
 
     def _parse(self, body: str) -> list[Call] | None:
         try:
-            value = json.loads(body)
+            value = json.loads(body, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return None
         entries = value if isinstance(value, list) else [value]
         calls = []
         for entry in entries:
-            if not isinstance(entry, dict) or entry.get("name") not in self._names:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or name not in self._names:
                 return None
             arguments = entry.get("arguments", entry.get("parameters", {}))
             if not isinstance(arguments, dict):
                 return None
-            calls.append(Call(f"call_{secrets.token_hex(12)}", entry["name"], json.dumps(arguments)))
+            calls.append(Call(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments)))
         return calls or None
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")

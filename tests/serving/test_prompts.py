@@ -1,7 +1,14 @@
-"""What a client says anywhere in a conversation is text: no special token of it counts."""
+"""What a client says is text; schemas of tools, and calls.
+
+No special token counts anywhere in a conversation.
+"""
+
+import pytest
 
 from bitnet.serving.chat import conversation
-from bitnet.serving.requests import FunctionCall, Message, ToolCall
+from bitnet.serving.grammar import Grammars
+from bitnet.serving.requests import Function, FunctionCall, Message, ToolCall
+from bitnet.serving.tools import CallReader, Form, call_schema
 from bitnet.tokenizer import ChatTemplate
 from tests.serving.builders import TOOL_TEMPLATE
 
@@ -26,3 +33,48 @@ def test_special_tokens_in_calls_and_tools_stay_text(tokenizer):
         token = tokenizer.specials[special]
         assert encoded(special).count(token) == encoded("word").count(token), special
         assert tokenizer.decode(encoded(special)).count(special) == 5
+
+
+POINTS = {
+    "type": "object",
+    "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "default": {"$ref": "#/$defs/X"}},
+    "required": ["next"],
+    "additionalProperties": False,
+    "$defs": {"X": {"type": "integer"}},
+}
+NAMES = {
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/X"}, "y": {"$ref": "#/$defs/Y"}},
+    "required": ["x"],
+    "additionalProperties": False,
+    "$defs": {"X": {"enum": ["$ref", "b"]}, "Y": {"type": "null"}},
+}
+
+
+@pytest.mark.parametrize("form", ["tagged", "mistral", "bare"])
+def test_each_tool_has_definitions_of_its_own(tokenizer, form: Form) -> None:
+    grammars = Grammars(tokenizer)
+    tools = [Function(name="points", parameters=POINTS), Function(name="names", parameters=NAMES), Function(name="no")]
+    key = "parameters" if form == "bare" else "arguments"
+
+    def taken(name: str, arguments: str) -> bool:
+        """Whether the grammar goes through a whole call."""
+        matcher = grammars.json_schema(call_schema(form, tools), "tools")()
+        call = f'{{"name": "{name}", "{key}": {arguments}}}'
+        for token in tokenizer.encode(f"[{call}]" if form == "mistral" else call):
+            if not matcher.mask()[token]:
+                return False
+            matcher.take(token)
+        return matcher.complete
+
+    good = [("points", '{"next": {"next": null}, "default": 3}'), ("names", '{"x": "b", "y": null}'), ("no", "{}")]
+    assert [taken(*call) for call in good] == [True] * 3
+    bad = [("points", '{"next": null, "default": "b"}'), ("names", '{"x": 3}'), ("points", '{"next": {"name": "no"}}')]
+    assert [taken(*call) for call in bad] == [False] * 3
+
+
+@pytest.mark.parametrize("call", ['{"name": ["look"], "arguments": {}}', '{"name": "look", "arguments": {"x": NaN}}'])
+def test_what_is_no_call_is_text(call: str) -> None:
+    reader = CallReader("tagged", ["look"])
+    text, calls = reader.push(f"<tool_call>{call}</tool_call>")
+    assert (text + reader.close()[0], calls, reader.calls) == (f"<tool_call>{call}</tool_call>", [], [])
