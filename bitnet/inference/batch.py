@@ -1,14 +1,15 @@
 """Texts for a file of prompts: `bitnet generate MODEL --prompts prompts.jsonl --out answers.jsonl`.
 
 A line of the file is an object with "prompt" (a text, or token ids) or "messages" (a conversation). Beside it may stand
-any field of `TextOptions` for this prompt; whatever else there is, an "id" for instance, is copied to the answer:
+any field of `TextOptions` for this prompt (null: as for all); whatever else there is, an "id" for instance, is copied
+to the answer:
 
     {"line": 1, "text": ..., "stop_reason": ..., "prompt_tokens": ..., "new_tokens": ..., "seed": ..., "of": ..., ...}
 
 Answers are written as the texts end, so in another order; "line" is the prompt's, from 1. Line i has the seed of all
 plus i - 1 unless it names one, and a text is what `generate` gives with that seed. A file of answers that is there
 already is gone on with: what it has is left out, and what was cut off in its last line is written again. "of" tells
-whether an answer is of this prompt and these options.
+whether an answer is of this prompt, these options and this model.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from bitnet.console import EveryFewSeconds, note, progress_bar, say
+from bitnet.files import parse_json
 from bitnet.inference.cpu_rows import BLOCK
 from bitnet.inference.engine import check_ids
 from bitnet.inference.generation import cache_of
@@ -32,6 +34,7 @@ from bitnet.inference.options import TextOptions
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import draw_rows
 from bitnet.inference.text_model import OpenText, TextModel, Writing, is_conversation
+from bitnet.records import checked
 
 _OPTIONS = {field.name for field in dataclasses.fields(TextOptions)}
 _ANSWER = ("line", "text", "stop_reason", "prompt_tokens", "new_tokens", "seed", "of")
@@ -54,18 +57,15 @@ def write_answers(model: TextModel, prompts: Path, out: Path, options: TextOptio
     Raises ValueError for a line that is not a prompt, has options out of range or leaves the model no room, before
     anything is written, and for answers that are not of these prompts.
     """
-    asked = list(_read(prompts, options, seed))
+    asked = list(_read(prompts, options, seed, [str(path and path.resolve()) for path in model.made_of]))
     done = _answered(out, asked)
-    texts = deque(
-        (one, OpenText(model.model, model.source.tokenizer, _writing(model, one, prompts), None))
-        for one in asked
-        if one.line not in done
-    )
+    texts = deque((one, _opened(model, one, prompts)) for one in asked if one.line not in done)
     if done:
         note(f"{out} has {len(done)} of {len(asked)} answers; {len(texts)} are left")
     started, tokens, ended, progress = time.perf_counter(), 0, len(done), EveryFewSeconds()
     with ExitStack() as stack:
-        file = stack.enter_context(open(out, "a", encoding="utf-8"))
+        # Half of a pair of UTF-16 is no UTF-8: it is written as JSON's escape, which it was.
+        file = stack.enter_context(open(out, "a", encoding="utf-8", errors="backslashreplace"))
         bar = stack.enter_context(progress_bar(title="texts", total=len(asked), done=len(done), unit="text"))
         for one, text in _written(model, texts, rows):
             completion = text.completion
@@ -112,14 +112,14 @@ def _written(model: TextModel, waiting: "deque[tuple[Asked, OpenText]]", most: i
         running = left
 
 
-def _read(path: Path, options: TextOptions, seed: int) -> Iterator[Asked]:
+def _read(path: Path, options: TextOptions, seed: int, model: list[str]) -> Iterator[Asked]:
     with open(path, encoding="utf-8") as file:
         for line, content in enumerate(file, 1):
             if not content.strip():
                 continue
             where = f"{path}, line {line}"
             try:
-                value = json.loads(content)
+                value = parse_json(content)
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON ({error})") from None
             if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
@@ -132,24 +132,24 @@ def _read(path: Path, options: TextOptions, seed: int) -> Iterator[Asked]:
                 raise ValueError(f'{where}: "prompt" is a text or token ids, "messages" a list of objects')
             if taken := sorted(set(value) & set(_ANSWER) - _OPTIONS):
                 raise ValueError(f'{where}: "{taken[0]}" is a field of the answers; give it another name')
-            own = {name: value.pop(name) for name in sorted(_OPTIONS & set(value))}
-            if isinstance(own.get("stop"), list):
-                own["stop"] = tuple(own["stop"])
+            given = {name: value.pop(name) for name in sorted(_OPTIONS & set(value))}
+            given = {name: option for name, option in given.items() if option is not None}
+            own = {name: getattr(checked(TextOptions, given, where), name) for name in given}
             how = dataclasses.replace(options, **{"seed": (seed + line - 1) % 2**63, **own})
-            kept = dataclasses.asdict(dataclasses.replace(how, seed=own.get("seed")))
-            of = hashlib.sha256(json.dumps([prompt, kept], sort_keys=True).encode()).hexdigest()[:16]
+            drawn = own.get("seed") if options.seed is None else how.seed  # a random one may be another next time
+            kept = dataclasses.asdict(dataclasses.replace(how, seed=drawn))
+            of = hashlib.sha256(json.dumps([prompt, kept, model], sort_keys=True).encode()).hexdigest()[:16]
             yield Asked(line, prompt, how, value, of)
 
 
-def _writing(model: TextModel, one: Asked, path: Path) -> Writing:
+def _opened(model: TextModel, one: Asked, path: Path) -> OpenText:
     try:
         sampling = one.options.sampling(model.source.sampling)
         writing = Writing(model.encode(one.prompt), one.options, sampling, not is_conversation(one.prompt))
-        OpenText(model.model, model.source.tokenizer, writing, None)
-        check_ids(model.model.config, min(writing.ids), max(writing.ids))
+        check_ids(model.model.config, min(writing.ids, default=0), max(writing.ids, default=0))
+        return OpenText(model.model, model.source.tokenizer, writing, None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, line {one.line}: {error}") from None
-    return writing
 
 
 def _answered(path: Path, asked: Sequence[Asked]) -> set[int]:
@@ -159,14 +159,18 @@ def _answered(path: Path, asked: Sequence[Asked]) -> set[int]:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     known, done = {one.line: one.of for one in asked}, set()
-    for number, content in enumerate(data[:whole].decode().splitlines(), 1):
+    for number, content in enumerate(data[:whole].split(b"\n")[:-1], 1):  # a text may hold other ends of lines
         try:
-            answer = json.loads(content)
+            answer = parse_json(content)
             line, of = answer["line"], answer["of"]
+            same = known.get(line) == of
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{path}, line {number} is no answer of this command; give another --out") from None
-        if known.get(line) != of:
-            raise ValueError(f"{path}, line {number} answers another prompt or other options; give another --out")
+        if not same:
+            raise ValueError(
+                f"{path}, line {number} answers another prompt, or was written with other options or by another model; "
+                "give another --out"
+            )
         done.add(line)
     if whole < len(data):
         with open(path, "r+b") as file:

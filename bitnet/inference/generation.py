@@ -101,8 +101,8 @@ class GenerationStats:
 
 def limit_new_tokens(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> int:
     """How many of `max_new_tokens` fit behind the prompt. Raises ValueError where not even one does."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; generate at least 1 token")
+    if max_new_tokens < 1 or max_new_tokens % 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give a whole number of tokens, at least 1")
     if prompt_tokens < 1:
         raise ValueError("the prompt has no tokens; give at least one, e.g. the begin-of-text token")
     positions = config.max_position_embeddings
@@ -111,7 +111,7 @@ def limit_new_tokens(config: ModelConfig, prompt_tokens: int, max_new_tokens: in
             f"a prompt of {prompt_tokens} tokens leaves no room in a model of {positions} positions; "
             f"shorten it to at most {positions - 1} tokens"
         )
-    return min(max_new_tokens, positions - prompt_tokens)
+    return int(min(max_new_tokens, positions - prompt_tokens))
 
 
 def generate(
@@ -437,6 +437,8 @@ class TextStream:
         """`prompt`: the ids before the text, so that the space of a first word is not taken for a text's start."""
         if isinstance(stop, str):
             raise TypeError("stop is one string; give a list of them")
+        if strange := [each for each in stop if not isinstance(each, str)]:
+            raise TypeError(f"a stop string is {strange[0]!r:.60}; give text")
         if "" in stop:
             raise ValueError("a stop string is empty and would end every text at once; leave it out")
         self.stop = tuple(stop)

@@ -33,7 +33,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number, e.g. 0.8")
-        if self.top_k < 0:
+        if self.top_k < 0 or not isinstance(self.top_k, int):
             raise ValueError(f"top_k is {self.top_k}; give a number of tokens, e.g. 40, or 0 to keep all")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a probability above 0, e.g. 0.95, or 1 to keep all")

@@ -67,7 +67,7 @@ class RowSampler:
 
         Raises ValueError for a seed, a number of them and biased tokens out of range.
         """
-        if not 0 <= seed < 2**63:
+        if not 0 <= seed < 2**63 or seed % 1:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
         if logprobs is not None and not 0 <= logprobs <= vocab_size:
             raise ValueError(f"logprobs is {logprobs}; give a number of tokens from 0 to {vocab_size}")
@@ -77,7 +77,7 @@ class RowSampler:
         self.sampling, self.vocab_size, self.logprobs = sampling, vocab_size, logprobs
         self.allowed: Tensor | None = None
         """Bool `[V]`: the tokens that may come next, on the CPU; None: all. At least one must be."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(int(seed))
         self._ahead: list[float] = []
         self._counts: dict[int, int] = {}
         self._penalized = bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -152,7 +152,7 @@ def _draw_native(samplers: Sequence[RowSampler], logits: Tensor, V: int) -> list
             ids, values = (ctypes.c_int32 * sampler.logprobs)(), (ctypes.c_float * sampler.logprobs)()
             keep.append((ids, values))
             row.top_ids, row.top_logprobs = ctypes.addressof(ids), ctypes.addressof(values)
-        row.top_k, row.top_p, row.min_p = sampling.top_k, sampling.top_p, sampling.min_p
+        row.top_k, row.top_p, row.min_p = min(sampling.top_k, V), sampling.top_p, sampling.min_p
         row.repetition_penalty = sampling.repetition_penalty
         row.temperature = 0.0 if sampling.greedy else sampling.temperature
         row.uniform = 0.0 if sampling.greedy else sampler.uniform()

@@ -194,6 +194,8 @@ class TextModel:
                 "no text, and this model runs elsewhere; leave it out"
             )
         self._memory = Memory(PromptLookup(prompt_lookup_num_tokens))
+        self.adapter: Path | None = None
+        """The LoRA adapter that it writes with."""
 
     @property
     def kernel(self) -> str:
@@ -201,6 +203,11 @@ class TextModel:
         if isinstance(self.model, Engine):
             return self.model.kernel
         return "triton" if isinstance(self.model, GpuEngine) else "torch"
+
+    @property
+    def made_of(self) -> tuple[Path, Path | None]:
+        """Where the model is from, and its adapter."""
+        return Path(self.source.path), self.adapter
 
     @property
     def positions(self) -> int:
@@ -294,11 +301,13 @@ class TextModel:
         adapter.check(self.source.frozen(), self.source.path)
         self._memory = Memory(self._memory.lookup)  # of texts that the other weights have read
         put_on(self.model, adapter)
+        self.adapter = adapter.path
 
     def unload_lora(self) -> None:
         """Write as the base again."""
         self._memory = Memory(self._memory.lookup)
         take_off(self.model)
+        self.adapter = None
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids that the model sees."""
@@ -350,7 +359,9 @@ def load(
         source, device=run_on, pack=pack, dtype=DTYPES[dtype], gpu_layers=gpu_layers, lora=adapter, **engine
     )
     _ = source.tokenizer, source.sampling  # what is wrong with them is said here, not at the first text
-    return TextModel(model, source, prompt_lookup_num_tokens)
+    opened = TextModel(model, source, prompt_lookup_num_tokens)
+    opened.adapter = None if adapter is None else adapter.path
+    return opened
 
 
 def _numbered(options: TextOptions, count: int) -> list[TextOptions]:

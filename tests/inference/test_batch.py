@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -108,6 +109,31 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, folder: Path, capsy
     assert foreign.read_text() == "mine\n"
 
 
+def test_whatever_is_copied_is_read_again(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"prompt": "x", "id": "a\u2028b\x85c\ud83d", "seed": None}, {"prompt": "y", "stop": None}]
+    prompts, out = write(tmp_path / "prompts.jsonl", lines), tmp_path / "answers.jsonl"
+    assert call(folder, prompts, out) == 0
+    before = out.read_bytes()
+    found = {answer["line"]: answer for answer in map(json.loads, before.split(b"\n")[:-1])}
+    assert (found[1]["id"], found[1]["seed"], found[2]["seed"]) == (lines[0]["id"], 7, 8)
+    assert call(folder, prompts, out) == 0
+    assert out.read_bytes() == before
+
+
+def test_answers_of_another_seed_or_model_are_not_taken(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = write(tmp_path / "prompts.jsonl", LINES[:1]), tmp_path / "answers.jsonl"
+    assert call(folder, prompts, out) == 0
+    before = out.read_bytes()
+    shutil.copytree(folder, tmp_path / "other")
+    for model, more in ((folder, ("--seed", "8")), (tmp_path / "other", ())):
+        capsys.readouterr()
+        assert call(model, prompts, out, *more) == 2
+        assert "with other options or by another model; give another --out" in capsys.readouterr().err
+        assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -119,6 +145,13 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, folder: Path, capsy
         ('{"prompt": "x", "line": 4}', '"line" is a field of the answers'),
         ('{"prompt": "x", "temperature": -1}', "line 2: temperature is -1"),
         ('{"prompt": "x", "top_k": "many"}', "line 2: "),
+        ('{"prompt": "x", "top_k": 2.5}', "line 2: 'top_k' is 2.5; it must be a whole number"),
+        ('{"prompt": "x", "max_new_tokens": 2.5}', "line 2: 'max_new_tokens' is 2.5; it must be a whole number"),
+        ('{"prompt": "x", "max_new_tokens": true}', "line 2: 'max_new_tokens' is True"),
+        ('{"prompt": "x", "temperature": "0.5"}', "line 2: 'temperature' is '0.5'"),
+        ('{"prompt": "x", "stop": [1]}', r"line 2: 'stop\[0\]' is 1; it must be a text"),
+        ('{"prompt": "x", "stop": "e"}', "line 2: 'stop' is 'e'; it must be a list"),
+        ('{"prompt": "x", "id": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is not JSON .*too deeply"),
         ('{"prompt": [512]}', "line 2: token id 512"),
         (json.dumps({"prompt": "word " * 300}), "line 2: .*leaves no room"),
     ],
