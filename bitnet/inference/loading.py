@@ -64,19 +64,25 @@ def open_model(
     for name, value, known in (("activations", activations, ACTIVATIONS), ("embeddings", embeddings, EMBEDDINGS)):
         if value not in (None, *known):
             raise ValueError(f"{name} {value!r} are unknown; choose one of {', '.join(known)}")
-    if gpu_layers is not None and gpu_layers < source.config.num_hidden_layers:
-        if gpu_layers < 0:
-            raise ValueError(f"gpu_layers is {gpu_layers}; give 0 or more")
-        if gpu_layers:
-            return _split(source, gpu_layers, device, cache_dtype, pack)
-        device = torch.device("cpu")
     if lora is not None and (gpu_layers is not None or not pack):
         raise ValueError("an adapter stands on the packed model as a whole; leave gpu_layers and no-pack out")
+    options = EngineOptions(cache_dtype, activations, embeddings)
+    if gpu_layers is not None:
+        if gpu_layers < 0:
+            raise ValueError(f"gpu_layers is {gpu_layers}; give 0 or more")
+        if gpu_layers and device.type == "cpu" and not triton_wanted(device):
+            raise ValueError(
+                f"{gpu_layers} layers are to run on a GPU and the device is {device}; name a GPU, or give 0"
+            )
+        if 0 < gpu_layers < source.config.num_hidden_layers:
+            _refuse(replace(options, cache_dtype=None), "two engines")
+            return _split(source, gpu_layers, device, cache_dtype, pack)
+        device = device if gpu_layers else torch.device("cpu")
     if cache_dtype == "int4":
         if lora is not None or activations is not None or embeddings is not None:
             raise ValueError("an int4 cache runs the model in torch; leave adapters, activations and embeddings out")
         return _with_int4_cache(source, device, pack, dtype)
-    native, options = native_wanted(device), EngineOptions(cache_dtype, activations or DEFAULT_ACTIVATIONS, embeddings)
+    native = native_wanted(device)
     if lora is not None:
         return _with_adapter(source, lora, device, dtype, options)
     if pack and source.kind == "packed" and native:
@@ -120,13 +126,14 @@ class EngineOptions:
     """What only the native engine takes."""
 
     cache_dtype: str | None
-    activations: str
+    activations: str | None
     embeddings: str | None
 
     def engine(self, model: BitNetForCausalLM) -> Engine:
         return Engine.from_model(
-            model, cache_dtype=self.cache_dtype, activations=self.activations, embeddings=self.embeddings
-        )
+            model, cache_dtype=self.cache_dtype, activations=self.activations or DEFAULT_ACTIVATIONS,
+            embeddings=self.embeddings,
+        )  # fmt: skip
 
 
 def _with_adapter(
@@ -148,8 +155,6 @@ def _with_adapter(
 
 
 def _split(source: Source, gpu_layers: int, device: torch.device, cache: str | None, pack: bool) -> SplitEngine:
-    if device.type == "cpu" and not triton_wanted(device):
-        raise ValueError(f"{gpu_layers} layers are to run on a GPU and the device is {device}; name a GPU, or give 0")
     for there, what in (
         (triton_wanted(device), "Triton kernels"),
         (native_wanted(torch.device("cpu")), "native kernels"),
@@ -170,11 +175,11 @@ def _refuse(options: EngineOptions, runs_on: str, cache: str = "") -> None:
             f"cache {options.cache_dtype} is of the engines and this model runs on {runs_on}, whose cache is {cache}; "
             "leave it out"
         )
-    if options.embeddings is not None:
-        raise ValueError(
-            f"embeddings {options.embeddings} are of the native CPU engine and this model runs on {runs_on}; "
-            "leave them out"
-        )
+    for name, value in (("activations", options.activations), ("embeddings", options.embeddings)):
+        if value is not None:
+            raise ValueError(
+                f"{name} {value} are of the native CPU engine and this model runs on {runs_on}; leave them out"
+            )
 
 
 def _stream(source: Source, options: EngineOptions) -> Engine:

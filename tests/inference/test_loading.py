@@ -135,11 +135,22 @@ def test_smollm2_answers(capsys):
 def test_layers_on_a_gpu(tmp_path, tokenizer):
     ternary, floats = (save_run(tmp_path / name, tiny_model(name), tokenizer) for name in ("ternary", "none"))
     assert type(open_model(ternary, gpu_layers=0)) is type(open_model(ternary))
-    for layers, message in ((1, "the device is cpu; name a GPU, or give 0"), (-1, "gpu_layers is -1")):
+    cpu = "the device is cpu; name a GPU, or give 0"
+    for layers, message in ((1, cpu), (99, f"99 layers are to run on a GPU and {cpu}"), (-1, "gpu_layers is -1")):
         with pytest.raises(ValueError, match=message):
             open_model(ternary, gpu_layers=layers)
     with pytest.raises(ValueError, match="the device is cpu"):
         open_model(floats, gpu_layers=1)
+
+
+def test_options_of_the_engine_are_refused_elsewhere(tmp_path, tokenizer):
+    folder = save_run(tmp_path / "run", tiny_model("ternary"), tokenizer)
+    for name, value in (("activations", "int8"), ("activations", "float"), ("embeddings", "float16")):
+        message = f"{name} {value} are of the native CPU engine and this model runs on torch; leave them out"
+        with use_backend("reference"), pytest.raises(ValueError, match=message):
+            open_model(folder, **{name: value})
+        with pytest.raises(ValueError, match=message):
+            open_model(folder, pack=False, **{name: value})
 
 
 def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
