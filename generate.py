@@ -76,8 +76,9 @@ class Options:
     """What multiplies packed weights: the native CPU engine, or plain torch; auto takes the engine if it was built."""
     gpu_layers: int | None = None
     """Of a packed model larger than the GPU's memory: so many of its layers run there, the others on the CPU."""
-    cache: Literal["float32", "float16", "int8", "int4"] | None = None
-    """Of keys and values in the native engine, float32 by itself: fewer bits read less. int4 is in torch."""
+    cache: Literal["float32", "float16", "int8", "fp8", "int4"] | None = None
+    """Of keys and values in the engines, by itself float32 in the native one and bfloat16 on a GPU: fewer bits read
+    less. fp8 (E4M3) is on a GPU alone, int4 in torch."""
     activations: Literal["int8", "float"] | None = None
     """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
     embeddings: Literal["int8", "float16"] | None = None

@@ -24,7 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "visit"
 COMMAND = [sys.executable, "-m", "bitnet.bench.gpu"]
-GATES = ("activations", "weights", "products", "projections", "training", "engine", "compile")
+GATES = (
+    "activations", "weights", "products", "projections", "groups", "sampling", "training", "engine", "caches",
+    "compile",
+)  # fmt: skip
 Step = tuple[str, float, list[str]]
 """Name, limit in seconds, arguments of COMMAND."""
 

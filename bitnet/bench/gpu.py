@@ -16,6 +16,7 @@ only show that the script runs.
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -27,7 +28,7 @@ import torch
 
 from bitnet import kernels
 from bitnet.bench import gpu_inference, gpu_products, gpu_training
-from bitnet.bench.gpu_gate import CONFIGS, GATES, QUICK_CONFIG
+from bitnet.bench.gpu_gate import CACHES, CONFIGS, GATES, QUICK_CONFIG, cache_configs, check_e4m3
 from bitnet.bench.gpu_inference import BATCHES, PROMPTS
 from bitnet.bench.gpu_products import Tile, algorithms_for, product_shapes, tile_call, tile_candidates
 from bitnet.bench.gpu_timing import Call, Options, Row, log, name_of
@@ -63,15 +64,19 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
     from bitnet.kernels.triton.training import ternary_linear
 
     device = options.device
-    for name in ("activations", "weights", "products", "projections", "training"):
+    for name in ("activations", "weights", "products", "projections", "groups", "sampling", "training"):
         yield functools.partial(_exhaust, GATES[name](device, options.quick))
-    engines: list[tuple[ModelConfig, str]] = []
+    yield functools.partial(_exhaust, check_e4m3(device))
+    half = name_of(options.dtype)
+    engines: list[tuple[ModelConfig, str, str | None]] = []
     for config in [QUICK_CONFIG] if options.quick else [*CONFIGS.values(), CURVE]:
-        engines += [(config, "float32"), (config, name_of(options.dtype))]
+        engines += [(config, "float32", None), (config, half, None)]
+    for config, dtype, cache in itertools.product(cache_configs(options.quick), ("float32", half), CACHES):
+        engines.append((config, dtype, cache))
     for config in options.configs.values():
-        engines.append((config, name_of(options.dtype)))
-    for config, dtype in engines:
-        engine = GpuEngine(config, random_tensors(config), device=device, dtype=dtype, graphs=False)
+        engines.append((config, half, None))
+    for config, dtype, cache in engines:
+        engine = GpuEngine(config, random_tensors(config), device=device, dtype=dtype, cache_dtype=cache, graphs=False)
         big = config.hidden_size >= 1024
         yield from engine.calls(BATCHES if big else (1, 2, 8), PROMPTS if big else (4, 71))
         del engine

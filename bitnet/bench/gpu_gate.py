@@ -18,8 +18,9 @@ from bitnet.bench.random_models import GATE_CONFIG
 from bitnet.inference.generation import generate
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.options import SamplingConfig
+from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
-from bitnet.model import BitNetForCausalLM, PackedLinear
+from bitnet.model import BitNetForCausalLM, KVCache, ModelConfig, PackedLinear
 from bitnet.quant import pack_codes, quantize_ternary
 
 GREEDY = SamplingConfig(temperature=0)
@@ -133,6 +134,43 @@ def check_products(device: torch.device, quick: bool) -> Iterator[str]:
             yield f"packed_linear, {bits} bits, {M} x {N} x {K}: float32 results differ from the reference"
 
 
+def check_groups(device: torch.device, quick: bool) -> Iterator[str]:
+    """Products with a scale for each group of columns: exact sums within a group, a float32 added for each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 9, 64), (5, 70, 131)) if quick else ((1, 9, 64), (3, 70, 131), (40, 2560, 2560), (300, 640, 6912))
+    for (M, N, K), quantizer in itertools.product(shapes, ("ternary-g64", "ternary-g128")):
+        codes, scale = kernels.quantize_weight(torch.randn(N, K, generator=generator), quantizer)
+        x, bias = (torch.randn(size, generator=generator) for size in ((M, K), (N,)))
+        packed = pack_codes(codes, 2)
+        shared = {"bits": 2, "in_features": K, "group_size": kernels.GROUP_SIZES[quantizer]}
+        want = reference.packed_linear(x, packed, scale, bias, **shared)
+        with kernels.use_backend("triton"):
+            tensors = (tensor.to(device) for tensor in (x, packed, scale.half(), bias))
+            got = kernels.packed_linear(*tensors, **shared).cpu()
+        apart = float((got - want).abs().max() / want.std())
+        if not apart < 1e-5:
+            yield f"{quantizer}, {M} x {N} x {K}: off by {apart:.1e} of the results' standard deviation"
+
+
+def check_sampling(device: torch.device, quick: bool) -> Iterator[str]:
+    """Tokens are drawn as the specification draws them, of 32 rows all but one, which may lie on a border of rounding;
+    a row with a logit that is not finite says so."""
+    from bitnet.kernels.triton.sampling import draw
+
+    generator = torch.Generator().manual_seed(0)
+    rows, V = (4, 100) if quick else (32, 128_256)
+    for top_p, min_p in ((1.0, 0.2), (0.5, 0.0), (0.95, 0.05)):
+        logits = 3 * torch.randn(rows, V, generator=generator)
+        logits[1] = logits[1].round()  # equal ones
+        uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+        want = choose(logits, SamplingConfig(0.8, top_p=top_p, min_p=min_p), uniform[:, None])
+        logits[-1, V // 2], want[-1] = float("nan"), -2
+        options: dict[str, Any] = {"temperature": 0.8, "top_p": top_p, "min_p": min_p, "not_finite": -2}
+        unlike = draw(logits.to(device), uniform.to(device), **options).cpu() != want
+        if unlike[-1] or int(unlike.sum()) > rows // 32:
+            yield f"top-p {top_p}, min-p {min_p}: {int(unlike.sum())} of {rows} rows are not the specification's"
+
+
 def check_projections(device: torch.device, quick: bool) -> Iterator[str]:
     """A token through gate, norm, quantization and product in one launch, bit for bit what two launches give; and
     those of products against the reference."""
@@ -207,7 +245,7 @@ def check_engine(device: torch.device, quick: bool) -> Iterator[str]:
     about 5e-4; that happens to a few positions of a correct engine, so each is judged by itself: the median below 1e-5,
     half of them below 1e-4, none above 5 %. In bfloat16 the engine may be off by twice what torch's own model is.
     """
-    T = 4 if quick else 71
+    T = 5 if quick else 71
     for name, config in {"quick": QUICK_CONFIG}.items() if quick else CONFIGS.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -241,6 +279,124 @@ def check_engine(device: torch.device, quick: bool) -> Iterator[str]:
                 yield f"engine, {name}: the text of {len(batch)} rows from CUDA graphs is not the eager one"
 
 
+def check_caches(device: torch.device, quick: bool) -> Iterator[str]:
+    """Caches of fewer bits: every code of FP8 and every number where rounding to one changes; and the engine's logits
+    beside those of torch's model with a cache that rounds alike. In float32 the median position must be within 1e-3 of
+    them and all within 5 %, in half precision the mean within twice what torch's own model is off by."""
+    yield from check_e4m3(device)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    T = 5 if quick else 71
+    for config, name in itertools.product(cache_configs(quick), CACHES):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = BitNetForCausalLM(config).eval().pack()
+            ids = torch.randint(config.vocab_size, (2, T))
+        with kernels.use_backend("reference"), torch.no_grad():
+            expected, theirs = (
+                part(ids, RoundedCache(config, 2, T, CACHES[name])) for part in (model, rounding_to(half, model))
+            )
+        for dtype in (torch.float32, half):
+            engine = GpuEngine.from_model(
+                model, device=device, dtype=str(dtype).removeprefix("torch."), cache_dtype=name
+            )
+            cache = engine.new_cache(2, T)
+            pieces = [engine(piece.to(device), cache).cpu() for piece in ids.split([T // 2, T - T // 2 - 2, 1, 1], 1)]
+            apart, allowed = (
+                ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+                for logits in (torch.cat(pieces, 1), theirs)
+            )
+            what = f"{name} cache, {config.num_key_value_heads} key heads, {dtype}"
+            print(f"{what}: positions off by", quantiles(apart))
+            exact = dtype == torch.float32
+            within = apart.median() < 1e-3 and apart.max() < 0.05 if exact else apart.mean() < 2 * allowed.mean() + 1e-3
+            if not within:
+                yield f"{what}: positions are off by {quantiles(apart)} (relative)"
+
+
+def cache_configs(quick: bool) -> list[ModelConfig]:
+    """Models of `check_caches`: one whose query heads share keys, one whose do not."""
+    config = QUICK_CONFIG if quick else GATE_CONFIG
+    return [config, config.replace(num_key_value_heads=config.num_attention_heads)]
+
+
+def e4m3_borders() -> Tensor:
+    """Float32 numbers at which rounding to E4M3 changes: its values, the middles between them,
+    the neighbours of all of these in float32, what is larger or smaller than all, infinities and NaN; both signs."""
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ends = torch.tensor([464.0, 480, 512, 65504, 65520, 3e38, float("inf"), float("nan"), 2.0**-126, 1e-45])
+    exact = torch.cat([values, (values[1:] + values[:-1]) / 2, ends])
+    numbers = torch.cat([exact, exact.nextafter(torch.tensor(1e9)), exact.nextafter(torch.tensor(-1e9))])
+    return torch.cat([numbers, -numbers])
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """FP8 as `bitnet/kernels/triton/float8.py` defines it, by torch's conversion."""
+    return torch.where(x.isfinite(), x.clamp(-448, 448), float("nan")).to(torch.float8_e4m3fn)
+
+
+def check_e4m3(device: torch.device) -> Iterator[str]:
+    """Values on their way through `rotate` and `attend`: rounded numbers to the bit, and what all codes stand for."""
+    from bitnet.kernels.triton import attention
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        a, b = found.cpu(), expected
+        return bool(((a.view(torch.uint8) == b.view(torch.uint8)) | (a.float().isnan() & b.float().isnan())).all())
+
+    D, codes = 128, torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = e4m3_borders()
+    numbers = F.pad(numbers, (0, -len(numbers) % D)).view(-1, D)
+    rows = len(numbers)
+    tables = torch.ones(rows, D, device=device), torch.zeros(rows, D, device=device)  # of no rotation
+    first, second = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 1))
+    for dtype in (torch.float32, torch.bfloat16 if device.type == "cuda" else torch.float16):
+        v = numbers.to(dtype)
+        qkv = torch.cat([torch.ones(rows, 2 * D, dtype=dtype), v], 1).to(device)
+        keys, values = torch.zeros(2, 1, 1, rows, D, dtype=codes.dtype, device=device)
+        attention.rotate(qkv[None], *tables, first, keys, values, 1)
+        if not same(values[0, 0], to_e4m3(v.float())):
+            yield f"FP8 cache, {dtype}, several tokens: rounded numbers are not torch's"
+        keys, values = torch.zeros(2, rows, 1, 1, D, dtype=codes.dtype, device=device)
+        parts = attention.AttentionParts(rows, 1, 1, D, 1, device)
+        out = attention.attend(qkv[:, None], *tables, first, keys, values, 1, parts)
+        if not same(values[:, 0, 0], to_e4m3(v.float())):
+            yield f"FP8 cache, {dtype}, one token: rounded numbers are not torch's"
+        if not torch.allclose(out[:, 0].cpu().float(), to_e4m3(v.float()).float(), 1e-6, 0, equal_nan=True):
+            yield f"FP8 cache, {dtype}, one token: attention does not see what is stored"
+        # All weight is on the first of two positions.
+        keys, values = torch.zeros(2, 2, 1, 2, D, dtype=codes.dtype, device=device)
+        keys[:, :, 0] = torch.full((D,), 16.0)
+        values[:, 0, 0] = codes.view(2, D).to(device)
+        qkv = torch.tensor([16.0, -16.0, 0]).to(dtype).repeat_interleave(D).expand(2, 1, -1).contiguous().to(device)
+        parts = attention.AttentionParts(2, 1, 1, D, 2, device)
+        out = attention.attend(qkv, *tables, second, keys, values, 1, parts)
+        if not torch.allclose(out.view(-1).cpu().float(), codes.float(), 1e-6, 0, equal_nan=True):
+            yield f"FP8 cache, {dtype}: attention reads other numbers than torch"
+
+
+class RoundedCache(KVCache):
+    """A cache of float32 numbers that one of fewer bits could hold."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, rounded: Callable[[Tensor], Tensor]):
+        super().__init__(config, batch_size, max_length)
+        self._rounded = rounded
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return super().append(layer, self._rounded(keys), self._rounded(values))
+
+
+def _int8_and_back(x: Tensor) -> Tensor:
+    codes, scale = reference.quantize_activations(x)
+    return codes * scale
+
+
+CACHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "float16": lambda x: x.half().float(),
+    "int8": _int8_and_back,
+    "fp8": lambda x: to_e4m3(x).float(),
+}
+"""Types of keys and values of fewer bits, and float32 numbers as they hold them."""
+
+
 def rounding_to(dtype: torch.dtype, model: BitNetForCausalLM) -> BitNetForCausalLM:
     """A copy of the model in which every module's result is rounded to this type, as one that is stored in it."""
     model = copy.deepcopy(model)
@@ -271,8 +427,11 @@ GATES: dict[str, Callable[[torch.device, bool], Iterator[str]]] = {
     "weights": check_weights,
     "products": check_products,
     "projections": check_projections,
+    "groups": check_groups,
+    "sampling": check_sampling,
     "training": check_training,
     "engine": check_engine,
+    "caches": check_caches,
     "compile": check_compile,
 }
 """What is wrong, as text, and nothing where all is right: `gate(device, quick)`."""

@@ -1,6 +1,7 @@
 """The GPU engine beside its bfloat16 twin: prompts, steps of decoding, whole texts, and what a step is made of."""
 
 import functools
+import itertools
 import platform
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -275,14 +276,18 @@ def measure_long(options: Options) -> Iterator[Row]:
     for name, config in list(options.configs.items())[:1]:
         lengths = (16,) if options.quick else (4096, 16_384, 32_768)
         config = config.replace(max_position_embeddings=lengths[-1])
-        engine = GpuEngine(config, random_tensors(config), device=device, dtype=name_of(options.dtype))
-        for length in lengths:
+        engines = [
+            GpuEngine(config, random_tensors(config), device=device, dtype=name_of(options.dtype), cache_dtype=kind)
+            for kind in (None, "int8", "fp8")
+        ]
+        for length, engine in itertools.product(lengths, engines):
             cache = engine.new_cache(1, length)
-            cache.storage.keys.normal_()
-            cache.storage.values.normal_()
+            for part in (cache.storage.keys, cache.storage.values):
+                part.copy_(torch.randn(part.shape, device=device))
             cache.length = length - 1
             engine(torch.ones(1, 1, dtype=torch.int64, device=device), cache)
             graph = cache.storage.graphs.get(1)
             step = in_turn({"step": [graph.replay if graph else (lambda: None)]}, device, graph=False)["step"][1]
-            row = {"model": name, "length": length, "us": step * 1e6, "cache_mb": cache.nbytes / 1e6}
-            yield row | {"line": f"{name} behind {length}: {step * 1e6:.0f} us, cache {row['cache_mb']:.0f} MB"}
+            kind = name_of(engine.cache_dtype)
+            row = {"model": name, "length": length, "cache": kind, "us": step * 1e6, "cache_mb": cache.nbytes / 1e6}
+            yield row | {"line": f"{name} behind {length}: {step * 1e6:.0f} us, {row['cache_mb']:.0f} MB in {kind}"}

@@ -29,8 +29,9 @@ class Options(ServingOptions):
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and cache of a model that runs in floats."""
-    cache: Literal["float32", "float16", "int8"] | None = None
-    """Of keys and values in the native CPU engine."""
+    cache: Literal["float32", "float16", "int8", "fp8"] | None = None
+    """Of keys and values in the engines, by itself float16 in the native one and bfloat16 on a GPU; fp8 (E4M3) is on a
+    GPU alone."""
     threads: int | None = None
     """Processor threads of the model; torch's number unless given."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_model import NativeModel
-from bitnet.inference.cpu_rows import CACHE_DTYPES, MAX_CHUNK, Meeting, NativeRows, Storage
+from bitnet.inference.cpu_rows import MAX_CHUNK, Meeting, NativeRows, Storage, check_cache_dtype
 from bitnet.inference.engine import check_ids
 from bitnet.inference.weights import ModuleWeights, Weights
 from bitnet.kernels.cpu import native
@@ -68,8 +68,7 @@ class Engine:
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, *, cache_dtype: str | None = None) -> None:
-        if cache_dtype not in (None, *CACHE_DTYPES):
-            raise ValueError(f"cache dtype {cache_dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
+        check_cache_dtype(cache_dtype)
         if config.head_width > 1024:
             raise ValueError(f"head_dim is {config.head_width}; the native attention takes at most 1024")
         native.kernels()

@@ -29,6 +29,12 @@ MAX_CHUNK = 512
 CACHE_DTYPES = {"float32": (0, torch.float32), "float16": (1, torch.float16), "int8": (2, torch.int8)}
 
 
+def check_cache_dtype(dtype: str | None) -> None:
+    """Raise ValueError for a type of keys and values that the native kernels do not have; None is their own choice."""
+    if dtype not in (None, *CACHE_DTYPES):
+        raise ValueError(f"cache {dtype!r} is unknown to the native kernels; choose one of {', '.join(CACHE_DTYPES)}")
+
+
 class Forward(Protocol):
     """What rows need of the engine."""
 
@@ -49,8 +55,7 @@ class Storage:
 
     def __init__(self, config: ModelConfig, blocks: int, block: int, strides: tuple[int, int, int], dtype: str) -> None:
         """`strides`: positions from one block, layer and head to the next."""
-        if dtype not in CACHE_DTYPES:
-            raise ValueError(f"cache dtype {dtype!r} is unknown; choose one of {', '.join(CACHE_DTYPES)}")
+        check_cache_dtype(dtype)
         number, torch_dtype = CACHE_DTYPES[dtype]
         width = -(-config.head_width // 16) * 16
         positions = config.num_hidden_layers * config.num_key_value_heads * blocks * block

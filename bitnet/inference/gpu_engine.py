@@ -41,6 +41,7 @@ from bitnet.model.transformer import rope_tables
 from bitnet.quant import packed_width
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _CAPACITY_STEP = 256
 _KEPT_STORAGES = 4
 """Caches that nobody holds any more but that are kept, with their graphs, for the next text."""
@@ -124,8 +125,10 @@ class GpuEngine:
 
     `tensor(name)` returns a tensor of the packed model's state_dict; it is called once for each of `names` and may read
     a file. `dtype` is that of the residual stream and of attention, and unless `cache_dtype` says otherwise of keys and
-    values: float32, bfloat16, float16, or int8 with a scale for every position of a head. With `layers` it is the first
-    layers of a model alone, and a call returns the residual stream behind them, float32 `[B, T, C]`, instead of logits.
+    values: float32, bfloat16, float16, int8 with a scale for every position of a head, or fp8 (E4M3) with none, where
+    what is beyond 448 becomes 448 and what is below 2^-6 loses bits (`bitnet/kernels/triton/attention.py`). With
+    `layers` it is the first layers of a model alone, and a call returns the residual stream behind them, float32
+    `[B, T, C]`, instead of logits.
     Raises ValueError where Triton or the GPU is missing, the model is not packed, or its tensors are not exactly those
     of the configuration.
     """
@@ -148,8 +151,8 @@ class GpuEngine:
             raise ValueError(f"the Triton kernels do not compute {' and '.join(unknown)}; run the model in torch")
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-        if cache_dtype not in (None, "int8", *DTYPES):
-            raise ValueError(f"cache {cache_dtype!r} is unknown on a GPU; choose one of {', '.join((*DTYPES, 'int8'))}")
+        if cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache {cache_dtype!r} is unknown on a GPU; choose one of {', '.join(CACHE_DTYPES)}")
         self._device = torch.device(device)
         backend.require(self._device)
         if self._device.type == "cuda" and self._device.index is None:
@@ -157,7 +160,7 @@ class GpuEngine:
         self._whole = layers is None
         self.config = config if layers is None else config.replace(num_hidden_layers=layers)
         self.dtype = DTYPES[dtype]
-        self.cache_dtype = torch.int8 if cache_dtype == "int8" else DTYPES[cache_dtype or dtype]
+        self.cache_dtype = CACHE_DTYPES[cache_dtype or dtype]
         self.graphs = graphs and self._device.type == "cuda"
         self._free: list[_Storage] = []  # the newest last
         self._lock = threading.Lock()

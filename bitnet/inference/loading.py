@@ -45,9 +45,9 @@ def open_model(
                   engine on a CPU that has it, the Triton engine on a GPU that has it, else packed layers in torch.
                   False runs the float weights that training fake-quantizes, where there are such. Float models are
                   what they are.
-    cache_dtype:  of keys and values in the engines: float32 (None on a CPU), bfloat16 (None on a GPU, and only there),
-                  float16 or int8. "int4" runs the model in torch, with `bitnet/model/quantized_cache.py`, and torch
-                  takes no other.
+    cache_dtype:  of keys and values in the engines: float32 (None on a CPU), float16 or int8, and on a GPU alone
+                  bfloat16 (None there) or fp8. "int4" runs the model in torch, with
+                  `bitnet/model/quantized_cache.py`, and torch takes no other.
     dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
     activations:  in the native engine, of weights with a scale a group: "int8" with a scale a group, or "float", exact
                   to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.

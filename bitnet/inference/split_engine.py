@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine, NativeCache
+from bitnet.inference.cpu_rows import check_cache_dtype
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine
 from bitnet.inference.weights import LaterLayers, ModuleWeights
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -71,6 +72,7 @@ class SplitEngine:
                 f"{gpu_layers} layers on the GPU do not split a model of {layers}; give 1 to {layers - 1}, or choose "
                 "the device for all"
             )
+        check_cache_dtype(cache_dtype)
         gpu = GpuEngine.from_model(model, device=device, dtype=dtype, cache_dtype=cache_dtype, layers=gpu_layers)
         others = LaterLayers(ModuleWeights(model, "int8", None), gpu_layers)
         cpu = Engine(config.replace(num_hidden_layers=layers - gpu_layers), others, cache_dtype=cache_dtype)

@@ -338,7 +338,8 @@ def load(
     checkpoint:  of a run folder, "best" or "last".
     device:      cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.
     dtype:       of weights, activations and cache of a model that runs in floats.
-    cache:       of keys and values in the native CPU engine: float32 (None), float16 or int8; int4 runs in torch.
+    cache:       of keys and values: float32 (None), float16 or int8 in the native CPU engine, these, bfloat16 (None) or
+                 fp8 on a GPU; int4 runs in torch.
     gpu_layers:  of a packed model larger than the GPU's memory, so many layers there and the others on the CPU.
     pack:        False runs a run's float weights, fake-quantized as in training.
     activations: int8 or float (None), of weights with group scales in the native CPU engine.

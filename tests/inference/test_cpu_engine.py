@@ -313,9 +313,13 @@ def test_caches_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match=f"a cache of {length} positions does not fit a model of 128"):
             engine.new_cache(1, length)
     assert engine.new_cache(1, 128).max_length == 128
-    with pytest.raises(ValueError, match="'bfloat16' is unknown; choose one of float32, float16, int8"):
+    with pytest.raises(
+        ValueError, match="'bfloat16' is unknown to the native kernels; choose one of float32, float16, int8"
+    ):
         NativeCache(BASE, 1, 8, "bfloat16")
-    with pytest.raises(ValueError, match="'bfloat16' is unknown; choose one of float32, float16, int8"):
+    with pytest.raises(
+        ValueError, match="'bfloat16' is unknown to the native kernels; choose one of float32, float16, int8"
+    ):
         engine_of(BASE, cache_dtype="bfloat16")
 
 

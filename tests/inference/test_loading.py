@@ -158,5 +158,6 @@ def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"cache int8 .* runs on torch, whose cache is bfloat16; leave it out"):
         open_model(folder, cache_dtype="int8", dtype=torch.bfloat16)
     folder = save_run(tmp_path / "ternary", tiny_model("ternary"), tokenizer)
-    with use_backend("reference"), pytest.raises(ValueError, match=r"cache float16 .* leave it out"):
-        open_model(folder, cache_dtype="float16")
+    for name in ("float16", "fp8"):
+        with use_backend("reference"), pytest.raises(ValueError, match=rf"cache {name} .* leave it out"):
+            open_model(folder, cache_dtype=name)

@@ -22,7 +22,7 @@ from tests.kernels.triton_aot import SHARED_MEMORY, TARGETS, Compiled, compile_l
 
 assert not language.INTERPRETED, "run by test_triton.py, without the interpreter"
 CPU = torch.device("cpu")
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 
 # What the code must hold: integer dot products of four, and int8 matrix instructions.
@@ -63,12 +63,12 @@ def quantize(M: int, K: int, norm: bool, gate: str = "none") -> Callable[[], obj
 
 
 def attend(
-    H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16, codes: bool = False
+    H: int = 20, G: int = 5, D: int = 128, dtype: torch.dtype = BF16, held: torch.dtype | None = None
 ) -> Callable[[], object]:
     def call() -> object:
         qkv = torch.empty(1, 1, (H + 2 * G) * D, dtype=dtype)
-        cache = torch.empty(1, G, 4096, D, dtype=torch.int8 if codes else dtype)
-        scales = (torch.empty(1, G, 4096), torch.empty(1, G, 4096)) if codes else None
+        cache = torch.empty(1, G, 4096, D, dtype=held or dtype)
+        scales = (torch.empty(1, G, 4096), torch.empty(1, G, 4096)) if held == torch.int8 else None
         table, start = torch.empty(4096, D), torch.empty(1, dtype=torch.int32)
         parts = attention.AttentionParts(1, H, G, D, 4096, CPU)
         return attention.attend(qkv, table, table, start, cache, cache, H, parts, scales)
@@ -99,8 +99,8 @@ def grouped(M: int, size: int) -> Callable[[], object]:
     return call
 
 
-def rotate() -> object:
-    qkv, cache = torch.empty(1, 9, 30 * 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=BF16)
+def rotate(held: torch.dtype = BF16) -> object:
+    qkv, cache = torch.empty(1, 9, 30 * 128, dtype=BF16), torch.empty(1, 5, 4096, 128, dtype=held)
     table = torch.empty(4096, 128)
     return attention.rotate(qkv, table, table, torch.empty(1, dtype=torch.int32), cache, cache, 20)
 
@@ -154,8 +154,10 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "attend, heads of 64, float32": (attend(12, 12, 64, torch.float32), None),
     "attend, heads of 96": (attend(16, 8, 96), FLOAT_MATRIX),
     "attend, a query a head": (attend(16, 16, 96), None),
-    "attend, int8 cache": (attend(codes=True), FLOAT_MATRIX),
-    "attend, a query a head, int8 cache": (attend(16, 16, 96, codes=True), None),
+    "attend, int8 cache": (attend(held=torch.int8), FLOAT_MATRIX),
+    "attend, a query a head, int8 cache": (attend(16, 16, 96, held=torch.int8), None),
+    "attend, fp8 cache": (attend(held=E4M3), FLOAT_MATRIX),
+    "attend, a query a head, fp8 cache": (attend(16, 16, 96, held=E4M3), None),
     "attend, heads of 256": (attend(8, 2, 256), FLOAT_MATRIX),
     "attend, heads of 256, float32": (attend(8, 2, 256, torch.float32), None),
     "one token, qkv": (project(3840, 2560), DOT4),
@@ -164,6 +166,7 @@ CASES: dict[str, tuple[Callable[[], object], dict[str, str] | None]] = {
     "one token, down, silu": (project(1536, 4096, "silu"), DOT4),
     "one token, 4 bits": (project(2560, 2560, "none", False, 4), DOT4),
     "rotate": (rotate, None),
+    "rotate, fp8 cache": (lambda: rotate(E4M3), None),
     "embed": (embed, None),
     "draw": (draw, None),
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """Quantization of activations and weights in Triton's interpreter, against the reference. Run by `test_triton.py`."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from bitnet.bench.gpu_gate import GATES
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
-from bitnet.kernels.triton import activations, language, product, sampling, weights
+from bitnet.kernels.triton import activations, attention, language, product, sampling, weights
 from bitnet.quant import pack_codes, quantize_ternary, unpack_codes
 from tests.kernels.interpreter import hasten
 
@@ -218,20 +220,24 @@ def test_unpack_and_dequantize(bits: int, low: int, high: int, K: int) -> None:
     assert weights.dequantize(unpacked, scale, K, torch.float16).dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", ["activations", "weights", "projections", "training"])
+SHORT = ["activations", "weights", "projections", "groups", "sampling", "training"]
+LONG = ["products", "engine", "caches"] if os.environ.get("BITNET_LONG") == "1" else []
+
+
+@pytest.mark.parametrize("name", SHORT + LONG)
 def test_gates_of_the_benchmark_turn_red(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gate = torch.device("cpu"), GATES[name]
     assert list(gate(cpu, True)) == []
     original = language.launch
 
     def off_by_one(kernel, grid, *tensors, **options) -> None:
-        """Every kernel writes one number too large into its first code, scale or sum."""
+        """Every kernel writes one number too large into its first code or id."""
         original(kernel, grid, *tensors, **options)
         for tensor in tensors[1:]:
-            if isinstance(tensor, Tensor) and tensor.dtype in (torch.int8, torch.uint8):
+            if isinstance(tensor, Tensor) and tensor.dtype in (torch.int8, torch.uint8, torch.int64):
                 tensor.view(-1)[0] += 1
 
-    for module in (activations, weights, product):
+    for module in (activations, attention, product, sampling, weights):
         monkeypatch.setattr(module, "launch", off_by_one)
     assert list(gate(cpu, True)) != []
 

@@ -9,6 +9,7 @@
     groups.py         the product with scales of groups of columns
     project.py        one token through norm, quantization and product in one launch
     attention.py      rotary positions, cache and attention of one new token
+    float8.py         FP8 of a cache, to numbers and back
     sampling.py       the next token of every row: temperature, top-p, min-p and the draw
     warm.py           all of them compiled beforehand, in several processes
     ops.py            torch operators of the packed product

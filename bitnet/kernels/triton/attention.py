@@ -8,8 +8,10 @@
 that comes last joins the parts in a fixed order. The number of filled positions is read from the device, so that one
 CUDA graph serves every step and no program walks further than they reach.
 
-Keys and values are stored in a float type, or as INT8 codes with a float32 scale for every position of a head (absmax,
-as activations are quantized); attention sees what is stored, the newest position included.
+Keys and values are stored in a float type, FP8 (E4M3) among them, or as INT8 codes with a float32 scale for every
+position of a head (absmax, as activations are quantized); attention sees what is stored, the newest position included.
+FP8 has no scale: it keeps four significant bits of numbers from 2^-6 to 448, of smaller ones what is a multiple of
+2^-9, and larger ones become 448. Kernels see it as bytes (`float8.py`).
 
 Letters: B batch, T new tokens, M = B * T, H query heads, G key/value heads, R = H / G, D head_dim, S capacity of the
 cache, C hidden_size, V vocab_size.
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.triton.activations import codes_of, scale_of
+from bitnet.kernels.triton.float8 import decode_e4m3, encode_e4m3
 from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton, wait_for_inputs
 from bitnet.quant.affine import SCALE_EPS
 
@@ -55,26 +58,28 @@ def largest_of(x):
 
 @triton.jit
 def store_halves(
-    cache, scale, place, first, second, i, inside, stored: tl.constexpr, D: tl.constexpr, SMALLEST: tl.constexpr,
-    INT8: tl.constexpr,
-):  # fmt: skip
+    cache, scale, place, first, second, i, inside, stored: tl.constexpr, D: tl.constexpr, SMALLEST: tl.constexpr
+):
     """A key or value of a head to the position `place` of the cache, as codes of what a cache of type `stored` would
     hold, or in its own type."""
-    if INT8:
+    held: tl.constexpr = cache.dtype.element_ty
+    if held == tl.uint8:
+        first = encode_e4m3(first.to(stored).to(tl.float32))
+        second = encode_e4m3(second.to(stored).to(tl.float32))
+    if held == tl.int8:
         first, second = first.to(stored).to(tl.float32), second.to(stored).to(tl.float32)
         s = scale_of(tl.maximum(tl.max(largest_of(first), 0), tl.max(largest_of(second), 0)), SMALLEST)
         tl.store(scale + place, s + first * 0, mask=inside & (i == 0))
         first, second = codes_of(first, s), codes_of(second, s)
     target = cache + place * D + i
-    tl.store(target, first.to(cache.dtype.element_ty), mask=inside)
-    tl.store(target + D // 2, second.to(cache.dtype.element_ty), mask=inside)
+    tl.store(target, first.to(held), mask=inside)
+    tl.store(target + D // 2, second.to(held), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "S"])
 def rotate_kernel(
     qkv, cos, sin, start, q, keys, values, key_scale, value_scale, T, S, H: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
-    PDL: tl.constexpr,
+    D: tl.constexpr, POSITIONS: tl.constexpr, BLOCK: tl.constexpr, SMALLEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of q, k or v of one token. BLOCK is at least D / 2."""
     wait_for_inputs(PDL)
@@ -100,10 +105,10 @@ def rotate_kernel(
         tl.store(target + half, second.to(q.dtype.element_ty), mask=inside)
     elif head < H + G:
         place = ((m // T) * G + head - H).to(tl.int64) * S + position
-        store_halves(keys, key_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST, INT8)
+        store_halves(keys, key_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST)
     else:
         place = ((m // T) * G + head - H - G).to(tl.int64) * S + position
-        store_halves(values, value_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST, INT8)
+        store_halves(values, value_scale, place, first, second, i, inside, q.dtype.element_ty, D, SMALLEST)
 
 
 @triton.jit
@@ -117,7 +122,7 @@ def turned(pointer, d, inside, c, s, D: tl.constexpr):
 @triton.jit
 def cached_tile(
     keys, values, key_scale, value_scale, tile, position, S, stored: tl.constexpr, D: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, INT8: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Keys and values `[TILE, BLOCK]` of the tile's positions before `position`, zeros for the others, in the type
     `stored`. keys, values and their scales: of one head, from its position 0 on."""
@@ -127,22 +132,30 @@ def cached_tile(
     old = there[:, None] & (d < D)
     at = t[:, None] * D + d
     k, v = tl.load(keys + at, mask=old, other=0), tl.load(values + at, mask=old, other=0)
-    if INT8:
+    if k.dtype == tl.uint8:
+        k, v = decode_e4m3(k), decode_e4m3(v)
+    if k.dtype == tl.int8:
         k = k.to(tl.float32) * tl.load(key_scale + t, mask=there, other=0.0)[:, None]
         v = v.to(tl.float32) * tl.load(value_scale + t, mask=there, other=0.0)[:, None]
     return k.to(stored), v.to(stored)
 
 
 @triton.jit
-def as_held(x, cache, SMALLEST: tl.constexpr, INT8: tl.constexpr):
-    """A key or value x `[1, BLOCK]` in the type of the cache, and its scale `[1, 1]`, which counts for codes."""
-    if INT8:
+def as_held(x, cache, SMALLEST: tl.constexpr):
+    """A key or value x `[1, BLOCK]` in the type of the cache, its scale `[1, 1]`, which counts for INT8 codes, and the
+    value that these stand for, in x's type."""
+    s = tl.full([1, 1], 1.0, tl.float32)
+    if cache.dtype.element_ty == tl.int8:
         s = scale_of(tl.max(largest_of(x.to(tl.float32)), 1)[:, None], SMALLEST)
         held = codes_of(x.to(tl.float32), s).to(tl.int8)
+        value = held.to(tl.float32) * s
+    elif cache.dtype.element_ty == tl.uint8:
+        held = encode_e4m3(x.to(tl.float32))
+        value = decode_e4m3(held)
     else:
-        s = tl.full([1, 1], 1.0, tl.float32)
         held = x.to(cache.dtype.element_ty)
-    return held, s
+        value = held
+    return held, s, value.to(x.dtype)
 
 
 @triton.jit
@@ -159,7 +172,7 @@ def angles(cos, sin, position, S, D: tl.constexpr, POSITIONS: tl.constexpr, BLOC
 def attend_tiles(
     row, head, keys, values, key_scale, value_scale, k, v, c, s, exists, position, split, S, H: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Running maximum `[ROWS]`, sum and weighted values of the R query heads of key/value head `head` over every
     SPLITS-th tile from `split` on, whose first is (k, v); the new key and value, taken from the token's `row` of qkv,
@@ -172,17 +185,14 @@ def attend_tiles(
     query = turned(row + (head * R + r) * D, d, wide & heads, c, s, D).to(stored)
     new_key = turned(row + (H + head) * D, d, wide, c, s, D).to(stored)
     new_value = tl.load(row + (H + G + head) * D + d, mask=wide, other=0.0)
-    new_key, key_s = as_held(new_key, keys, SMALLEST, INT8)
-    new_value, value_s = as_held(new_value, values, SMALLEST, INT8)
+    held_key, key_s, new_key = as_held(new_key, keys, SMALLEST)
+    held_value, value_s, new_value = as_held(new_value, values, SMALLEST)
     if position // TILE % SPLITS == split:
-        tl.store(keys + position * D + d, new_key, mask=exists)
-        tl.store(values + position * D + d, new_value, mask=exists)
-        if INT8:
+        tl.store(keys + position * D + d, held_key, mask=exists)
+        tl.store(values + position * D + d, held_value, mask=exists)
+        if keys.dtype.element_ty == tl.int8:
             tl.store(key_scale + position + d * 0, key_s + d * 0.0, mask=exists & (d == 0))
             tl.store(value_scale + position + d * 0, value_s + d * 0.0, mask=exists & (d == 0))
-    if INT8:
-        new_key, new_value = new_key.to(tl.float32) * key_s, new_value.to(tl.float32) * value_s
-    new_key, new_value = new_key.to(stored), new_value.to(stored)
     # Matrix instructions take 16 rows, too many for one query: there every place of the tile keeps its own maximum and
     # sum, and nothing passes between threads before the end.
     places: tl.constexpr = TILE if R == 1 else ROWS
@@ -214,7 +224,7 @@ def attend_tiles(
             acc = acc * shrink[:, None] + tl.dot(share.to(stored), v, input_precision="ieee")
         highest = top
         tile += SPLITS
-        k, v = cached_tile(keys, values, key_scale, value_scale, tile, position, S, stored, D, BLOCK, TILE, INT8)
+        k, v = cached_tile(keys, values, key_scale, value_scale, tile, position, S, stored, D, BLOCK, TILE)
     if R == 1:
         top = tl.max(highest, 0)
         shrink = tl.exp2(highest - tl.where(top == float("-inf"), 0.0, top))
@@ -228,8 +238,8 @@ def attend_tiles(
 def attend_kernel(
     qkv, cos, sin, start, keys, values, key_scale, value_scale, part, largest, total, arrived, out, S, H: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr, INT8: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SMALLEST: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: the R query heads of one key/value head, on every SPLITS-th tile of positions. SCALE is
     log2(e) / sqrt(D), so that powers are of 2. The program of a group that comes last joins the parts of all."""
@@ -244,13 +254,13 @@ def attend_kernel(
     keys, values = keys + group.to(tl.int64) * S * D, values + group.to(tl.int64) * S * D
     key_scale, value_scale = key_scale + group.to(tl.int64) * S, value_scale + group.to(tl.int64) * S
     stored: tl.constexpr = qkv.dtype.element_ty
-    k, v = cached_tile(keys, values, key_scale, value_scale, split, position, S, stored, D, BLOCK, TILE, INT8)
+    k, v = cached_tile(keys, values, key_scale, value_scale, split, position, S, stored, D, BLOCK, TILE)
     if AHEAD:
         wait_for_inputs(PDL)
     row = qkv + (group // G).to(tl.int64) * (H + 2 * G) * D
     highest, weight, acc = attend_tiles(
         row, group % G, keys, values, key_scale, value_scale, k, v, c, s, exists, position, split, S, H, G, D, SCALE,
-        SPLITS, ROWS, BLOCK, TILE, SMALLEST, INT8,
+        SPLITS, ROWS, BLOCK, TILE, SMALLEST,
     )  # fmt: skip
     own = (group.to(tl.int64) * SPLITS + split) * ROWS
     tl.store(largest + own + tl.arange(0, ROWS), highest)
@@ -290,8 +300,10 @@ def embed(ids: Tensor, packed: Tensor, scale: Tensor, width: int, dtype: torch.d
 
 
 def check_cache(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
-    """Raise ValueError unless keys and values `[B, G, S, D]` are of one float type, or int8 with float32 scales
-    `[B, G, S]`."""
+    """Raise ValueError unless keys and values `[B, G, S, D]` are of one float type, of those of 8 bits
+    torch.float8_e4m3fn, or int8 with float32 scales `[B, G, S]`."""
+    if keys.is_floating_point() and keys.itemsize == 1 and keys.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"keys are {keys.dtype}; give torch.float8_e4m3fn, or more bits")
     dtype = None if scales is None else torch.int8
     for name, part in (("keys", keys), ("values", values)):
         check(name, part, dtype, keys.device, *keys.shape)
@@ -299,6 +311,11 @@ def check_cache(keys: Tensor, values: Tensor, scales: tuple[Tensor, Tensor] | No
         raise ValueError(f"keys are {keys.dtype} and values {values.dtype}; give one type")
     for scale in scales or ():
         check("scale", scale, torch.float32, keys.device, *keys.shape[:3])
+
+
+def as_bytes(cache: Tensor) -> Tensor:
+    """As kernels take it: FP8 as uint8."""
+    return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache
 
 
 def rotate(
@@ -320,9 +337,9 @@ def rotate(
     T = qkv.shape[1]
     q = torch.empty(B, T, heads, D, dtype=qkv.dtype, device=qkv.device)
     launch(
-        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, keys, values, *(scales or (cos, cos)), T, S,
-        H=heads, G=G, D=D, POSITIONS=cos.shape[0], BLOCK=power_of_2(D // 2), SMALLEST=SCALE_EPS,
-        INT8=scales is not None, warps=1,
+        rotate_kernel, (B * T, heads + 2 * G), qkv, cos, sin, start, q, as_bytes(keys), as_bytes(values),
+        *(scales or (cos, cos)), T, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0], BLOCK=power_of_2(D // 2),
+        SMALLEST=SCALE_EPS, warps=1,
     )  # fmt: skip
     return q
 
@@ -382,10 +399,9 @@ def attend(
     out = torch.empty(B, 1, heads * D, dtype=qkv.dtype, device=qkv.device)
     positions, warps = _positions_and_warps(B * G * parts.splits, rows, block * qkv.element_size())
     launch(
-        attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, keys, values, *(scales or (cos, cos)), parts.part,
-        parts.largest, parts.total, parts.arrived, out, S, H=heads, G=G, D=D, POSITIONS=cos.shape[0],
-        SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
-        SMALLEST=SCALE_EPS, INT8=scales is not None, AHEAD=constant,
-        TILE=positions, warps=warps,
+        attend_kernel, (B * G, parts.splits), qkv, cos, sin, start, as_bytes(keys), as_bytes(values),
+        *(scales or (cos, cos)), parts.part, parts.largest, parts.total, parts.arrived, out, S, H=heads, G=G, D=D,
+        POSITIONS=cos.shape[0], SCALE=math.log2(math.e) / math.sqrt(D), SPLITS=parts.splits, ROWS=rows, BLOCK=block,
+        SMALLEST=SCALE_EPS, AHEAD=constant, TILE=positions, warps=warps,
     )  # fmt: skip
     return out
