@@ -56,4 +56,7 @@ def run(options: Options) -> None:
         cors=options.cors_origin,
         body_bytes=options.max_body,
     )
-    server.serve(open_all(options.models, options.device, options.dtype, options.cache), settings)
+    models = open_all(options.models, options.device, options.dtype, options.cache)
+    for _, model in models:
+        model.warm_up()
+    server.serve(models, settings)
