@@ -66,7 +66,8 @@ def models(draw: random.Random) -> None:
     """Texts of several lengths in one cache, forked and cut; the same logits as each alone."""
     import torch
 
-    from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
+    from bitnet.inference.cpu_engine import Engine
+    from bitnet.inference.cpu_rows import CACHE_DTYPES
     from tests.builders import packed_model
     from tests.inference.builders import CONFIGS
 

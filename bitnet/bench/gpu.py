@@ -71,8 +71,7 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
     engines: list[tuple[ModelConfig, str, str | None]] = []
     for config in [QUICK_CONFIG] if options.quick else [*CONFIGS.values(), CURVE]:
         engines += [(config, "float32", None), (config, half, None)]
-    for config, dtype, cache in itertools.product(cache_configs(options.quick), ("float32", half), CACHES):
-        engines.append((config, dtype, cache))
+    engines += itertools.product(cache_configs(options.quick), ("float32", half), CACHES)
     for config in options.configs.values():
         engines.append((config, half, None))
     for config, dtype, cache in engines:

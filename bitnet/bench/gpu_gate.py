@@ -142,7 +142,7 @@ def check_groups(device: torch.device, quick: bool) -> Iterator[str]:
         codes, scale = kernels.quantize_weight(torch.randn(N, K, generator=generator), quantizer)
         x, bias = (torch.randn(size, generator=generator) for size in ((M, K), (N,)))
         packed = pack_codes(codes, 2)
-        shared = {"bits": 2, "in_features": K, "group_size": kernels.GROUP_SIZES[quantizer]}
+        shared: dict[str, Any] = {"bits": 2, "in_features": K, "group_size": kernels.GROUP_SIZES[quantizer]}
         want = reference.packed_linear(x, packed, scale, bias, **shared)
         with kernels.use_backend("triton"):
             tensors = (tensor.to(device) for tensor in (x, packed, scale.half(), bias))

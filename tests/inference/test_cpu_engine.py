@@ -6,7 +6,8 @@ from torch import Tensor
 
 from bitnet import kernels
 from bitnet.inference import cpu_engine
-from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine, NativeCache
+from bitnet.inference.cpu_engine import Engine, NativeCache
+from bitnet.inference.cpu_rows import CACHE_DTYPES
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.kernels import reference
 from bitnet.kernels.cpu import native

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bitnet.inference import cpu_rows
-from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
-from bitnet.inference.cpu_rows import BLOCK, CacheFullError
+from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.cpu_rows import BLOCK, CACHE_DTYPES, CacheFullError
 from bitnet.inference.generation import generate
 from bitnet.inference.sampling import SamplingConfig
 from bitnet.kernels.cpu import native

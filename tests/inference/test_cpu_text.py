@@ -17,7 +17,8 @@ from bitnet import kernels
 from bitnet.data.feed import TextFeed
 from bitnet.data.tokens import TokenArray
 from bitnet.evaluation.loss import evaluate
-from bitnet.inference.cpu_engine import CACHE_DTYPES, Engine
+from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.cpu_rows import CACHE_DTYPES
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.loading import open_model
 from bitnet.kernels.cpu import native
