@@ -168,12 +168,14 @@ def _is_adapter(name: str) -> bool:
 
 
 def matrices_of(state: Mapping[str, Tensor], alpha: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """The matrices of a state_dict of adapters. Raises ValueError where one of a pair is missing."""
+    """The matrices of a state_dict of adapters. Raises ValueError where one of a pair is missing, or is no matrix."""
     found = {}
     for name in {name.rpartition(".")[0] for name in state}:
         if {f"{name}.lora_A", f"{name}.lora_B"} - state.keys():
             raise ValueError(f"the adapter of {name} has one matrix where two belong together")
         down, up = state[f"{name}.lora_A"].detach().float(), state[f"{name}.lora_B"].detach().float()
+        if down.ndim != 2 or not down.numel():
+            raise ValueError(f"lora_A of {name} is {list(down.shape)}; it must be [rank, columns of the weight]")
         found[name] = (down, up * (alpha / len(down)))
     return dict(sorted(found.items()))
 

@@ -25,12 +25,18 @@ from bitnet.storage.foreign import ADAPTER, ADAPTER_BASE
 from bitnet.storage.json_files import CheckpointError, load_json
 from bitnet.storage.safetensors import MODEL, load_tensors, save_tensors
 
-CONFIG, WEIGHTS, _ = ADAPTER
+CONFIG, WEIGHTS, PICKLED = ADAPTER
 _PREFIX = "base_model.model."
-# What other adapters compute differently, and the values at which they do not.
+# Fields of adapter_config.json that are read, or that change nothing in what trained matrices compute.
+_HARMLESS = frozenset((
+    "r", "lora_alpha", "base_model_name_or_path", "task_type", "inference_mode", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "revision", "auto_mapping", "peft_version",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size",
+    "runtime_config",
+))  # fmt: skip
+# Values of the others with which an adapter is plain LoRA on the base as it is. Some ways to begin change the base too.
 _NEUTRAL: JsonObject = {
-    "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False,
-    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layer_replication": None,
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -88,11 +94,11 @@ def load_adapter(path: str | Path) -> Adapter:
     if not is_plain_file(folder / CONFIG):
         raise CheckpointError(f"{path} holds no {CONFIG}; give the folder of a LoRA adapter, or a run with --lora")
     config = load_json(folder / CONFIG)
-    for name, neutral in _NEUTRAL.items():
-        if config.get(name) not in (None, neutral) or config.get("peft_type", "LORA") != "LORA":
+    for name, value in config.items():
+        if name not in _HARMLESS and value not in (None, *_NEUTRAL.get(name, (False, {}, []))):
             raise CheckpointError(
-                f"{folder / CONFIG}: {name} is {config[name]!r:.60}, and only plain LoRA is computed here; merge the "
-                "adapter with peft"
+                f"{folder / CONFIG}: {name} is {value!r:.60}, and only plain LoRA is computed here; merge the adapter "
+                "with peft"
             )
     alpha, about = config.get("lora_alpha"), {}
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
@@ -103,11 +109,19 @@ def load_adapter(path: str | Path) -> Adapter:
     if weights is not None and not isinstance(weights, str):
         raise CheckpointError(f"{folder / ADAPTER_BASE}: fingerprint is {weights!r:.60}; the file is damaged")
     file = folder / WEIGHTS
+    if not file.exists() and (folder / PICKLED).exists():
+        raise CheckpointError(
+            f"{folder} holds its matrices in {PICKLED} (pickled PyTorch), which is not read here; save it anew with "
+            "peft, which writes safetensors"
+        )
     tensors = load_tensors(file if file.exists() else folder / MODEL)
     try:
         matrices = matrices_of({_own_name(key): value for key, value in tensors.items()}, float(alpha))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    for name, (down, _) in matrices.items():
+        if len(down) != (rank := config.get("r", len(down))):  # by which peft would divide alpha
+            raise CheckpointError(f"{folder / CONFIG}: r is {rank!r:.60} and lora_A of {name} has {len(down)} rows")
     _check_finite(folder, tensors)
     return Adapter(matrices, Path(path), str(base), weights)
 

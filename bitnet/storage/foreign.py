@@ -6,10 +6,9 @@ a LoRA adapter         the difference to a model, not the model
 other frameworks       weights of other programs' formats, without a safetensors file
 """
 
-import json
 from pathlib import Path
 
-from bitnet.files import is_plain_file
+from bitnet.files import is_plain_file, parse_json
 from bitnet.storage.json_files import CheckpointError
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -84,7 +83,7 @@ def _base(folder: Path) -> str:
     """Of which model, as the adapter says."""
     path = folder / ADAPTER[0]
     try:
-        base = json.loads(path.read_bytes()[: 1 << 20]).get("base_model_name_or_path") if is_plain_file(path) else None
+        base = parse_json(path.read_bytes()[: 1 << 20]).get("base_model_name_or_path") if is_plain_file(path) else None
     except (ValueError, AttributeError):
         return ""
     return f" of {base}" if isinstance(base, str) and base else ""

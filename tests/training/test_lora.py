@@ -173,11 +173,22 @@ def test_adapters_of_others_are_read_and_what_is_not_plain_lora_is_refused(tmp_p
     for changes, message in (
         ({"use_dora": True}, "use_dora is True"), ({"lora_alpha": None}, "lora_alpha is None"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"rank_pattern": {"q": 1}}, "rank_pattern"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"init_lora_weights": "pissa"}, "weights is 'pissa'"),
+        ({"use_qalora": True}, "use_qalora"), ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        ({"made_later": 2}, "made_later is 2"), ({"r": 4}, "r is 4 and lora_A of .* has 2 rows"),
     ):  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(config | changes))
         with pytest.raises(CheckpointError, match=message):
             load_adapter(folder)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    harmless = {"init_lora_weights": "gaussian", "loftq_config": {}, "megatron_core": "megatron.core", "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | harmless))
+    load_adapter(folder)
+    for shape in ((), (0, 64)):
+        save_tensors(
+            folder / "adapter_model.safetensors", names | {f"base_model.model.{name}.lora_A.weight": torch.zeros(shape)}
+        )
+        with pytest.raises(CheckpointError, match=r"lora_A of .* it must be \[rank, columns"):
+            load_adapter(folder)
     save_tensors(folder / "adapter_model.safetensors", {"base_model.model.lm_head.weight": torch.zeros(2, 2)})
     with pytest.raises(CheckpointError, match=r"lm_head.weight is no matrix of a LoRA adapter"):
         load_adapter(folder)
