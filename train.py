@@ -128,6 +128,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
         raise ValueError(f"a layer-wise start (layer_steps {config.layer_steps}) begins with --init, a float model")
     elif config.teacher and not config.data.tokenizer:
         tokenizer = open_source(config.teacher).tokenizer
+    config.check_window()
 
     # The feed: texts or conversations in tokens. The first process makes what the others find.
     with world.first_alone("the preparation of the data"):
@@ -198,7 +199,7 @@ def carry_out(trainer: Trainer, started: float) -> None:
     if config.minutes:
         print("timing a few steps" + (" (the first one compiles)" if trainer.compiled else ""), flush=True)
         spent = trainer.progress.seconds / 60 if not trainer.progress.step else 0.0  # on the layers
-        config = trainer.config = trainer.plan(config.minutes - spent)
+        config = trainer.config = trainer.plan(config.minutes, spent)
     epochs = ", ".join(f"{n:.2f}" for n in trainer.feed.epochs(config.steps).values())
     print(
         f"training  {config.steps:,} steps of {config.tokens_per_step:,} tokens = "

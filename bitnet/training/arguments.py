@@ -6,6 +6,7 @@ arguments.config, arguments.resume
 
 import argparse
 import dataclasses
+import operator
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import CONFIG, MODEL
+from bitnet.storage.source import open_source
 from bitnet.training.checkpoint import has_checkpoint
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.help import help_text
@@ -121,7 +123,59 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
             raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
         if (config.out, config.model) != (default.out, default.model):
             raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
+        if (
+            resolved == list(arguments)
+            and config.init != default.init
+            and not config.lora
+            and has_checkpoint(Path(source))
+        ):
+            raise ValueError(
+                f"--resume goes on from the weights of {source}, and nothing of --init {config.init} would be used; "
+                "leave it out, or use --like to start another run"
+            )
+    elif config.init:
+        check_shape(config, default)
+    check_owners(config, default)
+    if known.preset == "lora" and config.lora is None and known.estimate is None:
+        raise ValueError("--preset lora has the rates of adapters; give --lora RANK, and --init MODEL")
     return Arguments(config, known.resume is not None, known.estimate, known.presets)
+
+
+def check_shape(config: TrainConfig, default: TrainConfig) -> None:
+    """Raise ValueError for a field of the model that was given beside --init and is another there; with adapters the
+    quantizer is one. Raises as `open_source` does."""
+    given = {name for name in vars(config.model) if getattr(config.model, name) != getattr(default.model, name)}
+    given -= {"vocab_size"} if config.lora else {"vocab_size", "quantizer"}  # a tokenizer decides on its vocabulary
+    found = open_source(str(config.init)).config if given else config.model
+    for name in sorted(given):
+        wanted, there = getattr(config.model, name), getattr(found, name)
+        if wanted != there:
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} {wanted} is not what {config.init} has ({there}), and the model of "
+                "--init stays as it is; leave it out"
+            )
+
+
+def check_owners(config: TrainConfig, default: TrainConfig) -> None:
+    """Raise ValueError for an option that has no effect without another one."""
+    optim = config.optim
+    for names, there, owner in (
+        (("teacher_weight", "teacher_temperature"), config.teacher, "--teacher"),
+        (("layer_tokens", "layer_rate"), config.layer_steps, "--layer-steps"),
+        (("ramp_shape",), config.ramp, "--ramp"),
+        (("spike_factor",), config.on_spike != "off", "--on-spike"),
+        (("optim.second_from", "optim.weight_decay_second"), optim.lr_second, "--optim.lr-second"),
+    ):
+        for name in names:
+            value = operator.attrgetter(name)(config)
+            if not there and value != operator.attrgetter(name)(default):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} {value} has no effect without {owner}; give that too, or leave it out")
+    if config.minutes and config.minutes != default.minutes and config.steps != default.steps:
+        raise ValueError(
+            f"--minutes {config.minutes:g} chooses the number of steps, and --steps {config.steps} gives it; leave "
+            "one out"
+        )
 
 
 def check_words(arguments: Sequence[str]) -> None:

@@ -145,10 +145,14 @@ class TrainConfig:
             "log_every",
             "context",
             "threads",
+            "eval_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in ("sample_every", "loss_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 for none, or more")
         for name, most in LARGEST.items():
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; more than {most:,} helps nobody")
@@ -156,11 +160,8 @@ class TrainConfig:
             raise ValueError(f"{self.model.num_hidden_layers} layers are more than any model has; check the number")
         if self.batch_size % self.micro_batches:
             raise ValueError(f"micro_batches {self.micro_batches} does not divide batch_size {self.batch_size}")
-        if self.window > self.model.max_position_embeddings:
-            raise ValueError(
-                f"context {self.window} is longer than the model's {self.model.max_position_embeddings} positions; "
-                "raise --model.max-position-embeddings or lower --context"
-            )
+        if self.init is None:  # else the model is that of --init, which is not opened yet
+            self.check_window()
         for name in ("minutes", "max_minutes", "timeout_minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -185,6 +186,14 @@ class TrainConfig:
                 f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
             )
 
+    def check_window(self) -> None:
+        """Raise ValueError where the windows have more tokens than the model has positions."""
+        positions = self.model.max_position_embeddings
+        if self.window > positions:
+            remedy = "raise --model.max-position-embeddings or " if self.init is None else ""
+            raise ValueError(f"context {self.window} is longer than the model's {positions} positions; {remedy}lower "
+                             "--context")  # fmt: skip
+
     @property
     def window(self) -> int:
         """Tokens in a training sequence."""
@@ -196,9 +205,9 @@ class TrainConfig:
 
     def absolute(self) -> "TrainConfig":
         """The same with paths that do not depend on the current folder; a name on the hub is none."""
-        teacher = str(Path(self.teacher).absolute()) if self.teacher and Path(self.teacher).exists() else self.teacher
-        again = bool(self.lora or self.layer_steps)  # who goes on opens it once more
-        init = str(Path(self.init).absolute()) if again and self.init and Path(self.init).exists() else self.init
+        teacher, init = (
+            str(Path(path).absolute()) if path and Path(path).exists() else path for path in (self.teacher, self.init)
+        )
         return replace(self, data=self.data.absolute(), teacher=teacher, init=init)
 
     @property

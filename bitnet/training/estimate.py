@@ -283,6 +283,7 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
             config, frozen = replace(config, model=source.config), frozen_bytes(source)
         else:
             config = replace(config, model=source.config.replace(quantizer=config.model.quantizer))
+    config.check_window()
     world = World(0, processes, strategy)
     work = config.workload(device, dtype, world, compiled=compiled, teacher=teacher, frozen=frozen)
     return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)

@@ -10,6 +10,7 @@ uninterrupted one bit for bit.
 """
 
 import contextlib
+import math
 import signal
 import statistics
 import sys
@@ -222,11 +223,12 @@ class Trainer:
             + f"\nmemory    {estimate(self.workload).summary()}"
         )
 
-    def plan(self, minutes: float) -> TrainConfig:
-        """The configuration that spends this time on training and validation, from a few timed steps, whose updates
-        are undone again; from then on `clock` tells whether it still does. Raises ValueError where it is too short for
-        `MIN_STEPS` more steps."""
-        config, start_step = self.config, self.progress.step
+    def plan(self, minutes: float, spent: float = 0.0) -> TrainConfig:
+        """The configuration that spends this time, less the minutes that are `spent` already, on training and
+        validation, from a few timed steps, whose updates are undone again; from then on `clock` tells whether it still
+        does. Raises ValueError where it is too short for `MIN_STEPS` more steps."""
+        config, start_step, history = self.config, self.progress.step, self.progress.history
+        left = max(0.0, minutes - spent) * 60
         weights = {name: self._aside(value) for name, value in self.model.state_dict().items()}
         moments = {name: self._aside(value) for name, value in self.optimizer.state().items()}
         times, begun = list[float](), time.perf_counter()
@@ -235,18 +237,18 @@ class Trainer:
             self.step()
             times.append(time.perf_counter() - start)
             # The first ones compile, and touch memory for the first time; one that takes long does not need company.
-            if len(times) > 2 and time.perf_counter() - begun > 0.2 * minutes * 60:
+            if len(times) > 2 and time.perf_counter() - begun > 0.2 * left:
                 break
         step = statistics.median(times[2:])
-        self.progress.step = start_step
+        self.progress.step, self.progress.history = start_step, history
         self.model.load_state_dict(weights)
         self.optimizer = Optimizer(self.model, config.optim)
         self.optimizer.load_state(moments)
         token = self._validation_seconds()
         step, token = self.world.broadcast((step, token))
         # No validation takes more than its share of the time; the rest goes to steps, checkpoints and samples.
-        spent = self.world.broadcast(time.perf_counter() - begun)
-        budget, held_out = minutes * 60 * 0.97 - spent, self.feed.held_out_tokens
+        timing = self.world.broadcast(time.perf_counter() - begun)
+        budget, held_out = left * 0.97 - timing, self.feed.held_out_tokens
         tokens = config.eval_tokens or held_out
         if tokens * token > 0.1 * budget:
             few = config.batch_size // config.micro_batches * config.window
@@ -255,15 +257,18 @@ class Trainer:
         pause = min(tokens, held_out) * token
         steps = int((budget - last * token) / (step + pause / config.eval_every))
         if steps < MIN_STEPS:
-            needed = (MIN_STEPS * step + last * token + spent) / 60 / 0.97
+            needed = max(minutes, spent + (MIN_STEPS * step + last * token + timing) / 60 / 0.97 * 1.2)
+            unit = 10.0 ** (math.floor(math.log10(needed)) - 1)
+            asked = math.ceil(needed / unit) * unit  # two digits, rounded up
+            layers = f", {spent:.2g} of which the layer-wise start took," if spent else ""
             raise ValueError(
-                f"{minutes:g} minutes are time for {max(0, steps)} steps of {step:.2g} s here, and training takes "
-                f"{MIN_STEPS} at least; give --minutes {max(needed * 1.2, minutes):.2g} or more, a smaller model or "
-                "batch, or a faster machine"
+                f"{minutes:g} minutes{layers} are time for {max(0, steps)} steps of {step:.2g} s here, and training "
+                f"takes {MIN_STEPS} at least; give --minutes {asked:.2g} or more, a smaller model or batch, or a "
+                "faster machine"
             )
         self.validates_whole = last == held_out
         now = time.perf_counter()
-        self.clock = Clock(now + budget, step, pause, last * token, minutes * 60 / 50)
+        self.clock = Clock(now + budget, step, pause, last * token, left / 50)
         eval_tokens = None if tokens >= held_out and config.eval_tokens is None else tokens
         return replace(config, steps=start_step + steps, eval_tokens=eval_tokens, minutes=None, pace=())
 

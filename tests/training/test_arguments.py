@@ -1,13 +1,16 @@
 """The command line of training: help in groups, words of other projects, the table of presets, and what they give."""
 
 import dataclasses
+import json
 
 import pytest
 
+import train as trainer
 from bitnet.__main__ import main
 from bitnet.training import arguments, estimate, help
 from bitnet.training.arguments import ELSEWHERE, parse
 from bitnet.training.config import PRESETS, TrainConfig
+from tests.builders import save_run, tiny_model
 
 
 def options_of(config: TrainConfig) -> list[str]:
@@ -80,3 +83,48 @@ def test_the_table_of_presets(capsys, monkeypatch):
     assert heading.split() == ["preset", "parameters", "tokens", "memory", "time", "corpus"]
     assert [row.split()[0] for row in rows[: len(PRESETS)]] == list(PRESETS)
     assert rows[1].split()[:5] == ["demo", "4.46", "M", "2.05", "M"]
+
+
+def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
+    base = str(save_run(tmp_path / "base", tiny_model(max_position_embeddings=256), tokenizer))
+    for given, message in (
+        (["--teacher-temperature", "2"], "--teacher-temperature 2.0 has no effect without --teacher"),
+        (["--layer-rate", "0.5"], "--layer-rate 0.5 has no effect without --layer-steps"),
+        (["--preset", "tiny", "--ramp-shape", "root"], "--ramp-shape root has no effect without --ramp"),
+        (["--spike-factor", "3"], "has no effect without --on-spike"),
+        (["--optim.second-from", "0.2"], "has no effect without --optim.lr-second"),
+        (["--minutes", "2", "--steps", "5"], "--minutes 2 chooses the number of steps, and --steps 5 gives it"),
+        (["--init", base, "--model.hidden-size", "128"], "--model.hidden-size 128 is not what .*base has .64."),
+        (["--preset", "lora", "--init", base], "--preset lora has the rates of adapters; give --lora RANK"),
+        (
+            ["--preset", "lora", "--init", base, "--lora", "4", "--model.quantizer", "int4"],
+            "quantizer int4 is not what",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse(given)
+    assert parse(["--init", base, "--model.quantizer", "int4", "--model.vocab-size", "512"]).config.init == base
+    # The windows are those of --init's model, whatever the preset's has.
+    assert parse(["--preset", "tiny", "--init", base, "--context", "256"]).config.window == 256
+    config = parse(["--preset", "tiny", "--init", base, "--context", "257", "--device", "cpu"]).config
+    with pytest.raises(ValueError, match="context 257 is longer than the model's 256 positions; lower --context"):
+        trainer.prepare(config)
+    with pytest.raises(ValueError, match="context 257"):
+        estimate.estimate_run(config, 1)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(ValueError, match="nothing of --init elsewhere would be used"):
+        parse(["--resume", base, "--init", "elsewhere"])
+    assert parse(["--resume", "auto", "--out", base, "--init", "elsewhere"]).resume
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_every": -1}, "sample_every is -1; give 0 for none"),
+        ({"loss_chunk": -1}, "loss_chunk is -1; give 0 for none"),
+        ({"eval_tokens": 0}, "eval_tokens is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["tiny"], **changes)

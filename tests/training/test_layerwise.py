@@ -191,6 +191,15 @@ def test_minutes_and_time_that_is_up(tmp_path, corpus, source):
     assert run.progress.step == 0
 
 
+def test_minutes_that_the_layers_took_are_counted_in_what_is_asked_for(tmp_path, corpus, source):
+    with pytest.raises(
+        ValueError, match=r"0.0001 minutes, .* of which the layer-wise start took, are time for 0 steps"
+    ) as found:
+        trainer.train(conversion(tmp_path, corpus, source, minutes=1e-4, layer_steps=1))
+    wanted = float(str(found.value).partition("give --minutes ")[2].split()[0])
+    assert wanted * 60 > json.loads((tmp_path / "run" / "layers.json").read_text())["seconds"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -113,6 +113,7 @@ def test_minutes_count_validation(tmp_path: Path, corpus: Path, monkeypatch: pyt
     more = trainer.prepare(configuration(tmp_path, corpus, eval_every=5, eval_tokens=None))
     fast = more.plan(1.0)
     assert (fast.eval_tokens, more.validates_whole) == (None, True)
+    assert (more.progress.step, more.progress.history) == (0, [])  # nothing of the timed steps stays
     held_out = more.feed.held_out_tokens
     monkeypatch.setattr(Trainer, "_validation_seconds", lambda self: 60.0 / held_out)  # a minute for all of it
     slow = more.plan(1.0)

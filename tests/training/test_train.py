@@ -267,6 +267,10 @@ def test_a_run_goes_on_from_another_folder(tmp_path, corpus, monkeypatch):
     data = recipes.DataConfig(corpus=("texts=0.5", "stdlib=0.5"), cache=str(tmp_path / "data"), max_bytes=50_000)
     assert data.absolute().corpus == (f"{tmp_path / 'there' / 'texts'}=0.5", "stdlib=0.5")
     assert data.absolute().absolute() == data.absolute()
+    (tmp_path / "there" / "base").mkdir()
+    for name in ("init", "teacher"):
+        for path, kept in (("base", str(tmp_path / "there" / "base")), ("of-the-hub/model", "of-the-hub/model")):
+            assert getattr(configuration(tmp_path, corpus, **{name: path}).absolute(), name) == kept
     data = recipes.DataConfig(corpus="texts", cache=str(tmp_path / "data"))
     trainer.train(configuration(tmp_path, corpus, data=data, steps=2))
     monkeypatch.chdir(tmp_path / "elsewhere")
