@@ -34,6 +34,8 @@ from bitnet.console import note, progress_bar
 GROWTH = 0.02
 TURNS = 40
 """Different requests."""
+LOOK = 2.0
+"""Seconds between two looks at the memory."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ async def watch(process: int, started: float, end: float, found: Found) -> None:
             found.memory.append((now - started, resident(process)))
             bar.update(int(now - started) - told)
             told = int(now - started)
-            await asyncio.sleep(2)
+            await asyncio.sleep(LOOK)
 
 
 async def soak(url: str, process: int, options: Options, found: Found) -> None:

@@ -32,15 +32,20 @@ def _line() -> Any:
 class Forked:
     """A running command, or group of processes, of which there may be one at a time."""
 
-    def __init__(self, folder: Path, kill: float | None = None, **request: Any) -> None:
-        """request: `command`, a list as `bitnet` takes it, or `train ...` or `tokenize CORPUS TOKENIZER OUT`, or `jobs`
-        of tests/training/distributed_worker.py; and for a group `processes`, their number. It is killed behind so many
-        seconds."""
+    def __init__(
+        self, folder: Path, kill: float | None = None, *, bare: bool = False,
+        environment: dict[str, str] | None = None, **request: Any,
+    ) -> None:  # fmt: skip
+        """request: `command`, a list as `bitnet` takes it, or `train ...` or `tokenize CORPUS TOKENIZER OUT`; `code` of
+        Python, which with `bare` finds torch imported and nothing of this project; or `jobs` of
+        tests/training/distributed_worker.py. For a group `processes`, their number; with `restarts` torchrun's agent
+        runs a command in two, one of which dies. It is killed behind so many seconds."""
         self._texts = tempfile.TemporaryDirectory()
         self._out, self._err = (Path(self._texts.name) / name for name in ("out", "err"))
         self._out.touch()
         self._err.touch()
         request |= {"folder": str(folder), "kill": kill, "out": str(self._out), "err": str(self._err)}
+        request |= {"bare": bare, "environment": environment or {}}
         _server(os.getpid()).stdin.write(json.dumps(request) + "\n")
         self.children: list[int] = _line()
         self._end: tuple[list[int], float] | None = None

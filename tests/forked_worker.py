@@ -1,8 +1,9 @@
-"""What tests/forked.py asks: commands of this project and groups of processes, in forked children of one process.
+"""What tests/forked.py asks: commands of this project, code and groups of processes, in forked children of one process.
 
 Everything is imported once, and a child begins at once with its work: that saves some seconds a process, and a kill
-falls into the work, not into the imports. Requests are lines of JSON; the first line of an answer has the children's
-numbers, the second their exit codes and the seconds that they took.
+falls into the work, not into the imports. Code that imports for itself is run by another process, which has imported
+torch alone. Requests are lines of JSON; the first line of an answer has the children's numbers, the second their exit
+codes and the seconds that they took.
 """
 
 import contextlib
@@ -15,38 +16,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
-
-import train
-from bitnet import __main__ as commands
-from bitnet.commands import compare, export, quantize  # noqa: F401
-from bitnet.data.corpus import open_corpus
-from bitnet.data.tokens_write import tokenize_corpus
-from bitnet.inference import loading  # noqa: F401
-from bitnet.tokenizer import load_tokenizer
-from bitnet.training.processes import exit_process
-from tests.training import distributed_worker
 
 
-def run(arguments: list[str]) -> int:
-    name, *rest = arguments
-    if name == "tokenize":
-        corpus, tokenizer, out = rest
-        tokenize_corpus(open_corpus(corpus), load_tokenizer(tokenizer), out, workers=1, progress=False)
-        return 0
-    return train.main(rest) if name == "train" else commands.main(arguments)
-
-
-def work(request: dict[str, Any]) -> int:
-    if "jobs" in request:
-        distributed_worker.work(request["jobs"])
-    code = run(request["command"])
-    if "processes" in request:
-        exit_process(code)
-    return code
+def execute(request: dict[str, Any]) -> int:
+    exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+    return 0
 
 
 def fork(work: Callable[[], int], folder: str, out: str, err: str, environment: dict[str, str]) -> int:
@@ -77,33 +54,60 @@ def group(size: int, address: str, port: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
+def answer(request: dict[str, Any], work: Callable[[dict[str, Any]], int], out: TextIO) -> None:
+    """Do what one request asks for."""
+    start, store = time.perf_counter(), None
+    places = request["folder"], request["out"], request["err"]
+    environments: list[dict[str, str]] = [request["environment"]]
+    if "processes" in request:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environments = group(request["processes"], "127.0.0.1", store.port)
+    children = [fork(partial(work, request), *places, environment) for environment in environments]
+    print(json.dumps(children), file=out, flush=True)
+    if request["kill"] is not None:
+        time.sleep(request["kill"])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[0], signal.SIGKILL)
+    codes, left = [], set(children)
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:  # as torchrun does
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+    print(json.dumps([codes, time.perf_counter() - start]), file=out, flush=True)
+    del store
+
+
+def bare_process() -> tuple[TextIO, TextIO]:
+    """Another process, in which torch alone has been imported, as a file for requests and one for its answers."""
+    (requests, to_it), (from_it, answers) = os.pipe(), os.pipe()
+    if not os.fork():
+        os.close(to_it)
+        with open(requests) as lines, open(answers, "w") as out:
+            for line in lines:
+                answer(json.loads(line), execute, out)
+        os._exit(0)
+    os.close(requests)
+    os.close(answers)
+    return open(to_it, "w"), open(from_it)
+
+
 def main() -> None:
+    to_bare, from_bare = bare_process()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    from tests.forked_commands import work
+
     for line in sys.stdin:
         request = json.loads(line)
-        start, store = time.perf_counter(), None
-        places = request["folder"], request["out"], request["err"]
-        environments: list[dict[str, str]] = [{}]
-        if "processes" in request:
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            environments = group(request["processes"], "127.0.0.1", store.port)
-        children = [fork(partial(work, request), *places, environment) for environment in environments]
-        print(json.dumps(children), flush=True)
-        if request["kill"] is not None:
-            time.sleep(request["kill"])
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(children[0], signal.SIGKILL)
-        codes, left = [], set(children)
-        while left:
-            child, status = os.wait()
-            left.discard(child)
-            codes.append(os.waitstatus_to_exitcode(status))
-            if codes[-1]:  # as torchrun does
-                for other in left:
-                    os.kill(other, signal.SIGKILL)
-        print(json.dumps([codes, time.perf_counter() - start]), flush=True)
-        del store
+        if not request["bare"]:
+            answer(request, execute if "code" in request else work, sys.stdout)
+            continue
+        print(line, end="", file=to_bare, flush=True)
+        for _ in range(2):
+            print(from_bare.readline(), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The house itself: its rules hold, and each rule finds what breaks it. What the rules are stands in `house.py`."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import ROOT, house
+from tests.forked import Forked
 
 RULES: dict[str, Callable[[Path], list[str]]] = {
     rule.__name__: rule
@@ -288,7 +287,7 @@ def test_quant_holds_no_modules():
         assert "nn.Module)" not in path.read_text(encoding="utf-8"), path
 
 
-def test_importing_the_package_has_no_side_effects():
+def test_importing_the_package_has_no_side_effects(tmp_path):
     # torch itself may import triton on a machine that has it; that is not ours to forbid.
     heavy = (set(house.LAZY) | {"sentencepiece", "tyro"}) - {"triton"}
     code = (
@@ -296,4 +295,5 @@ def test_importing_the_package_has_no_side_effects():
         "import bitnet; assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype);"
         f"loaded = set(sys.modules) & {heavy!r}; assert not loaded, loaded"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = Forked(tmp_path, bare=True, code=code).wait()
+    assert done.returncode == 0, done.stderr

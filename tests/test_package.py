@@ -16,6 +16,7 @@ import pytest
 
 import bitnet
 from bitnet.__main__ import COMMANDS
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -33,7 +34,7 @@ REST = (
 )
 
 
-def test_the_layer_needs_torch_and_nothing_that_only_the_commands_need():
+def test_the_layer_needs_torch_and_nothing_that_only_the_commands_need(tmp_path):
     code = f"""
 import sys
 class Blocked:
@@ -52,7 +53,8 @@ assert model[0].weight.grad is not None
 pack(model.eval())
 assert model(x).isfinite().all()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = Forked(tmp_path, bare=True, code=code).wait()
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_of_the_package_are_imported_when_they_are_used():

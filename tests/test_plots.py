@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +13,7 @@ import torch
 from bitnet import plots
 from bitnet.evaluation import pictures
 from bitnet.plots import Point
-from tests import ROOT
+from tests.forked import Forked
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 ROWS = [{"step": s, "loss": 5 * math.exp(-s / 300) + 2} for s in range(0, 1000, 50)]
@@ -124,7 +121,7 @@ def test_neither_environment_nor_names_stop_a_picture(tmp_path: Path) -> None:
         "draw_loss({name: rows for name in names}, pathlib.Path('loss.png'))\n"
         "draw_layers({name: [0.1, 0.2] for name in names}, pathlib.Path('layers.png'), title='$')\n"
     )
-    environment = dict(os.environ, MPLBACKEND="module://a_notebook.inline", MPLCONFIGDIR=str(tmp_path), PYTHONPATH=ROOT)
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True)
+    environment = {"MPLBACKEND": "module://a_notebook.inline", "MPLCONFIGDIR": str(tmp_path)}
+    done = Forked(tmp_path, bare=True, code=code, environment=environment).wait()
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

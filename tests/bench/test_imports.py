@@ -1,7 +1,6 @@
 """The GPU benchmark runs on a machine that has torch and Triton, and nothing that only the command line needs."""
 
-import subprocess
-import sys
+from tests.forked import Forked
 
 WITHOUT = """
 import sys
@@ -11,12 +10,12 @@ import {modules}
 """
 
 
-def test_what_runs_on_a_gpu_imports_nothing_of_the_command_line():
+def test_what_runs_on_a_gpu_imports_nothing_of_the_command_line(tmp_path):
     modules = ", ".join(f"bitnet.bench.{name}" for name in ("gpu", "gpu_gate", "random_models", "report"))
-    done = subprocess.run([sys.executable, "-c", WITHOUT.format(modules=modules)], capture_output=True, text=True)
+    done = Forked(tmp_path, bare=True, code=WITHOUT.format(modules=modules)).wait()
     assert done.returncode == 0, done.stderr
 
 
-def test_a_blocked_module_would_be_noticed():
-    done = subprocess.run([sys.executable, "-c", WITHOUT.format(modules="tyro")], capture_output=True, text=True)
+def test_a_blocked_module_would_be_noticed(tmp_path):
+    done = Forked(tmp_path, bare=True, code=WITHOUT.format(modules="tyro")).wait()
     assert "tyro" in done.stderr

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitnet.kernels import reference, sharded
 from bitnet.model.transformer import RMSNorm
 from bitnet.quant import pack_codes
+from tests.forked import Forked
 
 WIDTH, PROCESSES = 6 * 130, 2
 
@@ -34,7 +35,6 @@ def results(part: slice, group: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     mine = WIDTH // PROCESSES
     found = results(slice(rank * mine, (rank + 1) * mine), torch.distributed.group.WORLD.group_name)
@@ -43,7 +43,9 @@ def worker(rank: int, folder: str) -> None:
 
 
 def test_two_processes_compute_the_bits_of_one(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=PROCESSES)
+    code = f"import os\nfrom {__name__} import worker\nworker(int(os.environ['RANK']), {str(tmp_path)!r})"
+    done = Forked(tmp_path, processes=PROCESSES, code=code).wait()
+    assert done.returncode == 0, done.stderr
     normed, *products = (tensor.numpy() for tensor in results(slice(None), ""))
     found = [list(np.load(tmp_path / f"{rank}.npz").values()) for rank in range(PROCESSES)]
     np.testing.assert_array_equal(np.concatenate([parts[0] for parts in found], 1), normed)

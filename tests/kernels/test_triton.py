@@ -16,6 +16,7 @@ import torch
 from bitnet import kernels
 from bitnet.kernels import reference, triton
 from tests import ROOT, oracles
+from tests.forked import Forked
 
 HERE = Path(__file__).parent
 INTERPRETED = ("triton_kernels.py", "triton_products.py", "triton_model.py")
@@ -26,7 +27,7 @@ def run_apart(*files: str, only: str = "", interpret: bool, python: str = sys.ex
     """Run test files in a process of their own and return what pytest printed; fails with it where a test failed."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "BITNET_"))}
     environment = kept | {"OMP_NUM_THREADS": "1", "BITNET_LONG": os.environ.get("BITNET_LONG", "")}
-    environment["TRITON_INTERPRET"] = "1" if interpret else "0"
+    environment |= {"TRITON_INTERPRET": "1" if interpret else "0", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [python, "-m", "pytest", *(str(HERE / file) for file in files), "-o", "addopts=", "-q", "-rs"]
     command += ["--strict-markers", "--import-mode=importlib", "-p", "no:cacheprovider", "-k", only]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -104,6 +105,7 @@ def test_without_triton_a_request_raises_and_the_automatic_choice_says_so_once(
         kernels._warn_without_triton.cache_clear()
 
 
-def test_importing_the_package_does_not_import_the_kernels() -> None:
+def test_importing_the_package_does_not_import_the_kernels(tmp_path: Path) -> None:
     code = "import sys, bitnet.kernels.triton; assert 'bitnet.kernels.triton.language' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    done = Forked(tmp_path, bare=True, code=code).wait()
+    assert done.returncode == 0, done.stderr

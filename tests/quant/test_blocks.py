@@ -86,8 +86,8 @@ def all_rows(seed: int = 0, columns: int = K) -> Tensor:
 
 
 def rows_for(kind: str) -> Tensor:
-    """Rows that torch quantizes soon: one of each sort for the types that look every vector up."""
-    return all_rows()[::ROWS] if kind in iquants.BITS else all_rows()
+    """Rows that torch quantizes soon: for the types that look every vector up a block of each sort, two in a row."""
+    return all_rows(columns=K // 2)[::ROWS].reshape(-1, K) if kind in iquants.BITS else all_rows()
 
 
 D_AT = {
@@ -116,7 +116,9 @@ def random_bytes(kind: str, rows: int = 64, columns: int = K) -> Tensor:
 
 def differing_rows(a: Tensor, b: Tensor) -> list[str]:
     """Names of the cases whose bytes differ."""
-    names = [name for name in cases() for _ in range(len(a) // len(cases()))]
+    kinds = list(cases())
+    names = [name for name in kinds for _ in range(len(a) // len(kinds))]
+    names = names or [f"{left} or {right}" for left, right in zip(kinds[::2], kinds[1::2], strict=True)]
     return [name for name, same in zip(names, (a == b).all(dim=1).tolist(), strict=True) if not same]
 
 

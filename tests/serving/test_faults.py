@@ -50,7 +50,7 @@ def until(condition, seconds: float = WAIT) -> None:
 @pytest.fixture(scope="module")
 def strict(model):
     """A server with short times and small limits, and what is behind it."""
-    with running(model, io_seconds=1.0, body_bytes=20_000, parallel=2, queue=2, api_keys=("secret", "other")) as (
+    with running(model, io_seconds=2.0, body_bytes=20_000, parallel=2, queue=2, api_keys=("secret", "other")) as (
         address,
         application,
     ):
@@ -60,10 +60,12 @@ def strict(model):
 HEADERS = {"Authorization": "Bearer secret"}
 
 
-def test_a_client_that_leaves_frees_its_place(strict):
+def test_a_client_that_leaves_frees_its_place(strict, monkeypatch):
     address, application = strict
     (served,) = application.models
-    metrics = served.scheduler.metrics
+    metrics, step = served.scheduler.metrics, served.scheduler.step
+    # Seconds for the text, so that it is being written while the client leaves.
+    monkeypatch.setattr(served.scheduler, "step", lambda: (time.sleep(0.01), step())[1])
     for stream in (True, False):
         before = metrics.cancelled._value.get()
         with connect(address) as one:
@@ -126,7 +128,7 @@ def test_long_bodies_and_bodies_that_are_no_json(strict):
 
 def test_ten_megabytes_are_refused_to_a_client_that_sends_them_all(address):
     """Python's own client reads nothing before it has sent everything; a closed connection would break it."""
-    client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=20)
+    client = http.client.HTTPConnection(address.removeprefix("http://"), timeout=WAIT)
     with contextlib.closing(client):
         for _ in range(3):  # on one connection
             client.request("POST", "/v1/completions", b" " * 10_000_000, {"Content-Type": "application/json"})
@@ -140,14 +142,17 @@ def test_ten_megabytes_are_refused_to_a_client_that_sends_them_all(address):
 def test_half_a_request_is_given_up(strict):
     address, _ = strict
     authorized = b"Host: localhost\r\nAuthorization: Bearer secret\r\n"
-    for half in (b"", b"POST /v1/comp", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea"):
-        with connect(address) as one:
+    with contextlib.ExitStack() as stack:  # all of them at once
+        half_body = stack.enter_context(connect(address))
+        half_body.sendall(b"POST /v1/completions HTTP/1.1\r\n" + authorized + b"Content-Length: 100\r\n\r\n{")
+        halves = (b"", b"POST /v1/comp", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea")
+        connections = [stack.enter_context(connect(address)) for _ in halves]
+        for one, half in zip(connections, halves, strict=True):
             one.sendall(half)
+        for one in connections:
             while one.recv(65536):
                 pass
-    with connect(address) as one:
-        one.sendall(b"POST /v1/completions HTTP/1.1\r\n" + authorized + b"Content-Length: 100\r\n\r\n{")
-        assert b" 408 " in one.recv(1000)
+        assert b" 408 " in half_body.recv(1000)
 
 
 def test_a_thousand_idle_connections_leave_room(model):
@@ -188,16 +193,18 @@ def httpx_refused(address: str) -> bool:
         return True
 
 
-def test_a_client_that_does_not_read_is_left(strict, monkeypatch):
+def test_a_client_that_does_not_read_is_left(strict):
     address, application = strict
     (served,) = application.models
+    written = served.scheduler.metrics.new_tokens._value
+    before = written.get()
     with connect(address) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({**LONG, "n": 2, "logprobs": 20, "max_tokens": 450}).encode()
         one.sendall(
             request("/v1/completions", body).replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer secret\r\n\r\n", 1)
         )
-        until(lambda: served.scheduler.counts[0] > 0)
+        until(lambda: written.get() > before)
         until(lambda: served.scheduler.counts[0] == 0)  # its texts are not held up, nor does anybody wait for it
         assert get(f"{address}/health").status_code == 200
 
@@ -270,6 +277,7 @@ def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
     for path in sorted(run.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     texts: list[str] = []
+    asked_to_end = threading.Event()
 
     def ask(number: int) -> None:
         text = ""
@@ -278,6 +286,7 @@ def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
                 if line.startswith("data: {"):
                     text += json.loads(line[6:])["choices"][0]["text"]
                 lines[number].append(line)
+                asked_to_end.wait(WAIT)
         texts.append(text)
 
     lines: list[list[str]] = [[], [], []]
@@ -287,6 +296,7 @@ def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
     until(lambda: all(lines))  # all of them are being written
     assert not all("data: [DONE]" in read for read in lines)
     server.send_signal(signal.SIGTERM)
+    asked_to_end.set()
     for thread in threads:
         thread.join(WAIT)
     assert server.wait(WAIT) == -signal.SIGTERM

@@ -46,6 +46,8 @@ def test_a_soak_sees_other_texts_and_growth(scripts, served, monkeypatch, capsys
     if not os.path.exists("/proc/self/status"):
         pytest.skip("memory is read from /proc")
     address, application = served
+    monkeypatch.setattr(soak, "TURNS", 12)
+    monkeypatch.setattr(soak, "LOOK", 0.2)
     options, found = soak.Options(minutes=0.02, clients=3), soak.Found()
     asyncio.run(soak.soak(address, os.getpid(), options, found))
     assert sum(found.counts.values()) >= 3

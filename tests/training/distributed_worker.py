@@ -4,10 +4,14 @@ A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that s
 file for the weights and moments after some steps of Muon alone.
 """
 
+import multiprocessing
+import os
+import signal
 import time
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as trainer
 from bitnet.model import BitNetForCausalLM
@@ -34,6 +38,32 @@ def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Ten
         optimizer.step()
     found = dict(model.state_dict()) | optimizer.state()
     return {name: full_tensor(value.detach()).clone() for name, value in found.items()}
+
+
+def train_and_die(arguments: list[str]) -> None:
+    """A command of train.py, in which the second process of the first start dies behind a checkpoint, at step 14."""
+    step = Trainer.step
+
+    def train_step(self: Trainer) -> Any:
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and self.world.rank == 1 and self.progress.step == 14:
+            while not (self.folder / "checkpoints" / "index.json").exists():  # which a thread writes
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    Trainer.step = train_step
+    if code := trainer.main(arguments):
+        raise SystemExit(code)
+
+
+def launch(command: list[str], restarts: int) -> None:
+    """Two processes under torchrun's agent, which starts them again; they are forked from one that has imported all."""
+    multiprocessing.set_forkserver_preload([__name__])
+    config = LaunchConfig(
+        1, 1, 2, run_id="restarts", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
+        start_method="forkserver",
+    )  # fmt: skip
+    elastic_launch(config, train_and_die)(command[1:])
 
 
 def work(jobs: list[dict[str, Any]]) -> NoReturn:

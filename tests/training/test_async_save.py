@@ -1,8 +1,6 @@
 """Checkpoints that a thread writes beside the training: the same files, one after the other, and every error told."""
 
 import dataclasses
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,19 +14,19 @@ from bitnet.training import config as recipes
 from bitnet.training.checkpoint import verify
 from bitnet.training.faults import Diverged
 from bitnet.training.step import Trainer
-from tests import ROOT
 from tests.builders import configuration, tensors
 from tests.faults import fill_disk_at, poison, stop_after
+from tests.forked import Forked
 
 
 @pytest.fixture
 def slow_disk(monkeypatch) -> list[str]:
-    """Let every file of tensors take a while, several steps; returns what was begun and ended, in order."""
+    """Let every file of tensors that a thread writes take a while, some steps; returns what was begun and ended."""
     original, events = checkpoint.save_tensors, []
 
     def save_tensors(path, tensors):
         events.append(f"begin {path.parent.name.split('.')[1]} {path.name}")
-        time.sleep(0.2)
+        time.sleep(0.1 * (threading.current_thread() is not threading.main_thread()))
         original(path, tensors)
         events.append(f"end {path.parent.name.split('.')[1]} {path.name}")
 
@@ -128,5 +126,6 @@ assert plain_tensor(staged.to_local().requires_grad_()).requires_grad is False
 """
 
 
-def test_copies_in_main_memory_stay_there():
-    subprocess.run([sys.executable, "-c", STAGED], check=True, cwd=ROOT)
+def test_copies_in_main_memory_stay_there(tmp_path):
+    done = Forked(tmp_path, code=STAGED).wait()
+    assert done.returncode == 0, done.stderr

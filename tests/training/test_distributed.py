@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +24,6 @@ from bitnet.training.processes import World, _own_part, start
 from bitnet.training.reporter import read_metrics
 from bitnet.training.sharding import GatheredCodes, LatentWeight, shard_like
 from bitnet.training.shards import read_shards, read_whole, write_shards
-from tests import ROOT
 from tests.builders import SMALL, configuration, losses, tensors, torchrun
 from tests.forked import Forked
 from tests.training.distributed_worker import muon_steps
@@ -169,34 +166,18 @@ def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
 
 @pytest.mark.parametrize("strategy", ["fsdp", "ddp"] if LONG else ["fsdp"])
 def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, words, strategy):
-    launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--monitor-interval", "0.1", str(ROOT / "train.py"),
-    ]  # fmt: skip
     arguments = [
-        *SMALL, "--parallel", strategy, "--steps", "60",
+        "train", *SMALL, "--parallel", strategy, "--steps", "24",
         "--data.corpus", str(words), "--eval-every", "10", "--eval-tokens", "64", "--batch-size", "2",
         "--log-every", "1", "--dtype", "float32", "--resume", "auto", "--out",
     ]  # fmt: skip
-    options = {"cwd": tmp_path, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    straight = Forked(tmp_path, processes=2, command=["train", *arguments, "straight"]).wait()
+    straight = Forked(tmp_path, processes=2, command=[*arguments, "straight"]).wait()
     assert straight.returncode == 0, straight.stderr
-
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    with open(tmp_path / "log", "w+") as log:
-        process = subprocess.Popen([*launcher, *arguments, "broken"], stdout=log, stderr=log, **options)
-        while process.poll() is None and len(read_metrics(metrics)) < 14:  # behind the checkpoint of step 10
-            time.sleep(0.01)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        assert len(workers) == 2, log.read()
-        os.kill(int(workers[1]), signal.SIGKILL)
-        process.wait(timeout=300)
-        log.seek(0)
-        said = log.read()
-    assert process.returncode == 0, said
-    assert said.count("training  60 steps") == 2  # started again
-    assert said.count("step      1/60") == 1  # and gone on with
-    assert resolve(tmp_path / "broken").name == "step-00000060"
+    broken = Forked(tmp_path, restarts=1, command=[*arguments, "broken"]).wait()
+    assert broken.returncode == 0, broken.stderr
+    assert broken.stdout.count("training  24 steps") == 2  # started again
+    assert broken.stdout.count("step      1/24") == 1  # and gone on with
+    assert resolve(tmp_path / "broken").name == "step-00000024"
     expected, found = tensors(tmp_path / "straight"), tensors(tmp_path / "broken")
     assert found.keys() == expected.keys()
     for name, value in expected.items():  # two processes add the same two parts whenever they are started
@@ -205,7 +186,7 @@ def test_torchrun_restarts_a_run_of_which_one_process_was_killed(tmp_path, words
         [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("straight", "broken")
     ]
-    assert len(rows[0]) == 60
+    assert len(rows[0]) == 24
     assert rows[0] == rows[1]
 
 
@@ -235,7 +216,8 @@ def test_a_hung_process_ends_the_run(tmp_path, words):
     open_feed(config.data, None, None, window=config.window, vocab_size=config.model.vocab_size)
     result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(config), "hang": 1}])
     assert result.returncode != 0
-    assert "imeout" in result.stderr or "imed out" in result.stderr
+    # The last where the machine is so slow that the start alone takes these seconds.
+    assert re.search("[Tt]imeout|[Tt]imed out|waited in vain for others at", result.stderr), result.stderr
 
 
 def test_one_process_needs_no_group():

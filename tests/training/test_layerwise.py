@@ -80,7 +80,7 @@ def test_least_squares_beats_absmean_and_every_scale_of_a_fine_search():
 
 @pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64", "int4"])
 def test_every_layer_comes_nearer_to_what_it_said_in_float(tmp_path, corpus, source, quantizer, capsys):
-    config = conversion(tmp_path, corpus, source, model=recipes.ModelConfig(quantizer=quantizer))
+    config = conversion(tmp_path, corpus, source, model=recipes.ModelConfig(quantizer=quantizer), layer_steps=10)
     done = trainer.train(config)
     out = capsys.readouterr().out
     assert out.count("learned") == 3  # two layers, and their mean

@@ -216,8 +216,9 @@ def test_export_merges_an_adapter_and_says_what_it_loses(
 
 @pytest.mark.parametrize("base", ["ternary", "nf4"])
 def test_the_estimate_counts_the_frozen_model_and_the_adapters(
-    tmp_path: Path, corpus: Path, bases: Path, base: str, capsys
+    tmp_path: Path, corpus: Path, bases: Path, base: str, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setattr("bitnet.training.estimate.seconds", lambda *_, **__: 0.01)  # of the products that are timed
     config = run(tmp_path, corpus, bases / base)
     prepared = trainer.prepare(config)
     with contextlib.closing(prepared.batches):

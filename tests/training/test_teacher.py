@@ -134,7 +134,8 @@ def test_what_cannot_teach_is_named(tmp_path, corpus, tokenizer):
             dataclasses.replace(configuration(tmp_path, corpus), **{field: value})
 
 
-def test_the_estimate_counts_the_teacher(teacher, capsys):
+def test_the_estimate_counts_the_teacher(teacher, capsys, monkeypatch):
+    monkeypatch.setattr("bitnet.training.estimate.seconds", lambda *_, **__: 0.01)  # of the products that are timed
     command = [*SMALL, "--data.corpus", "nowhere.txt", "--estimate"]
     found = []
     for extra in ([], ["--teacher", str(teacher)]):

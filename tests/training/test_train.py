@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -24,9 +22,10 @@ from bitnet.training import config as recipes
 from bitnet.training.arguments import Arguments
 from bitnet.training.reporter import Reporter, read_metrics
 from bitnet.training.step import Trainer
-from tests import ROOT, oracles
+from tests import oracles
 from tests.builders import SMALL, configuration, tensors
 from tests.faults import fill_disk_at, stop_after
+from tests.forked import Forked
 
 
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
@@ -339,17 +338,15 @@ def test_an_existing_run_is_not_overwritten(tmp_path, corpus):
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus, monkeypatch):
-    arguments = [*SMALL, "--data.corpus", str(corpus), "--out", "run", "--steps", "100000", "--eval-every", "100000"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.time() + 300
+    command = ["train", *SMALL, "--data.corpus", str(corpus), "--out", "run", "--steps", "100000"]
+    process = Forked(tmp_path, command=[*command, "--eval-every", "100000"])
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
-        time.sleep(0.1)
-    process.terminate()
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
+    while not (metrics.exists() and metrics.read_text()) and not process.ended():
+        time.sleep(0.01)
+    os.kill(process.children[0], signal.SIGTERM)
+    done = process.wait()
+    output = done.stdout
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     step = load_json(resolve(tmp_path / "run") / STATE)["step"]
     assert f"stopped at step {step}" in output
 
