@@ -42,9 +42,9 @@ def run(options: Options) -> None:
     from bitnet.evaluation.table import LEGEND, terminal
     from bitnet.pages.report import write_report
 
+    comparison = Comparison(options, train=TRAIN)
     if options.threads:
         torch.set_num_threads(options.threads)
-    comparison = Comparison(options, train=TRAIN)
     try:
         comparison.run()
     except KeyboardInterrupt:

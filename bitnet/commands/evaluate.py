@@ -49,6 +49,12 @@ def run(options: Options) -> None:
         raise ValueError("no run was given; name a folder made by train.py, or a model of any kind")
     if options.tasks and options.lora:
         raise ValueError("--tasks takes models without adapters; merge them first (bitnet export --merge-lora)")
+    of_text = {"--text": options.text, "--picture": options.picture}
+    of_tasks = {"--task-folder": options.task_folder, "--shots": options.shots, "--limit": options.limit}
+    for name, value in (of_text if options.tasks else of_tasks).items():
+        if value is not None:
+            raise ValueError(f"{name} {value} has no effect {'beside' if options.tasks else 'without'} --tasks; leave "
+                             "it out")  # fmt: skip
     if options.tasks:
         _run_tasks(options)
         return

@@ -10,7 +10,7 @@ or the one of --text.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,8 @@ class Options:
     list: bool = False
     """Print the methods and end."""
     text: str | None = None
-    """Corpus for calibration, as in train.py; a run's own unless given."""
+    """Corpus for calibration, as in train.py; a run's own unless given. GGUF types that need none weigh their errors by
+    it where it is given."""
     calibration_tokens: int = 16384
     context: int | None = None
     """Tokens in a calibration sequence; the training context of a run, at most 512 for other models."""
@@ -67,6 +68,7 @@ def run(options: Options) -> None:
         raise ValueError("give a model, a folder to write and --method; bitnet quantize --list has the names")
     if options.method not in METHODS:
         raise ValueError(f"method {options.method!r} is unknown; choose one of {', '.join(METHODS)}")
+    check(options)
     if options.out.exists():  # before the work, not behind it
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
 
@@ -79,7 +81,7 @@ def run(options: Options) -> None:
     if model.is_packed:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
     ids = None
-    if METHODS[options.method].needs_calibration:
+    if calibrates(options):
         feed = open_text(source, options.text, options.context)
         ids = calibration_sequences(feed.mixture, feed.window, options.calibration_tokens)
     start = time.perf_counter()
@@ -99,3 +101,25 @@ def run(options: Options) -> None:
     nominal, stored = model_bits(model)
     size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
     print(f"{options.out}: {size:.2f} MB, {stored:.2f} bits a weight ({nominal:g} without scales), {seconds:.1f} s")
+
+
+def calibrates(options: Options) -> bool:
+    """Whether a text is read."""
+    from bitnet.ptq.methods import METHODS
+
+    driver = METHODS[str(options.method)].driver
+    return driver.calibration == "required" or (driver.calibration == "optional" and options.text is not None)
+
+
+def check(options: Options) -> None:
+    """Raise ValueError for an option that was given and changes nothing in what the method does."""
+    from bitnet.ptq.methods import METHODS
+
+    heeded = METHODS[str(options.method)].driver.heeds | {"source", "out", "method", "list"}
+    heeded |= {"text", "calibration_tokens", "context"} if calibrates(options) else set()
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name not in heeded and value != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} {value} has no effect on {options.method}; leave it out"
+            )

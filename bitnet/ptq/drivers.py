@@ -92,6 +92,8 @@ class Driver:
     """Under which the comparison shows the method."""
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
     """Whether token ids are looked at."""
+    heeds: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the command's options that change what it does."""
 
     def check(self, linears: NamedLinears, options: Options) -> None:
         """Raise ValueError for projections that the method cannot take, before an hour of work."""
@@ -157,6 +159,7 @@ class DynamicInt8(Driver):
 class Grouped(Driver):
     """Integer weights in groups of input channels, in the layout of GPTQ checkpoints."""
 
+    heeds = frozenset({"group_size", "symmetric"})
     bits: int
     ternary: bool = False
 
@@ -193,6 +196,7 @@ class GPTQ(Grouped):
     """Block by block in the order of the computation, each projection on the quantized output of those before it."""
 
     calibration = "required"
+    heeds = Grouped.heeds | {"algorithm"}
 
     def check_tokens(self, count: int, config: ModelConfig) -> None:
         channels = max(config.intermediate_size, config.hidden_size, config.num_attention_heads * config.head_width)
@@ -301,6 +305,7 @@ class StaticInt8(Driver):
 
     family = "weights and activations"
     calibration = "required"
+    heeds = frozenset({"calibration"})
     smooth: bool = False
 
     def quantize(self, model: BitNetForCausalLM, title: str, ids: Tensor | None, options: Options) -> None:
@@ -333,6 +338,7 @@ class GGUF(Driver):
 
     family = "gguf"
     calibration: ClassVar[Literal["none", "optional", "required"]] = "optional"
+    heeds = frozenset({"compatible"})
     kind: str
 
     @property

@@ -67,6 +67,7 @@ class FP4(Driver):
 class FP4GPTQ(GPTQ):
     """MXFP4 or NVFP4 by GPTQ. `bits` is that of a code."""
 
+    heeds = frozenset[str]()
     kind: str = "MXFP4"
 
     def check(self, linears: NamedLinears, options: Options) -> None:
@@ -104,6 +105,7 @@ class OutlierInt8(Driver):
 
     family = "weights and activations"
     calibration = "required"
+    heeds = frozenset({"outlier_threshold"})
 
     def quantize(self, model: BitNetForCausalLM, title: str, ids: Tensor | None, options: Options) -> None:
         assert ids is not None

@@ -32,6 +32,7 @@ class Mixture(GPTQ):
     """GPTQ with bits for each unit, chosen for `target` bits of a weight with scales and zero points. `bits`: of the
     Hessian's probe."""
 
+    heeds = GPTQ.heeds | {"target_bits"}
     target: float = 4.0
 
     def check(self, linears: NamedLinears, options: Options) -> None:
@@ -53,7 +54,7 @@ class Mixture(GPTQ):
             {bits: divergence[unit] * error / (found[PROBE] or 1.0) for bits, error in found.items()}
             for unit, found in errors.items()
         ]
-        target = options.target_bits or self.target
+        target = self.target if options.target_bits is None else options.target_bits
         # Stored: codes of b bits, for each group a float16 scale and a zero point of b bits, and the channels' groups.
         linears = [linear for unit in errors for linear in _linears(model, unit)]
         total = sum(sizes.values())

@@ -25,6 +25,7 @@ class AutoRound(Grouped):
     """Integers in groups, rounded as was learned."""
 
     calibration = "required"
+    heeds = Grouped.heeds | {"tuning_steps"}
 
     def quantize(self, model: BitNetForCausalLM, title: str, ids: Tensor | None, options: Options) -> None:
         assert ids is not None
