@@ -36,6 +36,7 @@ from bitnet.model.compound import OutlierInt8Linear
 from bitnet.model.quantized import StaticInt8Linear, cache_weights, model_bits
 from bitnet.ptq import drivers
 from bitnet.ptq.methods import METHODS, quantize_model
+from bitnet.storage.checksums import read_sums, sum_of_weights
 from bitnet.storage.folders import CONFIG, packed_quantizer, save_quantized
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import MODEL
@@ -139,6 +140,10 @@ class Comparison:
     def __init__(self, options: Options, train: Sequence[str] = ()) -> None:
         """`train` is the command that trains, for twins that are asked for and missing. Raises ValueError for models
         that cannot be compared, or other settings than those of the rows in the folder."""
+        for name in ("tokens", "calibration_tokens", "group_size", "context", "threads"):
+            value = getattr(options, name)
+            if value is not None and value < 1 and (name, value) != ("group_size", -1):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         self.options = options
         self.out = options.out
         path, self.runs = self._runs(train)
@@ -152,7 +157,7 @@ class Comparison:
             )
         # The largest power of two up to 128 that divides the rows of every projection.
         sizes = {module.in_features for name, module in self.model.named_modules() if name.endswith("_proj")}
-        self.group_size = options.group_size or math.gcd(128, *sizes)
+        self.group_size = math.gcd(128, *sizes) if options.group_size is None else options.group_size
         feed = open_text(source, options.text, options.context)
         mixture, self.context = feed.mixture, feed.window
         windows = max(1, options.tokens // self.context)
@@ -169,6 +174,7 @@ class Comparison:
             options.text,
             self.group_size,
             options.tasks,
+            sum_of_weights(self.model),
         )
         self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         self.distributions: list[table.Distribution] = []
@@ -213,8 +219,20 @@ class Comparison:
             return {}
         stored = load_record(path, table.Table)
         if stored.settings != self.settings:
-            raise ValueError(f"{self.out} holds a comparison with other settings; choose another --out or delete it")
-        return {row.name: row for row in stored.rows}
+            raise ValueError(
+                f"{self.out} holds a comparison with other settings or other float weights; choose another --out or "
+                "delete it"
+            )
+        rows = {row.name: row for row in stored.rows}
+        for name in self.runs:
+            if name in rows and stored.runs.get(name) != self._weights(name):
+                note(f"{self.runs[name]} has other weights than the row {name} in {self.out}, which is measured again")
+                del rows[name]
+        return rows
+
+    def _weights(self, name: str) -> str | None:
+        """A sum of the weights behind the row of a run."""
+        return (read_sums(open_source(self.runs[name]).path) or {}).get(MODEL)
 
     def methods(self) -> list[str]:
         """Post-training methods that were asked for. Raises ValueError for one that does not exist."""
@@ -378,7 +396,8 @@ class Comparison:
     def so_far(self) -> table.Table:
         """What was measured so far."""
         rows = list(self.rows.values())
-        return table.Table(self.settings, self.context, self.options.tokens, rows, self.distributions)
+        runs = {name: self._weights(name) for name in self.runs if name in self.rows}
+        return table.Table(self.settings, self.context, self.options.tokens, rows, self.distributions, runs)
 
     def draw(self) -> None:
         """The pictures of the table, and histograms of weights and activations of the float model, before and after

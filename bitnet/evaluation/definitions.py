@@ -42,8 +42,9 @@ def read_meanings(folder: Path) -> list[Meaning]:
         alone = parts[3] == "01" and re.fullmatch(r"[a-z]{3,12}", noun)
         if alone and 3 <= len(definition.split()) <= 12 and noun not in definition.split():
             found.setdefault(noun, Meaning(noun, definition, parts[1]))
-    if len(found) < CHOICES:
-        raise ValueError(f"{path} has {len(found)} nouns with a definition; is it WordNet's data.noun?")
+    different = len({meaning.definition for meaning in found.values()})
+    if different < CHOICES:
+        raise ValueError(f"{path} has {different} nouns with a definition of their own; is it WordNet's data.noun?")
     return list(found.values())
 
 

@@ -124,8 +124,12 @@ class BitnetLM(TemplateLM):
                 min_p=options.get("min_p", 0.0),
             )
             count = options.get("max_gen_toks", DEFAULT_NEW_TOKENS)
-            ids = self.tok_encode(context)[-max(1, self._model.positions - count) :]
-            count = min(count, self._model.positions - len(ids))
+            if count >= self._model.positions:  # of whose question nothing would be left
+                raise ValueError(
+                    f"the task asks for texts of up to {count} tokens, and the model has {self._model.positions} "
+                    "positions for question and text; take a task of shorter answers"
+                )
+            ids = self.tok_encode(context)[count - self._model.positions :]
             stop = tuple(text for text in until if text)
             generations.append(Generation(tuple(ids), count, sampling, stop=stop))
         return [

@@ -105,6 +105,8 @@ class Table:
     rows: list[Row]
     distributions: list[Distribution] = field(default_factory=list)
     """Weights and activations of the float model, measured when all rows were there."""
+    runs: dict[str, str | None] = field(default_factory=dict)
+    """Sums of the weights that rows of trained models were measured with."""
 
 
 _OPTIONAL = ("whole", "cloze", "grammar", "definitions", "cache MB", "far decode")

@@ -14,6 +14,9 @@ from bitnet.storage.json_files import CheckpointError, Count, State, checked, lo
 TWIN_FIELDS = ("model", "data", "steps", "context", "batch_size", "seed")
 """Fields of two runs' configurations that must agree, apart from the weight quantizer, for them to be twins."""
 
+TEACHER_FIELDS = ("teacher", "teacher_weight", "teacher_temperature")
+"""The same of runs that learn from another model."""
+
 
 def find_twins(run: Path) -> dict[str, Path]:
     """Runs beside this one, itself included, that differ from it in weight quantizer and learning rates only: the
@@ -23,6 +26,8 @@ def find_twins(run: Path) -> dict[str, Path]:
         try:
             config = load_json(folder / CONFIG)
             parts = {name: config[name] for name in TWIN_FIELDS}
+            if config.get("teacher"):
+                parts |= {name: config.get(name) for name in TEACHER_FIELDS}
             trained_quantizer(folder)  # refuses what is no configuration of a run
         except (CheckpointError, KeyError):
             return None

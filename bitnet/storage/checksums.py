@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import torch
+from torch import nn
+
 from bitnet.files import is_plain_file, write_atomic
 from bitnet.records import Form, checked
 from bitnet.storage.json_files import CheckpointError, load_json
@@ -101,3 +104,11 @@ def verifying(path: Path) -> Iterator[None]:
         ) from failure
     if failure:
         raise failure
+
+
+def sum_of_weights(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors and their names, hex, whatever file they are from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -39,13 +39,13 @@ from bitnet.ptq.walk import STAGES, projection
 from bitnet.quant.gptq import HessianSum, gptq_quantize
 from bitnet.quant.grouped import TERNARY
 from bitnet.quant.ternary import FLOAT16_TINY
+from bitnet.storage.checksums import sum_of_weights
 from bitnet.storage.json_files import CheckpointError, load_record
 from bitnet.storage.safetensors import load_tensors, save_tensors
 from bitnet.training.config import TrainConfig
 from bitnet.training.memory import LAYER_STEP_TOKENS
 from bitnet.training.processes import World
 from bitnet.training.step import Trainer
-from bitnet.training.teacher import fingerprint
 
 HESSIAN_TOKENS = 16384
 """That GPTQ sees of the tokens: a few for each channel are enough."""
@@ -94,7 +94,7 @@ class LayerwiseStart:
         self.folder = trainer.folder / LAYERS
         settings = (config.layer_steps, config.layer_tokens, config.layer_rate, config.window, config.batch_size,
                     config.seed, config.model.quantizer, str(trainer.dtype), trainer.feed.fingerprint)  # fmt: skip
-        text = f"{settings} {fingerprint(self.model)}"
+        text = f"{settings} {sum_of_weights(self.model)}"
         self.found = Found(hashlib.sha256(text.encode()).hexdigest())
         try:
             before = load_record(trainer.folder / STATE, Found)

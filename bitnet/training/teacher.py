@@ -8,14 +8,13 @@ student's batch, and attention of both keeps to the same documents. Of several p
 of the loss is in `bitnet/model/loss.py`.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from bitnet.data.feed import Feed
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.model.loss import Taught
+from bitnet.storage.checksums import sum_of_weights
 from bitnet.storage.source import Source, open_source
 from bitnet.training.config import TrainConfig
 
@@ -27,7 +26,7 @@ class Teacher:
 
     def __init__(self, model: BitNetForCausalLM, weight: float, temperature: float, dtype: torch.dtype) -> None:
         self.model, self.weight, self.temperature = model.eval().requires_grad_(False), weight, temperature
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = sum_of_weights(model)
         """sha256 of the weights, hex."""
         self.head = model.head_weight.to(dtype)
         for _, layer in bit_linears(model):
@@ -74,11 +73,3 @@ def check_window(path: str, teacher: ModelConfig, window: int) -> None:
             f"the teacher {path} has {teacher.max_position_embeddings} positions and the windows {window} tokens; "
             f"use --context {teacher.max_position_embeddings} or less"
         )
-
-
-def fingerprint(model: BitNetForCausalLM) -> str:
-    """sha256 of a model's tensors, hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -22,6 +22,9 @@ from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.twins import find_twins
 from bitnet.model import BitNetForCausalLM, ModelConfig
+from bitnet.storage.checksums import write_sums
+from bitnet.storage.folders import resolve
+from bitnet.storage.safetensors import MODEL, load_tensors, save_tensors
 from bitnet.training import config as recipes
 
 CONFIG = ModelConfig(
@@ -79,6 +82,50 @@ def test_several_runs_with_one_quantizer_have_rows_of_their_own(runs: Path, tmp_
 def test_twins_are_the_runs_that_differ_in_the_quantizer_only(runs: Path) -> None:
     assert find_twins(runs / "a") == {"ternary": runs / "a", "none": runs.resolve() / "b-float"}
     assert find_twins(runs / "c-longer") == {"binary": runs / "c-longer"}
+
+
+def test_a_run_that_a_teacher_taught_is_no_twin(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "a", tmp_path / "a")
+    shutil.copytree(runs / "b-float", tmp_path / "b-taught")
+    path = tmp_path / "b-taught" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": "/some/model"}))
+    assert find_twins(tmp_path / "a") == {"ternary": tmp_path / "a"}
+    assert find_twins(tmp_path / "b-taught") == {"none": tmp_path / "b-taught"}
+
+
+def test_rows_are_of_the_weights_that_the_runs_have(runs: Path, tmp_path: Path, capsys) -> None:
+    for name in ("a", "b-float"):
+        shutil.copytree(runs / name, tmp_path / "runs" / name)
+    command = ["compare", str(tmp_path / "runs" / "a"), "--methods", "none", "--tokens", "64", "--tasks", "0",
+               "--no-speed", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    before = read_rows(tmp_path / "out")
+    capsys.readouterr()
+    assert main(command) == 0
+    assert read_rows(tmp_path / "out") == before
+    assert "is measured again" not in capsys.readouterr().err
+    change_weights(tmp_path / "runs" / "a")
+    assert main(command) == 0
+    assert "has other weights than the row b1.58" in capsys.readouterr().err
+    after = read_rows(tmp_path / "out")
+    assert after["float32"] == before["float32"]
+    assert after["b1.58"]["perplexity"] != before["b1.58"]["perplexity"]
+    change_weights(tmp_path / "runs" / "b-float")
+    assert main(command) == 2
+    assert "with other settings or other float weights" in capsys.readouterr().err
+
+
+def change_weights(run: Path) -> None:
+    """As if it had been trained on."""
+    folder = resolve(run)
+    weights = {name: value.clone() for name, value in load_tensors(folder / MODEL).items()}  # the file is mapped
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    save_tensors(folder / MODEL, weights)
+    write_sums(folder)
+
+
+def read_rows(out: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
 
 
 def test_scores_are_what_their_definitions_say() -> None:
@@ -192,6 +239,8 @@ def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
         (["{runs}/c-longer"], "is no float model"),
         (["{runs}/a", "--methods", "gptq-5"], "method 'gptq-5' is unknown"),
         (["{runs}/nothing"], "does not exist"),
+        (["{runs}/a", "--group-size", "0"], "--group-size is 0"),
+        (["{runs}/a", "--threads", "-1"], "--threads is -1"),
     ],
 )
 def test_bad_input(runs: Path, tmp_path: Path, arguments: list[str], message: str, capsys) -> None:

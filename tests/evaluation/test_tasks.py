@@ -1,5 +1,6 @@
 """Tasks of our own: what is asked, and what counts as right."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ def test_definitions_are_read_as_wordnet_writes_them(tmp_path: Path) -> None:
         definitions.read_meanings(tmp_path / "no")
     with pytest.raises(ValueError, match="has 1 nouns"):
         definitions.read_meanings(wordnet(tmp_path, lines[:1]))
+    alike = [re.sub(r"kind \d", "one kind", line) for line in lines]  # of which no four can be asked
+    with pytest.raises(ValueError, match="has 1 nouns with a definition of their own"):
+        definitions.read_meanings(wordnet(tmp_path, alike))
 
 
 def test_a_model_is_right_where_it_finds_the_first_text_likelier(tokenizer, tmp_path: Path) -> None:

@@ -103,3 +103,12 @@ def test_the_command(tmp_path, folder, tokenizer, capsys):
     assert main(["evaluate", str(run), "--tasks", "choice", "--task-folder", str(folder), "--limit", "4"]) == 0
     out = capsys.readouterr().out
     assert "acc_norm" in out
+
+
+def test_a_task_that_leaves_no_room_for_its_question_is_refused(model, folder, tmp_path):
+    from bitnet.evaluation.harness import run_tasks
+
+    text = (folder / "written.yaml").read_text().replace("task: written", "task: long")
+    (tmp_path / "long.yaml").write_text(text.replace("max_gen_toks: 12", f"max_gen_toks: {model.positions}"))
+    with pytest.raises(ValueError, match=f"texts of up to {model.positions} tokens, and the model has"):
+        run_tasks(model, ["long"], folder=tmp_path, limit=1)
