@@ -127,6 +127,8 @@ def run(options: Options) -> None:
         model.warm_up()
         if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
             note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
+        if options.prompt_lookup_num_tokens and (options.samples > 1 or options.prompts):
+            note("--prompt-lookup-num-tokens is of single texts; texts side by side are written without drafts")
         writer = Writer(options, model)
         if options.prompts is not None and options.out is not None:
             from bitnet.inference.batch import write_answers
@@ -153,12 +155,12 @@ def continue_lines(writer: "Writer") -> None:
         ids = ids if line else ids[-(writer.model.positions // 2) :]
         try:
             writer.write(ids)
-            ids = writer.ids
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the text goes on from what was written so far
             pass
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
-            ids = []
+            writer.ids = []
+        ids = writer.ids
         writer.seed += 1
 
 

@@ -15,6 +15,7 @@ import torch
 
 import generate as cli
 from bitnet.inference.options import DEFAULTS, SamplingConfig
+from bitnet.kernels.cpu import native
 from tests import ROOT
 from tests.builders import expected_text, generate_ids, save_run, tiny_model
 from tests.vocabularies import stdlib_tokenizer
@@ -93,6 +94,11 @@ def test_samples_come_under_headers(call, checkpoint):
     assert len(texts) == len(set(texts)) == 3
     assert all(text.startswith("self.") for text in texts)
     assert call("--prompt", "self.", "--samples", "3", "--max-new-tokens", "8", "--seed", "1")[1] == out
+    if native.instruction_sets():
+        drafted = call("--prompt", "self.", "--samples", "3", "--max-new-tokens", "8", "--seed", "1",
+                       "--prompt-lookup-num-tokens", "4")  # fmt: skip
+        assert drafted[1] == out
+        assert "note: --prompt-lookup-num-tokens is of single texts" in drafted[2]
     assert re.search(r"prefill \d+ tokens .* decode (1\d|2[0-4]) tokens", err)
     assert "will be the same" in call(
         "--prompt", "a", "--samples", "2", "--temperature", "0", "--max-new-tokens", "2")[2]  # fmt: skip
@@ -153,6 +159,10 @@ def test_ctrl_c_ends_the_text_and_shows_what_it_took(call, monkeypatch):
     calls = itertools.count()
     status, _, err = call("--interactive", "--max-new-tokens", "10", "--seed", "4", stdin=b"one\ntwo\n")
     assert (status, re.findall(r"seed (\d+)", err)) == (0, ["4", "5"])
+    calls = itertools.count()  # an empty line goes on from what was written
+    status, _, err = call("--interactive", "--max-new-tokens", "10", "--temperature", "0", stdin=b"one\n\n")
+    first, second = (int(n) for n in re.findall(r"prefill (\d+)", err))
+    assert (status, second) == (0, first + 4)
 
 
 def test_a_terminal_is_told_what_is_awaited(call):

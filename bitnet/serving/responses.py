@@ -50,7 +50,7 @@ class PlainResponse:
 
     def response(self, status: str, text: str | None = None, cut: bool = False) -> dict[str, Any]:
         """The object as it is now, with its text once there is one."""
-        body, usage = self.body, self.usage.body()
+        body, usage, sampling = self.body, self.usage.body(), self.request.generation.sampling
         return {
             "id": self.id,
             "object": "response",
@@ -66,11 +66,11 @@ class PlainResponse:
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": sampling.temperature,
             "text": {"format": _format(body)},
             "tool_choice": "none",
             "tools": [],
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": sampling.top_p,
             "truncation": "disabled",
             "usage": None
             if text is None

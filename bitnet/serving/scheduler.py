@@ -144,7 +144,10 @@ class Scheduler:
             plan = self._plan()
             scored = [self._wants_all(sample) for sample, _ in plan]
             for every in (False, True):
-                if part := [one for one, wanted in zip(plan, scored, strict=True) if wanted == every]:
+                # A job that has failed in the first part has no rows any more.
+                if part := [
+                    one for one, wanted in zip(plan, scored, strict=True) if wanted == every and not one[0].job.done
+                ]:
                     self._pass(part, every)
         if self._outbox:
             self._post(self._outbox)

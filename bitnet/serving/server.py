@@ -77,7 +77,9 @@ class Application:
 
     def _serve(self, name: str, model: TextModel, settings: Settings, count: int) -> ServedModel:
         context = min(model.positions, settings.context or model.positions)
-        cache_tokens = settings.cache_tokens or default_cache_tokens(model.model.config, context, count)
+        cache_tokens = settings.cache_tokens
+        if cache_tokens is None:
+            cache_tokens = default_cache_tokens(model.model.config, context, count)
         limits = Limits(
             context, cache_tokens, settings.parallel, settings.queue, settings.queue_seconds, settings.request_seconds
         )

@@ -173,6 +173,9 @@ def test_responses(client, model):
     assert answer.output_text == wanted.text
     assert answer.status == "incomplete"
     assert answer.usage.input_tokens == wanted.prompt_tokens
+    assert (answer.temperature, answer.top_p) == (0, 1)
+    own = client.responses.create(model="tiny", input="Hi", max_output_tokens=1)
+    assert own.temperature == 0.9  # what the model's makers say
     cut = list(client.responses.create(**options, stream=True))
     assert cut[0].type == "response.created"
     assert cut[-1].type == "response.incomplete"

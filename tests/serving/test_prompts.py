@@ -10,6 +10,7 @@ from bitnet.serving.grammar import Grammars
 from bitnet.serving.requests import Function, FunctionCall, Message, ToolCall
 from bitnet.serving.tools import CallReader, Form, call_schema
 from bitnet.tokenizer import ChatTemplate
+from tests.oracles import require
 from tests.serving.builders import TOOL_TEMPLATE
 
 
@@ -53,6 +54,7 @@ NAMES = {
 
 @pytest.mark.parametrize("form", ["tagged", "mistral", "bare"])
 def test_each_tool_has_definitions_of_its_own(tokenizer, form: Form) -> None:
+    require("llguidance")
     grammars = Grammars(tokenizer)
     tools = [Function(name="points", parameters=POINTS), Function(name="names", parameters=NAMES), Function(name="no")]
     key = "parameters" if form == "bare" else "arguments"

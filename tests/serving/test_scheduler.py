@@ -14,6 +14,7 @@ from bitnet.serving.errors import ApiError
 from bitnet.serving.jobs import Generation, Piece, PromptScores
 from bitnet.serving.prefix import BLOCK, PrefixCache
 from bitnet.serving.queue import FairQueue
+from bitnet.serving.server import Application, Settings
 from tests.oracles import require
 from tests.serving.builders import Bench, seeded, text_model
 
@@ -23,6 +24,11 @@ require("prometheus_client")
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return text_model(tokenizer)
+
+
+def test_no_tokens_are_none_and_not_all(model):
+    with pytest.raises(ValueError, match="cache_tokens is 0; give a positive number"):
+        Application([("tiny", model)], Settings(port=0, cache_tokens=0))
 
 
 def choice(seed: int, **changes: float) -> dict:
