@@ -370,17 +370,13 @@ static int64_t peak(int64_t rounds, int threads) {
         read(&pattern, &w);
         vi x = splat((int32_t)threads);
         for (int64_t i = 0; i < rounds; i++) {
-            a0 = dot4_small(a0, w, x); a1 = dot4_small(a1, w, x); a2 = dot4_small(a2, w, x);
-            a3 = dot4_small(a3, w, x); a4 = dot4_small(a4, w, x); a5 = dot4_small(a5, w, x);
+            // The compiler would otherwise see that all sums are alike, and all products.
+#define BN_ADD(a) opaque(w); a = add_small(a, w, x); opaque(a);
+            BN_ADD(a0) BN_ADD(a1) BN_ADD(a2) BN_ADD(a3) BN_ADD(a4) BN_ADD(a5)
 #if defined(BN_AVX512)
-            a6 = dot4_small(a6, w, x); a7 = dot4_small(a7, w, x); a8 = dot4_small(a8, w, x);
-            a9 = dot4_small(a9, w, x); a10 = dot4_small(a10, w, x); a11 = dot4_small(a11, w, x);
+            BN_ADD(a6) BN_ADD(a7) BN_ADD(a8) BN_ADD(a9) BN_ADD(a10) BN_ADD(a11)
 #endif
-            // The compiler would otherwise see that all sums are alike.
-            opaque(a0); opaque(a1); opaque(a2); opaque(a3); opaque(a4); opaque(a5);
-#if defined(BN_AVX512)
-            opaque(a6); opaque(a7); opaque(a8); opaque(a9); opaque(a10); opaque(a11);
-#endif
+#undef BN_ADD
         }
         vi s = a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9 + a10 + a11;
         seen += sum(s);

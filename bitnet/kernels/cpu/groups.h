@@ -54,7 +54,7 @@ BN_INLINE void quads_times_token(const uint8_t *p, const uint8_t *levels, const 
                 total[d] = dot4(total[d], v, t);                                                                       \
             } else {                                                                                                   \
                 part[d] = add_small(part[d], v, t);                                                                    \
-                opaque(part[d]);                                                                                       \
+                if constexpr (!SHORT_SUMS) opaque(part[d]);                                                            \
                 if constexpr ((i + 1) % every(bits_to_add(codec)) == 0 || i + 1 == COUNT) {                            \
                     total[d] = total[d] + dot4_of(part[d]);                                                            \
                     part[d] = (vi){};                                                                                  \
@@ -85,50 +85,60 @@ BN_INLINE int64_t group_bytes(int kind) {
 }
 BN_INLINE int64_t super_bytes(int kind) { return kind == GROUPS_SUPER ? 32 : kind >= GROUPS_SUPER_MIN ? 64 : 0; }
 
-// Scales and minimums of the groups from column `first` on.
-static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
-    int64_t columns = padded_columns(w), per_block = (columns + w.group - 1) / w.group, bytes = group_bytes(w.kind);
-    int64_t supers = (columns + 255) / 256, from = c.first / w.group;
+// Scales and minimums of the groups from column `first` on; chunks begin with a super-block.
+template <int kind> static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
+    int64_t columns = padded_columns(w), per_block = (columns + w.group - 1) / w.group, bytes = group_bytes(kind);
+    int64_t from = c.first / w.group, in_super = 256 / w.group;
+    const uint8_t *p = w.groups + (block * per_block + from) * bytes;
+    const uint8_t *super = w.supers + (block * ((columns + 255) / 256) + c.first / 256) * super_bytes(kind);
     c.groups = (c.first + c.columns + w.group - 1) / w.group - from;
-    vf center = splat((float)-w.center);
-    for (int64_t i = 0; i < c.groups; i++) {
-        const uint8_t *p = w.groups + (block * per_block + from + i) * bytes;
-        const uint16_t *super = nullptr;
-        if (w.supers) super = (const uint16_t *)(w.supers + (block * supers + (from + i) * w.group / 256) * super_bytes(w.kind));
+    vf center = splat((float)-w.center), scale = {}, least = {};
+    for (int64_t i = 0, left = 0; i < c.groups; i++, p += bytes, left--) {
+        BN_PREFETCH(p + PREFETCH / 4);
+        if (super_bytes(kind) && left == 0) {
+            BN_PREFETCH(super + PREFETCH / 8);
+            scale = from_half((const uint16_t *)super);
+            if (super_bytes(kind) == 64) least = -from_half((const uint16_t *)super + 16);
+            super += super_bytes(kind);
+            left = in_super;
+        }
         vf s, t;
-        switch (w.kind) {
-        case GROUPS_HALF:
+        if constexpr (kind == GROUPS_HALF) {
             s = from_half((const uint16_t *)p);
             t = center * s;
-            break;
-        case GROUPS_HALF_MIN:
+        } else if constexpr (kind == GROUPS_HALF_MIN) {
             s = from_half((const uint16_t *)p);
             t = from_half((const uint16_t *)p + 16);
-            break;
-        case GROUPS_HALF_ZERO:
+        } else if constexpr (kind == GROUPS_HALF_ZERO) {
             s = from_half((const uint16_t *)p);
             t = -to_float(widen(p + 32)) * s;
-            break;
-        case GROUPS_FLOAT:
+        } else if constexpr (kind == GROUPS_FLOAT) {
             s = load((const float *)p);
             t = center * s;
-            break;
-        case GROUPS_SUPER:
-            s = from_half(super) * widen((const int8_t *)p);
+        } else if constexpr (kind == GROUPS_SUPER) {
+            s = scale * widen((const int8_t *)p);
             t = center * s;
-            break;
-        case GROUPS_SUPER_MIN:
-            s = from_half(super) * to_float(widen(p));
-            t = -from_half(super + 16) * to_float(widen(p + 16));
-            break;
-        default: {
+        } else if constexpr (kind == GROUPS_SUPER_MIN) {
+            s = scale * to_float(widen(p));
+            t = least * to_float(widen(p + 16));
+        } else {
             vi both = widen(p);
-            s = from_half(super) * to_float(both & splat(15));
-            t = -from_half(super + 16) * to_float((both >> 4) & splat(15));
-        }
+            s = scale * to_float(both & splat(15));
+            t = least * to_float((both >> 4) & splat(15));
         }
         store(c.s + 16 * i, s);
         store(c.t + 16 * i, t);
+    }
+}
+static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
+    switch (w.kind) {
+    case GROUPS_HALF: return read_groups<GROUPS_HALF>(w, block, c);
+    case GROUPS_HALF_MIN: return read_groups<GROUPS_HALF_MIN>(w, block, c);
+    case GROUPS_HALF_ZERO: return read_groups<GROUPS_HALF_ZERO>(w, block, c);
+    case GROUPS_FLOAT: return read_groups<GROUPS_FLOAT>(w, block, c);
+    case GROUPS_SUPER: return read_groups<GROUPS_SUPER>(w, block, c);
+    case GROUPS_SUPER_MIN: return read_groups<GROUPS_SUPER_MIN>(w, block, c);
+    default: return read_groups<GROUPS_NIBBLES>(w, block, c);
     }
 }
 
@@ -202,51 +212,48 @@ template <int codec> static void unpack_steps(const bn_matrix &w, const chunk &c
     }
 }
 
-// MT tokens with an unpacked chunk: sums[m * 32 ..] += ...; BITS of the codes, 8 for any.
-template <int MT, int BITS, int D>
+// MT tokens with an unpacked chunk: sums[m * 32 ..] += ...; BITS of the codes, 8 for any. Segments of SEGMENT columns.
+template <int MT, int BITS, int D, int SEGMENT>
 static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
                                float *sums) {
-    int64_t segment = segment_of(w), at = m * a.segments + c.first / segment, per_group = w.group / segment;
-    int64_t left = per_group - c.first / segment % per_group;
-    const int8_t *x = a.q + m * a.stride + c.first;
-    const float *s = c.s, *t = c.t;
-    for (int64_t i = 0; i < c.columns / segment; i++, x += segment) {
+    constexpr int EVERY = BITS == 8 || !SHORT_SUMS ? SEGMENT / 4 : every(BITS) < SEGMENT / 4 ? every(BITS) : SEGMENT / 4;
+    const int64_t at = m * a.segments + c.first / SEGMENT, per_group = w.group / SEGMENT;
+    const int64_t stride = a.stride, plane = a.plane, segments = a.segments, until = c.columns / SEGMENT;
+    const float *scale = a.scale + at, *x_sum = a.sum + at, *s = c.s, *t = c.t;
+    int64_t left = per_group - c.first / SEGMENT % per_group;
+    const int8_t *x = a.q + m * stride + c.first;
+    for (int64_t i = 0; i < until; i++) {
         vi total[MT * D], part[MT * D];
+#pragma GCC unroll 1
+        for (int done = 0; done < SEGMENT / 4; done += EVERY) {
 #pragma GCC unroll 12
-        for (int j = 0; j < MT * D; j++) total[j] = (vi){};
-        if constexpr (BITS == 8) {
-            for (int64_t k = 0; k < segment; k += 4, codes += 64) {
+            for (int j = 0; j < MT * D; j++) part[j] = (vi){};
+#pragma GCC unroll 1
+            for (int e = 0; e < EVERY; e++, codes += 64, x += 4) {
                 vb v = load_line(codes);
 #pragma GCC unroll 12
-                for (int j = 0; j < MT * D; j++)
-                    total[j] = dot4(total[j], v, splat_dword(x + j / D * a.stride + j % D * a.plane + k));
-            }
-        } else {
-            constexpr int EVERY = every(BITS) < 4 ? every(BITS) : 4;
-            for (int64_t k = 0; k < segment; k += 4 * EVERY) {
-#pragma GCC unroll 12
-                for (int j = 0; j < MT * D; j++) part[j] = (vi){};
-#pragma GCC unroll 4
-                for (int e = 0; e < EVERY; e++, codes += 64) {
-                    vb v = load_line(codes);
-#pragma GCC unroll 12
-                    for (int j = 0; j < MT * D; j++) {
-                        const int8_t *at = x + j / D * a.stride + j % D * a.plane + k + 4 * e;
-                        part[j] = add_small(part[j], v, splat_dword(at));
-                        if constexpr (D > 1) opaque(part[j]);
-                    }
+                for (int j = 0; j < MT * D; j++) {
+                    vi q = splat_dword(x + j / D * stride + j % D * plane);
+                    if constexpr (BITS == 8) part[j] = dot4(part[j], v, q);
+                    else part[j] = add_small(part[j], v, q);
+                    if constexpr (!SHORT_SUMS && D > 1) opaque(part[j]);
                 }
+            }
 #pragma GCC unroll 12
-                for (int j = 0; j < MT * D; j++) total[j] = total[j] + dot4_of(part[j]);
+            for (int j = 0; j < MT * D; j++) {
+                vi sum = BITS == 8 ? part[j] : dot4_of(part[j]);
+                if constexpr (EVERY == SEGMENT / 4) total[j] = sum;
+                else total[j] = done ? total[j] + sum : sum;
             }
         }
         vf S = load(s), T = load(t);
 #pragma GCC unroll 12
         for (int j = 0; j < MT; j++) {
-            int64_t n = at + j * a.segments + i;
             vf y = load(sums + 32 * j);
-            store(sums + 32 * j, enter(y, joined<D>(total + j * D) * splat(a.scale[n]), S, T, a.sum[n]));
+            vf of = joined<D>(total + j * D) * splat(scale[j * segments + i]);
+            store(sums + 32 * j, enter(y, of, S, T, x_sum[j * segments + i]));
         }
+        BN_IN_MEMORY(); // or gcc keeps the sums of all tokens in registers, and spills what is needed in the loop
         if (--left == 0) {
             left = per_group;
             s += 16;
@@ -409,7 +416,11 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
     for (; m + TILE_TOKENS <= M; m += TILE_TOKENS) codes_times_tiles<D>(w, c, codes, a, m, sums + 32 * m);
 #endif
 #define BN_TILES(n)                                                                                                    \
-    for (; m + n <= M; m += n) codes_times_tokens<n, BITS, D>(w, c, codes, a, m, sums + 32 * m);
+    for (; m + n <= M; m += n) {                                                                                       \
+        if constexpr (codec == CODEC_BASE3) codes_times_tokens<n, BITS, D, 256>(w, c, codes, a, m, sums + 32 * m);     \
+        else if (w.group == 16) codes_times_tokens<n, BITS, D, 16>(w, c, codes, a, m, sums + 32 * m);                  \
+        else codes_times_tokens<n, BITS, D, 32>(w, c, codes, a, m, sums + 32 * m);                                     \
+    }
     BN_TILES(TILE)
     if constexpr (TILE > 2) BN_TILES(2)
     if constexpr (TILE > 1) BN_TILES(1)
@@ -459,17 +470,22 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
     chunk c[2];
     for (int64_t panel = first; panel < last; panel++) {
         memset(sums, 0, M * 32 * sizeof(float));
-        for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
-            for (int64_t b = 0; b < 2; b++) {
-                cut(w, 2 * panel + b, k, c[b]);
-                float *of = sums + 16 * b;
-                if (in_digits(w)) BN_GROUP_CODECS(w.codec, digits_times_tokens, w, c[b], a, M, codes, of)
-                else if (w.x != X_FLOAT) BN_GROUP_CODECS(w.codec, int8_times_tokens, w, c[b], a, M, codes, of)
+        if (in_floats(w)) {
+            for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
+                cut(w, 2 * panel, k, c[0]);
+                cut(w, 2 * panel + 1, k, c[1]);
+                if (w.codec == CODEC_EIGHT_BIT) chunks_times_floats<CODEC_EIGHT_BIT>(w, c, a, M, codes, sums);
+                else if (w.codec == CODEC_LEVELS) chunks_times_floats<CODEC_LEVELS>(w, c, a, M, codes, sums);
+                else chunks_times_floats<CODEC_FOUR_BIT>(w, c, a, M, codes, sums); // NF4
             }
-            if (!in_floats(w)) continue;
-            if (w.codec == CODEC_EIGHT_BIT) chunks_times_floats<CODEC_EIGHT_BIT>(w, c, a, M, codes, sums);
-            else if (w.codec == CODEC_LEVELS) chunks_times_floats<CODEC_LEVELS>(w, c, a, M, codes, sums);
-            else chunks_times_floats<CODEC_FOUR_BIT>(w, c, a, M, codes, sums); // NF4
+        } else { // block after block, as they lie in memory: what is fetched ahead is what comes next
+            for (int64_t b = 0; b < 2; b++)
+                for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
+                    cut(w, 2 * panel + b, k, c[0]);
+                    float *of = sums + 16 * b;
+                    if (in_digits(w)) BN_GROUP_CODECS(w.codec, digits_times_tokens, w, c[0], a, M, codes, of)
+                    else BN_GROUP_CODECS(w.codec, int8_times_tokens, w, c[0], a, M, codes, of)
+                }
         }
         vf s0 = load(w.scale + 32 * panel), s1 = load(w.scale + 32 * panel + 16);
         for (int64_t m = 0; m < M; m++)

@@ -138,7 +138,7 @@ static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_
 #if defined(BN_AVX512)
 enum { TILE = 12, BLOCKS = 2 };
 #else
-enum { TILE = 4, BLOCKS = 1 };
+enum { TILE = SHORT_SUMS ? 6 : 4, BLOCKS = 1 };
 #endif
 
 // BITS of the codes. Those below 8 are added up where `add_small` does, for as long as there is room.
@@ -152,7 +152,6 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
     if constexpr (m < MT) {                                                                                            \
         vi t = splat_dword(x + m * stride + 4 * k);                                                                    \
         c##m = BITS == 8 ? dot4(c##m, w0, t) : add_small(c##m, w0, t);                                                 \
-        if constexpr (SHORT_SUMS && BITS < 8) opaque(c##m); /* or gcc multiplies first, for all, and spills */         \
         if constexpr (NB == 2) d##m = BITS == 8 ? dot4(d##m, w1, t) : add_small(d##m, w1, t);                          \
     }
 #define BN_END(m)                                                                                                      \

@@ -209,7 +209,9 @@ BN_INLINE nf min(nf a, nf b) {
 enum { SHORT_SUMS = 1 };
 BN_INLINE constexpr int every(int bits) { return bits <= 2 ? 32 : bits <= 4 ? 8 : bits == 5 ? 4 : 2; }
 BN_INLINE ni add_small(ni acc, nb w, ni x) {
-    return (ni)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, (__m256i)x));
+    __m256i product = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    __asm__("vpaddw %1, %0, %0" : "+x"(acc) : "x"(product)); // gcc's own multiplies first, for all sums, and spills
+    return acc;
 }
 BN_INLINE ni dot4_of(ni acc) { return (ni)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1)); }
 #else
@@ -316,13 +318,16 @@ template <class I, class B> BN_INLINE pair<I> dot4_small(pair<I> acc, pair<B> w,
 
 // Keeps a vector in its registers, and the compiler from knowing what is in it.
 #if defined(BN_AVX512) || defined(BN_AVX2)
-BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+v"(v)); }
+template <class T> BN_INLINE void opaque(T &v) { __asm__ volatile("" : "+v"(v)); }
 #elif defined(BN_NEON)
-BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+w"(v)); }
+template <class T> BN_INLINE void opaque(T &v) { __asm__ volatile("" : "+w"(v)); }
 #else
-BN_INLINE void opaque(ni &v) { __asm__ volatile("" : "+m"(v)); }
+template <class T> BN_INLINE void opaque(T &v) { __asm__ volatile("" : "+m"(v)); }
 #endif
 template <class T> BN_INLINE void opaque(pair<T> &v) { opaque(v.lo); opaque(v.hi); }
+
+// Nothing that lies in memory is kept in registers past this.
+#define BN_IN_MEMORY() __asm__ volatile("" ::: "memory")
 
 // ---- bytes and half precision: 16 values in memory to and from a vector ----
 
