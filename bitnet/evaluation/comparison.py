@@ -252,9 +252,11 @@ class Comparison:
 
     def _fill(self) -> None:
         self.write()  # from now on the folder is ours
+        if self.options.speed:
+            self._time_finished()
         jobs: list[tuple[str, str | None]] = [("float32", None)]
         jobs += [(name, name) for name in self.runs]
-        pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if job[0] not in self.rows]
+        pending = [job for job in [*jobs, *((name, name) for name in self.methods())] if self._missing(job[0])]
         if not pending:
             return
         words = [last_words(labels[0], self.tokenizer) for _, labels in self.windows]
@@ -276,6 +278,19 @@ class Comparison:
                 self.write()
                 if bar.disable:
                     say(f"{name:24} perplexity {row.perplexity:.2f}")
+
+    def _time_finished(self) -> None:
+        """Speed and memory of rows that were measured without (`--no-speed`): of the models that were kept
+        (`--keep-models`)."""
+        for name, row in self.rows.items():
+            if row.decode is None and self.folder(name).exists():
+                note(f"speed of {name}")
+                self.time(row, self.folder(name), {"float32": 32, **CACHES}.get(name))
+                self.write()
+
+    def _missing(self, name: str) -> bool:
+        """Whether a row is not there, or there without the speed that is wanted."""
+        return name not in self.rows or (self.options.speed and self.rows[name].decode is None)
 
     def measure_row(self, name: str, what: str | None) -> Row:
         """The row of the float model (None), of a run, a method or a cache by its name."""
@@ -343,10 +358,14 @@ class Comparison:
             self.time(row, path, bits)
         return row
 
+    def folder(self, name: str) -> Path:
+        """Where the model of a row is on disk."""
+        return self.out / "models" / name.replace(" ", "-")
+
     @contextmanager
     def written(self, name: str, model: BitNetForCausalLM) -> Iterator[Path]:
         """The folder of a model on disk, while it is measured."""
-        path = self.out / "models" / name.replace(" ", "-")
+        path = self.folder(name)
         if path.exists():
             shutil.rmtree(path)
         path.parent.mkdir(exist_ok=True)

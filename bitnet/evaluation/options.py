@@ -36,5 +36,6 @@ class Options:
     keep_models: bool = False
     """Keep the quantized models in OUT/models."""
     speed: bool = True
-    """Measure decode and prefill speed and memory, each in a process of its own."""
+    """Measure decode and prefill speed and memory, each in a process of its own. Called without it on a busy machine
+    and with --keep-models, the same command measures the speeds of what it kept when it is called again."""
     threads: int | None = None

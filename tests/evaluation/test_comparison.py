@@ -19,11 +19,12 @@ from bitnet.evaluation import comparison
 from bitnet.evaluation.agreement import Reference
 from bitnet.evaluation.comparison import Comparison, layer_outputs, measure, measure_in_child
 from bitnet.evaluation.options import Options
-from bitnet.evaluation.table import Row
+from bitnet.evaluation.table import Row, Table
 from bitnet.evaluation.twins import find_twins
 from bitnet.model import BitNetForCausalLM, ModelConfig
 from bitnet.storage.checksums import write_sums
 from bitnet.storage.folders import resolve
+from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import MODEL, load_tensors, save_tensors
 from bitnet.training import config as recipes
 
@@ -230,6 +231,32 @@ def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
     assert "far_decode" not in measured
     with pytest.raises(ValueError, match="could not be measured"):
         measure_in_child(runs / "nothing", 1)
+
+
+def test_speeds_are_measured_later_of_the_models_that_were_kept(runs: Path, tmp_path: Path, monkeypatch) -> None:
+    def run(*arguments: str) -> list[Row]:
+        sizes = ["--tokens", "64", "--calibration-tokens", "64", "--tasks", "0"]
+        command = ["compare", str(runs / "a"), "--methods", "bf16", "kv-int8", "--out", str(tmp_path / "out"), *sizes]
+        assert main([*command, *arguments]) == 0
+        return list(load_record(tmp_path / "out" / "table.json", Table).rows)
+
+    before = run("--no-speed", "--keep-models")
+    assert [row.decode for row in before] == [None] * 4
+    shutil.rmtree(tmp_path / "out" / "models" / "bf16")
+    opened, caches, scored = [], [], comparison.Reference.score
+    monkeypatch.setattr(
+        comparison,
+        "measure_in_child",
+        lambda path, threads, cache: opened.append(path.name) or caches.append(cache) or {"decode": 1.0},
+    )
+    counted = []
+    monkeypatch.setattr(comparison.Reference, "score", lambda *given: counted.append(1) or scored(*given))
+    after = run()
+    assert opened == ["float32", "b1.58", "kv-int8", "bf16"]
+    assert caches == [32, None, 8, None]
+    assert len(counted) == 1  # bf16 was not kept
+    assert [row.decode for row in after] == [1.0] * 4
+    assert [(row.name, row.perplexity) for row in after] == [(row.name, row.perplexity) for row in before]
 
 
 @pytest.mark.parametrize(
