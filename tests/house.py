@@ -11,7 +11,6 @@ time, but a reader of the one file still has to know the other.
 import ast
 import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -72,24 +71,28 @@ def room_of(path: Path) -> str:
     return parts[0] if parts[1:] in ((), ("__init__",)) else parts[1]
 
 
-def imported(path: Path, name: str) -> Iterator[tuple[list[str], bool]]:
+@cache
+def imported(path: Path, name: str) -> list[tuple[list[str], bool]]:
     """Imports of a file whose module has this name: the dotted names each may mean, the longest first, and whether it
     stands at the top level. `importlib.import_module` counts; a name that is put together there ends in a dot."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found: list[tuple[list[str], bool]] = []
+    body = set(tree.body)
     for node in ast.walk(tree):
-        top = node in tree.body
+        top = node in body
         if isinstance(node, ast.Import):
-            yield from (([alias.name], top) for alias in node.names)
+            found += [([alias.name], top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*start, *([node.module] if node.module else [])])
-            yield from (([f"{module}.{alias.name}", module], top) for alias in node.names)
+            found += [([f"{module}.{alias.name}", module], top) for alias in node.names]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module" and node.args:
             argument = node.args[0]
             first = argument.values[0] if isinstance(argument, ast.JoinedStr) else argument
             if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                yield [first.value], top
+                found.append(([first.value], top))
+    return found
 
 
 @cache

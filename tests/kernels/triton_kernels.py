@@ -32,9 +32,17 @@ def assert_is_quantized(x: Tensor, codes: Tensor, scale: Tensor, total: Tensor) 
 # Activations
 
 
-@pytest.mark.parametrize("M", [1, 3, 9])  # a program each
-@pytest.mark.parametrize("K", [1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.mark.parametrize(  # every two of M, which are programs, K and the type
+    ("M", "K", "dtype"),
+    [
+        ((1, 3, 9)[(i + j) % 3], K, dtype)
+        for i, K in enumerate((1, 127, 128, 129, 1000))
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_activations_are_the_reference(M: int, K: int, dtype: torch.dtype) -> None:
     x = torch.randn(M, K).to(dtype)
     before = x.clone()
@@ -84,9 +92,14 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-@pytest.mark.parametrize("gate", ["none", "silu", "relu2"])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("K", [1, 96, 333])
+@pytest.mark.parametrize(  # every two of them
+    ("gate", "norm", "K"),
+    [
+        (gate, (i + j) % 2 == 0, K)
+        for i, gate in enumerate(("none", "silu", "relu2"))
+        for j, K in enumerate((1, 96, 333))
+    ],
+)
 def test_gate_and_norm_come_before_the_quantization(gate: str, norm: bool, K: int) -> None:
     x = torch.randn(9, K if gate == "none" else 2 * K)
     x[0] = 0
