@@ -156,10 +156,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # keep only the layers' inputs for the backward, and run each layer again there
-        self.embed_tokens: Any = nn.Embedding(config.vocab_size, config.hidden_size)
+        shape, table = (config.vocab_size, config.hidden_size), (config.max_position_embeddings, config.head_width)
+        # To draw or count on the meta device torch imports its compiler, 150 MB.
+        on_meta = torch.get_default_device().type == "meta"
+        embedding = nn.Embedding.from_pretrained(torch.empty(shape), freeze=False) if on_meta else nn.Embedding(*shape)
+        self.embed_tokens: Any = embedding
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        cos, sin = rope_tables(config)
+        cos, sin = (torch.empty(table), torch.empty(table)) if on_meta else rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -209,7 +213,7 @@ class BitNetForCausalLM(nn.Module):
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -9,7 +9,8 @@ import generate as cli
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
 from bitnet.kernels import use_backend
-from bitnet.storage.folders import save_packed
+from bitnet.ptq.methods import quantize_model
+from bitnet.storage.folders import save_packed, save_quantized
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.hf import write as hf_write
 from bitnet.storage.source import open_source
@@ -17,6 +18,7 @@ from bitnet.tokenizer import find_chat_template, load_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
 from tests.builders import save_run, tiny_model
+from tests.forked import Forked
 
 TEXT = "def wrap(text):\n    return text"
 
@@ -161,3 +163,15 @@ def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
     for name in ("float16", "fp8"):
         with use_backend("reference"), pytest.raises(ValueError, match=rf"cache {name} .* leave it out"):
             open_model(folder, cache_dtype=name)
+
+
+@pytest.mark.parametrize("method", ["nf4", "gguf-q4_0", "float32"])
+def test_a_folder_is_opened_without_torchs_compiler(tmp_path, method):
+    model = tiny_model("none").eval()
+    if method != "float32":
+        model = quantize_model(model, method, torch.arange(128)[None])
+    save_quantized(model, tmp_path / "model", method, {})
+    code = "import sys; from bitnet.inference.loading import open_model; open_model('model')"
+    code += "; print('torch._dynamo' in sys.modules)"
+    done = Forked(tmp_path, bare=True, code=code).wait()
+    assert done.stdout.strip() == "False", done.stderr
