@@ -178,6 +178,9 @@ class Comparison:
         )
         self.settings = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         self.distributions: list[table.Distribution] = []
+        # Read once, before any row: a run that is trained on meanwhile is measured again next time.
+        self.sums = {name: (read_sums(open_source(run).path) or {}).get(MODEL) for name, run in self.runs.items()}
+        """Of the weights of each run."""
         self.rows = self._finished_rows()
 
     def _runs(self, train: Sequence[str]) -> tuple[Path, dict[str, Path]]:
@@ -225,14 +228,10 @@ class Comparison:
             )
         rows = {row.name: row for row in stored.rows}
         for name in self.runs:
-            if name in rows and stored.runs.get(name) != self._weights(name):
+            if name in rows and stored.runs.get(name) != self.sums[name]:
                 note(f"{self.runs[name]} has other weights than the row {name} in {self.out}, which is measured again")
                 del rows[name]
         return rows
-
-    def _weights(self, name: str) -> str | None:
-        """A sum of the weights behind the row of a run."""
-        return (read_sums(open_source(self.runs[name]).path) or {}).get(MODEL)
 
     def methods(self) -> list[str]:
         """Post-training methods that were asked for. Raises ValueError for one that does not exist."""
@@ -415,7 +414,7 @@ class Comparison:
     def so_far(self) -> table.Table:
         """What was measured so far."""
         rows = list(self.rows.values())
-        runs = {name: self._weights(name) for name in self.runs if name in self.rows}
+        runs = {name: known for name, known in self.sums.items() if name in self.rows}
         return table.Table(self.settings, self.context, self.options.tokens, rows, self.distributions, runs)
 
     def draw(self) -> None:
