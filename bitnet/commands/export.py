@@ -12,6 +12,8 @@ of the latent weights, or from the file as they are. What a target cannot expres
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -62,7 +64,7 @@ def run(options: Options) -> None:
     from bitnet.storage.hf.card import origin_of
     from bitnet.storage.source import open_source
     from bitnet.tokenizer import Tokenizer
-    from bitnet.tokenizer.json_write import sentencepiece_files
+    from bitnet.tokenizer.json_write import GENERATION, sentencepiece_files
 
     source = open_source(options.source, which=options.checkpoint)
     model = source.model() if options.merge_lora is None else _merged(source, options.merge_lora)
@@ -76,8 +78,10 @@ def run(options: Options) -> None:
         files = source.tokenizer_files()
         if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
             positions, chat = model.config.max_position_embeddings, source.chat_template
-            files |= sentencepiece_files(source.tokenizer, max_length=positions, chat=chat is not None)
-            files |= chat.files() if chat else {}
+            made = sentencepiece_files(source.tokenizer, max_length=positions, chat=chat is not None)
+            kept = json.loads(files.get(GENERATION, b"{}"))  # how the model's makers want its tokens drawn
+            made[GENERATION] = json.dumps(kept | json.loads(made[GENERATION]), indent=1).encode()
+            files |= made | (chat.files() if chat else {})
         hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
     elif options.to == "gguf":
         template = source.chat_template.source if source.chat_template else None
@@ -121,12 +125,22 @@ def _merged(source: Source, path: Path) -> BitNetForCausalLM:
 def _vocabulary(source: Source) -> BaseTokenizer | JsonObject:
     """What to write the vocabulary of a GGUF file from: the source that knows most about it."""
     from bitnet.storage.folders import TOKENIZER
-    from bitnet.tokenizer import Tokenizer
+    from bitnet.tokenizer import Tokenizer, load_tokenizer
 
     if source.kind == "gguf":  # names the pre-tokenizer, which a tokenizer made from it does not
         return source.settings
-    if (source.path / TOKENIZER).is_file():  # from which a tokenizer.json was made
-        own = Tokenizer.load(source.path / TOKENIZER)
-        if own.vocab_size == source.tokenizer.vocab_size:
-            return own
-    return source.tokenizer
+    tokenizer = source.tokenizer
+    if not isinstance(tokenizer, Tokenizer) and (source.path / TOKENIZER).is_file():
+        # From which the tokenizer.json was made, where both are one: it need not be brought into llama.cpp's form.
+        with suppress(ValueError):
+            own = load_tokenizer(source.path / TOKENIZER, config=source.settings)
+            assert isinstance(own, Tokenizer)
+            if _facts(own) == _facts(tokenizer):
+                return Tokenizer(own.model_proto, adds_bos=tokenizer.adds_bos, ends=tokenizer.eos_ids)
+    return tokenizer
+
+
+def _facts(tokenizer: BaseTokenizer) -> list[object]:
+    """What is equal in two forms of one tokenizer."""
+    pieces = (tokenizer.id_to_piece(i).replace(" ", "\u2581") for i in range(tokenizer.vocab_size))
+    return [tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_space_prefix, *pieces]

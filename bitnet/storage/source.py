@@ -44,9 +44,11 @@ from bitnet.tokenizer import (
     BaseTokenizer,
     ChatTemplate,
     chat_template_of_gguf,
+    end_ids,
     find_chat_template,
     from_gguf_metadata,
     load_tokenizer,
+    read_settings,
 )
 from bitnet.tokenizer.json_write import GENERATION
 
@@ -75,7 +77,11 @@ class Source:
         if self.file is not None:
             tokenizer = from_gguf_metadata(self.settings, str(self.path))
         else:
-            tokenizer = load_tokenizer(self.path, own=self.kind != "hf", config=self.settings)
+            settings = {
+                "vocab_size": self.config.vocab_size,
+                **self.settings,
+            }  # ours have the shape in a field of its own
+            tokenizer = load_tokenizer(self.path, own=self.kind != "hf", config=settings)
         tokens, rows = tokenizer.vocab_size, self.config.vocab_size
         if tokens > rows:
             raise CheckpointError(
@@ -200,10 +206,24 @@ class Source:
         with open_tensors(self.path if self.kind == "hf" else self.path / MODEL, verify=verify) as tensors:
             yield tensors
 
+    def _generation_file(self) -> dict[str, bytes]:
+        """generation_config.json of a Hugging Face folder with the token ids that its config.json adds, if any."""
+        if self.kind != "hf":
+            return {}
+        stored = read_settings(self.path / GENERATION)
+        said = {
+            name: value for name in ("bos_token_id", "pad_token_id") if (value := self.settings.get(name)) is not None
+        }
+        ends = list(dict.fromkeys(end_ids(self.path, self.settings)))
+        merged = said | stored | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
+        return {GENERATION: json.dumps(merged, indent=1).encode()} if merged != stored else {}
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
         if self.file is None:
-            return {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
+            found = {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
+            template = self.chat_template if (self.path / "chat_template.json").is_file() else None
+            return (template.files() if template else {}) | found | self._generation_file()
         files = self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
         if self.sampling:
             settings = json.loads(files.get(GENERATION, b"{}"))

@@ -21,9 +21,11 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "chat_template_of_gguf",
+    "end_ids",
     "find_chat_template",
     "from_gguf_metadata",
     "load_tokenizer",
+    "read_settings",
     "train_tokenizer",
 ]
 

@@ -192,6 +192,8 @@ def other_ends(tokenizer: BaseTokenizer) -> JsonObject:
     """The ends of a text or a turn beside `eos_id`: llama.cpp knows the common ones by their texts, and two more by
     these names."""
     ends = [i for i in tokenizer.eos_ids if i != tokenizer.eos_id and tokenizer.id_to_piece(i) not in END_OF_TEXT]
+    if ends[2:]:
+        _warn(f"has {len(ends) + 1} tokens that end a text, of which {ends[2:]} find no place in the file")
     return {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), ends, strict=False)}
 
 
@@ -201,10 +203,13 @@ def _compare(tokenizer: HuggingFaceTokenizer, metadata: JsonObject, parts: Seque
     written, texts = from_gguf_metadata(metadata), probing_texts(tokenizer)
     kinds = {part["type"] for part in parts}
     if "NFC" in kinds:
-        _warn("brings texts into NFC, so others get other ids there")
+        _warn("brings texts into NFC, so others get other ids there: llama.cpp does not do that")
         texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
     if "Metaspace" in kinds and tokenizer.adds_space_prefix:
-        _warn("puts a space in front of a text only if it has none, so texts that begin with one get other ids there")
+        _warn(
+            "puts a space in front of a text only if it has none, so texts that begin with one get other ids there: "
+            "llama.cpp does not do that"
+        )
         texts = [text for text in texts if not text.startswith(" ")]
     if metadata["tokenizer.ggml.model"] == "llama":
         # Behind user-defined pieces llama.cpp puts the prefix again, as the library does, and sentencepiece, which
@@ -219,4 +224,4 @@ def _compare(tokenizer: HuggingFaceTokenizer, metadata: JsonObject, parts: Seque
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"the tokenizer {what}: llama.cpp does not do that", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"the tokenizer {what}", RuntimeWarning, stacklevel=4)

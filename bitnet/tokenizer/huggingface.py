@@ -299,7 +299,8 @@ def _special_ids(
     if settings["eos_id"] is None and ends:
         settings["eos_id"] = ends[0]
     if settings["bos_id"] is None and "bos_token" not in config:
-        settings["bos_id"] = next(iter(_ids(model.get("bos_token_id"))), None)
+        stored = read_settings(folder / "generation_config.json")  # of a folder whose config.json is not transformers'
+        settings["bos_id"] = next(iter(_ids(model.get("bos_token_id")) + _ids(stored.get("bos_token_id"))), None)
     adds_bos = config.get("add_bos_token")
     if not isinstance(adds_bos, bool):  # ask the file's post-processor
         adds_bos = backend.encode("a").ids[:1] == [settings["bos_id"]]

@@ -215,3 +215,48 @@ def test_what_a_type_rounds_is_said(folder: Path, tmp_path: Path, capsys: pytest
         assert float(rounded) == float(scale.half())
     assert main(["export", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 0
     assert "rounded" not in capsys.readouterr().out  # TQ2_0 keeps the scale beside
+
+
+def facts(path: Path) -> list[object]:
+    """What a model's files say of its texts."""
+    source = open_source(path)
+    tokenizer, template = source.tokenizer, source.chat_template
+    said = [tokenizer.bos_id, tokenizer.adds_bos, tokenizer.eos_ids, set(tokenizer.specials), tokenizer.vocab_size]
+    return [*said, template and template.source, source.sampling]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
+def test_what_the_files_beside_a_tokenizer_say_is_carried_on(folder: Path, tmp_path: Path, file: str) -> None:
+    """Of a Hugging Face folder: ends of a text in config.json, special pieces, no begin of text, a token without a
+    row, a template in chat_template.json, and how tokens are drawn."""
+    start = tmp_path / "start"
+    assert main(["export", str(folder / "plain"), str(start), "--to", "hf"]) == 0
+    if file == "tokenizer.model":
+        (start / "tokenizer.json").unlink()
+    special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    rows, tokenizer = open_source(start).config.vocab_size, open_source(start).tokenizer
+    piece = next(piece for piece in map(tokenizer.id_to_piece, range(259, rows)) if len(piece) > 1)
+    changes = {
+        "config.json": {"eos_token_id": [2, 291], "pad_token_id": 0},
+        "tokenizer_config.json": {"add_bos_token": False, "additional_special_tokens": [{"content": piece, **special}]},
+        "added_tokens.json": {"<pad>": rows},
+        "chat_template.json": {"chat_template": "{{ messages[0]['content'] }}"},
+        "generation_config.json": {"eos_token_id": 2, "do_sample": True, "temperature": 0.25},
+    }
+    for name, values in changes.items():
+        path = start / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    expected = facts(start)
+    assert expected[1:3] == [False, (2, 291)]
+    assert piece in expected[3]  # type: ignore[operator]
+    assert expected[-2:] == ["{{ messages[0]['content'] }}", {"temperature": 0.25}]
+    outs: dict[str, list[str]] = {"hf": [], "gguf": ["--type", "F16"]}
+    for to, options in outs.items():
+        assert main(["export", str(start), str(tmp_path / to), "--to", to, *options]) == 0
+        assert facts(tmp_path / to) == expected, to
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == ([2, 291], 0)
+    assert main(["quantize", str(start), str(tmp_path / "quantized"), "--method", "rtn-int8"]) == 0
+    assert facts(tmp_path / "quantized") == expected
+    assert main(["export", str(tmp_path / "gguf"), str(tmp_path / "again"), "--to", "hf"]) == 0
+    assert facts(tmp_path / "again") == expected

@@ -17,6 +17,7 @@ from bitnet.storage.gguf.container import GGUFError, GGUFFile, TensorToWrite, wr
 from bitnet.storage.gguf.read import read_ternary
 from bitnet.storage.gguf.write import architecture
 from bitnet.storage.source import open_source
+from tests.builders import tiny_model
 from tests.storage.builders import SHAPE, gguf_model, rewritten
 
 EXACT = ["TQ2_0", "TQ1_0", "F16", "BF16", "F32", "I2_S"]
@@ -296,3 +297,29 @@ def test_tensors_that_this_model_does_not_have_are_refused(tmp_path):
     for message, change in changes.items():
         with pytest.raises(GGUFError, match=message):
             open_source(rewritten(tmp_path / "x.gguf", tensors=change)).model()
+
+
+@pytest.mark.parametrize("place", ["model.embed_tokens", "model.layers.1.mlp.down_proj"])
+@pytest.mark.parametrize(("value", "message"), [(1e5, "a weight of 100000 is beyond F16"), (float("nan"), "are NaN")])
+def test_weights_that_a_type_does_not_hold_are_refused(tmp_path, place, value, message):
+    model = tiny_model("none")
+    weight = model.get_submodule(place).weight
+    with torch.no_grad():
+        weight[3, 3] = value
+    with pytest.raises(ValueError, match=rf"^(token_embd|blk.1.ffn_down).weight: .*{message}"):
+        gguf_write.write(model, tmp_path / "model.gguf", "F16")
+    assert not list(tmp_path.iterdir())
+    if value == value:
+        gguf_write.write(model, tmp_path / "model.gguf", "BF16")
+        assert (
+            open_source(tmp_path / "model.gguf").model().get_submodule(place).weight[3, 3]
+            == torch.tensor(value).bfloat16()
+        )
+
+
+def test_ternary_weights_without_a_scale_are_refused(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^blk.0.ffn_up.weight: its weights are NaN"):
+        gguf_write.write(model, tmp_path / "model.gguf", "F16")

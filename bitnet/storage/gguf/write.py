@@ -19,6 +19,7 @@ equal; in F16 and F32 it leaves activations alone.
 What an engine cannot express is refused with the reason and the alternative.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -250,7 +251,10 @@ def _tensors(
         name: str, shape: tuple[int, ...], type: str, tensor: Callable[[Any], Tensor], ours: str
     ) -> TensorToWrite:
         def make() -> np.ndarray:
-            return tensor(model.get_submodule(ours)).contiguous().view(torch.uint8).flatten().numpy()
+            try:
+                return tensor(model.get_submodule(ours)).contiguous().view(torch.uint8).flatten().numpy()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
         return TensorToWrite(name, shape, type, make)
 
@@ -263,6 +267,8 @@ def _tensors(
             codes, groups = (rotary_rows(config, arch, name, part.cpu()) for part in codes_and_scale(module))
             return encode_groups(codes, groups, type, config.quantizer)
         codes, scales[name] = codes_and_scale(module)
+        if not scales[name].isfinite().all():
+            raise ValueError("its weights are NaN or infinite; did the model's training diverge?")
         codes = rotary_rows(config, arch, name, codes.cpu())
         inside = not scale_beside(arch, type)
         if inside and name not in norms.values():
@@ -305,10 +311,19 @@ def _layer(name: str) -> int:
 
 
 def encode(weight: Tensor, type: str) -> Tensor:
-    """A float matrix `[N, K]` in a type of file: its bytes or the tensor that has them."""
-    if type in FLOATS:
-        return weight.to(FLOATS[type])
-    return blocks.quantize(weight, type)
+    """A float matrix `[N, K]` in a type of file: its bytes or the tensor that has them. Raises ValueError for weights
+    that the type does not hold."""
+    if type not in FLOATS:
+        return blocks.quantize(weight, type)
+    stored = weight.to(FLOATS[type])
+    if not all(end.isfinite() for end in stored.aminmax()):  # NaN is both
+        largest = float(weight.abs().max())
+        raise ValueError(
+            f"a weight of {largest:g} is beyond {type}; choose BF16 or F32"
+            if math.isfinite(largest)
+            else "its weights are NaN or infinite; did the model's training diverge?"
+        )
+    return stored
 
 
 def scale_beside(arch: str, type: str) -> bool:
