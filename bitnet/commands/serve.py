@@ -32,6 +32,9 @@ class Options(ServingOptions):
     cache: Literal["float32", "float16", "int8", "fp8"] | None = None
     """Of keys and values in the engines, by itself float16 in the native one and bfloat16 on a GPU; fp8 (E4M3) is on a
     GPU alone."""
+    prompt_lookup_num_tokens: int = 0
+    """In the native engine, of the longest draft by which a text goes on where it repeats its prompt or itself: faster
+    for code and quotations while few texts are written, and the same texts. 0 drafts nothing."""
     threads: int | None = None
     """Processor threads of the model; torch's number unless given."""
 
@@ -56,7 +59,10 @@ def run(options: Options) -> None:
         cors=options.cors_origin,
         body_bytes=options.max_body,
     )
-    models = open_all(options.models, options.device, options.dtype, options.cache)
+    models = open_all(
+        options.models, device=options.device, dtype=options.dtype, cache=options.cache,
+        prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
+    )  # fmt: skip
     for _, model in models:
         model.warm_up()
     server.serve(models, settings)

@@ -11,16 +11,17 @@ the draft are what a pass for it alone gives, to the bit: tokens are drawn one b
 numbers, and the text is the same with and without. While they are those of the draft, the next logits are there
 already; at the first other one the row forgets the rest.
 
-How long a draft is, is chosen for every pass: what gives most tokens a second, perhaps none. The times of passes are
-measured as they run. How often a draft is right is counted by the length of the match, whether it was run or not.
+How long drafts are, is chosen for every pass, of one text or of many (`bitnet/serving/scheduler.py`): what gives most
+tokens a second, perhaps none. The times of passes are measured as they run. How often a draft is right is counted by
+the length of the match, whether it was run or not.
 
 After Saxena's prompt look-up decoding (2023); transformers has it as `prompt_lookup_num_tokens`.
 """
 
+import heapq
 import statistics
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -29,11 +30,16 @@ from bitnet.inference.cpu_rows import BlockRow, NativeRows
 _GRAMS = (6, 2)
 """Tokens by which earlier places are found, the more certain first."""
 _LONGEST = 16  # from here on longer matches are alike
-_SIZES = (1, 2, 4, 8, 16, 32, 64)
-"""Tokens of a pass: few sizes, so that the times of each are soon known."""
+_SIZES = (1, 3, 7, 15, 31, 63)
+"""Tokens of all drafts of a pass: few sizes, so that the times of each are soon known."""
 _MEMORY = 1 / 32  # share of what is known of a match's length that the next token of one replaces
-_GAIN = 1.1  # that a draft must promise
-_SLOPE = 0.25  # of a pass's time for each further token, until one of its size was measured
+_GAIN = 1.1  # that drafts must promise
+_SLOPE = 0.25
+"""Of a pass's time for each text, that a further token of a draft takes until a pass of its size was measured."""
+_TIMES = 9  # of a size of pass, of which the median counts
+_RENEW = 256
+"""Passes without a draft until one time of each size is forgotten: what was slow beside other programs, or behind long
+texts, is tried again."""
 
 
 class PromptLookup:
@@ -41,43 +47,63 @@ class PromptLookup:
 
     def __init__(self, tokens: int) -> None:
         """`tokens`: of the longest draft. Raises ValueError for a number out of range."""
-        if not 0 <= tokens < _SIZES[-1]:
+        if not 0 <= tokens <= _SIZES[-1]:
             raise ValueError(
-                f"prompt_lookup_num_tokens is {tokens}; give the tokens of a draft, at most {_SIZES[-1] - 1}, or 0 for "
-                "none"
+                f"prompt_lookup_num_tokens is {tokens}; give the tokens of a draft, at most {_SIZES[-1]}, or 0 for none"
             )
         self.tokens = tokens
         self._right = [max(0, length - 1) / (length + 1) for length in range(_LONGEST + 1)]
         """The share of right tokens behind a match of so many."""
-        self._seconds = {size: deque[float](maxlen=9) for size in _SIZES}
+        self._seconds: dict[tuple[int, int], list[float]] = {}
+        """Of the last passes of so many texts, with drafts of so many tokens in all."""
+        self._plain = 0
+        """Passes without a draft."""
 
     def count(self, length: int, right: bool) -> None:
         """What a match of so many tokens said of the next one."""
         length = min(length, _LONGEST)
         self._right[length] += _MEMORY * (right - self._right[length])
 
-    def measured(self, size: int, seconds: float) -> None:
-        """A pass of so many tokens was run."""
-        if size in self._seconds:
-            self._seconds[size].append(seconds)
+    def measured(self, texts: int, drafted: int, seconds: float) -> None:
+        """A pass was run that read one token of each of so many texts, and drafts of so many tokens in all."""
+        self._seconds[texts, drafted] = [*self._seconds.get((texts, drafted), ()), seconds][-_TIMES:]
+        self._plain += not drafted
+        if not drafted and self._plain % _RENEW == 0:
+            for (count, size), known in list(self._seconds.items()):
+                if size:
+                    self._seconds[count, size] = known[1:]
 
-    def draft_length(self, match: int, room: int) -> int:
-        """Tokens of the draft behind a match of so many, at most `room`, that gives most tokens a second."""
-        one = self._seconds[1]
-        if not one or match == 0:
-            return 0
-        alone, most = statistics.median(one), min(self.tokens, room)
-        best, rate, expected, likely = 0, _GAIN / alone, 1.0, 1.0
-        for length in range(1, most + 1):
-            likely *= self._right[min(match + length - 1, _LONGEST)]
-            expected += likely
-            size = length + 1
-            if size in self._seconds:
-                guess = alone * (1 + _SLOPE * length)
-                seconds = statistics.median([guess, *self._seconds[size]])
+    def draft_lengths(self, texts: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of the draft of each text of a pass, which give most tokens a second. A text is given as the length of
+        its match and the most tokens that its draft may have."""
+        lengths, count = [0] * len(texts), len(texts)
+        most = [min(self.tokens, room) if match else 0 for match, room in texts]
+        plain = self._seconds.get((count, 0))
+        if not plain or not any(length > 0 for length in most):
+            return lengths
+        alone = statistics.median(plain)
+        best, rate, expected = 0, _GAIN * count / alone, float(count)
+        # The likeliest tokens first. One is at most as likely as those before it in its draft, so no draft has a gap.
+        order: list[int] = []
+        ahead = [(-self._share(match), text, 1) for text, (match, _) in enumerate(texts) if most[text] > 0]
+        heapq.heapify(ahead)
+        while ahead and len(order) < _SIZES[-1]:
+            unlikely, text, length = heapq.heappop(ahead)
+            expected -= unlikely
+            order.append(text)
+            if length < most[text]:
+                heapq.heappush(ahead, (unlikely * self._share(texts[text][0] + length), text, length + 1))
+            if (drafted := len(order)) in _SIZES:
+                guess = alone * (1 + _SLOPE * drafted / count)
+                seconds = statistics.median([guess, *self._seconds.get((count, drafted), ())])
                 if expected / seconds > rate:
-                    best, rate = length, expected / seconds
-        return best
+                    best, rate = drafted, expected / seconds
+        for text in order[:best]:
+            lengths[text] += 1
+        return lengths
+
+    def _share(self, match: int) -> float:
+        return self._right[min(match, _LONGEST)]
 
 
 class Repeats:
@@ -114,16 +140,45 @@ class Repeats:
         return [following[i % len(following)] for i in range(length)]
 
 
+class Drafter:
+    """The drafts of one text, and how far it keeps to them."""
+
+    def __init__(self, lookup: PromptLookup, ids: Iterable[int]) -> None:
+        """`ids`: what the text has so far."""
+        self._lookup, self._repeats = lookup, Repeats()
+        for token in ids:
+            self._repeats.push(token)
+        self._draft: list[int] = []
+        """What is left of the last one."""
+
+    @property
+    def match(self) -> int:
+        """Tokens before the text's end that are those before its draft; 0: there is none."""
+        return self._repeats.match
+
+    def begin(self, length: int) -> list[int]:
+        """The draft of so many tokens behind the text's last, which is run now."""
+        self._draft = self._repeats.draft(length) if length else []
+        return list(self._draft)
+
+    def take(self, token: int) -> bool:
+        """Go on by a token: whether it is the draft's, which has been read then."""
+        repeats = self._repeats
+        if repeats.match:
+            self._lookup.count(repeats.match, repeats.ids[repeats.at] == token)
+        repeats.push(token)
+        kept = self._draft[:1] == [token]
+        self._draft = self._draft[1:] if kept else []
+        return kept
+
+
 class Ahead:
     """The logits behind the tokens of one text, some of them before their time."""
 
     def __init__(self, lookup: PromptLookup, rows: NativeRows, row: BlockRow, ids: Sequence[int]) -> None:
         """`row` has read all of `ids`, a list that grows by every drawn token."""
         self._lookup, self._rows, self._row, self._ids = lookup, rows, row, ids
-        self._repeats = Repeats()
-        for token in ids:
-            self._repeats.push(token)
-        self._draft: list[int] = []
+        self._drafter = Drafter(lookup, ids)
         self._logits: list[Tensor] = []
         """Behind each token of the draft that is left."""
         self.passed = True
@@ -131,20 +186,15 @@ class Ahead:
 
     def next_logits(self, room: int) -> Tensor:
         """Logits `[1, V]` behind the last of `ids`, of a text that takes at most `room` more tokens."""
-        token, repeats = self._ids[-1], self._repeats
-        if repeats.match:
-            self._lookup.count(repeats.match, repeats.ids[repeats.at] == token)
-        repeats.push(token)
-        self.passed = not self._draft or self._draft[0] != token
+        token, drafter = self._ids[-1], self._drafter
+        self.passed = not drafter.take(token)
         if not self.passed:
-            del self._draft[0]
             return self._logits.pop(0)
         self.forget()
-        length = self._lookup.draft_length(repeats.match, room - 1)
-        self._draft = repeats.draft(length) if length else []
+        (length,) = self._lookup.draft_lengths([(drafter.match, room - 1)])
         started = time.perf_counter()
-        (logits,) = self._rows.step([(self._row, [token, *self._draft])], every=True)
-        self._lookup.measured(1 + length, time.perf_counter() - started)
+        (logits,) = self._rows.step([(self._row, [token, *drafter.begin(length)])], every=True)
+        self._lookup.measured(1, length, time.perf_counter() - started)
         first, *self._logits = logits.split(1)
         return first
 

@@ -198,6 +198,11 @@ class TextModel:
         """The LoRA adapter that it writes with."""
 
     @property
+    def lookup(self) -> PromptLookup:
+        """What is known of its drafts."""
+        return self._memory.lookup
+
+    @property
     def kernel(self) -> str:
         """What multiplies: "native int8" or "native float", by the activations, "triton" or "torch"."""
         if isinstance(self.model, Engine):
@@ -299,13 +304,13 @@ class TextModel:
         weights, which are read for that, and on a GPU for a model that was opened without one."""
         adapter = load_adapter(path)
         adapter.check(self.source.frozen(), self.source.path)
-        self._memory = Memory(self._memory.lookup)  # of texts that the other weights have read
+        self._memory = Memory(self.lookup)  # of texts that the other weights have read
         put_on(self.model, adapter)
         self.adapter = adapter.path
 
     def unload_lora(self) -> None:
         """Write as the base again."""
-        self._memory = Memory(self._memory.lookup)
+        self._memory = Memory(self.lookup)
         take_off(self.model)
         self.adapter = None
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from bitnet.inference.generation import TextStream
+from bitnet.inference.lookup import Drafter, PromptLookup
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import Row
 from bitnet.inference.sampling import RowSampler
@@ -141,12 +142,15 @@ class Job:
 class Sample:
     """One text of a job while it is read and written."""
 
-    def __init__(self, job: Job, index: int, row: Row, tokenizer: BaseTokenizer) -> None:
+    def __init__(self, job: Job, index: int, row: Row, tokenizer: BaseTokenizer, lookup: PromptLookup) -> None:
         generation = job.generation
         prompt = list(generation.prompt)
         self.job, self.index, self.row = job, index, row
         self.ids = prompt
         self.prompt_length = len(prompt)
+        self.drafter = Drafter(lookup, prompt) if lookup.tokens else None
+        self.ahead = False
+        """The last token was the draft's: the row has read it, and the logits behind it are there."""
         self.matcher = generation.grammar() if generation.grammar else None
         self.sampler = RowSampler(
             generation.sampling, (generation.seed + index) % 2**63, prompt, vocab_size=tokenizer.vocab_size,
@@ -173,9 +177,17 @@ class Sample:
     def new_tokens(self) -> int:
         return len(self.ids) - self.prompt_length
 
+    def forget(self) -> None:
+        """Let the row hold nothing of a draft that the text does not have, nor the last token."""
+        self.row.truncate(min(self.row.length, len(self.ids) - 1))
+
     def take(self, token_id: int, found: Score | None) -> Piece:
         """Add a token to the text: what it makes certain."""
         self.ids.append(token_id)
+        if self.drafter is not None:
+            self.ahead = self.drafter.take(token_id)
+            if not self.ahead:
+                self.forget()
         if self.matcher is not None:
             self.matcher.take(token_id)
         generation = self.job.generation

@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitnet.inference.text_model import TextModel, load
 from bitnet.serving.errors import ApiError, invalid
@@ -106,8 +107,8 @@ def named(given: str) -> tuple[str, str]:
     return re.sub(r"[^\w.:-]", "-", stem) or "model", given
 
 
-def open_all(given: tuple[str, ...], device: str, dtype: str, cache: str | None) -> list[tuple[str, TextModel]]:
-    """Every model by name. Raises ValueError for two of one name, and as `bitnet.load`."""
+def open_all(given: tuple[str, ...], **options: Any) -> list[tuple[str, TextModel]]:
+    """Every model by name, with options of `bitnet.load`. Raises ValueError for two of one name, and as that."""
     names = [named(argument) for argument in given]
     if not names:
         raise ValueError("no model was given; name a folder of train.py, a model of any kind, or NAME=PATH")
@@ -115,7 +116,7 @@ def open_all(given: tuple[str, ...], device: str, dtype: str, cache: str | None)
         paths = [path for other, path in names if other == name]
         if len(paths) > 1:
             raise ValueError(f"{' and '.join(paths)} would both be called {name!r}; give NAME=PATH for one of them")
-    return [(name, load(path, device=device, dtype=dtype, cache=cache)) for name, path in names]
+    return [(name, load(path, **options)) for name, path in names]
 
 
 def now() -> int:

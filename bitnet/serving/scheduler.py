@@ -4,6 +4,11 @@ Every pass feeds one token to each text that is being written and, beside them, 
 read (chunked prefill), so that nobody's next token waits for somebody's long prompt. Prompts are read in the order in
 which they were admitted.
 
+While no prompt is read, a text may carry a draft of its next tokens (`bitnet/inference/lookup.py`), where the measured
+times of passes say that it pays. Tokens are drawn one by one as ever, each from the logits behind the one before, and
+at the first that is not the draft's the row forgets the rest: grammars, penalties, scores and stop strings see what
+they always see, and nothing but a row ever goes back.
+
 A request is admitted when there is a place for each of its samples and memory for its longest possible texts; what was
 admitted therefore always ends, and nothing is ever thrown out to make room. Its samples share the prompt. Rows of
 finished texts stay as beginnings for others (`bitnet/serving/prefix.py`) until their memory is wanted.
@@ -26,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.engine import LanguageModel
+from bitnet.inference.lookup import PromptLookup
 from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
 from bitnet.inference.sampling import draw_rows
 from bitnet.inference.scoring import Score, embedding, score
@@ -55,12 +61,16 @@ class Scheduler:
         post: Callable[[list[tuple[Job, Event]]], None],
         metrics: ModelMetrics,
         wake: Callable[[], None] = lambda: None,
+        lookup: PromptLookup | None = None,
     ) -> None:
-        """`post` gets what every pass gave, on the engine's thread; `wake` is called when there is new work."""
+        """`post` gets what every pass gave, on the engine's thread; `wake` is called when there is new work; `lookup`,
+        for an engine that promises equal bits, drafts."""
         self.limits, self.metrics = limits, metrics
         self._tokenizer, self._post, self._wake = tokenizer, post, wake
         self._model, self._rows = model, rows_of(model)
         self._shared = not isinstance(self._rows, PlainRows)
+        self._lookup = lookup or PromptLookup(0)
+        assert self._shared or not self._lookup.tokens
         self._cache = self._rows.new_cache(limits.cache_tokens)
         self._prefixes = PrefixCache()
         self._queue: FairQueue[Job] = FairQueue()
@@ -142,7 +152,8 @@ class Scheduler:
         passed = self._embed_one() or bool(self._running)
         if self._running:
             plan = self._plan()
-            scored = [self._wants_all(sample) for sample, _ in plan]
+            drafted = any(len(ids) > 1 for sample, ids in plan if not sample.reading)
+            scored = [drafted or self._wants_all(sample) for sample, _ in plan]
             for every in (False, True):
                 # A job that has failed in the first part has no rows any more.
                 if part := [
@@ -240,7 +251,7 @@ class Scheduler:
         return self._cache.new_row()
 
     def _start(self, job: Job, index: int, row: Row) -> Sample:
-        sample = Sample(job, index, row, self._tokenizer)
+        sample = Sample(job, index, row, self._tokenizer, self._lookup)
         job.samples.append(sample)
         self._running.append(sample)
         return sample
@@ -248,6 +259,8 @@ class Scheduler:
     def _plan(self) -> list[tuple[Sample, list[int]]]:
         """Who reads which tokens in this pass."""
         plan = [(sample, sample.ids[-1:]) for sample in self._running if not sample.reading]
+        if len(plan) == len(self._running):
+            return self._with_drafts(plan) if self._lookup.tokens else plan
         room = max(PIECE, 2 * len(plan)) if plan else ALONE
         for sample in self._running:
             if sample.reading and room > 0:
@@ -258,6 +271,17 @@ class Scheduler:
                 plan.append((sample, sample.ids[start:end]))
                 room -= end - start
         return plan
+
+    def _with_drafts(self, plan: list[tuple[Sample, list[int]]]) -> list[tuple[Sample, list[int]]]:
+        """Texts that are all being written, with the drafts that pay. Beside a prompt none would: a pass that long is
+        bound by computing, so a wrong token costs what a right one saves later."""
+        drafters = [sample.drafter for sample, _ in plan if sample.drafter is not None]
+        rooms = [sample.job.generation.max_new_tokens - sample.new_tokens - 1 for sample, _ in plan]
+        lengths = self._lookup.draft_lengths([(one.match, room) for one, room in zip(drafters, rooms, strict=True)])
+        self.metrics.drafts.inc(sum(length > 0 for length in lengths))
+        self.metrics.draft_tokens.inc(sum(lengths))
+        drafts = [drafter.begin(length) for drafter, length in zip(drafters, lengths, strict=True)]
+        return [(sample, ids + draft) for (sample, ids), draft in zip(plan, drafts, strict=True)]
 
     @staticmethod
     def _jobs(samples: Iterable[Sample]) -> list[Job]:
@@ -278,10 +302,13 @@ class Scheduler:
             for job in self._jobs(sample for sample, _ in part):
                 self._fail(job, ApiError(500, "the model failed on this request; the server's log says why"))
             return
-        self.metrics.pass_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.metrics.pass_seconds.observe(seconds)
         self.metrics.pass_rows.observe(len(part))
+        if self._lookup.tokens and all(sample.new_tokens for sample, _ in part):
+            self._lookup.measured(len(part), sum(len(ids) - 1 for _, ids in part), seconds)
         ready: list[Sample] = []
-        behind: list[Tensor] = []
+        behind: list[Tensor] = []  # of each the logits `[t, V]` behind its last token and those of its draft
         for (sample, ids), out in zip(part, logits, strict=True):
             if sample.job.done:  # with another sample of it
                 continue
@@ -290,10 +317,16 @@ class Scheduler:
                 self.metrics.prompt_tokens.inc(len(ids))
             drawing = self._read(sample, len(ids), out)
             ready += drawing
-            behind += [out[-1] if out.dim() == 2 else out] * len(drawing)
-        if ready:
-            as_they_are = isinstance(logits, Tensor) and ready == [sample for sample, _ in part]
-            self._draw(ready, logits if as_they_are else torch.stack(behind))  # type: ignore[arg-type]
+            out = out.reshape(-1, out.shape[-1])
+            behind += [out if sample.new_tokens else out[-1:]] * len(drawing)
+        if isinstance(logits, Tensor) and ready == [sample for sample, _ in part]:
+            self._draw(ready, logits)
+            return
+        place = 0
+        while ready:
+            self._draw(ready, torch.stack([out[place] for out in behind]))
+            left = [index for index, sample in enumerate(ready) if sample.ahead and sample in self._running]
+            ready, behind, place = [ready[index] for index in left], [behind[index] for index in left], place + 1
 
     def _step(self, steps: Step, every: bool) -> Tensor | list[Tensor]:
         """Logits of a pass; what is kept for others gives way to it."""
@@ -307,6 +340,8 @@ class Scheduler:
     def _read(self, sample: Sample, read: int, logits: Tensor) -> list[Sample]:
         """Whose next token is drawn from the logits behind a pass: `[V]` behind the last token read, or `[read, V]`
         while a prompt is scored."""
+        if sample.new_tokens:
+            return [sample]
         generation = sample.job.generation
         if logits.dim() == 2:
             start = sample.row.length - read
@@ -314,9 +349,7 @@ class Scheduler:
             if wanted:
                 vocab_size = self._tokenizer.vocab_size
                 sample.scores += score(logits[: len(wanted), :vocab_size], wanted, generation.alternatives or 0)
-        if sample.pending:
-            return []
-        return self._begin(sample) if sample.new_tokens == 0 else [sample]
+        return [] if sample.pending else self._begin(sample)
 
     def _begin(self, first: Sample) -> list[Sample]:
         """The prompt is read: give its scores, let the other samples begin from it, and others from its blocks."""
@@ -363,6 +396,7 @@ class Scheduler:
         sample.last_token_at = now
         self.metrics.new_tokens.inc()
         piece = sample.take(token, found)
+        self.metrics.accepted_tokens.inc(sample.ahead)
         if piece.finish:
             self._finish(sample, piece)
         elif piece.text or piece.tokens:
@@ -377,6 +411,8 @@ class Scheduler:
             self._done(job)
 
     def _release(self, sample: Sample) -> None:
+        if sample.ahead:  # in the midst of a draft
+            sample.forget()
         if self._shared and sample.row.length:
             self._prefixes.keep(sample.row, sample.ids)
         else:

@@ -85,7 +85,7 @@ class Application:
         )
         metrics = ModelMetrics(self.metrics, name)
         tokenizer = model.source.tokenizer
-        scheduler = Scheduler(model.model, tokenizer, limits, self.worker.post, metrics, self.worker.wake)
+        scheduler = Scheduler(model.model, tokenizer, limits, self.worker.post, metrics, self.worker.wake, model.lookup)
         self.metrics.watch(name, lambda: scheduler.counts)
         return ServedModel(name, model, context, settings.max_new_tokens, scheduler, now())
 

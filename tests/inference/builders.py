@@ -1,7 +1,10 @@
 """Small models of every shape that an engine must run."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from bitnet.inference.lookup import PromptLookup
 from bitnet.kernels.cpu import native
 from bitnet.model import ModelConfig
 from tests.kernels.builders import NOT_BUILT
@@ -35,3 +38,10 @@ CHANGES: dict[str, dict] = {
     "int8, untied": {"quantizer": "int8", "tie_word_embeddings": False, "hidden_act": "relu2"},
 }
 CONFIGS = {name: BASE.replace(**changes) for name, changes in CHANGES.items()}
+
+
+class AlwaysDrafts(PromptLookup):
+    """Whatever passes cost."""
+
+    def draft_lengths(self, texts: Sequence[tuple[int, int]]) -> list[int]:
+        return [min(self.tokens, room) if match else 0 for match, room in texts]

@@ -12,16 +12,9 @@ from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.text_model import TextModel
 from tests.builders import packed_model
-from tests.inference.builders import CONFIGS, ON_NATIVE_KERNELS
+from tests.inference.builders import CONFIGS, ON_NATIVE_KERNELS, AlwaysDrafts
 
 pytestmark = ON_NATIVE_KERNELS
-
-
-class AlwaysDrafts(PromptLookup):
-    """Whatever passes cost."""
-
-    def draft_length(self, match: int, room: int) -> int:
-        return min(self.tokens, room) if match else 0
 
 
 def write(
@@ -83,28 +76,63 @@ def test_a_draft_is_what_followed_the_last_time() -> None:
             assert all(draft[i] == draft[i - (len(ids) - at)] for i in range(len(ids) - at, 9))
 
 
+def length(lookup: PromptLookup, match: int, room: int) -> int:
+    """Of one text's draft."""
+    return lookup.draft_lengths([(match, room)])[0]
+
+
 def test_drafts_are_run_where_they_pay() -> None:
     lookup = PromptLookup(15)
-    assert lookup.draft_length(9, 15) == 0  # no pass was measured
+    assert length(lookup, 9, 15) == 0  # no pass was measured
     for seconds in (1.0, 1.1, 0.9):
-        lookup.measured(1, seconds)
-    assert lookup.draft_length(0, 15) == 0
+        lookup.measured(1, 0, seconds)
+    assert length(lookup, 0, 15) == 0
     for _ in range(200):
         lookup.count(16, True)
         lookup.count(2, False)
-    assert lookup.draft_length(2, 15) == 0
-    assert lookup.draft_length(16, 15) == 15
-    assert lookup.draft_length(16, 5) == 3  # a pass of four tokens
+    assert length(lookup, 2, 15) == 0
+    assert length(lookup, 16, 15) == 15
+    assert length(lookup, 16, 5) == 3  # a pass of four tokens
+    assert length(lookup, 16, 0) == 0
     for _ in range(9):
-        lookup.measured(16, 20.0)
-        lookup.measured(8, 2.0)
-    assert lookup.draft_length(16, 15) == 7
+        lookup.measured(1, 15, 20.0)
+        lookup.measured(1, 7, 2.0)
+    assert length(lookup, 16, 15) == 7
     for size in (2, 4, 8):
         for _ in range(9):
-            lookup.measured(size, size + 0.5)
-    assert lookup.draft_length(16, 15) == 0
+            lookup.measured(1, size - 1, size + 0.5)
+    assert length(lookup, 16, 15) == 0
+    for _ in range(9 * 256):
+        lookup.measured(1, 0, 1.0)
+    assert length(lookup, 16, 15) == 15  # what was slow long ago is tried again
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens is 64; give"):
         PromptLookup(64)
+
+
+def test_texts_side_by_side_share_a_pass() -> None:
+    lookup = PromptLookup(15)
+    for _ in range(400):
+        lookup.count(16, True)
+        lookup.count(4, True)
+        lookup.count(4, False)
+        lookup.count(2, False)
+    texts = [(16, 20), (2, 20), (0, 20), (16, 2)]
+    assert lookup.draft_lengths(texts) == [0, 0, 0, 0]  # nothing is known of passes of four texts
+    lookup.measured(4, 0, 1.0)
+    lookup.measured(1, 15, 50.0)
+    # The likeliest tokens fill a size, each text no further than it has room.
+    assert lookup.draft_lengths(texts) == [13, 0, 0, 2]
+    for _ in range(3):
+        lookup.measured(4, 15, 5.0)
+    assert lookup.draft_lengths(texts) == [5, 0, 0, 2]
+    # Half of a text's drafts are wrong: it gets what remains of a size.
+    lookup.measured(3, 0, 1.0)
+    assert lookup.draft_lengths([(4, 20), (16, 2), (0, 20)]) == [1, 2, 0]
+    for size in (1, 3, 7, 15):
+        for _ in range(9):
+            lookup.measured(3, size, (3 + size) / 3)  # as long as one by one
+    assert lookup.draft_lengths([(4, 20), (16, 2), (0, 20)]) == [0, 0, 0]
+    assert lookup.draft_lengths([]) == []
 
 
 def test_models_elsewhere_have_none() -> None:

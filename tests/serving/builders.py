@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from bitnet.inference.cpu_engine import Engine
+from bitnet.inference.lookup import PromptLookup
 from bitnet.inference.text_model import TextModel
 from bitnet.kernels.cpu import native
 from bitnet.serving.jobs import Event, Generation, Job, Limits, Piece
@@ -61,12 +62,12 @@ def running(model: TextModel, **changes: object) -> Iterator[tuple[str, Applicat
 class Bench:
     """A scheduler whose events are collected here."""
 
-    def __init__(self, model: TextModel, **limits: object) -> None:
+    def __init__(self, model: TextModel, lookup: PromptLookup | None = None, **limits: object) -> None:
         self.events: list[tuple[Job, Event]] = []
         defaults = {"context": model.positions, "cache_tokens": 16384}
         self.scheduler = Scheduler(
             model.model, model.source.tokenizer, Limits(**{**defaults, **limits}),  # type: ignore[arg-type]
-            self.events.extend, ModelMetrics(Metrics(), "tiny"),
+            self.events.extend, ModelMetrics(Metrics(), "tiny"), lookup=lookup,
         )  # fmt: skip
 
     def submit(self, generation: Generation, client: str = "") -> Job:
@@ -81,13 +82,14 @@ class Bench:
     def of(self, job: Job) -> list[Event]:
         return [event for other, event in self.events if other is job]
 
+    def pieces(self, job: Job) -> list[list[Piece]]:
+        """What came to each sample of a job."""
+        pieces = [event for event in self.of(job) if isinstance(event, Piece)]
+        return [[piece for piece in pieces if piece.index == index] for index in range(job.generation.count)]
+
     def texts(self, job: Job) -> list[str]:
         """What each sample of a job has written."""
-        texts = [""] * job.generation.count
-        for event in self.of(job):
-            if isinstance(event, Piece):
-                texts[event.index] += event.text
-        return texts
+        return ["".join(piece.text for piece in pieces) for pieces in self.pieces(job)]
 
     def alone(self, model: TextModel, generation: Generation) -> list[str]:
         bench = Bench(model)

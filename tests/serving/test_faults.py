@@ -306,7 +306,7 @@ def test_a_model_that_is_gone_and_a_signal_in_mid_load(process):
         http.client.HTTPConnection(address.removeprefix("http://")).request("GET", "/health")
 
 
-def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, tokenizer):
     from bitnet.__main__ import main
 
     assert main(["serve", str(tmp_path / "nowhere")]) == 2
@@ -315,6 +315,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert "NAME=PATH" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "--api-key" in capsys.readouterr().err
+    run = save_run(tmp_path / "demo", tiny_model(vocab_size=512), tokenizer)
+    assert main(["serve", str(run), "--prompt-lookup-num-tokens", "64"]) == 2
+    assert "prompt_lookup_num_tokens" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "bitnet.serving.server", raising=False)
     monkeypatch.delattr("bitnet.serving.server", raising=False)

@@ -1,24 +1,29 @@
 """Continuous batching: the same texts whatever runs beside them, shared beginnings, limits, fairness, leaving early."""
 
 import dataclasses
+import random
+from functools import partial
 
 import pytest
 import torch
 
 from bitnet.inference.generation import generate
 from bitnet.inference.options import SamplingConfig
-from bitnet.inference.rows import PlainRows, rows_of
 from bitnet.inference.text_model import TextModel
+from bitnet.kernels.cpu import native
 from bitnet.serving import scheduler as scheduling
 from bitnet.serving.errors import ApiError
 from bitnet.serving.jobs import Generation, Piece, PromptScores
 from bitnet.serving.prefix import BLOCK, PrefixCache
 from bitnet.serving.queue import FairQueue
 from bitnet.serving.server import Application, Settings
+from tests.inference.builders import AlwaysDrafts
+from tests.kernels.builders import NOT_BUILT
 from tests.oracles import require
 from tests.serving.builders import Bench, seeded, text_model
 
 require("prometheus_client")
+NATIVE = pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUILT)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,8 @@ def test_a_text_is_that_of_the_decode_loop(model):
     assert prompt == list(job.generation.prompt)
 
 
-def test_texts_do_not_depend_on_what_runs_beside_them(model, monkeypatch):
+@pytest.mark.parametrize("drafts", [0, pytest.param(7, marks=NATIVE)])
+def test_texts_do_not_depend_on_what_runs_beside_them(model, monkeypatch, drafts):
     monkeypatch.setattr(scheduling, "PIECE", 16)  # so that prompts are read in several passes
     vocab_size = model.source.tokenizer.vocab_size
     prompts = seeded(24, 1, 100, vocab_size)
@@ -63,22 +69,136 @@ def test_texts_do_not_depend_on_what_runs_beside_them(model, monkeypatch):
         )
         for i, p in enumerate(prompts)
     ]
-    wanted = [bench_alone(model, generation) for generation in generations]
-    bench = Bench(model, parallel=9)
+    generations += [repeating(i, vocab_size) for i in range(12)]
+    wanted = [alone(model, generation) for generation in generations]
+    bench = Bench(model, SomeDrafts(drafts) if drafts else None, parallel=9)
     jobs = []
     for number, generation in enumerate(generations):
         jobs.append(bench.submit(generation, client=str(number % 3)))
-        bench.scheduler.step()
+        for _ in range(number % 4):
+            bench.scheduler.step()
     bench.run()
-    assert [bench.texts(job) for job in jobs] == [text for text, _ in wanted]
+    assert [bench.pieces(job) for job in jobs] == [pieces for pieces, _ in wanted]
     assert [[s.new_tokens for s in job.samples] for job in jobs] == [counts for _, counts in wanted]
+    metrics = bench.scheduler.metrics
+    read, accepted = metrics.draft_tokens._value.get(), metrics.accepted_tokens._value.get()
+    assert read > accepted > metrics.drafts._value.get() / 4 > 0 if drafts else read == accepted == 0
 
 
-def bench_alone(model: TextModel, generation: Generation) -> tuple[list[str], list[int]]:
+class SomeDrafts(AlwaysDrafts):
+    """Of any lengths, whatever passes cost."""
+
+    draw = random.Random(0)
+
+    def draft_lengths(self, texts):
+        return [self.draw.randint(0, most) for most in super().draft_lengths(texts)]
+
+
+def repeating(index: int, vocab_size: int) -> Generation:
+    """A text that soon repeats itself, of every kind."""
+    how = (
+        SamplingConfig(temperature=0),
+        SamplingConfig(0.8, logit_bias={40: 30.0, 41: 30.0}, repetition_penalty=1.1),
+        SamplingConfig(0.9, top_p=0.9, logit_bias={50: 20.0, 51: 20.5, 52: 20.0}, presence_penalty=0.1),
+        SamplingConfig(0.7, top_k=2, frequency_penalty=0.2),
+    )[index % 4]
+    stop = ("x", "yz", ":") if index % 3 == 0 else ()
+    return Generation(
+        (40, 41, 50, 51, 52, 40, 41, 50), 30 + index, how, seed=index, count=1 + index % 2, stop=stop,
+        ends=index % 5 > 0, alternatives=(None, 0, 2)[index % 3],
+        grammar=partial(Alternating, vocab_size) if index % 6 == 1 else None,
+    )  # fmt: skip
+
+
+class Alternating:
+    """A grammar: two even ids, then two odd ones, and 20 tokens in all."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.taken = vocab_size, 0
+
+    def mask(self) -> torch.Tensor:
+        allowed = torch.zeros(self.vocab_size, dtype=torch.bool)
+        allowed[self.taken // 2 % 2 :: 2] = True
+        return allowed
+
+    def take(self, token_id: int) -> None:
+        assert token_id % 2 == self.taken // 2 % 2
+        self.taken += 1
+
+    @property
+    def complete(self) -> bool:
+        return self.taken == 20
+
+
+@NATIVE
+def test_a_text_that_ends_within_a_draft_leaves_what_it_said(model):
+    plain, bench = Bench(model), Bench(model, AlwaysDrafts(15))
+    asked = dataclasses.replace(repeating(2, 0), count=1, stop=())
+    first, second = plain.submit(asked), bench.submit(asked)
+    for one in (plain, bench):
+        one.run()
+    assert bench.scheduler.metrics.accepted_tokens._value.get() > 0
+    turn = Generation((*first.samples[0].ids, 60), 20, **choice(1))
+    first, second = plain.submit(turn), bench.submit(turn)
+    failing = [bench.submit(dataclasses.replace(asked, seed=at, grammar=partial(Failing, at))) for at in range(4, 20)]
+    left = bench.submit(dataclasses.replace(asked, max_new_tokens=200))
+    for _ in range(8):
+        bench.scheduler.step()
+    bench.scheduler.cancel(left)
+    for one in (plain, bench):
+        one.run()
+    assert bench.pieces(second) == plain.pieces(first)
+    assert second.cached_tokens == first.cached_tokens > 0
+    assert all(bench.of(job)[-1].status == 500 for job in failing)
+    kept = bench.scheduler._prefixes._rows.values()
+    assert all(row.length == len(known) for row, known in kept)
+    assert bench.scheduler._reserved == 0
+
+
+@NATIVE
+def test_no_draft_is_longer_than_what_is_still_to_come(model):
+    for tokens, most in ((2, 0), (3, 1)):  # behind the first token; the last one needs no pass
+        bench = Bench(model, AlwaysDrafts(15))
+        bench.submit(dataclasses.replace(repeating(2, 0), count=1, max_new_tokens=tokens))
+        bench.run()
+        assert bench.scheduler.metrics.draft_tokens._value.get() == most
+
+
+class Failing:
+    """A grammar that cannot go on behind so many tokens."""
+
+    complete = False
+
+    def __init__(self, tokens: int) -> None:
+        self.left = tokens
+
+    def mask(self) -> None:
+        if self.left == 0:
+            raise ValueError("no token may come next")
+
+    def take(self, token_id: int) -> None:
+        self.left -= 1
+
+
+@NATIVE
+def test_drafts_are_chosen_by_measured_times(model):
+    drafting = TextModel(model.model, model.source, 7)
+    (served,), lookup = Application([("tiny", drafting)], Settings(port=0, cache_tokens=1000)).models, drafting.lookup
+    assert served.scheduler._lookup is lookup
+    bench = Bench(model, lookup)
+    jobs = [bench.submit(repeating(i, 0)) for i in (0, 2, 3)]
+    bench.run()
+    assert [bench.pieces(job) for job in jobs] == [alone(model, repeating(i, 0))[0] for i in (0, 2, 3)]
+    assert {texts for texts, _ in lookup._seconds} == {1, 2, 3, 4}
+    assert all(seconds > 0 for known in lookup._seconds.values() for seconds in known)
+
+
+def alone(model: TextModel, generation: Generation) -> tuple[list[list[Piece]], list[int]]:
+    """The pieces of each sample, and its tokens' number."""
     bench = Bench(model)
     job = bench.submit(generation)
     bench.run()
-    return bench.texts(job), [sample.new_tokens for sample in job.samples]
+    return bench.pieces(job), [sample.new_tokens for sample in job.samples]
 
 
 def test_sample_i_is_the_text_of_seed_plus_i(model):
@@ -90,9 +210,8 @@ def test_sample_i_is_the_text_of_seed_plus_i(model):
     assert len({*bench.texts(job)}) == 3
 
 
+@NATIVE
 def test_samples_and_turns_share_what_was_read(model):
-    if isinstance(rows_of(model.model), PlainRows):
-        pytest.skip("no native kernels here: plain rows share nothing")
     bench, prompt = Bench(model), seeded(1, 64, 65, 500)[0]
     metrics = bench.scheduler.metrics
 
