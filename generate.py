@@ -125,8 +125,14 @@ def run(options: Options) -> None:
             prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
         )
         model.warm_up()
-        if options.text.sampling(model.source.sampling).greedy and options.samples > 1:
-            note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
+        if options.text.sampling(model.source.sampling).greedy:
+            given = [name for name in ("top_k", "top_p", "min_p") if getattr(options.text, name) is not None]
+            if given:
+                whose = "" if options.text.temperature == 0 else ", as the model's own settings say,"
+                names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                note(f"temperature 0{whose} is greedy: {names} change nothing; give --temperature too")
+            if options.samples > 1:
+                note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
         if options.prompt_lookup_num_tokens and (options.samples > 1 or options.prompts):
             note("--prompt-lookup-num-tokens is of single texts; texts side by side are written without drafts")
         writer = Writer(options, model)

@@ -178,6 +178,20 @@ def test_note_where_less_fits_than_was_asked_for(call, tokenizer):
     assert f"note: generating at most {128 - tokens} tokens, not 1000" in err
 
 
+def test_options_that_change_nothing_are_told(call, checkpoint, tmp_path):
+    *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--temperature", "0", "--top-p", "0.9", "--min-p", "0.1")
+    assert "note: temperature 0 is greedy: --top-p and --min-p change nothing" in err
+    *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--dtype", "bfloat16")
+    assert "runs packed, in types of its own: dtype bfloat16 changes nothing" in err
+    shutil.copytree(checkpoint, tmp_path / "greedy")
+    for folder in (tmp_path / "greedy" / "checkpoints").glob("step-*"):
+        (folder / "generation_config.json").write_text('{"do_sample": false}')
+    *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--top-k", "3", model=tmp_path / "greedy")
+    assert "note: temperature 0, as the model's own settings say, is greedy: --top-k change" in err
+    *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--temperature", "0.5", model=tmp_path / "greedy")
+    assert "note" not in err
+
+
 @pytest.mark.parametrize(
     "options", [("--no-pack",), ("--dtype", "bfloat16"), ("--checkpoint", "last"), ("--top-k", "3")]
 )

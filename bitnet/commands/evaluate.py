@@ -10,13 +10,14 @@ from typing import Literal
 
 import tyro
 
-from bitnet.console import only_for_looking, table
+from bitnet.console import note, only_for_looking, table
 
 
 @dataclass(frozen=True)
 class Options:
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Runs or models of any kind; the last one is the baseline of the gaps."""
+    """Runs or models of any kind; the last one is the baseline of the gaps, of those that read its text in its
+    tokens."""
     lora: tuple[Path, ...] = ()
     """LoRA adapters of the first model, which is evaluated with each of them before it is without."""
     text: str | None = None
@@ -62,15 +63,22 @@ def run(options: Options) -> None:
     dtype = pick_dtype(options.dtype, device)
     with_adapters = [(f"{runs[0]} + {path}", runs[0], load_adapter(path)) for path in options.lora]
     models = [*with_adapters, *((run, run, None) for run in runs)]
-    results = [(name, *evaluate_model(run, device, dtype, options.text, adapter)) for name, run, adapter in models]
+    results = [(name, evaluate_model(run, device, dtype, options.text, adapter)) for name, run, adapter in models]
+    baseline = results[-1][1]
+    alike = [result.reads_like(baseline) for _, result in results]
+    if not all(alike):
+        note("gaps are of models that read the same text in the same tokens; bits/byte compares other tokens too")
+    if len({result.feed.window for _, result in results}) > 1:
+        windows = ", ".join(f"{result.feed.window} ({name})" for name, result in results)
+        note(f"windows differ, and in a longer one more of a text is known: {windows}")
 
     def loss(part: Evaluation) -> str:
         return f"{part.loss:.4f} ± {part.standard_error:.4f}"
 
     rows = [["run", "quantizer", "held-out loss", "perplexity", "bits/byte", "gap"]]
-    for name, quantizer, result in results:
+    for (name, (quantizer, result, _)), same in zip(results, alike, strict=True):
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        gap = f"{result.loss / results[-1][2].loss - 1:+.2%}"
+        gap = f"{result.loss / baseline.evaluation.loss - 1:+.2%}" if same else "-"
         rows.append([name, quantizer, loss(result), f"{result.perplexity:.2f}", bits, gap])
         rows += [[f"  {corpus}", "", loss(part), "", "", ""] for corpus, part in result.corpora.items()]
     shown = rows if len(results) > 1 else [row[:-1] for row in rows]  # a gap to itself says nothing

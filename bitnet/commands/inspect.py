@@ -12,6 +12,7 @@ tensor occupies, scales included.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -29,8 +30,8 @@ class Options:
     """Print one JSON object instead of text."""
     histogram: str | None = None
     """Print the distribution of one tensor's values, by its name."""
-    checkpoint: str = "best"
-    """Which checkpoint of a run folder: best or last."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which checkpoint of a run folder."""
 
 
 def run(options: Options) -> None:

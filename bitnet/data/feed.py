@@ -96,6 +96,10 @@ class Feed(Protocol):
     def fingerprint(self) -> str | dict[str, str]:
         """What the batches of a run depend on, as it is written into its checkpoints."""
 
+    @property
+    def texts(self) -> object:
+        """Equal for feeds of the same texts, held out in the same way, whatever their tokens."""
+
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
         """(input_ids, labels) or (input_ids, labels, documents), int64 `[B / parts, T]`: one of `parts` equal parts of
         a step, which processes and micro-batches share."""
@@ -144,6 +148,11 @@ class TextFeed:
     @property
     def fingerprint(self) -> str | dict[str, str]:
         return self.mixture.fingerprint
+
+    @property
+    def texts(self) -> object:
+        corpora = [corpus.meta for corpus in self.mixture.corpora.values()]
+        return self.mixture.counts, [(meta["corpus_fingerprint"], meta["val_every"]) for meta in corpora]
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
         return self.sampler.batch(step, part, parts)
@@ -208,6 +217,10 @@ class ChatFeed:
     @property
     def fingerprint(self) -> str:
         return self.chats.fingerprint
+
+    @property
+    def texts(self) -> object:
+        return self.fingerprint
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> tuple[Tensor, ...]:
         return self.sampler.batch(step, part, parts)

@@ -12,7 +12,7 @@ tokenizer; loss and perplexity compare only models that share one.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -198,11 +198,26 @@ def ratio_and_error(sums: Tensor, counts: Tensor) -> tuple[float, float]:
     return mean, math.sqrt(float(deviations.square().sum()) * len(sums) / max(1, len(sums) - 1)) / count
 
 
+class HeldOutResult(NamedTuple):
+    """A model's evaluation, and what it was made on."""
+
+    quantizer: str
+    """Of the weights."""
+    evaluation: Evaluation
+    feed: Feed
+    """What was read."""
+
+    def reads_like(self, other: "HeldOutResult") -> bool:
+        """Whether both have read the same texts in the same tokens, so that their losses are of one thing."""
+        same = self.feed.texts == other.feed.texts and self.evaluation.tokens == other.evaluation.tokens
+        return same and self.feed.tokenizer.difference(other.feed.tokenizer) is None
+
+
 def evaluate_model(
     path: str, device: torch.device, dtype: torch.dtype, text: str | None = None, lora: Adapter | None = None
-) -> tuple[str, Evaluation]:
-    """Weight quantizer and held-out evaluation of a model, over the whole validation split: of a run at its best
-    checkpoint, as it was trained; anything else, and a model with an adapter, as generate.py runs it.
+) -> HeldOutResult:
+    """Held-out evaluation of a model, over the whole validation split: of a run at its best checkpoint, as it was
+    trained, with products in `dtype`; anything else, and a model with an adapter, as generate.py runs it.
 
     Raises CheckpointError or ValueError for a model or corpus that isn't there.
     """
@@ -214,4 +229,4 @@ def evaluate_model(
     feed = open_held_out(source, text)
     if is_run and isinstance(model, BitNetForCausalLM):
         model.document_ids = feed.document_ids
-    return model.config.quantizer, evaluate_feed(model, feed, dtype=dtype)
+    return HeldOutResult(model.config.quantizer, evaluate_feed(model, feed, dtype=dtype), feed)

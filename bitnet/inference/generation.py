@@ -339,8 +339,8 @@ def _draw_batch(
     tokens = torch.tensor(prompts).to(model.device)
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(B, V, dtype=torch.bool, device=model.device)
-        seen.scatter_(1, tokens.clamp(max=V - 1), True)
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=model.device)
+        seen = seen.scatter_(1, tokens, True)[:, :V]
     finished = [False] * B
     arrival = _Arrival(B, model.device)
     started = time.perf_counter()

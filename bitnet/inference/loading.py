@@ -76,6 +76,7 @@ def open_model(
             )
         if 0 < gpu_layers < source.config.num_hidden_layers:
             _refuse(replace(options, cache_dtype=None), "two engines")
+            _say_unused(source, dtype)
             return _split(source, gpu_layers, device, cache_dtype, pack)
         device = device if gpu_layers else torch.device("cpu")
     if cache_dtype == "int4":
@@ -86,6 +87,7 @@ def open_model(
     if lora is not None:
         return _with_adapter(source, lora, device, dtype, options)
     if pack and source.kind == "packed" and native:
+        _say_unused(source, dtype)
         return _stream(source, options)
     if native and dtype == torch.float32 and not (source.file is not None and holds_ternary(source.file)):
         model = source.stored()
@@ -95,6 +97,7 @@ def open_model(
     own = source.kind in ("run", "packed") and not (pack and native)
     model = source.model(device=device if own else "cpu")
     if model.config.quantizer != "none" and pack:
+        _say_unused(source, dtype)
         return _engine(model, device, options, packed=source.kind == "packed")
     if model.is_packed and source.kind != "quantized":
         raise CheckpointError(
@@ -180,6 +183,12 @@ def _refuse(options: EngineOptions, runs_on: str, cache: str = "") -> None:
             raise ValueError(
                 f"{name} {value} are of the native CPU engine and this model runs on {runs_on}; leave them out"
             )
+
+
+def _say_unused(source: Source, dtype: torch.dtype) -> None:
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        note(f"{source.path} runs packed, in types of its own: dtype {name} changes nothing")
 
 
 def _stream(source: Source, options: EngineOptions) -> Engine:

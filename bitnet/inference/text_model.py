@@ -13,6 +13,7 @@ The keyword arguments are those of generate.py, with its defaults: the fields of
 temperature, top_k, top_p, min_p and repetition_penalty is what the model's generation_config.json or GGUF file says.
 """
 
+import operator
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -321,7 +322,10 @@ class TextModel:
             return tokenizer.encode(prompt, bos=tokenizer.adds_bos)
         if is_conversation(prompt):
             return require(self.source.chat_template, self.source.path).encode(prompt)
-        return [int(token) for token in cast("Sequence[int]", prompt)]
+        try:
+            return [operator.index(token) for token in cast("Sequence[int]", prompt)]
+        except TypeError:
+            raise TypeError(f"a prompt is a text, token ids or messages, and this one is {prompt!r:.60}") from None
 
 
 def load(
@@ -378,7 +382,9 @@ def _numbered(options: TextOptions, count: int) -> list[TextOptions]:
 
 def is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
     """Whether a prompt is messages, not a text or token ids."""
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    return (
+        isinstance(prompt, Sequence) and not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    )
 
 
 def _whole(stream: CompletionStream) -> Completion:

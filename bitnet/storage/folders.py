@@ -89,6 +89,8 @@ def resolve(path: str | Path, which: str = "last") -> Path:
 
 def folder_of(run: Path, which: str) -> Path:
     """The folder that a run's index names as last or best. Raises CheckpointError where it names none."""
+    if which not in ("best", "last"):
+        raise CheckpointError(f"a run has no checkpoint {which!r}; give best or last")
     index = read_index(run)
     name = index.best if which == "best" else index.last
     if name is None:

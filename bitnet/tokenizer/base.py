@@ -115,8 +115,12 @@ class BaseTokenizer(ABC):
         the ids of both mean the same."""
         if self.vocab_size != other.vocab_size:
             return f"{self.vocab_size} tokens, and {other.vocab_size} there"
+        special = [set(each.specials.values()) for each in (self, other)]
         for i in range(self.vocab_size):
-            own, theirs = (each.surface_bytes(i) or each.id_to_piece(i).encode() for each in (self, other))
+            own, theirs = (
+                each.id_to_piece(i).encode() if i in steering else each.surface_bytes(i) or each.id_to_piece(i).encode()
+                for each, steering in zip((self, other), special, strict=True)
+            )
             if own != theirs:
                 return f"token {i} is {own!r}, and {theirs!r} there"
         return None

@@ -85,7 +85,10 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self._json: str = backend.to_str()
         cost = _cost_of(backend, source)
         self._limited = LimitedEncoder(self._json, cost, source) if cost else None
-        self.fingerprint = hashlib.sha256(f"{bos_id} {self.eos_ids} {self._json}".encode()).hexdigest()
+        said = f"{bos_id} {self.eos_ids} {self._json}"
+        if bos_id is not None and backend.post_processor is not None and self.adds_bos != _puts_first(backend, bos_id):
+            said += f" adds_bos {self.adds_bos}"  # other files say otherwise
+        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Mapping[str, object] | None = None) -> HuggingFaceTokenizer:
@@ -303,8 +306,13 @@ def _special_ids(
         settings["bos_id"] = next(iter(_ids(model.get("bos_token_id")) + _ids(stored.get("bos_token_id"))), None)
     adds_bos = config.get("add_bos_token")
     if not isinstance(adds_bos, bool):  # ask the file's post-processor
-        adds_bos = backend.encode("a").ids[:1] == [settings["bos_id"]]
+        adds_bos = _puts_first(backend, settings["bos_id"])
     return settings | {"ends": ends, "adds_bos": adds_bos}
+
+
+def _puts_first(backend: tokenizers.Tokenizer, token_id: int | None) -> bool:
+    """Whether the post-processor of a tokenizer.json puts this token in front of a text."""
+    return backend.encode("a").ids[:1] == [token_id]
 
 
 def end_ids(folder: Path, config: Mapping[str, object] | None = None) -> list[int]:

@@ -46,7 +46,8 @@ _RETRAIN = "train one with bitnet.tokenizer.train_tokenizer, or give a sentencep
 
 
 class Tokenizer(BaseTokenizer):
-    """A sentencepiece model. It has a begin and an end of text token; `fingerprint` is of the model file's bytes."""
+    """A sentencepiece model. It has a begin and an end of text token; `fingerprint` is of the model file's bytes and
+    what other files say of its ids."""
 
     file_name = "tokenizer.model"
     bos_id: int
@@ -85,8 +86,6 @@ class Tokenizer(BaseTokenizer):
                 f"{source} has no begin or end of text token (bos_id {self.bos_id}, eos_id {self.eos_id}), "
                 f"and documents need both: {_RETRAIN}"
             )
-        self.fingerprint = hashlib.sha256(self.model_proto).hexdigest()
-
         pieces = [processor.id_to_piece(i) for i in range(self.vocab_size)]
         self._surfaces = [self._surface(i, p) for i, p in enumerate(pieces)]
         if any(not 0 <= i < self.vocab_size for i in ends):
@@ -106,6 +105,9 @@ class Tokenizer(BaseTokenizer):
         # As transformers has it since its legacy mode: a space only in front of what begins with text.
         self._first_only = self.adds_space_prefix and not legacy
         self._apart = tuple(pieces[i].replace(SPACE_MARK, " ") for i in user_defined(self.model_proto))
+        # What is not in the model file counts where it changes ids.
+        said = (" without <s>" if not adds_bos else "") + (" not legacy" if self._first_only and self._apart else "")
+        self.fingerprint = hashlib.sha256(self.model_proto + said.encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **settings: Any) -> Tokenizer:

@@ -185,8 +185,9 @@ def test_second_call_reuses_and_a_change_makes_another_folder(tmp_path, tokenize
         tokenize_corpus(corpus_of(numbered(51)), tokenizer, tmp_path).folder,
         tokenize_corpus(corpus_of(numbered(50)), other, tmp_path).folder,
         tokenize_corpus(corpus_of(numbered(50)), tokenizer, tmp_path, val_fraction=0.1).folder,
+        tokenize_corpus(corpus_of(numbered(50)), Tokenizer(tokenizer.model_proto, adds_bos=False), tmp_path).folder,
     }
-    assert len(folders) == 4
+    assert len(folders) == 5
     assert set(tmp_path.iterdir()) == folders
 
 

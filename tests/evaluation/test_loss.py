@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from bitnet.data.corpus import Corpus, open_corpus
 from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import tokenize_mixture
 from bitnet.data.tokens import TokenArray
-from bitnet.data.tokens_write import tokenize_corpus
 from bitnet.evaluation.loss import Evaluation, evaluate, evaluate_feed
 from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.storage.gguf import write as gguf_write
+from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.training.checkpoint import save_checkpoint
 
@@ -119,33 +121,64 @@ def test_perplexity_of_an_overflowing_loss_is_infinite():
     assert Evaluation(1e4, 0.0, 1.0, 1).perplexity == math.inf
 
 
+def write_run(folder, tokenizer, quantizer="none", **data):
+    """A run of one checkpoint, trained in windows of 32."""
+    torch.manual_seed(0)
+    model = BitNetForCausalLM(CONFIG.replace(quantizer=quantizer))
+    data |= {"max_bytes": None, "cache": str(folder.parent / "data")}
+    save_checkpoint(
+        folder, model=model, optimizer_state={}, state={"step": 1},
+        config={"model": dataclasses.asdict(model.config), "context": 32, "data": data},
+        tokenizer=tokenizer.model_proto, best=True,
+    )  # fmt: skip
+
+
 def test_command_line_compares_runs(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {i} cats see the {i * 7 % 100} dogs." for i in range(400)))
     tokenizer = train_tokenizer(open_corpus(text).documents(), 300)
-    tokenize_corpus(open_corpus(text), tokenizer, tmp_path / "data", val_fraction=0.1)
     for name, quantizer in (("ternary", "ternary"), ("twin", "none")):
-        torch.manual_seed(0)
-        model = BitNetForCausalLM(CONFIG.replace(quantizer=quantizer))
-        config = {
-            "model": dataclasses.asdict(model.config), "context": 32,
-            "data": {"corpus": str(text), "max_bytes": None, "val_fraction": 0.1, "cache": str(tmp_path / "data")},
-        }  # fmt: skip
-        save_checkpoint(
-            tmp_path / name, model=model, optimizer_state={}, state={"step": 1}, config=config,
-            tokenizer=tokenizer.model_proto, best=True,
-        )  # fmt: skip
+        write_run(tmp_path / name, tokenizer, quantizer, corpus=str(text), val_fraction=0.1)
     picture = tmp_path / "loss.png"
     (tmp_path / "twin" / "metrics.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n{"step": 2, "lo')
     assert main(["evaluate", str(tmp_path / "ternary"), str(tmp_path / "twin"), "--picture", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    header, ternary, twin = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "note" not in printed.err
+    header, ternary, twin = printed.out.splitlines()
     assert "gap" in header
     assert "ternary" in ternary
     assert twin.endswith("+0.00%")
     gap = float(ternary.split()[-1].rstrip("%"))
     losses = [float(line.split()[2]) for line in (ternary, twin)]
     assert gap == pytest.approx(100 * (losses[0] / losses[1] - 1), abs=0.01)
+
+
+def test_losses_of_other_texts_and_tokens_have_no_gap(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, noun in (("text.txt", "dogs"), ("more.txt", "mice")):
+        Path(path).write_text("\n\n".join(f"The {i} cats see the {i * 7 % 100} {noun}." for i in range(200)))
+    tokenizer, other = (train_tokenizer(open_corpus(path).documents(), 300) for path in ("text.txt", "more.txt"))
+    own = {"corpus": "text.txt", "val_fraction": 0.05}
+    changes = {"own": {}, "text": {"corpus": "more.txt"}, "held-out": {"val_fraction": 0.1}}
+    for name, change in changes.items():
+        write_run(tmp_path / name, tokenizer, **(own | change))
+    write_run(tmp_path / "tokens", other, **own)
+
+    def gaps(*arguments: str) -> tuple[list[str], str]:
+        assert main(["evaluate", *arguments]) == 0
+        printed = capsys.readouterr()
+        return [line.split()[-1] for line in printed.out.splitlines()[1:]], printed.err
+
+    shown, said = gaps("text", "held-out", "tokens", "own")
+    assert shown == ["-", "-", "-", "+0.00%"]
+    assert "note: gaps are of models that read the same text in the same tokens" in said
+    # The tokens count, not the kind of their file; and other windows are said.
+    gguf_write.write(open_source("own").model(), "own.gguf", "F32", tokenizer=tokenizer)
+    shown, said = gaps("own.gguf", "own", "--text", "text.txt")
+    assert shown[0].startswith(("+", "-"))
+    assert "note: windows differ, and in a longer one more of a text is known: 128 (own.gguf), 32 (own)" in said
+    assert "gaps are" not in said
 
 
 def test_command_line_errors(tmp_path, capsys):

@@ -156,6 +156,9 @@ def test_options_out_of_range_are_refused_at_once(model, options, message):
 def test_what_cannot_be_said_or_opened_is_named(model, tmp_path):
     with pytest.raises(TypeError, match="temprature"):
         model.generate("x", temprature=1)
+    for prompt in ([1, 2.5], ["one"], {"role": "user"}, None):
+        with pytest.raises(TypeError, match="a prompt is a text, token ids or messages"):
+            model.generate(prompt)
     with pytest.raises(ValueError, match="leaves no room in a model of 128 positions"):
         model.generate("word " * 300)
     with pytest.raises(ValueError, match="nowhere"):

@@ -144,7 +144,7 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):
     run = trainer.train(config)
     ids, _ = run.feed.batch(0)
     assert int(document_ids(ids, BOS, EOS).max()) >= 2
-    _, result = evaluate_model(config.out, torch.device("cpu"), torch.float32)
+    result = evaluate_model(config.out, torch.device("cpu"), torch.float32).evaluation
     row = [row for row in read_metrics(run.folder / "metrics.jsonl") if "whole_val_loss" in row][-1]
     assert result.loss == pytest.approx(row["whole_val_loss"], rel=1e-6)
     run.model.document_ids = None
