@@ -125,10 +125,15 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
         [library.AddedToken(p, normalized=False) for kind in (CONTROL, UNKNOWN) for p in added.get(kind, ())]
     )
     ids = _special_ids(metadata, len(pieces))
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS)
+    adds_bos, bos = metadata.get("tokenizer.ggml.add_bos_token", name in WHOLE_WORDS), ids["bos"]
+    if adds_bos and bos is not None and not set(pieces[bos]) & set(" $:"):  # which mean something in a template
+        # For who reads the tokenizer.json: transformers goes by this, not by add_bos_token.
+        backend.post_processor = library.processors.TemplateProcessing(
+            single=[pieces[bos], "$A"], pair=[pieces[bos], "$A", "$B"], special_tokens=[(pieces[bos], bos)]
+        )
     return HuggingFaceTokenizer(
         backend,
-        bos_id=ids["bos"],
+        bos_id=bos,
         eos_id=ids["eos"],
         unk_id=ids["unknown"],
         pad_id=ids["padding"],

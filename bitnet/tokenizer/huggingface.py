@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SPACE_MARK = "\u2581"
 _EOS = "eos_token_id"
+_AS_THE_FILE_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json unchanged
 _BYTE_PIECES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 
 
@@ -103,6 +105,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}")
         config = read_settings(path.parent / "config.json") if config is None else config
         tokens = added_tokens(path.parent)
+        _check_prefix(backend, read_settings(path.parent / CONFIG), os.fspath(path))
         _complete(backend, tokens, config.get("vocab_size"), os.fspath(path))
         return cls(backend, source=os.fspath(path), **_special_ids(backend, path.parent, config, tokens))
 
@@ -287,6 +290,34 @@ def _complete(backend: tokenizers.Tokenizer, tokens: FolderTokens, rows: object,
                 f"the files beside {source} give the token {token.content!r} the id {token.id}, and behind the tokens "
                 f"that are there it has {found}; the files belong to different tokenizers"
             )
+
+
+def _check_prefix(backend: tokenizers.Tokenizer, config: JsonObject, source: str) -> None:
+    """Warn where tokenizer_config.json contradicts a tokenizer.json on the space in front of a text: the classes of
+    transformers that build a tokenizer anew go by the former, the others by the latter."""
+    wanted = config.get("add_prefix_space")
+    if not isinstance(wanted, bool) or config.get("tokenizer_class") in _AS_THE_FILE_IS:
+        return
+    puts = None
+    for state in (json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part):
+        for step in state.get("normalizers", state.get("pretokenizers", [state])):
+            match step:
+                case {"type": "Replace", "pattern": {"String": " "}}:
+                    puts = bool(puts)
+                case {"type": "Prepend"}:
+                    puts = True
+                case {"type": "ByteLevel", "add_prefix_space": puts}:
+                    pass
+                case {"type": "Metaspace", "prepend_scheme": scheme}:
+                    puts = scheme != "never"
+    if puts not in (None, wanted):
+        warnings.warn(
+            f"{source} puts {'a' if puts else 'no'} space in front of a text, as is done here, and add_prefix_space in "
+            f"the {CONFIG} beside it is {str(wanted).lower()}: some readers go by that. If it is what the model was "
+            "trained with, save the tokenizer again with transformers",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _special_ids(

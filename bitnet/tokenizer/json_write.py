@@ -99,8 +99,9 @@ def _byte_pair_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
         marks[:0] = [normalizers.Prepend(SPACE_MARK)] if tokenizer.adds_space_prefix else []
         library.normalizer = normalizers.Sequence(marks)
     library.decoder = decoders.Sequence(text)
+    front = [bos] if tokenizer.adds_bos else []  # transformers goes by this, not by add_bos_token
     library.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+        single=[*front, "$A"], pair=[*front, "$A", *front, "$B"], special_tokens=[(bos, tokenizer.bos_id)]
     )
     library.encode_special_tokens = True
     return library

@@ -3,15 +3,26 @@
 import json
 import pickle
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+from bitnet.tokenizer import HuggingFaceTokenizer, StreamDecoder, Tokenizer, from_gguf_metadata, load_tokenizer
+from bitnet.tokenizer.json_write import sentencepiece_files
 from tests import oracles
-from tests.vocabularies import BACKENDS, NASTY, byte_level, foreign_model, random_texts, stdlib_text, stdlib_tokenizer
+from tests.vocabularies import (
+    BACKENDS,
+    NASTY,
+    byte_level,
+    byte_level_metadata,
+    foreign_model,
+    random_texts,
+    stdlib_text,
+    stdlib_tokenizer,
+)
 
 TEXTS = [*NASTY, *random_texts(7, 100), stdlib_text()[:5000]]
 
@@ -202,3 +213,48 @@ def test_mutated_files_give_our_errors_only(tmp_path):
             ours.decode(ours.encode("some text <s> \u00e9", special=True))
         except ValueError:
             pass
+
+
+@pytest.mark.parametrize("family", ["ByteLevel", "Metaspace", "Prepend"])
+@pytest.mark.parametrize("puts", [False, True])
+def test_a_prefix_that_two_files_contradict_each_other_on(tmp_path, family, puts):
+    backend = byte_level(False)
+    if family == "ByteLevel":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=puts)])
+    else:
+        marks = [normalizers.Prepend("\u2581")] * puts + [normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(marks) if family == "Prepend" else None
+        metaspace = pre_tokenizers.Metaspace(prepend_scheme="first" if puts else "never", split=False)
+        backend.pre_tokenizer = metaspace if family == "Metaspace" else None
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for config in ({}, {"add_prefix_space": puts}, {"add_prefix_space": None}):
+            files(tmp_path, backend, tokenizer_config={"tokenizer_class": "LlamaTokenizer", **config})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": not puts}
+        files(tmp_path, backend, tokenizer_config=config)
+    said = f"puts {'a' if puts else 'no'} space in front .* is {str(not puts).lower()}: some readers go by that"
+    with pytest.warns(RuntimeWarning, match=said):
+        files(tmp_path, backend, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": not puts})
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("kind", ["sentencepiece", "GGUF"])
+def test_transformers_begins_a_text_as_we_do(transformers, tmp_path, kind, adds_bos):
+    """By the files that are written of a tokenizer without a tokenizer.json."""
+    if kind == "GGUF":
+        ours = from_gguf_metadata(
+            byte_level_metadata() | {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_bos_token": adds_bos}
+        )
+        written = ours.files()
+    else:
+        ours = Tokenizer(stdlib_tokenizer(512).model_proto, adds_bos=adds_bos)
+        written = sentencepiece_files(ours)
+    folder = tmp_path / "written"
+    folder.mkdir()
+    for name, content in written.items():
+        (folder / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("", "hello world", "<s>"):
+        assert theirs(text).input_ids == ours.encode(text, bos=adds_bos, special=theirs.split_special_tokens is False)
+    assert load_tokenizer(folder).adds_bos == adds_bos
