@@ -80,6 +80,7 @@ def run(options: Options) -> None:
     model = source.model()
     if model.is_packed:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
+    tokenizer_files = source.tokenizer_files()  # what is wrong with them is said before the work
     ids = None
     if calibrates(options):
         feed = open_text(source, options.text, options.context)
@@ -97,7 +98,7 @@ def run(options: Options) -> None:
     )
     model = quantize_model(model, options.method, ids, chosen)
     seconds = time.perf_counter() - start
-    save_quantized(model, options.out, options.method, source.tokenizer_files())
+    save_quantized(model, options.out, options.method, tokenizer_files)
     nominal, stored = model_bits(model)
     size = sum(file.stat().st_size for file in options.out.iterdir()) / 1e6
     print(f"{options.out}: {size:.2f} MB, {stored:.2f} bits a weight ({nominal:g} without scales), {seconds:.1f} s")

@@ -27,7 +27,7 @@ from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, Packed
 from bitnet.model.linear import codes_and_scale, latent_weight, ternary_latent
 from bitnet.storage import folders
 from bitnet.storage.checksums import CHECKSUMS, verifying
-from bitnet.storage.folders import warn_once
+from bitnet.storage.folders import TOKENIZER, warn_once
 from bitnet.storage.foreign import refuse_foreign, refuse_pointer
 from bitnet.storage.gguf import read as gguf_read
 from bitnet.storage.gguf import stored as gguf_stored
@@ -206,29 +206,30 @@ class Source:
         with open_tensors(self.path if self.kind == "hf" else self.path / MODEL, verify=verify) as tensors:
             yield tensors
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
+        stored = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        # Around a tokenizer.model transformers' files mean something else than ours.
+        anew = self.file is not None or (self.kind == "hf" and TOKENIZER in stored and "tokenizer.json" not in stored)
+        files = self.tokenizer.files() if anew else {name: (self.path / name).read_bytes() for name in stored}
+        if (anew or (self.path / "chat_template.json").is_file()) and self.chat_template:
+            files = self.chat_template.files() | files
+        if self.file is not None and self.sampling:
+            settings = json.loads(files.get(GENERATION, b"{}"))
+            files[GENERATION] = json.dumps(settings | {"do_sample": True} | self.sampling, indent=1).encode()
+        return files | self._generation_file() if self.kind == "hf" else files
+
     def _generation_file(self) -> dict[str, bytes]:
         """generation_config.json of a Hugging Face folder with the token ids that its config.json adds, if any."""
-        if self.kind != "hf":
-            return {}
         stored = read_settings(self.path / GENERATION)
         said = {
             name: value for name in ("bos_token_id", "pad_token_id") if (value := self.settings.get(name)) is not None
         }
         ends = list(dict.fromkeys(end_ids(self.path, self.settings)))
         merged = said | stored | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
-        return {GENERATION: json.dumps(merged, indent=1).encode()} if merged != stored else {}
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """The files, by name, that give a folder written from this model the same tokenizer and chat template."""
-        if self.file is None:
-            found = {name: (self.path / name).read_bytes() for name in TOKENIZER_FILES if (self.path / name).is_file()}
-            template = self.chat_template if (self.path / "chat_template.json").is_file() else None
-            return (template.files() if template else {}) | found | self._generation_file()
-        files = self.tokenizer.files() | (self.chat_template.files() if self.chat_template else {})
-        if self.sampling:
-            settings = json.loads(files.get(GENERATION, b"{}"))
-            files[GENERATION] = json.dumps(settings | {"do_sample": True} | self.sampling, indent=1).encode()
-        return files
+        if merged != stored:
+            return {GENERATION: json.dumps(merged, indent=1).encode()}
+        return {GENERATION: (self.path / GENERATION).read_bytes()} if stored else {}
 
 
 def open_source(path: str | Path, *, which: str = "best") -> Source:

@@ -35,9 +35,9 @@ def load_tokenizer(
 ) -> BaseTokenizer:
     """The tokenizer in a file, or in a model's folder: tokenizer.json, or else tokenizer.model.
 
-    The former comes first, in our `own` folders the latter, of which the former was made. Either has the tokens that
-    other files of the folder add to it. `config` is what the folder's config.json holds, where it has been read
-    already. Raises ValueError for anything else.
+    Either has the tokens that other files of the folder add to it. In our `own` folders a tokenizer.model is legacy
+    unless a file says otherwise. `config` is what the folder's config.json holds, where it has been read already.
+    Raises ValueError for anything else.
     """
     path = Path(path)
     kinds: tuple[type[HuggingFaceTokenizer] | type[Tokenizer], ...] = (HuggingFaceTokenizer, Tokenizer)
@@ -45,10 +45,10 @@ def load_tokenizer(
         path, kinds = path.parent, (Tokenizer,)
     if not path.is_dir():
         return HuggingFaceTokenizer.load(path) if path.suffix == ".json" else Tokenizer.load(path)
-    found = [kind for kind in kinds if (path / kind.file_name).is_file()]
-    if found and found[-1 if own else 0] is HuggingFaceTokenizer:
+    found = next((kind for kind in kinds if (path / kind.file_name).is_file()), None)
+    if found is HuggingFaceTokenizer:
         return HuggingFaceTokenizer.load(path, config)
-    if found:
+    if found is Tokenizer:
         file, settings = path / Tokenizer.file_name, read_settings(path / CONFIG)
         config = read_settings(path / "config.json") if config is None else config
         tokenizer = Tokenizer.load(

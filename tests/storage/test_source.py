@@ -22,7 +22,7 @@ from bitnet.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from bitnet.tokenizer.json_write import sentencepiece_files
 from bitnet.training.checkpoint import save_checkpoint
 from tests.builders import save_run, tiny_model
-from tests.vocabularies import byte_tokenizer, stdlib_tokenizer
+from tests.vocabularies import byte_tokenizer, foreign_model, stdlib_tokenizer
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 TEXT = "def wrap(text):\n    return text"
@@ -311,6 +311,29 @@ def test_tokenizer_files_of_a_folder(tmp_path, tokenizer):
     source = open_source(run)
     assert source.chat_template is not None
     assert source.tokenizer_files()["chat_template.jinja"] == b"{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("with_json", [False, True])
+def test_a_tokenizer_means_the_same_in_a_folder_made_from_another_s(tmp_path, legacy, with_json):
+    """Of both files tokenizer.json counts, and a tokenizer.model is not legacy unless its folder says so."""
+    proto = foreign_model(vocab_size=400).model_proto
+    settings = {} if legacy is None else {"legacy": legacy}
+    files = {"tokenizer.model": proto, "tokenizer_config.json": json.dumps(settings | {"bos_token": "<s>"}).encode()}
+    if with_json:
+        byte_tokenizer().save(tmp_path / "tokenizer.json")  # which puts no <s> in front
+        files["tokenizer.json"] = (tmp_path / "tokenizer.json").read_bytes()
+    hf_write.write(tiny_model("none", vocab_size=400), tmp_path / "hf", "master", tokenizer_files=files)
+    source = open_source(tmp_path / "hf")
+    save_packed(tmp_path / "packed", tiny_model(vocab_size=400).pack(), source.tokenizer_files())
+    theirs, ours = source.tokenizer, open_source(tmp_path / "packed").tokenizer
+    assert type(theirs) is type(ours) is (HuggingFaceTokenizer if with_json else Tokenizer)
+    assert theirs.adds_bos == ours.adds_bos == (not with_json)
+    text = "a</s>b </s> c"
+    assert theirs.encode(text, special=True) == ours.encode(text, special=True)
+    if not with_json:
+        legacy_one = Tokenizer(proto).encode(text, special=True)
+        assert (ours.encode(text, special=True) == legacy_one) is (legacy is True)
 
 
 def test_a_foreign_tokenizer_beside_our_weights(tmp_path, tokenizer):
