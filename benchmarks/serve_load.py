@@ -4,12 +4,15 @@
     python benchmarks/serve_load.py --preset 700m --threads 2 --llama-server PATH      in turn with llama.cpp's server,
                                                   or benchmarks/llama_server.py for PATH: the one of a wheel
     python benchmarks/serve_load.py --url http://127.0.0.1:8080 --no-gate      another server with OpenAI's interface
+    python benchmarks/serve_load.py MODEL --prompts benchmarks/prompts.jsonl --kind code --prompt-lookup-num-tokens 15 \
+        --streams 1 2 4 8 --new-tokens 128        in turn without and with drafts
 
-Every request has a prompt of its own, of random tokens; `--shared` of them begin all prompts. When all is measured,
-some of ours are asked again, alone: their texts must be equal, or the number is not printed. A text of any server must
-have the tokens that were asked for. With `--llama-server` both
-servers have the same GGUF file, ours and llama.cpp's in turn for each number of streams; `--preset` makes one of random
-weights. Needs `pip install bitnet[serve] httpx`. The soak is benchmarks/serve_soak.py.
+Every request has a prompt of its own, of random tokens, of which `--shared` begin all prompts, or one of `--prompts` in
+turn, whose text ends where the model ends it. When all is measured, some of ours are asked again, alone: their texts
+must be equal, and with drafts those without, or the number is not printed. A text behind random tokens must have the
+tokens that were asked for, of any server. With `--llama-server` both servers have the same GGUF file, ours and
+llama.cpp's in turn for each number of streams; `--preset` makes one of random weights. Needs `pip install bitnet[serve]
+httpx`. The soak is benchmarks/serve_soak.py.
 """
 
 import asyncio
@@ -27,8 +30,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,14 @@ class Options:
     new_tokens: int = 64
     shared: int = 0
     """Tokens that all prompts begin with."""
+    prompts: Path | None = None
+    """A file of JSON lines, {"messages": [...]}, that are asked in turn instead of random tokens. A model without a
+    template goes on from what they say."""
+    kind: str | None = None
+    """Of these the ones with this "kind" alone."""
+    temperature: float = 0.8
+    prompt_lookup_num_tokens: int = 0
+    """Measure our server in turn with such drafts too."""
     checked: int = 16
     """Texts of ours that are compared with their text alone."""
     gate: bool = True
@@ -86,6 +98,9 @@ class Run:
     """Of the server; a machine that is busy with other things changes it least."""
     tokens: int = 0
     different: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    """Of the drafted tokens."""
     first: list[float] = field(default_factory=list, repr=False)
     between: list[float] = field(default_factory=list, repr=False)
     texts: dict[int, str] = field(default_factory=dict, repr=False)
@@ -100,16 +115,36 @@ class Peer:
     url: str
     ours: bool
     process: int | None = None
+    chats: bool = True
+    """Its model has a template."""
+
+
+@lru_cache
+def conversations(path: Path, kind: str | None) -> list[list[dict[str, str]]]:
+    """Of a file, those of a kind. Raises ValueError where there is none."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not (found := [line["messages"] for line in lines if kind in (None, line.get("kind"))]):
+        raise ValueError(f"{path} has no conversation of the kind {kind!r}")
+    return found
+
+
+def asked_of(peer: Peer, options: Options, number: int, vocab_size: int) -> dict[str, Any]:
+    """The prompt of a request, the same in every call, and how its text ends."""
+    if options.prompts is None:
+        return {"prompt": prompt_of(options, number, vocab_size), "ignore_eos": True}
+    messages = conversations(options.prompts, options.kind)
+    messages = messages[number % len(messages)]
+    return {"messages": messages} if peer.chats else {"prompt": "\n\n".join(one["content"] for one in messages)}
 
 
 def prompt_of(options: Options, number: int, vocab_size: int) -> list[int]:
-    """The prompt of a request, the same in every call."""
+    """Random tokens for a request."""
     shared, own = random.Random(-1), random.Random(number)
     begin = [shared.randrange(10, vocab_size) for _ in range(options.shared)]
     return begin + [own.randrange(10, vocab_size) for _ in range(options.prompt_tokens - options.shared)]
 
 
-async def lines_of(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def lines_of(url: str, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """The events of a completion, read with as little work as can be: a client takes time from the server beside it.
 
     Raises ValueError for an answer that is no stream.
@@ -117,7 +152,7 @@ async def lines_of(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, An
     host, port = url.removeprefix("http://").rstrip("/").split(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
     try:
         writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
         if (status := await reader.readline()).split()[1:2] != [b"200"]:
@@ -131,25 +166,26 @@ async def lines_of(url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, An
 
 async def ask(peer: Peer, options: Options, number: int, vocab_size: int, run: Run) -> None:
     """One request, its text and times added to the run."""
-    body = {
-        "prompt": prompt_of(options, number, vocab_size), "max_tokens": options.new_tokens, "seed": number,
-        "temperature": 0.8, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True},
+    body = asked_of(peer, options, number, vocab_size) | {
+        "max_tokens": options.new_tokens, "seed": number, "temperature": options.temperature, "stream": True,
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     started = last = time.perf_counter()
     text, tokens = "", None
-    async for chunk in lines_of(peer.url, body):
+    async for chunk in lines_of(peer.url, path, body):
         if "error" in chunk:
             raise ValueError(f"{peer.name}: {chunk['error']['message']}")
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-        if not chunk["choices"]:
+        if not chunk["choices"] or (choice := chunk["choices"][0]).get("delta", {}).get("role"):  # nothing written
             continue
         now = time.perf_counter()
         (run.between if last > started else run.first).append(now - last)
         last = now
-        text += chunk["choices"][0]["text"]
-    if tokens != options.new_tokens or not text:
+        text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+    if not tokens or (options.prompts is None and (tokens != options.new_tokens or not text)):
         raise ValueError(f"{peer.name} wrote {tokens} tokens, {text!r}, and {options.new_tokens} were asked for")
-    run.tokens += options.new_tokens
+    run.tokens += tokens
     run.texts[number] = text
 
 
@@ -170,7 +206,7 @@ async def measure(peers: list[Peer], options: Options, vocab_size: int) -> list[
     for streams in options.streams:
         turns = max(options.requests, 8 // streams)
         for peer in peers:
-            run = Run(peer.name, streams)
+            run, before = Run(peer.name, streams), drafts_of(peer)
 
             async def one(first: int, peer: Peer = peer, run: Run = run, turns: int = turns) -> None:
                 for turn in range(turns):
@@ -181,16 +217,32 @@ async def measure(peers: list[Peer], options: Options, vocab_size: int) -> list[
             run.tokens_per_second = run.tokens / (time.perf_counter() - started)
             if spent is not None and (now := processor_seconds(peer.process)) is not None:
                 run.processor_ms_per_token = 1000 * (now - spent) / run.tokens
+            run.drafted, run.accepted = (now - was for now, was in zip(drafts_of(peer), before, strict=True))
             run.first_median, run.first_p95 = statistics.median(run.first), percentile(run.first)
             run.between_p95 = percentile(run.between)
             runs.append(run)
             note(f"{peer.name}, {streams} streams: {run.tokens_per_second:.1f} tokens/s")
         number += streams * turns
+        ours = [run for run, peer in zip(runs[-len(peers) :], peers, strict=True) if peer.ours]
+        for run in ours[1:]:
+            run.different += sum(ours[0].texts[one] != text for one, text in run.texts.items())
     if options.gate:
         for peer in peers:
             if peer.ours:
                 await compare([run for run in runs if run.server == peer.name], peer, options, vocab_size)
     return runs
+
+
+def drafts_of(peer: Peer) -> tuple[int, int]:
+    """Tokens of drafts that our server has read, and those of them that were right."""
+    if not peer.ours:
+        return 0, 0
+    metrics = httpx.get(f"{peer.url}/metrics").text
+    read, accepted = (
+        sum(float(value) for value in re.findall(rf"^bitnet_{name}_total\S* (\S+)$", metrics, re.MULTILINE))
+        for name in ("draft_tokens", "accepted_draft_tokens")
+    )
+    return int(read), int(accepted)
 
 
 async def compare(runs: list[Run], peer: Peer, options: Options, vocab_size: int) -> None:
@@ -242,7 +294,8 @@ def our_server(model: str, threads: int | None, *more: str) -> Iterator[Peer]:
         else:
             raise ValueError(f"bitnet serve did not start: {read[-2000:]}")
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield Peer("bitnet", address[0], True, process.pid)
+        chats = httpx.get(f"{address[0]}/v1/models").json()["data"][0]["chat"]
+        yield Peer("bitnet", address[0], True, process.pid, chats)
     finally:
         process.terminate()
         process.wait()
@@ -319,21 +372,28 @@ def main(options: Options) -> int:
             model = options.model or random_model(str(options.preset), folder)
             most = max(options.streams)
             room = most * (options.prompt_tokens + options.new_tokens + 2 * SLACK)  # so that all run at once
-            more = ("--parallel", str(most), "--cache-tokens", str(room))
+            more = ("--parallel", str(most), *(("--cache-tokens", str(room)) if options.prompts is None else ()))
             peers = [stack.enter_context(our_server(model, options.threads, *more))]
+            if tokens := options.prompt_lookup_num_tokens:
+                more = (*more, "--prompt-lookup-num-tokens", str(tokens))
+                drafting = stack.enter_context(our_server(model, options.threads, *more))
+                peers.append(replace(drafting, name=f"bitnet, drafts of {tokens}"))
             vocab_size = vocabulary_of(peers[0].url)
             if options.llama_server is not None:
                 peers.append(stack.enter_context(llama_server(options.llama_server, model, options)))
         runs = asyncio.run(measure(peers, options, vocab_size))
-    rows = [["streams", "server", "tokens/s", "first token, median", "p95", "between tokens, p95", "processor"]]
+    rows = [
+        ["streams", "server", "tokens/s", "first token, median", "p95", "between tokens, p95", "processor", "drafts"]
+    ]
     for run in runs:
         times = [f"{1000 * t:.0f} ms" for t in (run.first_median, run.first_p95, run.between_p95)]
-        if run.processor_ms_per_token is not None:
-            times.append(f"{run.processor_ms_per_token:.2f} ms a token")
+        spent = run.processor_ms_per_token
+        times.append("" if spent is None else f"{spent:.2f} ms a token")
+        times.append(f"{run.accepted} of {run.drafted}" if run.drafted else "")
         shown = ["red: texts differ"] if run.different else [f"{run.tokens_per_second:.1f}", *times]
-        shown += [""] * (5 - len(shown))
+        shown += [""] * (len(rows[0]) - 2 - len(shown))
         rows.append([str(run.streams), run.server, *shown])
-    print(table(rows, right=(0, 2, 3, 4, 5, 6)))
+    print(table(rows, right=(0, 2, 3, 4, 5, 6, 7)))
     if options.json:
         kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between", "texts")} for run in runs]
         about = {k: v.name if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import os
 import sys
 
@@ -39,6 +40,23 @@ def test_load_is_measured_and_texts_are_compared(scripts, address, monkeypatch, 
     calls = iter(range(1000))
     monkeypatch.setattr(load, "prompt_of", lambda *given: original(*given)[: 6 + next(calls) % 5])  # never the same
     assert any(run.different for run in asyncio.run(load.measure(peers[:1], options, size)))
+
+
+def test_load_of_a_file_of_conversations(scripts, address, tmp_path):
+    load, _ = scripts
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"kind": kind, "messages": [{"role": "user", "content": f"Say {kind}"}]} for kind in "abab"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = load.Options(streams=(2,), requests=1, new_tokens=5, checked=2, prompts=file, kind="a")
+    with_template, without = load.Peer("one", address, True), load.Peer("other", address, True, chats=False)
+    first, second = asyncio.run(load.measure([with_template, with_template], options, 500))
+    assert 0 < first.tokens <= 8 * 5
+    assert (first.different, second.different) == (0, 0)
+    assert load.asked_of(without, options, 3, 500) == {"prompt": "Say a"}
+    _, other = asyncio.run(load.measure([with_template, without], options, 500))
+    assert other.different, "with and without drafts, texts are compared in this way"
+    for kind in ("code", "quotation", "free"):
+        assert len(load.conversations(ROOT / "benchmarks" / "prompts.jsonl", kind)) == 6
 
 
 def test_a_soak_sees_other_texts_and_growth(scripts, served, monkeypatch, capsys):
