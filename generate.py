@@ -102,14 +102,12 @@ def run(options: Options) -> None:
     options = dataclasses.replace(options, text=dataclasses.replace(options.text, stop=stop))
     prompt = None if options.interactive or options.prompts else read_prompt(options.prompt)
 
-    import torch
-
     from bitnet.inference.text_model import load
     from bitnet.kernels import use_backend
+    from bitnet.machine import use_threads
     from bitnet.tokenizer.chat import require
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     with use_backend(options.backend):
         model = load(
             options.model,
@@ -293,8 +291,6 @@ def check(options: Options) -> None:
     options.text.sampling({})  # refuses what is out of range, before a model is read
     if options.samples < 1:
         raise ValueError(f"--samples is {options.samples}; generate at least 1")
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads is {options.threads}; give at least 1")
     if (options.prompts is None) != (options.out is None):
         raise ValueError("--prompts and --out belong together; give both or neither")
     if options.rows < 1:

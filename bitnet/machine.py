@@ -19,7 +19,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MMAP_THRESHOLD = 1 << 20
 
 
+MAX_THREADS = 1024
+"""More than any machine of ours has processors, and far below where starting them ends the process."""
+
+
 # Processors
+
+
+def use_threads(count: int | None) -> None:
+    """Take so many CPU threads for torch and the native kernels; None: torch's own number. Raises ValueError for a
+    number that no machine has."""
+    if count is None:
+        return
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(f"--threads is {count}; give 1 to {MAX_THREADS}, as many as cores are idle")
+    torch.set_num_threads(count)
 
 
 @functools.cache

@@ -181,7 +181,8 @@ def test_note_where_less_fits_than_was_asked_for(call, tokenizer):
 def test_options_that_change_nothing_are_told(call, checkpoint, tmp_path):
     *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--temperature", "0", "--top-p", "0.9", "--min-p", "0.1")
     assert "note: temperature 0 is greedy: --top-p and --min-p change nothing" in err
-    *_, err = call("--prompt", "x", "--max-new-tokens", "1", "--dtype", "bfloat16")
+    status, _, err = call("--prompt", "x", "--max-new-tokens", "1", "--dtype", "bfloat16")
+    assert status == 0
     assert "runs packed, in types of its own: dtype bfloat16 changes nothing" in err
     shutil.copytree(checkpoint, tmp_path / "greedy")
     for folder in (tmp_path / "greedy" / "checkpoints").glob("step-*"):
@@ -193,7 +194,7 @@ def test_options_that_change_nothing_are_told(call, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [("--no-pack",), ("--dtype", "bfloat16"), ("--checkpoint", "last"), ("--top-k", "3")]
+    "options", [("--no-pack",), ("--no-pack", "--dtype", "bfloat16"), ("--checkpoint", "last"), ("--top-k", "3")]
 )
 def test_options_run(call, options):
     status, out, err = call("--prompt", "x", "--max-new-tokens", "3", *options)
@@ -211,6 +212,8 @@ def test_options_run(call, options):
         (("--prompt", "x", "--top-p", "0"), "top_p is 0.0"),
         (("--prompt", "x", "--samples", "0"), "--samples is 0"),
         (("--prompt", "x", "--threads", "0"), "--threads is 0"),
+        (("--prompt", "x", "--threads", "100000"), "--threads is 100000; give 1 to 1024"),
+        (("--prompt", "x", "--seed", str(2**63)), f"seed is {2**63}; give a whole number"),
         (("--prompt", "x", "--max-new-tokens", "-3"), "max_new_tokens is -3"),
         (("--prompt", "x", "--seed", "-1"), "seed is -1"),
         (("--prompt", "x", "--stop", ""), "stop string is empty"),

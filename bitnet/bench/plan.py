@@ -12,7 +12,7 @@ from bitnet.bench.random_models import ternary_weights
 from bitnet.console import stage
 from bitnet.kernels import native_wanted
 from bitnet.kernels.cpu import native
-from bitnet.machine import DTYPES, available_memory
+from bitnet.machine import DTYPES, MAX_THREADS, available_memory
 from bitnet.model import PRESETS, ModelConfig
 from bitnet.storage.source import Source, open_source
 
@@ -95,6 +95,8 @@ def make_plan(options: Options) -> Plan:
         value, empty = getattr(options, option), 1 if option == "threads" else 0
         if value is not None and min(value if isinstance(value, tuple) else (value,), default=empty) < 1:
             raise ValueError(f"--{option} is {value}; give at least 1")
+    if max(options.threads, default=1) > MAX_THREADS:
+        raise ValueError(f"--threads is {options.threads}; give at most {MAX_THREADS}")
     if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise ValueError(f"--json {options.json} is a folder or in one that does not exist; give a file to write")
     name, source, config = pick_model(options)

@@ -36,15 +36,13 @@ TRAIN = (sys.executable, "-m", "bitnet", "train")
 
 def run(options: Options) -> None:
     """Print the table and write the folder; an interrupted call goes on when it is made again."""
-    import torch
-
     from bitnet.evaluation.comparison import Comparison
     from bitnet.evaluation.table import LEGEND, terminal
+    from bitnet.machine import use_threads
     from bitnet.pages.report import write_report
 
     comparison = Comparison(options, train=TRAIN)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     try:
         comparison.run()
     except KeyboardInterrupt:

@@ -45,14 +45,10 @@ def run(options: Options) -> None:
         from bitnet.serving import server
     except ImportError as error:
         raise ValueError(f"{error.name} is not installed; run pip install 'bitnet[serve]'") from error
-    import torch
-
+    from bitnet.machine import use_threads
     from bitnet.serving.models import open_all
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads is {options.threads}; give at least 1")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     settings = server.Settings(
         **{field.name: getattr(options, field.name) for field in fields(ServingOptions)},
         api_keys=(*options.api_key, *os.environ.get("BITNET_API_KEY", "").split()),

@@ -377,7 +377,7 @@ def load(
 def _numbered(options: TextOptions, count: int) -> list[TextOptions]:
     """The options of so many texts, their seeds one behind the other."""
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    return [replace(options, seed=seed + i if seed < 0 else (seed + i) % 2**63) for i in range(count)]
+    return [replace(options, seed=(seed + i) % 2**63 if i and seed >= 0 else seed + i) for i in range(count)]
 
 
 def is_conversation(prompt: Prompt) -> TypeGuard[Sequence[Message]]:

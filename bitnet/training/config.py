@@ -11,7 +11,7 @@ import torch
 from bitnet.data.feed import DataConfig
 from bitnet.files import JsonObject
 from bitnet.kernels import GROUP_SIZES
-from bitnet.machine import int8_pays
+from bitnet.machine import MAX_THREADS, int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
 from bitnet.storage.json_files import checked
@@ -24,7 +24,7 @@ Remedy = Literal["stop", "skip", "rewind"]
 MOST_LAYERS = 4096
 # What a configuration cannot mean, and what would end in an abort or never: threads that no system starts, ...
 LARGEST = {
-    "threads": 1024, "batch_size": 2**20, "steps": 2**40, "keep_last": 1000, "minutes": 1e6, "max_minutes": 1e6,
+    "threads": MAX_THREADS, "batch_size": 2**20, "steps": 2**40, "keep_last": 1000, "minutes": 1e6, "max_minutes": 1e6,
     "timeout_minutes": 1e6,
 }  # fmt: skip
 

@@ -250,6 +250,7 @@ def test_a_peer_that_is_no_program_is_reported(tmp_path, capsys):
         (["--batch", "4", "0"], "--batch is (4, 0); give at least 1"),
         (["--batch"], "--batch is (); give at least 1"),
         (["--threads", "0"], "--threads is (0,); give at least 1"),
+        (["--threads", "1", "9999"], "--threads is (1, 9999); give at most 1024"),
         (["--repeat", "0"], "--repeat is 0; give at least 1"),
         (["--prompt", "0"], "--prompt is 0; give at least 1"),
         (["--prompt", "120", "--new", "8"], "exceed tiny's 128 positions"),

@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import importlib.machinery
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.reference import check_columns
-from bitnet.machine import cpu_quota
+from bitnet.machine import MAX_THREADS, cpu_quota
 from bitnet.quant.packing import packed_width
 
 CODECS = {"base3": 1, "two_bit": 2, "four_bit": 4, "eight_bit": 8}
@@ -118,8 +117,8 @@ class Kernels(ctypes.Structure):
 
 def threads() -> int:
     """Threads of a native call: torch's number, which `torch.set_num_threads` and OMP_NUM_THREADS choose, but no more
-    than the quota of a container gives, since what is beyond it only waits."""
-    return min(torch.get_num_threads(), cpu_quota() or sys.maxsize)
+    than the quota of a container gives, since what is beyond it only waits, and at most MAX_THREADS."""
+    return min(torch.get_num_threads(), cpu_quota() or MAX_THREADS, MAX_THREADS)
 
 
 _requested = os.environ.get("BITNET_CPU_ISA", "auto")
