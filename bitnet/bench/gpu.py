@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 
 from bitnet import kernels
-from bitnet.bench import gpu_inference, gpu_products, gpu_training
-from bitnet.bench.gpu_gate import CACHES, CONFIGS, GATES, QUICK_CONFIG, cache_configs, check_e4m3
-from bitnet.bench.gpu_inference import BATCHES, PROMPTS
+from bitnet.bench import gpu_gate, gpu_inference, gpu_products, gpu_training
+from bitnet.bench.gpu_gate import GATES, QUICK_CONFIG, cache_configs, half_of
+from bitnet.bench.gpu_inference import BATCHES, LONG_CACHES, long_config
 from bitnet.bench.gpu_products import Tile, algorithms_for, product_shapes, tile_call, tile_candidates
 from bitnet.bench.gpu_timing import Call, Options, Row, log, name_of
-from bitnet.bench.gpu_training import CURVE
+from bitnet.bench.gpu_training import curve_run, step_config
 from bitnet.bench.random_models import random_tensors
 from bitnet.files import write_atomic
 from bitnet.inference.gpu_engine import GpuEngine
@@ -66,19 +66,10 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
     device = options.device
     for name in ("activations", "weights", "products", "projections", "groups", "sampling", "training"):
         yield functools.partial(_exhaust, GATES[name](device, options.quick))
-    yield functools.partial(_exhaust, check_e4m3(device))
-    half = name_of(options.dtype)
-    engines: list[tuple[ModelConfig, str, str | None]] = []
-    for config in [QUICK_CONFIG] if options.quick else [*CONFIGS.values(), CURVE]:
-        engines += [(config, "float32", None), (config, half, None)]
-    engines += itertools.product(cache_configs(options.quick), ("float32", half), CACHES)
-    for config in options.configs.values():
-        engines.append((config, half, None))
-    for config, dtype, cache in engines:
-        engine = GpuEngine(config, random_tensors(config), device=device, dtype=dtype, cache_dtype=cache, graphs=False)
-        big = config.hidden_size >= 1024
-        yield from engine.calls(BATCHES if big else (1, 2, 8), PROMPTS if big else (4, 71))
-        del engine
+    yield functools.partial(_exhaust, gpu_gate.check_e4m3(device))
+    layer, x = gpu_gate.packed_layer(device)
+    yield kernels.use_backend("triton")(functools.partial(layer, x))
+    yield from calls_of_engines(options)
     for M, N, K, bits in product_shapes(options):
         for algorithm in algorithms_for(M, bits):
 
@@ -100,21 +91,53 @@ def calls_to_warm(options: Options) -> Iterator[Call]:
             yield call
     for M, N, K, bits, _, plan in tile_candidates(options) if options.tiles else ():
         yield functools.partial(_one_tile, M, N, K, bits, plan, options)
-    trainings = (
-        []
-        if options.quick
-        else [(PRESETS["125m"], 8192, torch.bfloat16), (CURVE, 2048, torch.float32), (CURVE, 2048, torch.bfloat16)]
-    )
-    for config, tokens, kind in trainings:
+    curve, kinds = curve_run(options)[0], sorted({torch.float32, options.dtype}, key=str)
+    trainings = [(step_config(options), options.dtype), *((curve, kind) for kind in kinds)]
+    for config, kind in trainings:
         for N, K in sorted(set(config.projections().values())):
 
-            def product_and_back(N: int = N, K: int = K, tokens: int = tokens, kind: torch.dtype = kind) -> None:
-                x, w = torch.empty(tokens, K, device=device), torch.empty(N, K, device=device)
+            def product_and_back(N: int = N, K: int = K, kind: torch.dtype = kind) -> None:
+                x, w = torch.empty(16, K, device=device), torch.empty(N, K, device=device)
                 _, codes, scale, w_codes, w_scale = ternary_linear(x, w, None, kind)
                 weights.dequantize(w_codes, w_scale, K, kind)
                 weights.dequantize(codes, scale, K, kind)
 
             yield product_and_back
+
+
+def calls_of_engines(options: Options) -> Iterator[Call]:
+    """Calls that launch the kernels of all engines in gates and sections."""
+    half, own = name_of(half_of(options.device)), name_of(options.dtype)
+
+    def engine(config: ModelConfig, dtype: str, cache: str | None = None) -> GpuEngine:
+        config = config.replace(num_hidden_layers=1)  # all have one shape
+        return GpuEngine(config, random_tensors(config), device=options.device, dtype=dtype, cache_dtype=cache)
+
+    def in_graphs_and_eager(made: GpuEngine, batch_sizes: Sequence[int]) -> Iterator[Call]:
+        yield from made.calls(batch_sizes)
+        made.graphs = False
+        for size in batch_sizes:
+            yield from made.steps(size)
+
+    small = [curve_run(options)[0], *([QUICK_CONFIG] if options.quick else gpu_gate.CONFIGS.values())]
+    for config, dtype in itertools.product(small, ("float32", half)):
+        yield from in_graphs_and_eager(engine(config, dtype), (1, 2, 8))
+    for config, dtype, cache in itertools.product(cache_configs(options.quick), ("float32", half), gpu_gate.CACHES):
+        yield from engine(config, dtype, cache).calls((2,))
+    for config in options.configs.values():
+        made = engine(config, own)
+        yield from (functools.partial(_without_dependent_launch, step) for step in made.steps(1))
+        yield from in_graphs_and_eager(made, BATCHES)
+    config = long_config(options)
+    for each in LONG_CACHES:
+        yield from engine(config, own, each).steps(1)
+
+
+def _without_dependent_launch(call: Call) -> None:
+    from bitnet.kernels.triton.language import dependent_launches
+
+    with dependent_launches(False):
+        call()
 
 
 def _one_tile(M: int, N: int, K: int, bits: int, plan: Tile, options: Options) -> None:

@@ -48,6 +48,11 @@ SHAPES = (
 QUICK_SHAPES = SHAPES[:1] + SHAPES[4:5]
 
 
+def half_of(device: torch.device) -> torch.dtype:
+    """The type of 16 bits that gates take; Triton's interpreter has no bfloat16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
 def check_activations(device: torch.device, quick: bool) -> Iterator[str]:
     """Codes, scale and row sums of every float type."""
     from bitnet.kernels.triton.activations import quantize_activations
@@ -179,7 +184,7 @@ def check_projections(device: torch.device, quick: bool) -> Iterator[str]:
     from bitnet.kernels.triton.project import project
 
     generator = torch.Generator().manual_seed(0)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    half = half_of(device)
     cases = [(5, 131, 2, "none", torch.float32), (40, 131, 4, "silu", half)]
     if not quick:
         cases += [
@@ -263,7 +268,7 @@ def check_engine(device: torch.device, quick: bool) -> Iterator[str]:
             print(f"engine, {name}, {how}: positions off by", quantiles(apart))
             if not (apart.median() < 1e-5 and (apart < 1e-4).sum() >= len(apart) / 2 and apart.max() < 0.05):
                 yield f"engine, {name}, float32, {how}: positions are off by {quantiles(apart)} (relative)"
-        half = torch.bfloat16 if device.type == "cuda" else torch.float16
+        half = half_of(device)
         with kernels.use_backend("reference"), torch.no_grad():
             theirs = rounding_to(half, model)(ids)
         ours = GpuEngine.from_model(model, device=device, dtype=str(half).removeprefix("torch."))(ids).cpu()
@@ -284,7 +289,7 @@ def check_caches(device: torch.device, quick: bool) -> Iterator[str]:
     beside those of torch's model with a cache that rounds alike. In float32 the median position must be within 1e-3 of
     them and all within 5 %, in half precision the mean within twice what torch's own model is off by."""
     yield from check_e4m3(device)
-    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    half = half_of(device)
     T = 5 if quick else 71
     for config, name in itertools.product(cache_configs(quick), CACHES):
         with torch.random.fork_rng(devices=[]):
@@ -348,7 +353,7 @@ def check_e4m3(device: torch.device) -> Iterator[str]:
     rows = len(numbers)
     tables = torch.ones(rows, D, device=device), torch.zeros(rows, D, device=device)  # of no rotation
     first, second = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 1))
-    for dtype in (torch.float32, torch.bfloat16 if device.type == "cuda" else torch.float16):
+    for dtype in (torch.float32, half_of(device)):
         v = numbers.to(dtype)
         qkv = torch.cat([torch.ones(rows, 2 * D, dtype=dtype), v], 1).to(device)
         keys, values = torch.zeros(2, 1, 1, rows, D, dtype=codes.dtype, device=device)
@@ -411,11 +416,16 @@ def quantiles(values: Tensor) -> str:
     return " ".join(f"{float(values.quantile(q)):.1e}" for q in (0, 0.5, 0.9, 1))
 
 
-def check_compile(device: torch.device, quick: bool) -> Iterator[str]:
-    """A packed layer in one graph of torch.compile."""
+def packed_layer(device: torch.device) -> tuple[PackedLinear, Tensor]:
+    """A layer for `check_compile`, and its input."""
     torch.manual_seed(0)
     layer = PackedLinear.from_linear(torch.nn.Linear(300, 40), "ternary").to(device)
-    x = torch.randn(3, 300, device=device)
+    return layer, torch.randn(3, 300, device=device)
+
+
+def check_compile(device: torch.device, quick: bool) -> Iterator[str]:
+    """A packed layer in one graph of torch.compile."""
+    layer, x = packed_layer(device)
     with kernels.use_backend("triton"), torch.no_grad():
         compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
         if not torch.equal(compiled(x), layer(x)):

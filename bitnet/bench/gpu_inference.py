@@ -16,10 +16,12 @@ from bitnet.bench.random_models import float_twin, random_tensors
 from bitnet.inference.generation import GenerationStats, generate
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.options import DEFAULTS
-from bitnet.model import BitNetForCausalLM
+from bitnet.model import BitNetForCausalLM, ModelConfig
 
 BATCHES = (1, 4, 16, 64)
 PROMPTS = (32, 128, 512, 2048)
+LONG_CACHES = (None, "int8", "fp8")
+"""Types of keys and values behind long texts; None: the engine's."""
 BEHIND = 512
 """Filled positions behind which a decoding step is timed."""
 
@@ -273,21 +275,28 @@ def prompt(model: Any, ids: Tensor) -> Tensor:
 def measure_long(options: Options) -> Iterator[Row]:
     """A decoding step behind many positions, cache filled with random numbers."""
     device = options.device
-    for name, config in list(options.configs.items())[:1]:
-        lengths = (16,) if options.quick else (4096, 16_384, 32_768)
-        config = config.replace(max_position_embeddings=lengths[-1])
-        engines = [
-            GpuEngine(config, random_tensors(config), device=device, dtype=name_of(options.dtype), cache_dtype=kind)
-            for kind in (None, "int8", "fp8")
-        ]
-        for length, engine in itertools.product(lengths, engines):
-            cache = engine.new_cache(1, length)
-            for part in (cache.storage.keys, cache.storage.values):
-                part.copy_(torch.randn(part.shape, device=device))
-            cache.length = length - 1
-            engine(torch.ones(1, 1, dtype=torch.int64, device=device), cache)
-            graph = cache.storage.graphs.get(1)
-            step = in_turn({"step": [graph.replay if graph else (lambda: None)]}, device, graph=False)["step"][1]
-            kind = name_of(engine.cache_dtype)
-            row = {"model": name, "length": length, "cache": kind, "us": step * 1e6, "cache_mb": cache.nbytes / 1e6}
-            yield row | {"line": f"{name} behind {length}: {step * 1e6:.0f} us, {row['cache_mb']:.0f} MB in {kind}"}
+    name, config = next(iter(options.configs)), long_config(options)
+    engines = [
+        GpuEngine(config, random_tensors(config), device=device, dtype=name_of(options.dtype), cache_dtype=kind)
+        for kind in LONG_CACHES
+    ]
+    for length, engine in itertools.product(_lengths(options), engines):
+        cache = engine.new_cache(1, length)
+        for part in (cache.storage.keys, cache.storage.values):
+            part.copy_(torch.randn(part.shape, device=device))
+        cache.length = length - 1
+        engine(torch.ones(1, 1, dtype=torch.int64, device=device), cache)
+        graph = cache.storage.graphs.get(1)
+        step = in_turn({"step": [graph.replay if graph else (lambda: None)]}, device, graph=False)["step"][1]
+        kind = name_of(engine.cache_dtype)
+        row = {"model": name, "length": length, "cache": kind, "us": step * 1e6, "cache_mb": cache.nbytes / 1e6}
+        yield row | {"line": f"{name} behind {length}: {step * 1e6:.0f} us, {row['cache_mb']:.0f} MB in {kind}"}
+
+
+def _lengths(options: Options) -> tuple[int, ...]:
+    return (16,) if options.quick else (4096, 16_384, 32_768)
+
+
+def long_config(options: Options) -> ModelConfig:
+    """The first preset, with as many positions as `measure_long` fills."""
+    return next(iter(options.configs.values())).replace(max_position_embeddings=_lengths(options)[-1])

@@ -63,9 +63,14 @@ def training_step(config: ModelConfig, backend: str, compiled: str, options: Opt
     }
 
 
+def step_config(options: Options) -> ModelConfig:
+    """Of the model whose steps are timed."""
+    return QUICK_CONFIG if options.quick else PRESETS["125m"]
+
+
 def measure_training(options: Options) -> Iterator[Row]:
     """A step of the 125m preset: the kernels, the reference and the float twin, compiled and not."""
-    config = QUICK_CONFIG if options.quick else PRESETS["125m"]
+    config = step_config(options)
     contenders = [("reference", "none"), ("reference", "ternary"), ("triton", "ternary")]
     for compiled, (backend, quantizer) in itertools.product(("off",) if options.quick else ("auto", "off"), contenders):
         log(f"training: {quantizer}, {backend}, compiled {compiled}")
@@ -79,7 +84,7 @@ def measure_training(options: Options) -> Iterator[Row]:
 
 def measure_muon(options: Options) -> Iterator[Row]:
     """The same step with Muon."""
-    config = QUICK_CONFIG if options.quick else PRESETS["125m"]
+    config = step_config(options)
     for optimizer in ("adamw", "muon"):
         row = training_step(config, "reference", "off", options, optimizer)
         yield row | {"line": f"{optimizer}, eager: {row['ms']:.1f} ms a step"}
@@ -91,9 +96,14 @@ def documentation() -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-CURVE = PRESETS["demo"].replace(vocab_size=256)
-CURVE_STEPS, CURVE_SHAPE = 200, (16, 128)
 CURVE_FILE = "curve_cpu.json"
+
+
+def curve_run(options: Options) -> tuple[ModelConfig, int, tuple[int, int]]:
+    """The model of the short run, its steps, and the sequences and tokens of a batch."""
+    if options.quick:
+        return QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)
+    return PRESETS["demo"].replace(vocab_size=256), 200, (16, 128)
 
 
 def train(
@@ -121,9 +131,7 @@ def train(
 
 def measure_curve_cpu(options: Options) -> Iterator[Row]:
     """Losses of the short run on the CPU, kept for `curve`."""
-    config, steps, shape = (
-        (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (CURVE, CURVE_STEPS, CURVE_SHAPE)
-    )
+    config, steps, shape = curve_run(options)
     losses = train(config, torch.device("cpu"), "reference", torch.float32, steps, shape)[1]
     options.work.mkdir(parents=True, exist_ok=True)
     write_atomic(options.work / CURVE_FILE, json.dumps(losses))
@@ -133,9 +141,7 @@ def measure_curve_cpu(options: Options) -> Iterator[Row]:
 def measure_curve(options: Options) -> Iterator[Row]:
     """Loss curves of the short run beside the CPU's: kernels and reference, float32 and bfloat16. `apart` is the mean
     distance to the CPU's over the second half."""
-    config, steps, shape = (
-        (QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16)) if options.quick else (CURVE, CURVE_STEPS, CURVE_SHAPE)
-    )
+    config, steps, shape = curve_run(options)
     expected = json.loads((options.work / CURVE_FILE).read_text())
     device = options.device
     runs = [("triton", torch.float32)]
@@ -161,10 +167,8 @@ def measure_curve(options: Options) -> Iterator[Row]:
 def measure_loss(options: Options) -> Iterator[Row]:
     """Held-out loss of a model that was just trained for 200 steps, packed: torch's reference and the engine."""
     device = options.device
-    if options.quick:
-        config, steps, shape, tokens = QUICK_CONFIG.replace(vocab_size=256), 3, (2, 16), 64
-    else:
-        config, steps, shape, tokens = CURVE, CURVE_STEPS, CURVE_SHAPE, 32_768
+    config, steps, shape = curve_run(options)
+    tokens = 64 if options.quick else 32_768
     with torch.inference_mode(False):
         model = train(config, device, "triton", torch.float32, steps, shape)[0]
     model = model.eval().pack()

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels.triton import limits
 from bitnet.model import ModelConfig
+
+NOT_FINITE = -2
+"""In place of a token drawn from logits that are not finite."""
 
 
 class LanguageModel(Protocol):
@@ -28,7 +32,16 @@ class LanguageModel(Protocol):
 def beyond_kernels(config: ModelConfig) -> list[str]:
     """Names of what this model computes and the Triton engine does not: it runs in torch on a GPU, layer by layer."""
     found = [name for name in ("qkv_bias", "qk_norm") if getattr(config, name)]
-    return [*found, "scales of groups"] if config.quantizer in GROUP_SIZES else found
+    found += ["scales of groups"] if config.quantizer in GROUP_SIZES else []
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_width
+    sizes = (
+        ("hidden_size", config.hidden_size, limits.MAX_WIDTH),
+        ("intermediate_size", config.intermediate_size, limits.MAX_WIDTH),
+        ("width of all heads", heads * width, limits.MAX_WIDTH),
+        ("vocab_size", config.vocab_size, limits.MAX_ROWS),
+        ("values of heads that share keys", limits.head_values(heads, groups, width), limits.MAX_HEAD_VALUES),
+    )
+    return found + [f"{name} {size:,} (at most {most:,})" for name, size, most in sizes if size > most]
 
 
 def check_ids(config: ModelConfig, smallest: int, largest: int) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.cpu_rows import BLOCK, BlockRow
-from bitnet.inference.engine import LanguageModel, check_ids
+from bitnet.inference.engine import NOT_FINITE, LanguageModel, check_ids
 from bitnet.inference.lookup import Ahead, PromptLookup
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
@@ -35,7 +35,6 @@ from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 FILLER = -1
 """What `generate` yields for a row that has already ended."""
 
-_NOT_FINITE = -2  # in place of the id of a row whose logits are not
 _AHEAD = 32  # steps whose random numbers go to a device together
 
 
@@ -358,7 +357,7 @@ def _draw_batch(
             # The device goes on with the next step while the host waits for this one's ids and uses them.
             logits = model(tokens, cache, last_only=True)[:, -1, :V]
         ids = arrival.wait().tolist()
-        if _NOT_FINITE in ids:
+        if NOT_FINITE in ids:
             raise _not_finite(T + step)
         now = time.perf_counter()
         seconds, started = now - started, now  # of the device, which does not stop while the consumer works
@@ -375,7 +374,7 @@ def _draw_batch(
 def _choose_finite(
     logits: Tensor, sampling: SamplingConfig, uniform: Tensor | None, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens `[B, 1]` to go on with, whatever the logits `[B, V]` are, and the same ids `[B]` with _NOT_FINITE for rows
+    """Tokens `[B, 1]` to go on with, whatever the logits `[B, V]` are, and the same ids `[B]` with NOT_FINITE for rows
     that drew from logits which are not finite; `uniform` float64 `[B]`. Nothing here waits for a GPU."""
     beyond = seen is not None or 0 < sampling.top_k < logits.shape[1] or logits.dtype != torch.float32
     # Else torch is as fast or faster on an H200: nothing to sort, or many candidates of few rows.
@@ -389,12 +388,12 @@ def _choose_finite(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            not_finite=_NOT_FINITE,
+            not_finite=NOT_FINITE,
         )
         return ids.clamp(min=0)[:, None], ids
     finite = logits.isfinite().all(-1)
     ids = choose(logits.where(finite[:, None], 0), sampling, None if uniform is None else uniform[:, None], seen)
-    return ids[:, None], torch.where(finite, ids, _NOT_FINITE)
+    return ids[:, None], torch.where(finite, ids, NOT_FINITE)
 
 
 def _not_finite(tokens: int) -> ValueError:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitnet.console import progress_bar
-from bitnet.inference.engine import beyond_kernels, build_exactly, check_ids
+from bitnet.inference.engine import NOT_FINITE, beyond_kernels, build_exactly, check_ids
 from bitnet.kernels import PACKED_BITS
 from bitnet.kernels import triton as backend
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -292,69 +292,52 @@ class GpuEngine:
         """Logits of ids `[B, T]`, with `last` those of the position with this index (int64 `[1]`) alone. `length` is
         the number of filled positions, None for one token, which reads it from the device."""
         from bitnet.kernels.triton import attention
-        from bitnet.kernels.triton.activations import quantize_activations
-        from bitnet.kernels.triton.product import product
-        from bitnet.kernels.triton.project import pays, project
 
         config = self.config
         (B, T), H, dtype = ids.shape, config.num_attention_heads, self.dtype
-
-        def projected(
-            x: Tensor,
-            matrix: _Matrix,
-            norm: Tensor | None,
-            residual: Tensor | None = None,
-            gate: str = "none",
-            dtype: torch.dtype = dtype,
-        ) -> Tensor:
-            if len(x) == 1 and pays(len(matrix.packed), matrix.in_features, matrix.bits):
-                return project(
-                    x,
-                    norm,
-                    matrix.packed,
-                    matrix.scale,
-                    residual,
-                    bits=matrix.bits,
-                    in_features=matrix.in_features,
-                    eps=config.rms_norm_eps,
-                    gate=gate,
-                    dtype=dtype,
-                )
-            codes, scale, total = quantize_activations(x, norm, config.rms_norm_eps, gate, constant=True)
-            return product(
-                codes,
-                scale,
-                total,
-                matrix.packed,
-                matrix.scale,
-                None,
-                residual,
-                bits=matrix.bits,
-                in_features=matrix.in_features,
-                dtype=dtype,
-                constant=True,
-            )
-
         h = attention.embed(ids.reshape(-1), self._table, self._table_scale, config.hidden_size, dtype)  # [M, C]
-        layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=True)
+        layers = zip(self._matrices, self._norms, storage.keys, storage.values, strict=False)  # `_call` has one of them
         for index, (matrix, norm, keys, values) in enumerate(layers):
             scales = None if storage.scales is None else (storage.scales[0, index], storage.scales[1, index])
-            qkv = projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
+            qkv = self._projected(h, matrix["qkv"], norm["qkv"]).view(B, T, -1)
             positions = (self._cos, self._sin, storage.start, keys, values, H)
             if length is None:
                 mixed = attention.attend(qkv, *positions, storage.parts, scales, constant=self.graphs)
             else:
                 mixed = _attend(attention.rotate(qkv, *positions, scales), keys, values, scales, length)
-            h = projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
-            gate_up = projected(h, matrix["gate_up"], norm["gate_up"])
-            h = projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
+            h = self._projected(mixed.view(B * T, -1), matrix["o"], norm["o"], h)
+            gate_up = self._projected(h, matrix["gate_up"], norm["gate_up"])
+            h = self._projected(gate_up, matrix["down"], norm["down"], h, config.hidden_act)
         h = h.view(B, T, -1)
         if self._head is None:
             return h.float()
         if last is not None and T > 1:
             h = h.index_select(1, last)
-        logits = projected(h.reshape(-1, config.hidden_size), self._head, self._norm, dtype=torch.float32)
+        logits = self._projected(h.reshape(-1, config.hidden_size), self._head, self._norm, dtype=torch.float32)
         return logits.view(B, -1, config.vocab_size)
+
+    def _projected(
+        self,
+        x: Tensor,
+        matrix: _Matrix,
+        norm: Tensor | None,
+        residual: Tensor | None = None,
+        gate: str = "none",
+        dtype: torch.dtype | None = None,
+        plan: Any = None,
+    ) -> Tensor:
+        """`[gate] -> [norm] -> quantization -> product -> [+ residual]` of tokens x `[M, K]`, in the engine's type
+        unless told; `plan` of the product as for another number of tokens."""
+        from bitnet.kernels.triton.activations import quantize_activations
+        from bitnet.kernels.triton.product import product
+        from bitnet.kernels.triton.project import pays, project
+
+        weights = matrix.packed, matrix.scale
+        shape: dict[str, Any] = {"bits": matrix.bits, "in_features": matrix.in_features, "dtype": dtype or self.dtype}
+        if plan is None and len(x) == 1 and pays(len(matrix.packed), matrix.in_features, matrix.bits):
+            return project(x, norm, *weights, residual, eps=self.config.rms_norm_eps, gate=gate, **shape)
+        tokens = quantize_activations(x, norm, self.config.rms_norm_eps, gate, constant=True)
+        return product(*tokens, *weights, None, residual, plan=plan, constant=True, **shape)
 
     @property
     def device(self) -> torch.device:
@@ -385,28 +368,66 @@ class GpuEngine:
         self._free.append(storage)
         del self._free[:-_KEPT_STORAGES]
 
-    def warm_up(self, batch_sizes: Iterable[int] = (1,), prompts: Iterable[int] = (16, 32, 64, 128, 512, 1024)) -> None:
-        """Compile the kernels of these batch sizes and prompt lengths, in several processes and with a progress bar,
-        instead of one by one in silence at the first text. Does nothing where they were compiled before."""
+    def warm_up(self, batch_sizes: Iterable[int] = (1,)) -> None:
+        """Compile the kernels of texts of any length and of these batch sizes, in several processes and with a progress
+        bar, instead of one by one in silence as lengths come up. Does nothing where they were compiled before."""
         from bitnet.kernels.triton.warm import compile_missing, variants_of
 
         if self._device.type != "cuda":
             return
-        variants = variants_of(self.calls(batch_sizes, prompts))
+        variants = variants_of(self.calls(batch_sizes))
+        torch.cuda.empty_cache()
         rows = compile_missing(variants, self._device)
         for _ in progress_bar(rows, "compiling kernels", total=len(variants), unit="kernel", leave=False):
             pass
 
-    def calls(self, batch_sizes: Iterable[int], prompts: Iterable[int]) -> Iterator[Callable[[], object]]:
-        """Calls that launch every kernel of decoding with these batch sizes and of prompts of these lengths, for
-        `warm.variants_of`."""
-        for batch_size, tokens in [*((size, 1) for size in batch_sizes), *((1, length) for length in prompts)]:
-            tokens = min(tokens, self.config.max_position_embeddings)
-            ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=self._device)
-            cache, last = self.new_cache(batch_size, tokens), torch.zeros(1, dtype=torch.int64, device=self._device)
-            yield torch.inference_mode()(
-                functools.partial(self._forward, ids, cache.storage, None if tokens == 1 else 0, last)
-            )
+    def calls(self, batch_sizes: Iterable[int]) -> Iterator[Callable[[], object]]:
+        """Calls that launch, between them, every kernel of texts of these batch sizes, however long prompt and cache
+        are, for `warm.variants_of`."""
+        for size in batch_sizes:
+            yield from self.steps(size)
+        yield from self._prompts()
+
+    def steps(self, batch_size: int) -> Iterator[Callable[[], object]]:
+        """A step of decoding for every number of programs between which a cache's positions may be divided."""
+        from bitnet.kernels.triton import attention
+
+        config, positions = self.config, self.config.max_position_embeddings
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_width
+        rooms = [min(_CAPACITY_STEP << i, positions) for i in range((positions // _CAPACITY_STEP).bit_length() + 1)]
+        smallest = {attention.splits(batch_size, *heads, room): room for room in reversed(rooms)}
+        for room in smallest.values():
+            yield self._call(batch_size, 1, room)
+
+    def _prompts(self) -> Iterator[Callable[[], object]]:
+        """A prompt for every set of plans that its products may have, the head for every one of its own, for whoever
+        wants the logits of all positions, and a token drawn."""
+        from bitnet.kernels.triton import product, sampling
+
+        def plans(*matrices: _Matrix) -> dict[Any, int]:
+            return {
+                tuple(product.choose(M, len(m.packed), m.in_features, m.bits, self._device) for m in matrices): M
+                for M in reversed(product.LENGTHS[1:])
+            }
+
+        for tokens in plans(*self._matrices[0].values()).values():
+            yield self._call(1, tokens, tokens)
+        if self._head is not None:
+            x = torch.zeros(product.DOT4_MAX_TOKENS, self.config.hidden_size, dtype=self.dtype, device=self._device)
+            for (plan,), tokens in plans(self._head).items():  # of more tokens, their number is no constant
+                part = x[:tokens]
+                yield functools.partial(self._projected, part, self._head, self._norm, dtype=torch.float32, plan=plan)
+            logits = x.new_zeros(1, self.config.vocab_size, dtype=torch.float32)
+            uniform = x.new_zeros(1, dtype=torch.float64)
+            yield functools.partial(sampling.draw, logits, uniform, temperature=1.0, top_p=0.5, not_finite=NOT_FINITE)
+
+    def _call(self, batch_size: int, tokens: int, capacity: int) -> Callable[[], object]:
+        """Of the first layer alone: all have one shape."""
+        one = self.config.replace(num_hidden_layers=1)
+        storage = _Storage(one, batch_size, capacity, self.cache_dtype, self._device)
+        ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device=self._device)
+        last = torch.zeros(1, dtype=torch.int64, device=self._device)
+        return torch.inference_mode()(functools.partial(self._forward, ids, storage, None if tokens == 1 else 0, last))
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads."""

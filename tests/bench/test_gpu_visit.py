@@ -22,7 +22,8 @@ if what == "hangs":
 open(path, "w").write(json.dumps([{"line": f"row of {what}"}]))
 sys.exit({"fails": 1, "crashes": 139}.get(what, 0))
 """
-# Kernels that do nothing on tensors that hold ones: the Python of every section, without a GPU and in seconds.
+# Kernels that do nothing on tensors that hold ones: the Python of every gate and section, without a GPU and in seconds;
+# and the names of those kernels that were launched and would not have been compiled beforehand.
 SECTIONS = """
 import torch
 from pathlib import Path
@@ -30,13 +31,22 @@ from bitnet.kernels import triton
 triton.require = lambda device: None
 from bitnet.bench import gpu
 from bitnet.bench.gpu_timing import Options
-from bitnet.kernels.triton.language import record
+from bitnet.kernels.triton.warm import variants_of
 empty = torch.empty
 torch.empty = lambda *a, **k: t if (t := empty(*a, **k)).device.type == "meta" else t.fill_(1)
-options = Options(torch.device("cpu"), quick=True, work=Path())
-for name, section in gpu.SECTIONS.items():
-    with record("none"):
-        print(name, len([row["line"] for row in section(options)]), flush=True)
+options = Options(torch.device("cpu"), quick=True, work=Path(), tiles=True)
+def run(name, rows):
+    print(name, len([*rows]), flush=True)
+def calls():
+    for name, gate in gpu.GATES.items():
+        if name != "compile":  # whose compiler takes seconds; the kernels are those of a packed layer
+            yield lambda: run(name, gate(options.device, True))
+    for name, section in gpu.SECTIONS.items():
+        yield lambda: run(name, (row["line"] for row in section(options)))
+launched = {repr(variant): variant[1] for variant in variants_of(calls(), "none")}
+warmed = set(map(repr, variants_of(gpu.calls_to_warm(options), "none")))
+print("missed:", *(name for variant, name in launched.items() if variant not in warmed))
+print("found:", len(warmed & set(launched)))
 """
 
 
@@ -114,10 +124,14 @@ def test_steps_are_sections_and_gates_that_exist(visit) -> None:
     assert set(visit.NEEDS.values()) <= set(GATES)
 
 
-def test_every_section_runs_without_a_gpu(tmp_path) -> None:
+def test_every_section_runs_without_a_gpu_and_finds_its_kernels_compiled(tmp_path) -> None:
     oracles.folder_of("triton")
     done = Forked(tmp_path, code=SECTIONS).wait()
     assert done.returncode == 0, done.stderr[-4000:]
-    counts = dict(line.split() for line in done.stdout.splitlines() if len(line.split()) == 2 and ":" not in line)
-    assert all(int(count) >= 1 for count in counts.values())
+    lines = done.stdout.splitlines()
+    counts = dict(line.split() for line in lines if len(line.split()) == 2 and ":" not in line)
     assert {"machine", "decode", "kernels", "training", "curve", "loss", "long"} <= set(counts)
+    assert {"engine", "caches", "sampling", "groups"} <= set(counts)
+    assert all(int(counts[section]) >= 1 for section in ("machine", "decode", "kernels", "training", "loss", "long"))
+    assert "missed:" in lines, done.stdout
+    assert int(lines[-1].removeprefix("found: ")) >= 30

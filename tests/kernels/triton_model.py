@@ -1,5 +1,6 @@
 """Embedding, rotation, attention and the whole engine in Triton's interpreter. Run by `test_triton.py`."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from bitnet import kernels
 from bitnet.bench import gpu_gate
+from bitnet.bench.random_models import random_tensors
 from bitnet.inference import gpu_engine
+from bitnet.inference.engine import NOT_FINITE
 from bitnet.inference.generation import SamplingConfig, generate
 from bitnet.inference.gpu_engine import GpuCache, GpuEngine, rounded_up
 from bitnet.inference.split_engine import SplitEngine
@@ -19,6 +22,7 @@ from bitnet.kernels import reference
 from bitnet.kernels.cpu import native
 from bitnet.kernels.triton import attention, language, product, warm
 from bitnet.kernels.triton.product import Plan
+from bitnet.kernels.triton.sampling import draw
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.linear import PackedEmbedding
 from bitnet.model.transformer import apply_rope, rope_tables
@@ -29,6 +33,7 @@ from tests.kernels.interpreter import hasten
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 assert language.INTERPRETED, "run by test_triton.py, with TRITON_INTERPRET=1"
 hasten()
+CPU = torch.device("cpu")
 ONE = BASE.replace(num_hidden_layers=1)
 CONFIGS = {
     "base": BASE,
@@ -104,7 +109,7 @@ def test_attention_of_one_token(B: int, H: int, G: int, D: int, S: int, start: i
     expected_keys = torch.cat([before[0], turned[:, H:]], 2)
     expected_values = torch.cat([before[1], heads[:, H + G :]], 2)
     expected = F.scaled_dot_product_attention(turned[:, :H], expected_keys, expected_values, enable_gqa=True)
-    parts = attention.AttentionParts(B, H, G, D, S, torch.device("cpu"))
+    parts = attention.AttentionParts(B, H, G, D, S, CPU)
     position = torch.tensor([start], dtype=torch.int32)
     for _ in range(2):
         out = attention.attend(qkv, cos, sin, position, keys, values, H, parts, constant=constant)
@@ -125,7 +130,7 @@ def test_a_cache_of_codes() -> None:
     qkv = 3 * torch.randn(B, start + 1, (H + 2 * G) * D)
     zero, position = (torch.tensor([n], dtype=torch.int32) for n in (0, start))
     attention.rotate(qkv[:, :start].contiguous(), cos, sin, zero, keys, values, H, scales)
-    parts = attention.AttentionParts(B, H, G, D, S, torch.device("cpu"))
+    parts = attention.AttentionParts(B, H, G, D, S, CPU)
     out = attention.attend(qkv[:, start:].contiguous(), cos, sin, position, keys, values, H, parts, scales)
 
     heads = qkv.view(B, start + 1, H + 2 * G, D).transpose(1, 2)
@@ -144,7 +149,7 @@ def test_a_cache_of_codes() -> None:
 
 def test_a_cache_of_fp8_keeps_what_torch_s_conversion_keeps() -> None:
     """All 256 codes are read, and a number on each side of every border is written, to the bit."""
-    assert list(gpu_gate.check_e4m3(torch.device("cpu"))) == []
+    assert list(gpu_gate.check_e4m3(CPU)) == []
     borders = gpu_gate.e4m3_borders()
     assert borders.isnan().any()
     written = gpu_gate.to_e4m3(borders).view(torch.uint8).unique()
@@ -178,7 +183,7 @@ def test_caches_of_fewer_bits(cache_dtype: str, each: int) -> None:
 def test_a_key_that_is_not_finite_stays_visible_in_fp8() -> None:
     """Where a number of 1,000 would count as 448, an infinity and a NaN give NaN."""
     table = torch.ones(1, 4), torch.zeros(1, 4)
-    start, parts = torch.zeros(1, dtype=torch.int32), attention.AttentionParts(1, 1, 1, 4, 1, torch.device("cpu"))
+    start, parts = torch.zeros(1, dtype=torch.int32), attention.AttentionParts(1, 1, 1, 4, 1, CPU)
     for bad, wanted in ((1000.0, 448.0), (float("inf"), float("nan")), (float("nan"), float("nan"))):
         keys, values = torch.zeros(2, 1, 1, 1, 4, dtype=torch.float8_e4m3fn)
         qkv = torch.tensor([[[1.0] * 8 + [bad] * 4]])
@@ -189,7 +194,7 @@ def test_a_key_that_is_not_finite_stays_visible_in_fp8() -> None:
 def test_a_position_behind_the_cache_is_not_written() -> None:
     keys, values = torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 5, 4)
     cos, sin = torch.ones(9, 4), torch.zeros(9, 4)
-    parts = attention.AttentionParts(1, 1, 1, 4, 5, torch.device("cpu"))
+    parts = attention.AttentionParts(1, 1, 1, 4, 5, CPU)
     attention.attend(torch.ones(1, 1, 12), cos, sin, torch.tensor([5], dtype=torch.int32), keys, values, 1, parts)
     assert not keys.any()
     assert not values.any()
@@ -197,7 +202,7 @@ def test_a_position_behind_the_cache_is_not_written() -> None:
 
 def test_attention_of_bad_input() -> None:
     qkv, cache, start = torch.randn(1, 1, 64), torch.randn(1, 2, 9, 8), torch.zeros(1, dtype=torch.int32)
-    table, parts = torch.randn(9, 8), attention.AttentionParts(1, 4, 2, 8, 9, torch.device("cpu"))
+    table, parts = torch.randn(9, 8), attention.AttentionParts(1, 4, 2, 8, 9, CPU)
 
     def attend(
         qkv: Tensor = qkv, keys: Tensor = cache, values: Tensor = cache, start: Tensor = start, heads: int = 4
@@ -211,6 +216,7 @@ def test_attention_of_bad_input() -> None:
         (lambda: attend(values=cache[:, :, :8]), r"\[1, 2, 8, 8\]"),
         (lambda: attend(start=start.long()), "int64"),
         (lambda: attend(heads=3), "multiple"),
+        (lambda: attention.AttentionParts(1, 256, 1, 66, 9, CPU), "holds 16384, attend in torch"),
         (lambda: attention.embed(start, cache, cache, 8, torch.float32), "int32"),
         (lambda: attention.rotate(qkv, cache, cache, start, cache, cache, 4), "cos"),
     ]:
@@ -283,7 +289,7 @@ def test_buffers_of_a_cache_that_is_gone_are_used_again() -> None:
 def test_kernels_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = GpuEngine.from_model(packed_model(BASE), device="cpu")
     engine.warm_up()  # nothing to do without a GPU
-    variants = warm.variants_of(engine.calls([1], [5]), "none")
+    variants = warm.variants_of(engine.calls([1]), "none")
     assert {"quantize_kernel", "attend_kernel", "embed_kernel", "rotate_kernel"} <= {variant[1] for variant in variants}
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled: list[int] = []
@@ -297,6 +303,38 @@ def test_kernels_are_compiled_once_for_all_processes(tmp_path: Path, monkeypatch
         assert len(list(warm.compile_missing(variants, engine.device))) == seen
     assert compiled == [len(variants)] * 2
     assert len(list(warm.compile_missing(variants[:-1], engine.device))) == 1
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "fp8"])
+def test_a_text_of_any_length_finds_its_kernels_compiled(
+    cache_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of every plan, steps in every capacity, logits of the last position and of all, one text and three."""
+    monkeypatch.undo()  # a GPU's tiles
+    config = ONE.replace(
+        hidden_size=640, intermediate_size=1100, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        max_position_embeddings=5000,
+    )  # fmt: skip
+    engine = GpuEngine(config, random_tensors(config), device="cpu", dtype="float16", cache_dtype=cache_dtype)
+    known = set(map(repr, warm.variants_of(engine.calls([1, 3]), "none")))
+    found: set[str] = set()
+    texts = [(size, room, 1) for size in (1, 3) for room in (1, 257, 513, 700, 1025, 2049, 4999)]
+    texts += [(1, 0, tokens) for tokens in (2, 5, 17, 40, 65, 129, 300, 500, 700, 900, 1023, 1024, 1100)]
+    texts += [(3, 0, 43), (3, 9, 11), (1, 70, 9)]
+    for size, behind, tokens in texts:
+        for last_only in (True, False):
+            cache = engine.new_cache(size, behind + tokens)
+            cache.length = behind
+            ids = torch.zeros(size, tokens, dtype=torch.int64)
+            call = functools.partial(engine, ids, cache, last_only=last_only)
+            variants = {repr(variant): variant for variant in warm.variants_of([call], "none")}
+            assert [variants[each][1] for each in variants if each not in known] == [], (size, behind, tokens)
+            found |= set(variants)
+    drawn = functools.partial(draw, torch.zeros(3, 50), torch.zeros(3).double(), temperature=0.8, top_p=0.9, min_p=0.1)
+    found |= set(map(repr, warm.variants_of([functools.partial(drawn, not_finite=NOT_FINITE)], "none")))
+    assert found == known
+    attended = {variant for variant in known if "'attend_kernel'" in variant}
+    assert len(attended) == 4  # between 4, 8, 16 and 32 programs
 
 
 def test_a_process_that_compiles_says_what_failed_and_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

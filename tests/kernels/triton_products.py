@@ -125,6 +125,15 @@ def test_the_choice_covers_every_number_of_tokens() -> None:
     assert choose(1000, 6912, 2560, 2, CPU).split == 1
 
 
+@pytest.mark.parametrize("processors", [24, 108, 132, 170])
+def test_some_lengths_have_every_plan(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_processors", lambda device: processors)
+    for N, K, bits in [(50, 64, 2), (3840, 2560, 2), (2560, 6912, 2), (13824, 2560, 4), (2000, 256, 8)]:
+        found = {choose(M, N, K, bits, CPU) for M in product.LENGTHS}
+        assert found == {choose(M, N, K, bits, CPU) for M in range(1, 1100)}
+        assert len(found) >= 5
+
+
 @pytest.mark.parametrize("M", [1, 8, 200])
 def test_tuning_keeps_the_fastest_plan(M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -185,8 +194,9 @@ def test_bad_input_raises_before_any_launch(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1, 2, "nonsense"), "nonsense"), ((1, 4, "four_lanes"), "4 bits"), ((5, 2, "dot4"), "at most 4 tokens")],
-)
+    [((1, 2, "nonsense"), "nonsense"), ((1, 4, "four_lanes"), "4 bits"), ((5, 2, "dot4"), "at most 4 tokens"),
+     ((65_536, 2, "select"), "at most 65535 tokens .* 65536; choose dense")],
+)  # fmt: skip
 def test_an_algorithm_that_cannot_raises(arguments: tuple[int, int, str], message: str) -> None:
     M, bits, algorithm = arguments
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from bitnet.inference.engine import beyond_kernels
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.model import BitNetForCausalLM, bit_linears
@@ -148,6 +149,26 @@ def test_the_gpu_engine_names_what_it_does_not_compute() -> None:
     for part in ("qkv_bias", "qk_norm"):
         with pytest.raises(ValueError, match=f"Triton kernels do not compute {part}; run the model in torch"):
             GpuEngine(SHAPE.replace(**{part: True}), lambda name: torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 65_552}, r"hidden_size 65,552 \(at most 65,536\)"),
+        ({"intermediate_size": 65_537}, r"intermediate_size 65,537 \(at most 65,536\)"),
+        ({"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 4098}, "width of all heads 65,568"),
+        ({"vocab_size": 8_388_481}, r"vocab_size 8,388,481 \(at most 8,388,480\)"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 1026}, "heads that share keys 32,768"),
+        ({"num_attention_heads": 256, "num_key_value_heads": 1, "head_dim": 66}, "32,768.*at most 16,384"),
+    ],
+)
+def test_the_gpu_engine_names_sizes_that_no_kernel_holds(changes: dict, message: str) -> None:
+    """Before it reads a tensor; the loader then takes torch, as the message says."""
+    config = SHAPE.replace(**changes)
+    with pytest.raises(ValueError, match=f"Triton kernels do not compute .*{message}.*; run the model in torch"):
+        GpuEngine(config, lambda name: torch.empty(0))
+    assert len(beyond_kernels(config)) >= 1
+    assert beyond_kernels(SHAPE) == []
 
 
 LLAMA_VALUES = {**BASE, "model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}

@@ -11,6 +11,7 @@
     attention.py      rotary positions, cache and attention of one new token
     float8.py         FP8 of a cache, to numbers and back
     sampling.py       the next token of every row: temperature, top-p, min-p and the draw
+    limits.py         how large a model they hold
     warm.py           all of them compiled beforehand, in several processes
     ops.py            torch operators of the packed product
     training.py       the int8 forward and its backward

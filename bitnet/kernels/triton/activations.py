@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bitnet.kernels.triton.language import check, launch, power_of_2, round_half_even, tl, triton, wait_for_inputs
+from bitnet.kernels.triton.limits import MAX_WIDTH
 from bitnet.quant.affine import SCALE_EPS
 
-MAX_WIDTH = 65536
 PADDING = 128
 """Rows of codes are padded with zeros to a multiple of this, the longest block of `bitnet/quant/packing.py`."""
 

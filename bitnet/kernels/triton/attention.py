@@ -27,6 +27,7 @@ from torch import Tensor
 from bitnet.kernels.triton.activations import codes_of, scale_of
 from bitnet.kernels.triton.float8 import decode_e4m3, encode_e4m3
 from bitnet.kernels.triton.language import cdiv, check, launch, power_of_2, tl, triton, wait_for_inputs
+from bitnet.kernels.triton.limits import MAX_HEAD_VALUES, attention_tile, head_values
 from bitnet.quant.affine import SCALE_EPS
 
 TILE = 64
@@ -349,23 +350,25 @@ class AttentionParts:
     other."""
 
     def __init__(self, batch_size: int, heads: int, groups: int, width: int, capacity: int, device: torch.device):
-        rows, block = _tile(heads, groups, width)
-        programs = batch_size * groups
-        # Enough programs for a large GPU, none without a tile of its own.
-        most = MAX_SPLITS * 128 // max(128, block)  # the parts of wide heads fill registers
-        self.splits = max(1, min(most, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(PROGRAMS, programs))))
-        shape = (programs, self.splits, rows)
+        if (values := head_values(heads, groups, width)) > MAX_HEAD_VALUES:
+            raise ValueError(
+                f"{heads // groups} query heads of {width} share a key head, {values} values in powers of 2; a program "
+                f"holds {MAX_HEAD_VALUES}, attend in torch"
+            )
+        rows, block = attention_tile(heads, groups, width)
+        self.splits = splits(batch_size, heads, groups, width, capacity)
+        shape = (batch_size * groups, self.splits, rows)
         self.part = torch.empty(*shape, block, dtype=torch.float32, device=device)
         self.largest, self.total = (torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
-        self.arrived = torch.zeros(programs, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(batch_size * groups, dtype=torch.int32, device=device)
 
 
-def _tile(heads: int, groups: int, width: int) -> tuple[int, int]:
-    """Rows and columns that a program of `attend` computes with; matrix instructions want 16 rows at least."""
-    if heads % groups:
-        raise ValueError(f"{heads} query heads cannot share {groups} key/value heads; give a multiple")
-    rows = power_of_2(heads // groups)
-    return 1 if rows == 1 else max(16, rows), max(16, power_of_2(width))
+def splits(batch_size: int, heads: int, groups: int, width: int, capacity: int) -> int:
+    """Programs that share the positions of a key head: enough of them for a large GPU, none without a tile of its own.
+    A power of 2, which never falls as the capacity grows."""
+    # The parts of many or wide heads fill registers.
+    most = MAX_SPLITS * 16 * 128 // max(16 * 128, head_values(heads, groups, width))
+    return max(1, min(most, power_of_2(cdiv(capacity, TILE)), power_of_2(cdiv(PROGRAMS, batch_size * groups))))
 
 
 def _positions_and_warps(programs: int, rows: int, row_bytes: int) -> tuple[int, int]:
@@ -389,7 +392,7 @@ def attend(
     `start` or earlier positions of the cache, as inside a CUDA graph of one step.
     """
     B, G, S, D = keys.shape
-    rows, block = _tile(heads, G, D)
+    rows, block = attention_tile(heads, G, D)
     check("qkv", qkv, None, keys.device, B, 1, (heads + 2 * G) * D)
     check_cache(keys, values, scales)
     check("start", start, torch.int32, qkv.device, 1)

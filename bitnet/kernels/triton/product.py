@@ -41,6 +41,7 @@ from bitnet.kernels.triton.language import (
     shared_memory,
     triton,
 )
+from bitnet.kernels.triton.limits import MAX_PROGRAMS
 from bitnet.kernels.triton.tensor_core import dense_kernel, packed_kernel, sum_parts_kernel
 from bitnet.quant.packing import OFFSET, packed_width
 
@@ -50,6 +51,9 @@ DOT4_MAX_TOKENS = 4
 DOT4_TOKENS = 2
 """What it is chosen for: from 3 on matrix instructions were faster (H200, 4 x 13824 x 2560: 10.0 against 13.7 us)."""
 DENSE_FROM = 1024
+LENGTHS = (*range(1, 17), *range(17, DENSE_FROM, 16), DENSE_FROM)
+"""Numbers of tokens that have, between them, every plan of `choose`: for matrix instructions it depends on the number
+of tiles, of 16 tokens or more."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def choose(M: int, N: int, K: int, bits: int, device: torch.device, algorithm: s
         raise ValueError(f"algorithm {algorithm!r} is unknown; choose one of {', '.join(ALGORITHMS)}")
     if algorithm in ("four_lanes", "select") and bits != 2:
         raise ValueError(f"{algorithm} adds and subtracts ternary weights and these have {bits} bits; choose another")
+    if algorithm in ("four_lanes", "select") and M > MAX_PROGRAMS:  # one for each token
+        raise ValueError(f"{algorithm} takes at most {MAX_PROGRAMS} tokens and there are {M}; choose dense")
     if algorithm == "dot4" and M > DOT4_MAX_TOKENS:
         raise ValueError(f"dot4 takes at most {DOT4_MAX_TOKENS} tokens and there are {M}; choose tensor_core")
     width = packed_width(K, bits)
