@@ -84,6 +84,17 @@ def new_folder(folder: Path, what: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise OSError, before the work, where nothing can be written under this name behind it."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: nothing may be written into {folder}")
+
+
 def remove_remains(path: Path) -> None:
     """Remove what killed writers of this file or folder have left beside it."""
     name = re.compile(re.escape(f".{path.name}.tmp-") + "[0-9a-f]+")

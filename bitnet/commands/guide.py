@@ -26,16 +26,18 @@ class Options:
 def run(options: Options) -> None:
     """Write the page."""
     from bitnet.console import say, stage
-    from bitnet.files import write_atomic
+    from bitnet.files import check_writable, write_atomic
     from bitnet.pages.guide.guide import guide
     from bitnet.pages.guide.minima import measure_runs, measure_tiny
     from bitnet.pages.guide.subject import open_subject
 
     if not options.model.exists():
         raise ValueError(f"{options.model} does not exist; train the demo with make demo, or name a model")
+    check_writable(options.out)
     subject = open_subject(options.model)
     stage("minima")
     minima = measure_runs(options.model, options.qat) if options.qat else measure_tiny()
     stage("figures")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, guide(subject, minima))
     say(f"written   {options.out}")

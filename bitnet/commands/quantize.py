@@ -53,6 +53,7 @@ class Options:
 
 def run(options: Options) -> None:
     from bitnet import console
+    from bitnet.files import check_writable
     from bitnet.model.quantized import model_bits
     from bitnet.ptq import drivers
     from bitnet.ptq.methods import METHODS, quantize_model
@@ -71,6 +72,7 @@ def run(options: Options) -> None:
     check(options)
     if options.out.exists():  # before the work, not behind it
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
+    check_writable(options.out)
 
     from bitnet.evaluation.texts import calibration_sequences, open_text
     from bitnet.storage.folders import save_quantized

@@ -48,6 +48,8 @@ def run(options: Options) -> None:
     from bitnet.machine import use_threads
     from bitnet.serving.models import open_all
 
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port is {options.port}; give 1 to 65535, or 0 for any that is free")
     use_threads(options.threads)
     settings = server.Settings(
         **{field.name: getattr(options, field.name) for field in fields(ServingOptions)},

@@ -138,6 +138,8 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         ["quantize", "nowhere"],
         ["quantize", "nowhere", "out", "--method", "nonsense"],
         ["quantize", "nowhere", "out", "--method", "nf4", "--group-size", "64"],
+        ["quantize", "nowhere", "/dev/null/out", "--method", "nf4"],
+        ["serve", "nowhere", "--port", "99999"],
         ["quantize", "nowhere", "out", "--method", "hqq-4", "--text", "sotu"],
         ["evaluate", "nowhere", "--tasks", "arc_easy", "--text", "sotu"],
         ["evaluate", "nowhere", "--limit", "5"],
@@ -168,6 +170,17 @@ def test_bad_input_ends_with_2_and_one_line(arguments, capsys, monkeypatch, tmp_
     assert len(errors) == 1
     assert "Traceback" not in captured.err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("place", ["text.txt/out", "closed/out"])
+def test_a_place_that_takes_nothing_is_told_before_the_work(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("x")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("closed"))  # root may write anywhere
+    for arguments in (["quantize", "text.txt", place, "--method", "nf4"], ["guide", "text.txt", "--out", place]):
+        assert main(arguments) == 2
+        assert f"error: {place} cannot be written: " in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly():
