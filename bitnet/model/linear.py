@@ -329,7 +329,7 @@ def pack(model: nn.Module) -> nn.Module:
     """Turn every BitLinear of a trained model into its packed inference form, in place, and return the model.
 
     Ternary and binary weights take 2 bits each, int4 and int8 take 4 and 8; layers with the quantizer `none` stay as
-    they are. Raises ValueError where the model has no BitLinear.
+    they are. Raises ValueError where the model has no BitLinear, and for weights that are no finite numbers.
     """
     if not any(isinstance(module, BitLinear) for module in model.modules()):
         raise ValueError(f"pack found no BitLinear in {type(model).__name__}; call replace_linear and train it first")
@@ -337,7 +337,12 @@ def pack(model: nn.Module) -> nn.Module:
     def convert(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, BitLinear) or module.quantizer == "none":
             return None
-        return PackedLinear.from_linear(module, module.quantizer)
+        packed = PackedLinear.from_linear(module, module.quantizer)
+        if not packed.weight_scale.is_meta and not packed.weight_scale.isfinite().all():
+            raise ValueError(
+                f"{name or 'the layer'} has weights that are NaN, infinite or too large; did its training diverge?"
+            )
+        return packed
 
     return _swap(model, convert)[0]
 

@@ -275,6 +275,16 @@ def test_packed_size(quantizer: str, bits: int) -> None:
         assert sum(sizes.values()) * 15.9 < linear.weight.nbytes
 
 
+@pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64", "int8"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_packing_refuses_weights_that_are_no_numbers(quantizer: str, value: float) -> None:
+    model = nn.Sequential(BitLinear(64, 8, quantizer=quantizer), BitLinear(8, 4, quantizer=quantizer))
+    with torch.no_grad():
+        model[1].weight[2, 3] = value
+    with pytest.raises(ValueError, match="1 has weights that are NaN, infinite or too large"):
+        pack(model)
+
+
 def test_packed_refuses_the_quantizer_none() -> None:
     with pytest.raises(ValueError, match="'none'"):
         PackedLinear(4, 3, quantizer="none")

@@ -158,6 +158,7 @@ QUANTIZATION = "quantization_config"
         ({"sliding_window": 4096}, "sliding_window is 4096"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is unknown; there are silu"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters is .*llama3.* without scaling"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is .*linear"),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\]"),

@@ -106,6 +106,8 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
             raise ValueError(
                 f"{name} is set, and the projections here have no such biases; no model of this kind loads"
             )
+    if not isinstance(tied := values["tie_word_embeddings"], bool | None):
+        raise ValueError(f"tie_word_embeddings is {tied!r:.60}; it must be true or false")
     _check_window(kind, values)
     activation = values["hidden_act"]
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
@@ -130,7 +132,7 @@ def parse_config(values: JsonObject) -> tuple[ModelConfig, Form]:
         sub_norm=kind == "bitnet",
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
-        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        tie_word_embeddings=bool(tied),
         quantizer="none" if form in ("dense", "gptq", "awq") else "ternary",
     )
     if config.sub_norm and config.num_attention_heads * config.head_width != config.hidden_size:
