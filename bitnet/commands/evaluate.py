@@ -65,6 +65,9 @@ def run(options: Options) -> None:
     models = [*with_adapters, *((run, run, None) for run in runs)]
     results = [(name, evaluate_model(run, device, dtype, options.text, adapter)) for name, run, adapter in models]
     baseline = results[-1][1]
+    engines = [name for name, result in results if result.on_engine]
+    if options.dtype == "bfloat16" and engines:
+        note(f"dtype bfloat16 is of what runs in torch, and changes nothing for {', '.join(engines)}")
     alike = [result.reads_like(baseline) for _, result in results]
     if not all(alike):
         note("gaps are of models that read the same text in the same tokens; bits/byte compares other tokens too")
@@ -76,7 +79,7 @@ def run(options: Options) -> None:
         return f"{part.loss:.4f} ± {part.standard_error:.4f}"
 
     rows = [["run", "quantizer", "held-out loss", "perplexity", "bits/byte", "gap"]]
-    for (name, (quantizer, result, _)), same in zip(results, alike, strict=True):
+    for (name, (quantizer, result, *_)), same in zip(results, alike, strict=True):
         bits = "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         gap = f"{result.loss / baseline.evaluation.loss - 1:+.2%}" if same else "-"
         rows.append([name, quantizer, loss(result), f"{result.perplexity:.2f}", bits, gap])

@@ -97,6 +97,10 @@ class Feed(Protocol):
         """What the batches of a run depend on, as it is written into its checkpoints."""
 
     @property
+    def has_borders(self) -> bool:
+        """Whether attention must not cross borders of documents or conversations."""
+
+    @property
     def texts(self) -> object:
         """Equal for feeds of the same texts, held out in the same way, whatever their tokens."""
 
@@ -150,6 +154,10 @@ class TextFeed:
         return self.mixture.fingerprint
 
     @property
+    def has_borders(self) -> bool:
+        return self.document_ids is not None
+
+    @property
     def texts(self) -> object:
         corpora = [corpus.meta for corpus in self.mixture.corpora.values()]
         return self.mixture.counts, [(meta["corpus_fingerprint"], meta["val_every"]) for meta in corpora]
@@ -196,6 +204,7 @@ class ChatFeed:
     """Rows of whole conversations, in which the tokens of the answers are labels."""
 
     document_ids = None  # the batches say which conversation a token belongs to
+    has_borders = True
 
     def __init__(
         self,

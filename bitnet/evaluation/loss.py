@@ -11,6 +11,7 @@ tokenizer; loss and perplexity compare only models that share one.
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bitnet.data.tokens import IGNORE_INDEX, TokenArray, iter_eval_batches
 from bitnet.evaluation.texts import open_held_out, run_config
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.loading import open_model
+from bitnet.kernels import use_backend
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.loss import cross_entropy
 from bitnet.storage.adapters import Adapter
@@ -206,6 +208,8 @@ class HeldOutResult(NamedTuple):
     evaluation: Evaluation
     feed: Feed
     """What was read."""
+    on_engine: bool
+    """It ran on an engine, whose products have types of their own."""
 
     def reads_like(self, other: "HeldOutResult") -> bool:
         """Whether both have read the same texts in the same tokens, so that their losses are of one thing."""
@@ -217,7 +221,8 @@ def evaluate_model(
     path: str, device: torch.device, dtype: torch.dtype, text: str | None = None, lora: Adapter | None = None
 ) -> HeldOutResult:
     """Held-out evaluation of a model, over the whole validation split: of a run at its best checkpoint, as it was
-    trained, with products in `dtype`; anything else, and a model with an adapter, as generate.py runs it.
+    trained, in torch with products in `dtype`; anything else, and a model with an adapter, as generate.py runs it, but
+    in torch where attention must not cross some borders.
 
     Raises CheckpointError or ValueError for a model or corpus that isn't there.
     """
@@ -225,8 +230,13 @@ def evaluate_model(
     is_run = source.kind == "run"
     if is_run:
         run_config(source)  # before anything large is read
-    model = open_model(source, device=device, pack=lora is not None or not is_run, lora=lora)
     feed = open_held_out(source, text)
-    if is_run and isinstance(model, BitNetForCausalLM):
+    if is_run and lora is None:
+        model: LanguageModel = source.model(device=device)
+    else:
+        with use_backend("reference") if feed.has_borders else nullcontext():
+            model = open_model(source, device=device, lora=lora)
+    if isinstance(model, BitNetForCausalLM):
         model.document_ids = feed.document_ids
-    return HeldOutResult(model.config.quantizer, evaluate_feed(model, feed, dtype=dtype), feed)
+    result = evaluate_feed(model, feed, dtype=dtype)
+    return HeldOutResult(model.config.quantizer, result, feed, not isinstance(model, BitNetForCausalLM))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 
@@ -16,12 +17,19 @@ from bitnet.data.corpus import Corpus, open_corpus
 from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import tokenize_mixture
 from bitnet.data.tokens import TokenArray
-from bitnet.evaluation.loss import Evaluation, evaluate, evaluate_feed
+from bitnet.evaluation.loss import Evaluation, evaluate, evaluate_feed, evaluate_model
+from bitnet.evaluation.texts import open_held_out
+from bitnet.inference.adapters import put_on
+from bitnet.kernels import native_wanted
 from bitnet.model import PRESETS, BitNetForCausalLM
+from bitnet.model.lora import projections
+from bitnet.storage.adapters import Adapter
 from bitnet.storage.gguf import write as gguf_write
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training.checkpoint import save_checkpoint
+from tests.conversations import chat
 
 CONFIG = PRESETS["tiny"].replace(vocab_size=300, quantizer="none")
 
@@ -175,10 +183,44 @@ def test_losses_of_other_texts_and_tokens_have_no_gap(tmp_path, capsys, monkeypa
     assert "note: gaps are of models that read the same text in the same tokens" in said
     # The tokens count, not the kind of their file; and other windows are said.
     gguf_write.write(open_source("own").model(), "own.gguf", "F32", tokenizer=tokenizer)
-    shown, said = gaps("own.gguf", "own", "--text", "text.txt")
+    shown, said = gaps("own.gguf", "own", "--text", "text.txt", "--dtype", "bfloat16")
     assert shown[0].startswith(("+", "-"))
     assert "note: windows differ, and in a longer one more of a text is known: 128 (own.gguf), 32 (own)" in said
     assert "gaps are" not in said
+    if native_wanted(torch.device("cpu")):
+        assert "note: dtype bfloat16 is of what runs in torch, and changes nothing for own.gguf\n" in said
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("kind", ["documents", "conversations"])
+def test_borders_are_kept_on_every_machine(tmp_path, kind, with_adapter):
+    """Of a float run too, which the native engine could run, and which knows no borders."""
+    lines = [f"The {i} cats see the {i * 7 % 100} dogs." for i in range(200)]
+    tokenizer = train_tokenizer(lines, 300)
+    if kind == "documents":
+        (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        data = {"corpus": str(tmp_path / "lines.jsonl"), "document_mask": True}
+    else:
+        turns = [{"messages": chat("one", line)} for line in lines]
+        (tmp_path / "chats.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+        data = {"chat": str(tmp_path / "chats.jsonl")}
+    write_run(tmp_path / "run", tokenizer, **data)
+    source = open_source(tmp_path / "run")
+    (source.path / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
+    feed = open_held_out(source)
+    model = source.model()
+    adapter = None
+    if with_adapter:
+        matrices = {name: (torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2) / 50)
+                    for name, layer in projections(model)}  # fmt: skip
+        adapter = Adapter(matrices, tmp_path, "run")
+        put_on(model, adapter)
+    crossed = evaluate_feed(model, feed).loss if kind == "documents" else None
+    model.document_ids = feed.document_ids
+    expected = evaluate_feed(model, feed).loss
+    assert crossed != pytest.approx(expected, rel=1e-5)
+    found = evaluate_model(str(tmp_path / "run"), torch.device("cpu"), torch.float32, lora=adapter)
+    assert found.evaluation.loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_command_line_errors(tmp_path, capsys):
