@@ -153,7 +153,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
     model.model.recompute, model.loss_chunk = config.recompute, config.loss_chunk
     model.document_ids = feed.document_ids
     if world.strategy == "fsdp":
-        shard(model, device)
+        shard(model, device, config.gradient_dtype)
 
     # The optimizer, with moments for what this process has of the model.
     optimizer = Optimizer(model, config.optim)

@@ -63,6 +63,9 @@ class TrainConfig:
     """
     parallel: Strategy = "auto"
     """With torchrun: ddp (every process has the whole model; auto) or fsdp (parameters, gradients, moments sharded)."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """With --parallel fsdp: the type in which gradients are sent and added over processes. bfloat16 is half the bytes,
+    and rounds them to 8 bits."""
     timeout_minutes: float = 30.0
     """End the program where a step takes longer than this, or a process waits as long for another one."""
     float_start: float = 0.0
@@ -170,6 +173,10 @@ class TrainConfig:
             raise ValueError(f"data.prefetch is {self.data.prefetch}; give 0 or more micro-batches, at most 1,024")
         if self.spike_factor <= 1:
             raise ValueError(f"spike_factor is {self.spike_factor}; it multiplies what is usual, so it must be above 1")
+        if self.reduce_dtype != "float32" and self.parallel != "fsdp":
+            raise ValueError(
+                f"reduce_dtype {self.reduce_dtype} is of gradients of shards (--parallel fsdp); leave it out"
+            )
         check_pace(self.pace, self.steps)
         self.check_start()
         if not 0 <= self.teacher_weight <= 1:
@@ -198,6 +205,11 @@ class TrainConfig:
     def window(self) -> int:
         """Tokens in a training sequence."""
         return self.context or self.model.max_position_embeddings
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Of gradients on their way between shards."""
+        return torch.bfloat16 if self.reduce_dtype == "bfloat16" else torch.float32
 
     @property
     def tokens_per_step(self) -> int:
@@ -355,6 +367,7 @@ class TrainConfig:
             micro_batches=self.micro_batches,
             strategy=world.strategy,
             processes=world.size,
+            reduced=self.gradient_dtype.itemsize,
             float_start=self.float_start > 0,
             ramp=self.ramp > 0,
             timed=self.minutes is not None,

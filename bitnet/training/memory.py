@@ -77,6 +77,8 @@ class Workload:
     strategy: str = "none"
     """none, ddp or fsdp."""
     processes: int = 1
+    reduced: int = 4
+    """Bytes of a value of the gradients that FSDP sends."""
     float_start: bool = False
     """Whether the run begins without quantizers."""
     ramp: bool = False
@@ -371,7 +373,7 @@ class StepSizes:
     def arriving(self) -> float:
         """A layer's gradients beside those that they are added to; FSDP sends a copy, in any case."""
         if self.work.strategy == "fsdp":
-            return 2 * self.layer_gradients
+            return self.layer_gradients * (1 + self.work.reduced / 4)
         return self.layer_gradients if self.keeps_gradients else 0
 
     @property
@@ -457,11 +459,11 @@ def at_the_first_layer(step: StepSizes) -> dict[str, float]:
 def at_the_embedding(step: StepSizes) -> dict[str, float]:
     """In the backward of the embedding: its gradient beside the head's where they are tied, and the upstream one.
 
-    gradients + 4 V C (tied) + 4 V C (waiting) + 4 M C + 4 V C (what FSDP sends)
+    gradients + 4 V C (tied) + 4 V C (waiting) + 4 M C + 4 V C (what FSDP sends; 2 V C in bfloat16)
     """
     work = step.work
     tied = step.embedding if work.model.tie_word_embeddings else 0
-    sent = step.embedding if work.strategy == "fsdp" else 0
+    sent = step.embedding * work.reduced / 4 if work.strategy == "fsdp" else 0
     return {
         "gradients": step.gradients,
         "workspace": tied + step.waiting + 4 * work.tokens * work.model.hidden_size + sent,

@@ -35,21 +35,24 @@ ONE_SCALE = ("ternary", "binary")
 """Quantizers whose scale depends on the whole matrix."""
 
 
-def shard(model: BitNetForCausalLM, device: torch.device) -> None:
+def shard(model: BitNetForCausalLM, device: torch.device, reduce_dtype: torch.dtype = torch.float32) -> None:
     """Cut a model's parameters into shards of rows, in place; every process must hold the same weights before.
 
     Embedding and norms travel in float32, as one process computes with them: autocast casts at the product. How the
-    projections travel is what `prepare_gathers` decides for each step.
+    projections travel is what `prepare_gathers` decides for each step. `reduce_dtype`: of gradients on their way to the
+    processes' mean, which then is in float32 again; bfloat16 is half the bytes, and rounds every process's part and
+    their sums to 8 bits.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for _, layer in bit_linears(model):
         layer.weight = nn.Parameter(LatentWeight(layer.weight.detach()))
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     # FSDP2 gathers around forward(); training calls loss() instead.
     register_fsdp_forward_method(model, "loss")
 

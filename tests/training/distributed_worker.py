@@ -1,7 +1,7 @@
 """Runs several training runs, one behind the other, in each process of a group: for `torchrun` of tests/builders.py.
 
 A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null}, with "muon" a
-file for the weights and moments after some steps of Muon alone.
+file for the weights and moments after some steps of Muon alone, with "gradients" one for those of the first batch.
 """
 
 import multiprocessing
@@ -40,6 +40,13 @@ def muon_steps(config: recipes.TrainConfig, world: World) -> dict[str, torch.Ten
     return {name: full_tensor(value.detach()).clone() for name, value in found.items()}
 
 
+def gradients(run: Trainer) -> dict[str, torch.Tensor]:
+    """Of the first batch, whole."""
+    run.set_products()
+    run.forward_backward(0)
+    return {name: full_tensor(parameter.grad).clone() for name, parameter in run.model.named_parameters()}
+
+
 def train_and_die(arguments: list[str]) -> None:
     """A command of train.py, in which the second process of the first start dies behind a checkpoint, at step 14."""
     step = Trainer.step
@@ -75,6 +82,13 @@ def work(jobs: list[dict[str, Any]]) -> NoReturn:
             found = muon_steps(config, world)
             if world.is_first:
                 torch.save(found, job["muon"])
+            continue
+        if job.get("gradients"):
+            run = trainer.prepare(config, world=processes.start("fsdp", torch.device("cpu"), 1))
+            found = gradients(run)
+            run.batches.close()
+            if run.world.is_first:
+                torch.save(found, job["gradients"])
             continue
         original = Trainer.step
 

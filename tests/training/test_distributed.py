@@ -26,7 +26,7 @@ from bitnet.training.sharding import GatheredCodes, LatentWeight, shard_like
 from bitnet.training.shards import read_shards, read_whole, write_shards
 from tests.builders import SMALL, configuration, losses, tensors, torchrun
 from tests.forked import Forked
-from tests.training.distributed_worker import muon_steps
+from tests.training.distributed_worker import gradients, muon_steps
 
 LONG = bool(os.environ.get("BITNET_LONG"))  # also what takes minutes
 
@@ -148,6 +148,27 @@ def test_muon_of_shards_has_the_numbers_of_one_process(tmp_path, words, processe
     assert len(matrices) == 2 * 7 * config.model.num_hidden_layers
     for name in matrices:  # the rest is AdamW's
         assert torch.equal(found[name], expected[name]), name
+
+
+def test_gradients_in_bfloat16_are_the_rounded_sums_of_rounded_parts(tmp_path, words):
+    base = curve(tmp_path, words, steps=1)
+    base = dataclasses.replace(base, model=base.model.replace(quantizer="none"))  # whose scale knows no processes
+    halves = dataclasses.replace(base, micro_batches=2)
+    alone = trainer.prepare(halves)
+    for parameter in alone.model.parameters():
+        parameter.register_hook(lambda gradient: gradient.bfloat16().float())
+    expected = {name: gradient.bfloat16().float() for name, gradient in gradients(alone).items()}
+    alone.batches.close()
+    path, sharded = tmp_path / "gradients.pt", dataclasses.replace(base, parallel="fsdp", reduce_dtype="bfloat16")
+    result = torchrun(2, tmp_path, [{"config": dataclasses.asdict(sharded), "gradients": str(path)}])
+    assert result.returncode == 0, result.stderr
+    found = torch.load(path, weights_only=True)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.any(), name
+        assert torch.equal(found[name], value), name
+    with pytest.raises(ValueError, match=r"reduce_dtype bfloat16 is of gradients of shards .*; leave it out"):
+        dataclasses.replace(base, reduce_dtype="bfloat16")
 
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
