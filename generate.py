@@ -131,8 +131,8 @@ def run(options: Options) -> None:
                 note(f"temperature 0{whose} is greedy: {names} change nothing; give --temperature too")
             if options.samples > 1:
                 note(f"temperature 0 is greedy: all {options.samples} samples will be the same")
-        if options.prompt_lookup_num_tokens and (options.samples > 1 or options.prompts):
-            note("--prompt-lookup-num-tokens is of single texts; texts side by side are written without drafts")
+        if options.prompt_lookup_num_tokens and options.samples > 1:
+            note("--prompt-lookup-num-tokens is of single texts and --prompts; samples are written without drafts")
         writer = Writer(options, model)
         if options.prompts is not None and options.out is not None:
             from bitnet.inference.batch import write_answers

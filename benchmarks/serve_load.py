@@ -132,8 +132,8 @@ def asked_of(peer: Peer, options: Options, number: int, vocab_size: int) -> dict
     """The prompt of a request, the same in every call, and how its text ends."""
     if options.prompts is None:
         return {"prompt": prompt_of(options, number, vocab_size), "ignore_eos": True}
-    messages = conversations(options.prompts, options.kind)
-    messages = messages[number % len(messages)]
+    found = conversations(options.prompts, options.kind)
+    messages = found[number % len(found)]
     return {"messages": messages} if peer.chats else {"prompt": "\n\n".join(one["content"] for one in messages)}
 
 

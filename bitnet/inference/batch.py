@@ -30,6 +30,7 @@ from bitnet.files import parse_json
 from bitnet.inference.cpu_rows import BLOCK
 from bitnet.inference.engine import check_ids
 from bitnet.inference.generation import cache_of
+from bitnet.inference.lookup import Drafter
 from bitnet.inference.options import TextOptions
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import draw_rows
@@ -85,31 +86,70 @@ def write_answers(model: TextModel, prompts: Path, out: Path, options: TextOptio
     say(f"{ended} of {len(asked)} texts in {out}, {tokens} new tokens, {tokens / max(seconds, 1e-9):.0f} tok/s")
 
 
+@dataclass
+class _Running:
+    """A text on its way through the passes."""
+
+    one: Asked
+    text: OpenText
+    row: Any
+    pending: list[int]
+    """Tokens that the row is about to read: the prompt, then the last one."""
+    drafter: Drafter | None
+    ahead: bool = False
+    """The last token was the draft's: the row has read it, and the logits behind it are there."""
+
+    @property
+    def room(self) -> int:
+        return self.text.room - self.text.completion.new_tokens
+
+    def take(self, token: int) -> None:
+        self.pending = [token]
+        if self.drafter is not None:
+            self.ahead = self.drafter.take(token)
+            if not self.ahead:
+                known = len(self.text.ids) + self.text.completion.new_tokens - 1
+                self.row.truncate(min(self.row.length, known))
+
+
 @torch.inference_mode()
 def _written(model: TextModel, waiting: "deque[tuple[Asked, OpenText]]", most: int) -> Iterator[tuple[Asked, OpenText]]:
-    """Every text once it has ended. A prompt is read beside the texts that go on, as soon as a row is free."""
-    rows, ends = rows_of(model.model), model.source.tokenizer.eos_ids
+    """Every text once it has ended. A prompt is read beside the texts that go on, as soon as a row is free; while none
+    is, they may carry drafts."""
+    rows, ends, lookup = rows_of(model.model), model.source.tokenizer.eos_ids, model.lookup
     needs = sorted((len(text.ids) + text.room + BLOCK for _, text in waiting), reverse=True)
     cache = cache_of(model.model, sum(needs[:most]) or 1)
-    running: list[tuple[Asked, OpenText, Any, list[int]]] = []  # with the row, and the tokens that it is about to read
+    running: list[_Running] = []
     while waiting or running:
         while waiting and len(running) < most:
             one, text = waiting.popleft()
-            running.append((one, text, cache.new_row(), text.ids))
-        logits = rows.step([(row, ids) for _, _, row, ids in running])
-        drawn = draw_rows([text.sampler for _, text, _, _ in running], logits)
-        left = []
-        for (one, text, row, _), token in zip(running, drawn, strict=True):
-            if not token.finite:
-                raise ValueError(f"the model's logits are not finite in the text of line {one.line}")
-            text.push(token)
-            if text.finished or token.token in ends or text.completion.new_tokens == text.room:
-                text.close()
-                row.close()
-                yield one, text
-            else:
-                left.append((one, text, row, [token.token]))
-        running = left
+            drafter = Drafter(lookup, text.ids) if lookup.tokens else None
+            running.append(_Running(one, text, cache.new_row(), text.ids, drafter))
+        drafts: list[list[int]] = [[] for _ in running]
+        drafters = [(one.drafter, one.room) for one in running if one.drafter is not None]
+        if drafting := bool(drafters) and all(one.text.completion.new_tokens for one in running):
+            drafts = lookup.begin(drafters)
+        steps = [(one.row, one.pending + draft) for one, draft in zip(running, drafts, strict=True)]
+        started = time.perf_counter()
+        logits = rows.step(steps, every=True) if any(drafts) else rows.step(steps).split(1)
+        if drafting:
+            lookup.measured(len(running), sum(map(len, drafts)), time.perf_counter() - started)
+        behind, place = list(zip(running, logits, strict=True)), 0
+        while behind:
+            drawn = draw_rows([one.text.sampler for one, _ in behind], torch.stack([out[place] for _, out in behind]))
+            for (now, _), token in zip(behind, drawn, strict=True):
+                text = now.text
+                if not token.finite:
+                    raise ValueError(f"the model's logits are not finite in the text of line {now.one.line}")
+                text.push(token)
+                if text.finished or token.token in ends or not now.room:
+                    text.close()
+                    now.row.close()
+                    yield now.one, text
+                else:
+                    now.take(token.token)
+            behind, place = [(one, out) for one, out in behind if one.ahead and not one.row.closed], place + 1
+        running = [one for one in running if not one.row.closed]
 
 
 def _read(path: Path, options: TextOptions, seed: int, model: list[str]) -> Iterator[Asked]:

@@ -11,7 +11,7 @@ the draft are what a pass for it alone gives, to the bit: tokens are drawn one b
 numbers, and the text is the same with and without. While they are those of the draft, the next logits are there
 already; at the first other one the row forgets the rest.
 
-How long drafts are, is chosen for every pass, of one text or of many (`bitnet/serving/scheduler.py`): what gives most
+How long drafts are, is chosen for every pass, of one text or of many side by side: what gives most
 tokens a second, perhaps none. The times of passes are measured as they run. How often a draft is right is counted by
 the length of the match, whether it was run or not.
 
@@ -102,6 +102,12 @@ class PromptLookup:
             lengths[text] += 1
         return lengths
 
+    def begin(self, texts: Sequence[tuple["Drafter", int]]) -> list[list[int]]:
+        """Begin the drafts of the texts of a pass, each given with the most tokens that are still to come to it."""
+        # Behind the last one nothing is drawn, so it need not be read.
+        lengths = self.draft_lengths([(drafter.match, room - 1) for drafter, room in texts])
+        return [drafter.begin(length) for (drafter, _), length in zip(texts, lengths, strict=True)]
+
     def _share(self, match: int) -> float:
         return self._right[min(match, _LONGEST)]
 
@@ -191,10 +197,10 @@ class Ahead:
         if not self.passed:
             return self._logits.pop(0)
         self.forget()
-        (length,) = self._lookup.draft_lengths([(drafter.match, room - 1)])
+        (draft,) = self._lookup.begin([(drafter, room)])
         started = time.perf_counter()
-        (logits,) = self._rows.step([(self._row, [token, *drafter.begin(length)])], every=True)
-        self._lookup.measured(1, length, time.perf_counter() - started)
+        (logits,) = self._rows.step([(self._row, [token, *draft])], every=True)
+        self._lookup.measured(1, len(draft), time.perf_counter() - started)
         first, *self._logits = logits.split(1)
         return first
 

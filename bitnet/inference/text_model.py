@@ -354,8 +354,9 @@ def load(
     activations: int8 or float (None), of weights with group scales in the native CPU engine.
     embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
     lora:        a LoRA adapter of these weights: its folder, or a run with --lora.
-    prompt_lookup_num_tokens: in the native CPU engine, of the longest draft by which one text goes on where it repeats
-                 its prompt or itself (`bitnet/inference/lookup.py`): faster, and the same text; 0: none.
+    prompt_lookup_num_tokens: in the native CPU engine, of the longest draft by which one text, or those of a server or
+                 of a file of prompts, go on where they repeat a prompt or themselves (`bitnet/inference/lookup.py`):
+                 faster, and the same texts; 0: none.
 
     Raises ValueError or OSError, naming what is wrong with the path.
     """

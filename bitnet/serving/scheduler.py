@@ -273,14 +273,13 @@ class Scheduler:
         return plan
 
     def _with_drafts(self, plan: list[tuple[Sample, list[int]]]) -> list[tuple[Sample, list[int]]]:
-        """Texts that are all being written, with the drafts that pay. Beside a prompt none would: a pass that long is
-        bound by computing, so a wrong token costs what a right one saves later."""
+        """Texts that are all being written, with the drafts that pay. Beside a prompt there are none: who waits for a
+        first token would wait for them too."""
+        rooms = [sample.job.generation.max_new_tokens - sample.new_tokens for sample, _ in plan]
         drafters = [sample.drafter for sample, _ in plan if sample.drafter is not None]
-        rooms = [sample.job.generation.max_new_tokens - sample.new_tokens - 1 for sample, _ in plan]
-        lengths = self._lookup.draft_lengths([(one.match, room) for one, room in zip(drafters, rooms, strict=True)])
-        self.metrics.drafts.inc(sum(length > 0 for length in lengths))
-        self.metrics.draft_tokens.inc(sum(lengths))
-        drafts = [drafter.begin(length) for drafter, length in zip(drafters, lengths, strict=True)]
+        drafts = self._lookup.begin(list(zip(drafters, rooms, strict=True)))
+        self.metrics.drafts.inc(sum(bool(draft) for draft in drafts))
+        self.metrics.draft_tokens.inc(sum(map(len, drafts)))
         return [(sample, ids + draft) for (sample, ids), draft in zip(plan, drafts, strict=True)]
 
     @staticmethod

@@ -12,12 +12,17 @@ import torch
 
 import bitnet
 import generate as script
+from bitnet.inference.batch import write_answers
+from bitnet.inference.lookup import PromptLookup
 from bitnet.inference.options import TextOptions
 from bitnet.inference.text_model import TextModel
+from bitnet.kernels.cpu import native
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.tokenizer import ChatTemplate, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
 from bitnet.training.checkpoint import save_checkpoint
+from tests.inference.builders import AlwaysDrafts
+from tests.kernels.builders import NOT_BUILT
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,26 @@ def test_answers_are_what_generate_gives(tmp_path: Path, folder: Path, model: Te
     many = model.generate_many([line["prompt"] for line in LINES[:2]], max_new_tokens=9, seed=7)  # type: ignore[misc]
     assert many[0].text == found[1]["text"]
     assert many[1].seed == 8
+
+
+@pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUILT)
+def test_drafts_change_no_answer(tmp_path: Path, model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = [{"prompt": word * 3, "max_new_tokens": 40, "temperature": 0.05} for word in ("self ", "x", "def ", "if a")]
+    lines = [*LINES, *again, {**again[0], "stop": ["e"]}, {**again[1], "presence_penalty": 0.1}]
+    prompts, read = write(tmp_path / "prompts.jsonl", lines), list[int]()
+    drafting = TextModel(model.model, model.source, 7)
+    monkeypatch.setattr(TextModel, "lookup", AlwaysDrafts(7))
+    monkeypatch.setattr(AlwaysDrafts, "measured", lambda self, texts, drafted, seconds: read.append(drafted))
+    for rows in (3, 16, 1):
+        read.clear()
+        write_answers(drafting, prompts, tmp_path / f"{rows}.jsonl", TextOptions(max_new_tokens=9), 7, rows)
+    passes = len(read)
+    monkeypatch.setattr(TextModel, "lookup", PromptLookup(0))
+    write_answers(model, prompts, tmp_path / "plain.jsonl", TextOptions(max_new_tokens=9), 7, 3)
+    assert len(read) == passes
+    plain = answers(tmp_path / "plain.jsonl")
+    assert all(answers(tmp_path / f"{rows}.jsonl") == plain for rows in (1, 3, 16))
+    assert passes < sum(answer["new_tokens"] - 1 for answer in plain.values())  # one behind the other: some were right
 
 
 def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
