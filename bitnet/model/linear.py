@@ -359,10 +359,21 @@ def _swap(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None
     Returns the model (another object only if it was itself replaced) and how many were replaced."""
     # All replacements are made before any is put in place, so that a module with two names becomes one module.
     replaced: dict[nn.Module, nn.Module] = {}
+    hooked = []
     for name, module in model.named_modules():
         new = convert(name, module)
         if new is not None:
             replaced[module] = new
+            if any(
+                getattr(module, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+            ):
+                hooked.append(name)
+    if hooked:
+        warnings.warn(
+            f"hooks on {', '.join(hooked[:3])}{', ...' * (len(hooked) > 3)} are gone with the modules that were "
+            "replaced; register them again",
+            stacklevel=3,
+        )
     if model in replaced:
         return replaced[model], 1
     for parent in list(model.modules()):

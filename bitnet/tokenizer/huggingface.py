@@ -22,6 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnet.console import note
 from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer.added import CONFIG, FolderTokens, added_tokens, read_settings
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
@@ -102,8 +103,8 @@ class HuggingFaceTokenizer(BaseTokenizer):
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer file {os.fspath(path)!r} cannot be read: {error}") from error
-        backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}")
         config = read_settings(path.parent / "config.json") if config is None else config
+        backend = backend_from_json(text, f"tokenizer file {os.fspath(path)!r}", config.get("vocab_size"))
         tokens = added_tokens(path.parent)
         _check_prefix(backend, read_settings(path.parent / CONFIG), os.fspath(path))
         _complete(backend, tokens, config.get("vocab_size"), os.fspath(path))
@@ -175,8 +176,9 @@ class HuggingFaceTokenizer(BaseTokenizer):
                 self._backend.encode_special_tokens = True
 
 
-def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
-    """The library's object for a tokenizer.json. Raises ValueError naming `source` for a file it does not take."""
+def backend_from_json(text: str, source: str, rows: object = None) -> tokenizers.Tokenizer:
+    """The library's object for a tokenizer.json, without added tokens that a model of so many `rows` has none for.
+    Raises ValueError naming `source` for a file it does not take."""
     library = import_tokenizers()
     # Before the library has it, which normalizes the added tokens at once. What is no JSON, or of another form, it
     # refuses itself.
@@ -184,10 +186,28 @@ def backend_from_json(text: str, source: str) -> tokenizers.Tokenizer:
         contents = json.loads(text)
     except (ValueError, RecursionError):
         contents = None
+    if lost := _beyond(contents, rows):
+        note(f"{source} adds {', '.join(lost)}, for which the model has no rows: left out")
+        contents["added_tokens"] = [token for token in contents["added_tokens"] if token["content"] not in lost]
+        text = json.dumps(contents)
     if cost := cost_of(contents, source):
         LimitedEncoder(text, cost, source).load()
     with library_errors(source):
         return library.Tokenizer.from_str(text)
+
+
+def _beyond(contents: Any, rows: object) -> list[str]:
+    """Texts of the added tokens of a tokenizer.json that stand behind its vocabulary and a model's rows."""
+    if not isinstance(contents, dict) or type(rows) is not int:
+        return []
+    model, added = contents.get("model"), contents.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict | list) or not isinstance(added, list):
+        return []
+    tokens: list[tuple[Any, Any]] = [(t.get("content"), t.get("id")) for t in added if isinstance(t, dict)]
+    if len(tokens) < len(added) or not all(isinstance(text, str) and type(i) is int for text, i in tokens):
+        return []
+    return [text for text, i in tokens if i >= max(rows, len(vocab))]
 
 
 @contextmanager

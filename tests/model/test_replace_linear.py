@@ -402,3 +402,13 @@ def test_nothing_is_said_where_nothing_is_left_or_a_filter_decides(recwarn: pyte
     replace_linear(tied)
     replace_linear(nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)), filter=lambda name, linear: True)
     assert not recwarn.list
+
+
+def test_hooks_that_are_lost_are_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.warns(UserWarning, match="hooks on 1 are gone"):
+        replace_linear(model)
+    model[0].register_forward_hook(lambda module, inputs, output: None)
+    with pytest.warns(UserWarning, match="hooks on 0 are gone"):
+        pack(model)

@@ -258,3 +258,19 @@ def test_transformers_begins_a_text_as_we_do(transformers, tmp_path, kind, adds_
     for text in ("", "hello world", "<s>"):
         assert theirs(text).input_ids == ours.encode(text, bos=adds_bos, special=theirs.split_special_tokens is False)
     assert load_tokenizer(folder).adds_bos == adds_bos
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path, capsys):
+    """As in a first release of Llama 2, whose <pad> no model has a row for."""
+    backend = byte_level(False)
+    size = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad2>", "<pad3>"])
+    whole = files(tmp_path, backend)
+    assert (whole.vocab_size, capsys.readouterr().err) == (size + 2, "")
+    ours = files(tmp_path, backend, config={"vocab_size": size + 1})
+    assert ours.vocab_size == size + 1
+    assert "adds <pad3>, for which the model has no rows: left out" in capsys.readouterr().err
+    assert ours.encode("a<tool>b<pad2>", special=True) == whole.encode("a<tool>b<pad2>", special=True)
+    assert ours.encode("<pad3>", special=True) == whole.encode("<pad3>")
+    ours = files(tmp_path, backend, config={"vocab_size": 5})  # of another model: said where the model is known
+    assert ours.vocab_size == backend.get_vocab_size(with_added_tokens=False)
