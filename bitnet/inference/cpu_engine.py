@@ -210,9 +210,14 @@ class Engine:
         return NativeRows(self)
 
     @property
+    def activations(self) -> list[str]:
+        """How the projections take their inputs, "int8" or "float" or both."""
+        return self._model.activations()
+
+    @property
     def kernel(self) -> str:
         """What multiplies: "native int8" or "native float", by the activations of the projections."""
-        return f"native {'+'.join(self._model.activations())}"
+        return f"native {'+'.join(self.activations)}"
 
     @property
     def device(self) -> torch.device:

@@ -133,10 +133,20 @@ class EngineOptions:
     embeddings: str | None
 
     def engine(self, model: BitNetForCausalLM) -> Engine:
-        return Engine.from_model(
+        engine = Engine.from_model(
             model, cache_dtype=self.cache_dtype, activations=self.activations or DEFAULT_ACTIVATIONS,
             embeddings=self.embeddings,
         )  # fmt: skip
+        return self.told(engine)
+
+    def told(self, engine: Engine) -> Engine:
+        """The engine, and a note where its activations are not what was asked for."""
+        if self.activations is not None and self.activations not in engine.activations:
+            note(
+                f"activations {self.activations} are of weights that were quantized in groups afterwards; those of "
+                f"this model stay {' and '.join(engine.activations)}"
+            )
+        return engine
 
 
 def _with_adapter(
@@ -211,7 +221,7 @@ def _stream(source: Source, options: EngineOptions) -> Engine:
 
         with source.verifying():
             build_exactly(build, read, names)
-        return engines[0]
+        return options.told(engines[0])
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{source.path / MODEL} does not hold the packed model of its {CONFIG}: {error}"

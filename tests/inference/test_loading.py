@@ -8,7 +8,8 @@ import torch
 import generate as cli
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
-from bitnet.kernels import use_backend
+from bitnet.kernels import native_wanted, use_backend
+from bitnet.ptq.drivers import Options
 from bitnet.ptq.methods import quantize_model
 from bitnet.storage.folders import save_packed, save_quantized
 from bitnet.storage.gguf import write as gguf_write
@@ -153,6 +154,20 @@ def test_options_of_the_engine_are_refused_elsewhere(tmp_path, tokenizer):
             open_model(folder, **{name: value})
         with pytest.raises(ValueError, match=message):
             open_model(folder, pack=False, **{name: value})
+
+
+@pytest.mark.skipif(not native_wanted(torch.device("cpu")), reason="the native kernels were not built")
+def test_activations_that_no_weight_takes_are_told(tmp_path, tokenizer, capsys):
+    save_run(tmp_path / "ternary", tiny_model(), tokenizer)
+    save_packed(tmp_path / "packed", tiny_model().pack(), tokenizer.model_proto)
+    save_run(tmp_path / "float", tiny_model("none"), tokenizer)
+    groups = quantize_model(tiny_model("none"), "rtn-int4", options=Options(group_size=32, progress=False))
+    save_quantized(groups, tmp_path / "groups", "rtn-int4", tokenizer.files())
+    for name, stays in (("ternary", "int8"), ("packed", "int8"), ("float", "float"), ("groups", None)):
+        for asked in ("int8", "float"):
+            open_model(tmp_path / name, activations=asked)
+            said = f"note: activations {asked} are of weights that were quantized in groups afterwards; those of this"
+            assert (said in capsys.readouterr().err) is (stays not in (asked, None)), (name, asked)
 
 
 def test_a_cache_type_that_nothing_takes_is_refused(tmp_path, tokenizer):
