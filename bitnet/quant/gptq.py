@@ -23,6 +23,7 @@ Within a block of 128 channels the update is done at once, for the rest after th
 Letters: N output channels (rows), K input channels (columns), G groups, S channels of a group.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +51,7 @@ def choose_damping(
     weight: Tensor, fitted: Tensor, held_out: Tensor, grid: Grid | None = None, *, group_size: int = 128, **options: Any
 ) -> float | None:
     """The damping of `DAMPINGS` whose quantized weight does best on inputs that it was not fitted to, or None where
-    rounding to nearest does better than all of them.
+    rounding to nearest does better.
 
     weight: float `[N, K]`, of which up to `SAMPLED_ROWS` rows are tried; fitted, held_out: Hessians `[K, K]` of two
     parts of the calibration inputs; options: those of `gptq_quantize`. The fewer the tokens for each channel, the more
@@ -58,13 +59,19 @@ def choose_damping(
     """
     grid = grid or Grid()
     rows = weight[:: -(-len(weight) // SAMPLED_ROWS)] if len(weight) else weight
-    best, least = None, layer_error(rows, round_to_nearest(rows, grid, group_size).dequantize(), held_out).sum()
-    for damping in DAMPINGS:
-        quantized = gptq_quantize(rows, fitted, grid, group_size=group_size, damping=damping, **options)
-        error = layer_error(rows, quantized.dequantize(), held_out).sum()
-        if error < least:
-            best, least = damping, error
-    return best
+
+    @functools.cache
+    def error(index: int) -> float:
+        quantized = gptq_quantize(rows, fitted, grid, group_size=group_size, damping=DAMPINGS[index], **options)
+        return float(layer_error(rows, quantized.dequantize(), held_out).sum())
+
+    # Too little damping learns noise and too much learns nothing, so the error has one valley: downhill from the middle.
+    best = len(DAMPINGS) // 2
+    for step in (-1, 1):
+        while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best):
+            best += step
+    nearest = layer_error(rows, round_to_nearest(rows, grid, group_size).dequantize(), held_out).sum()
+    return DAMPINGS[best] if error(best) < nearest else None
 
 
 class HessianSum:

@@ -6,16 +6,14 @@
 //
 // Letters: D digits of an activation, 1 of INT8. The integer sums are exact; the float operations are the same ones in
 // the same order for any number of tokens, so a token's outputs do not depend on the others. Columns are worked on in
-// chunks of 512, whose codes stay in the first-level cache for all tokens: as lines for up to DIRECT of them, else
+// chunks of 512, whose codes stay in the first-level cache for all tokens: as lines for a few of them, else
 // unpacked.
 #pragma once
 
-#include "matmul.h"
+#include "group_scales.h"
 
 namespace bn {
 namespace BN_ISA {
-
-enum { CHUNK = 512, CHUNK_LINES = CHUNK / 4 + 4, CHUNK_GROUPS = CHUNK / 16 };
 
 BN_INLINE constexpr int step_lines(int codec) { // of 32 columns; of 256 in CODEC_BASE3
     return codec == CODEC_BASE3 ? 13 : codec == CODEC_ONE_BIT ? 1 : codec == CODEC_LEVELS ? 4 : codec;
@@ -39,25 +37,26 @@ template <int codec, int i> BN_INLINE vb quad(const uint8_t *p, const uint8_t *l
     else return load_line(p + 64 * i);
 }
 
-// Sums of codes times x over quads FIRST to FIRST + COUNT of a step, for each digit of x; x of the first of them.
-template <int codec, int FIRST, int COUNT, int D>
-BN_INLINE void quads_times_token(const uint8_t *p, const uint8_t *levels, const int8_t *x, int64_t plane, vi *total) {
-    vi part[D];
-#pragma GCC unroll 3
-    for (int d = 0; d < D; d++) total[d] = part[d] = (vi){};
+// Sums of codes times x over quads FIRST to FIRST + COUNT of a step, for each of MT tokens and D digits of x: [MT][D].
+template <int codec, int FIRST, int COUNT, int MT, int D>
+BN_INLINE void quads_times_tokens(const uint8_t *p, const uint8_t *levels, const int8_t *x, int64_t stride, int64_t plane,
+                                  vi *total) {
+    vi part[MT * D];
+#pragma GCC unroll 6
+    for (int j = 0; j < MT * D; j++) total[j] = part[j] = (vi){};
 #define BN_QUAD(i)                                                                                                     \
     if constexpr (i < COUNT) {                                                                                         \
         vb v = quad<codec, FIRST + i>(p, levels);                                                                      \
-        _Pragma("GCC unroll 3") for (int d = 0; d < D; d++) {                                                          \
-            vi t = splat_dword(x + d * plane + 4 * i);                                                                 \
+        _Pragma("GCC unroll 6") for (int j = 0; j < MT * D; j++) {                                                     \
+            vi t = splat_dword(x + j / D * stride + j % D * plane + 4 * i);                                            \
             if constexpr (bits_to_add(codec) == 8) {                                                                   \
-                total[d] = dot4(total[d], v, t);                                                                       \
+                total[j] = dot4(total[j], v, t);                                                                       \
             } else {                                                                                                   \
-                part[d] = add_small(part[d], v, t);                                                                    \
-                if constexpr (!SHORT_SUMS) opaque(part[d]);                                                            \
+                part[j] = add_small(part[j], v, t);                                                                    \
+                if constexpr (!SHORT_SUMS) opaque(part[j]);                                                            \
                 if constexpr ((i + 1) % every(bits_to_add(codec)) == 0 || i + 1 == COUNT) {                            \
-                    total[d] = total[d] + dot4_of(part[d]);                                                            \
-                    part[d] = (vi){};                                                                                  \
+                    total[j] = total[j] + dot4_of(part[j]);                                                            \
+                    part[j] = (vi){};                                                                                  \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
@@ -73,109 +72,47 @@ template <int D> BN_INLINE vf joined(const vi *total) {
     else return fma(to_float(total[2]), splat(65536.0f), fma(to_float(total[1]), splat(256.0f), low));
 }
 
-struct chunk { // of one block: its columns, and what its groups have
-    const uint8_t *lines;
-    int64_t first, columns, groups;
-    alignas(64) float s[CHUNK_GROUPS * 16], t[CHUNK_GROUPS * 16];
-};
-
-BN_INLINE int64_t group_bytes(int kind) {
-    return kind == GROUPS_HALF ? 32 : kind == GROUPS_HALF_MIN || kind == GROUPS_FLOAT ? 64 : kind == GROUPS_HALF_ZERO ? 48
-         : kind == GROUPS_SUPER_MIN ? 32 : 16;
-}
-BN_INLINE int64_t super_bytes(int kind) { return kind == GROUPS_SUPER ? 32 : kind >= GROUPS_SUPER_MIN ? 64 : 0; }
-
-// Scales and minimums of the groups from column `first` on; chunks begin with a super-block.
-template <int kind> static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
-    int64_t columns = padded_columns(w), per_block = (columns + w.group - 1) / w.group, bytes = group_bytes(kind);
-    int64_t from = c.first / w.group, in_super = 256 / w.group;
-    const uint8_t *p = w.groups + (block * per_block + from) * bytes;
-    const uint8_t *super = w.supers + (block * ((columns + 255) / 256) + c.first / 256) * super_bytes(kind);
-    c.groups = (c.first + c.columns + w.group - 1) / w.group - from;
-    vf center = splat((float)-w.center), scale = {}, least = {};
-    for (int64_t i = 0, left = 0; i < c.groups; i++, p += bytes, left--) {
-        BN_PREFETCH(p + PREFETCH / 4);
-        if (super_bytes(kind) && left == 0) {
-            BN_PREFETCH(super + PREFETCH / 8);
-            scale = from_half((const uint16_t *)super);
-            if (super_bytes(kind) == 64) least = -from_half((const uint16_t *)super + 16);
-            super += super_bytes(kind);
-            left = in_super;
-        }
-        vf s, t;
-        if constexpr (kind == GROUPS_HALF) {
-            s = from_half((const uint16_t *)p);
-            t = center * s;
-        } else if constexpr (kind == GROUPS_HALF_MIN) {
-            s = from_half((const uint16_t *)p);
-            t = from_half((const uint16_t *)p + 16);
-        } else if constexpr (kind == GROUPS_HALF_ZERO) {
-            s = from_half((const uint16_t *)p);
-            t = -to_float(widen(p + 32)) * s;
-        } else if constexpr (kind == GROUPS_FLOAT) {
-            s = load((const float *)p);
-            t = center * s;
-        } else if constexpr (kind == GROUPS_SUPER) {
-            s = scale * widen((const int8_t *)p);
-            t = center * s;
-        } else if constexpr (kind == GROUPS_SUPER_MIN) {
-            s = scale * to_float(widen(p));
-            t = least * to_float(widen(p + 16));
-        } else {
-            vi both = widen(p);
-            s = scale * to_float(both & splat(15));
-            t = least * to_float((both >> 4) & splat(15));
-        }
-        store(c.s + 16 * i, s);
-        store(c.t + 16 * i, t);
-    }
-}
-static void read_groups(const bn_matrix &w, int64_t block, chunk &c) {
-    switch (w.kind) {
-    case GROUPS_HALF: return read_groups<GROUPS_HALF>(w, block, c);
-    case GROUPS_HALF_MIN: return read_groups<GROUPS_HALF_MIN>(w, block, c);
-    case GROUPS_HALF_ZERO: return read_groups<GROUPS_HALF_ZERO>(w, block, c);
-    case GROUPS_FLOAT: return read_groups<GROUPS_FLOAT>(w, block, c);
-    case GROUPS_SUPER: return read_groups<GROUPS_SUPER>(w, block, c);
-    case GROUPS_SUPER_MIN: return read_groups<GROUPS_SUPER_MIN>(w, block, c);
-    default: return read_groups<GROUPS_NIBBLES>(w, block, c);
-    }
-}
-
 // Sums of MT tokens with one segment, already exact integers or floats, enter `sums` with the segment's s and t.
 BN_INLINE vf enter(vf sum, vf part, vf s, vf t, float x_sum) { return fma(splat(x_sum), t, fma(part, s, sum)); }
 
-// One token with the lines of a chunk: sums[16] += ...
-template <int codec, int SEGMENT, int D>
-static void lines_times_token(const bn_matrix &w, const chunk &c, const activations &a, int64_t m, float *sums) {
+// MT tokens with the lines of a chunk: sums[m][32] += ...
+template <int codec, int SEGMENT, int MT, int D>
+static void lines_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t m, float *sums) {
     const uint8_t *p = c.lines;
     const int8_t *x = a.q + m * a.stride + c.first;
-    int64_t at = m * a.segments + c.first / SEGMENT, per_group = w.group / SEGMENT;
+    const int64_t segments = a.segments, at = m * segments + c.first / SEGMENT, per_group = w.group / SEGMENT;
     const float *scale = a.scale + at, *x_sum = a.sum + at;
     int64_t until = c.columns / SEGMENT;
-    vf y = load(sums);
-    vi total[D];
+    vf y[MT];
+    vi total[MT * D];
+#pragma GCC unroll 4
+    for (int j = 0; j < MT; j++) y[j] = load(sums + 32 * j);
+#define BN_ENTER(i, S, T)                                                                                              \
+    _Pragma("GCC unroll 4") for (int j = 0; j < MT; j++) {                                                             \
+        vf part = joined<D>(total + j * D) * splat(scale[j * segments + i]);                                           \
+        y[j] = enter(y[j], part, S, T, x_sum[j * segments + i]);                                                       \
+    }
     if constexpr (SEGMENT == 16) {
         for (int64_t i = 0; i < until; i += 2, p += 64 * step_lines(codec), x += 32) {
             for (int l = 0; l < step_lines(codec); l++) BN_PREFETCH(p + PREFETCH + 64 * l);
-            quads_times_token<codec, 0, 4, D>(p, w.levels, x, a.plane, total);
-            y = enter(y, joined<D>(total) * splat(scale[i]), load(c.s + 16 * i), load(c.t + 16 * i), x_sum[i]);
-            quads_times_token<codec, 4, 4, D>(p, w.levels, x + 16, a.plane, total);
-            vf part = joined<D>(total) * splat(scale[i + 1]);
-            y = enter(y, part, load(c.s + 16 * i + 16), load(c.t + 16 * i + 16), x_sum[i + 1]);
+            quads_times_tokens<codec, 0, 4, MT, D>(p, w.levels, x, a.stride, a.plane, total);
+            BN_ENTER(i, load(c.s + 16 * i), load(c.t + 16 * i))
+            quads_times_tokens<codec, 4, 4, MT, D>(p, w.levels, x + 16, a.stride, a.plane, total);
+            BN_ENTER(i + 1, load(c.s + 16 * i + 16), load(c.t + 16 * i + 16))
         }
     } else {
         int64_t left = per_group - c.first / SEGMENT % per_group;
         const float *s = c.s, *t = c.t;
         for (int64_t i = 0; i < until; i++, p += 64 * step_lines(codec), x += SEGMENT) {
             if constexpr (codec == CODEC_BASE3) {
-#pragma GCC unroll 3
-                for (int d = 0; d < D; d++) total[d] = block_times_token<CODEC_BASE3>(p, 13, x + d * a.plane);
+#pragma GCC unroll 6
+                for (int j = 0; j < MT * D; j++)
+                    total[j] = block_times_token<CODEC_BASE3>(p, 13, x + j / D * a.stride + j % D * a.plane);
             } else {
                 for (int l = 0; l < step_lines(codec); l++) BN_PREFETCH(p + PREFETCH + 64 * l);
-                quads_times_token<codec, 0, 8, D>(p, w.levels, x, a.plane, total);
+                quads_times_tokens<codec, 0, 8, MT, D>(p, w.levels, x, a.stride, a.plane, total);
             }
-            y = enter(y, joined<D>(total) * splat(scale[i]), load(s), load(t), x_sum[i]);
+            BN_ENTER(i, load(s), load(t))
             if (--left == 0) {
                 left = per_group;
                 s += 16;
@@ -183,7 +120,9 @@ static void lines_times_token(const bn_matrix &w, const chunk &c, const activati
             }
         }
     }
-    store(sums, y);
+#undef BN_ENTER
+#pragma GCC unroll 4
+    for (int j = 0; j < MT; j++) store(sums + 32 * j, y[j]);
 }
 
 template <int codec> static void unpack_steps(const bn_matrix &w, const chunk &c, uint8_t *out) {
@@ -399,19 +338,24 @@ template <int codec, int D>
 static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
                                float *sums) {
     constexpr int BITS = bits_to_add(codec), TILE = FLOAT_TILE < D ? 1 : FLOAT_TILE / D;
-    if (M * D <= DIRECT || M == 1) {
-        for (int64_t m = 0; m < M; m++, sums += 32) {
-            if constexpr (codec == CODEC_BASE3) {
-                lines_times_token<codec, 256, D>(w, c, a, m, sums);
-            } else {
-                if (w.group == 16) lines_times_token<codec, 16, D>(w, c, a, m, sums);
-                else lines_times_token<codec, 32, D>(w, c, a, m, sums);
-            }
+    int64_t m = 0;
+    if (M <= (!SHORT_SUMS ? DIRECT / D : D > 1 ? 5 : BITS == 8 ? 4 : 8) || M == 1) {
+#define BN_LINES(n)                                                                                                    \
+    for (; m + n <= M; m += n) {                                                                                       \
+        if constexpr (codec == CODEC_BASE3) lines_times_tokens<codec, 256, n, D>(w, c, a, m, sums + 32 * m);           \
+        else if (w.group == 16) lines_times_tokens<codec, 16, n, D>(w, c, a, m, sums + 32 * m);                        \
+        else lines_times_tokens<codec, 32, n, D>(w, c, a, m, sums + 32 * m);                                           \
+    }
+        if constexpr (SHORT_SUMS && D == 1) {
+            BN_LINES(4)
+            BN_LINES(3)
         }
+        if constexpr (SHORT_SUMS) BN_LINES(2)
+        BN_LINES(1)
+#undef BN_LINES
         return;
     }
     unpack_steps<codec>(w, c, codes);
-    int64_t m = 0;
 #if defined(BN_AMX)
     for (; m + TILE_TOKENS <= M; m += TILE_TOKENS) codes_times_tiles<D>(w, c, codes, a, m, sums + 32 * m);
 #endif
