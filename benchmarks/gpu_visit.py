@@ -82,15 +82,15 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def run_row(steps: list[Step], deadline: float, extra: list[str]) -> dict[str, dict[str, Any]]:
+def run_row(steps: list[Step], deadline: float, work: Path, extra: list[str]) -> dict[str, dict[str, Any]]:
     """Run steps beside each other until they end or their time is up; status, seconds and rows of each."""
     started = time.monotonic()
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     done: dict[str, dict[str, Any]] = {}
     for name, limit, arguments in steps:
-        (WORK / f"{name}.json").unlink(missing_ok=True)
-        command = [*COMMAND, *arguments, *extra, "--json", str(WORK / f"{name}.json")]
-        with open(WORK / f"{name}.log", "wb") as log:
+        (work / f"{name}.json").unlink(missing_ok=True)
+        command = [*COMMAND, *arguments, *extra, "--work", str(work), "--json", str(work / f"{name}.json")]
+        with open(work / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
         running[name] = process, min(started + limit, deadline)
     while running:
@@ -101,20 +101,20 @@ def run_row(steps: list[Step], deadline: float, extra: list[str]) -> dict[str, d
                 status = "time is up"
             if status is not None:
                 del running[name]
-                path = WORK / f"{name}.json"
+                path = work / f"{name}.json"
                 rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
                 done[name] = {"status": status, "seconds": round(time.monotonic() - started, 1), "rows": rows}
         time.sleep(0.05)
     return done
 
 
-def write_results(folder: Path, stage: str, done: dict[str, dict[str, Any]]) -> None:
+def write_results(folder: Path, stage: str, work: Path, done: dict[str, dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stage}.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     logs = []
     for name in done:
-        if (WORK / f"{name}.log").exists():
-            logs.append(f"== {name}\n{(WORK / f'{name}.log').read_text(errors='replace')[-12_000:]}")
+        if (work / f"{name}.log").exists():
+            logs.append(f"== {name}\n{(work / f'{name}.log').read_text(errors='replace')[-12_000:]}")
     (folder / f"{stage}.log").write_text("\n".join(logs), encoding="utf-8")
 
 
@@ -124,11 +124,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--seconds", type=float, required=True, help="the whole stage ends within this time")
     parser.add_argument("--steps", nargs="+", help="these steps alone")
+    parser.add_argument("--patience", type=float, default=1, help="times the limit of every step, for a rehearsal")
+    parser.add_argument("--work", type=Path, default=WORK, help="where steps leave what others need")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="further arguments for every step")
     given = parser.parse_args()
-    deadline = time.monotonic() + given.seconds
-    WORK.mkdir(parents=True, exist_ok=True)
-    gates = WORK / "red_gates.json"
+    deadline, work = time.monotonic() + given.seconds, given.work.resolve()  # steps run in another folder
+    work.mkdir(parents=True, exist_ok=True)
+    gates = work / "red_gates.json"
     red = set(json.loads(gates.read_text())) if gates.exists() else set()
     done: dict[str, dict[str, Any]] = {}
     for row in STAGES[given.stage]:
@@ -140,18 +142,19 @@ def main() -> int:
         if wanted and deadline - time.monotonic() < 10:
             done |= {step[0]: {"status": "left out, no time"} for step in wanted}
         elif wanted:
-            done |= run_row(wanted, deadline, given.extra)
+            patient = [(name, given.patience * limit, arguments) for name, limit, arguments in wanted]
+            done |= run_row(patient, deadline, work, given.extra)
         for name, result in done.items():
             if name.startswith("gate_"):
                 (red.discard if result["status"] == 0 else red.add)(name.removeprefix("gate_"))
         gates.write_text(json.dumps(sorted(red)))
-        write_results(given.out, given.stage, done)
+        write_results(given.out, given.stage, work, done)
     for name, result in done.items():
         print(f"{name:18} {result['status']!s:>12} {result.get('seconds', 0):>6} s")
         for found in result.get("rows", []):
             print("    " + found["line"])
-        if result["status"] != 0 and (WORK / f"{name}.log").exists():
-            print("    | " + "\n    | ".join((WORK / f"{name}.log").read_text(errors="replace").splitlines()[-8:]))
+        if result["status"] != 0 and (work / f"{name}.log").exists():
+            print("    | " + "\n    | ".join((work / f"{name}.log").read_text(errors="replace").splitlines()[-8:]))
     return int(any(result["status"] != 0 for result in done.values()))
 
 

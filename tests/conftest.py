@@ -1,5 +1,6 @@
 """Fixtures of the suite. Every test starts from one seed, on one thread, and never asks the network for a model."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import tyro._unsafe_cache
 
 from bitnet import kernels
 from bitnet.data.chats import TokenizedChats, tokenize_chats
@@ -23,8 +23,11 @@ from tests.vocabularies import CHAT_TEXT, stdlib_tokenizer
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 torch.set_num_threads(1)
-# Where pytest is loaded, tyro makes a tenth of what it has cached anew, at random, for which it parses our sources.
-tyro._unsafe_cache.sys = SimpleNamespace(modules={})
+with contextlib.suppress(ImportError):  # a machine that is there for its GPU may have torch and little else
+    import tyro._unsafe_cache
+
+    # Where pytest is loaded, tyro makes a tenth of what it has cached anew, at random, for which it parses our sources.
+    tyro._unsafe_cache.sys = SimpleNamespace(modules={})
 
 gc.disable()  # half a million objects are imported and collected, and stay
 

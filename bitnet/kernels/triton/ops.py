@@ -1,4 +1,10 @@
-"""The packed product as torch operators, which torch.compile and CUDA graphs take: activations in, floats out."""
+"""The packed product as torch operators, which torch.compile and CUDA graphs take: activations in, floats out.
+
+Opaque ones, and not `torch.library.triton_op`, whose kernels Inductor would launch itself: it takes `enable_fp_fusion`
+and `launch_pdl` for arguments of the kernel (torch 2.11 and 2.13), and compiles without them. Multiplications would be
+fused with additions, so results round otherwise than the reference's, and kernels would not wait for the one before.
+The number of tokens chooses the plan of a product, too, so a graph for any number of them would become one for each.
+"""
 
 import torch
 from torch import Tensor
