@@ -96,20 +96,16 @@ class _Running:
     pending: list[int]
     """Tokens that the row is about to read: the prompt, then the last one."""
     drafter: Drafter | None
-    ahead: bool = False
-    """The last token was the draft's: the row has read it, and the logits behind it are there."""
 
     @property
     def room(self) -> int:
+        """Tokens that are still to come, at most."""
         return self.text.room - self.text.completion.new_tokens
 
-    def take(self, token: int) -> None:
-        self.pending = [token]
-        if self.drafter is not None:
-            self.ahead = self.drafter.take(token)
-            if not self.ahead:
-                known = len(self.text.ids) + self.text.completion.new_tokens - 1
-                self.row.truncate(min(self.row.length, known))
+    @property
+    def ahead(self) -> bool:
+        """The logits behind the last token are there."""
+        return self.drafter is not None and self.drafter.ahead and not self.row.closed
 
 
 @torch.inference_mode()
@@ -123,8 +119,9 @@ def _written(model: TextModel, waiting: "deque[tuple[Asked, OpenText]]", most: i
     while waiting or running:
         while waiting and len(running) < most:
             one, text = waiting.popleft()
-            drafter = Drafter(lookup, text.ids) if lookup.tokens else None
-            running.append(_Running(one, text, cache.new_row(), text.ids, drafter))
+            row = cache.new_row()
+            drafter = Drafter(lookup, row, text.ids) if lookup.tokens else None
+            running.append(_Running(one, text, row, text.ids, drafter))
         drafts: list[list[int]] = [[] for _ in running]
         drafters = [(one.drafter, one.room) for one in running if one.drafter is not None]
         if drafting := bool(drafters) and all(one.text.completion.new_tokens for one in running):
@@ -147,8 +144,10 @@ def _written(model: TextModel, waiting: "deque[tuple[Asked, OpenText]]", most: i
                     now.row.close()
                     yield now.one, text
                 else:
-                    now.take(token.token)
-            behind, place = [(one, out) for one, out in behind if one.ahead and not one.row.closed], place + 1
+                    now.pending = [token.token]
+                    if now.drafter is not None:
+                        now.drafter.take(token.token)
+            behind, place = [(one, out) for one, out in behind if one.ahead], place + 1
         running = [one for one in running if not one.row.closed]
 
 

@@ -5,15 +5,19 @@
     ids.append(token)                                   drawn from the logits behind them
     logits = ahead.next_logits(room)                    float32 [1, V] behind it
 
+    drafters = [Drafter(lookup, row, ids), ...]         or many texts side by side, a pass at a time
+    drafts = lookup.begin([(drafter, room), ...])       read by each row behind the text's last token
+    drafter.take(token)                                 drawn; `drafter.ahead`: the next logits are there
+
 A draft is what followed where the text ended before as it ends now. One pass reads the drawn token and the draft behind
 it. A row's logits do not depend on how its tokens were cut into passes (`cpu_rows.py`), so those behind each token of
 the draft are what a pass for it alone gives, to the bit: tokens are drawn one by one as ever, with the same random
 numbers, and the text is the same with and without. While they are those of the draft, the next logits are there
 already; at the first other one the row forgets the rest.
 
-How long drafts are, is chosen for every pass, of one text or of many side by side: what gives most
-tokens a second, perhaps none. The times of passes are measured as they run. How often a draft is right is counted by
-the length of the match, whether it was run or not.
+How long the drafts of a pass are, is chosen before it: what gives most tokens a second of all its texts together,
+perhaps none. The times of passes are measured as they run. How often a draft is right is counted by the length of the
+match, whether it was run or not.
 
 After Saxena's prompt look-up decoding (2023); transformers has it as `prompt_lookup_num_tokens`.
 """
@@ -26,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from bitnet.inference.cpu_rows import BlockRow, NativeRows
+from bitnet.inference.rows import Row
 
 _GRAMS = (6, 2)
 """Tokens by which earlier places are found, the more certain first."""
@@ -149,13 +154,15 @@ class Repeats:
 class Drafter:
     """The drafts of one text, and how far it keeps to them."""
 
-    def __init__(self, lookup: PromptLookup, ids: Iterable[int]) -> None:
-        """`ids`: what the text has so far."""
-        self._lookup, self._repeats = lookup, Repeats()
+    def __init__(self, lookup: PromptLookup, row: Row, ids: Iterable[int]) -> None:
+        """`ids`: what the text has so far; `row` is to read it."""
+        self._lookup, self._row, self._repeats = lookup, row, Repeats()
         for token in ids:
             self._repeats.push(token)
         self._draft: list[int] = []
         """What is left of the last one."""
+        self.ahead = False
+        """The last token was the draft's: the row has read it, and the logits behind it are there."""
 
     @property
     def match(self) -> int:
@@ -167,15 +174,22 @@ class Drafter:
         self._draft = self._repeats.draft(length) if length else []
         return list(self._draft)
 
-    def take(self, token: int) -> bool:
-        """Go on by a token: whether it is the draft's, which has been read then."""
+    def take(self, token: int) -> None:
+        """Go on by a token. Where the text leaves the draft, the row forgets the rest."""
         repeats = self._repeats
         if repeats.match:
             self._lookup.count(repeats.match, repeats.ids[repeats.at] == token)
         repeats.push(token)
-        kept = self._draft[:1] == [token]
-        self._draft = self._draft[1:] if kept else []
-        return kept
+        self.ahead = self._draft[:1] == [token]
+        if self.ahead:
+            del self._draft[0]
+        else:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let the row hold no more than all but the last of the text."""
+        self._draft = []
+        self._row.truncate(min(self._row.length, len(self._repeats.ids) - 1))
 
 
 class Ahead:
@@ -184,7 +198,7 @@ class Ahead:
     def __init__(self, lookup: PromptLookup, rows: NativeRows, row: BlockRow, ids: Sequence[int]) -> None:
         """`row` has read all of `ids`, a list that grows by every drawn token."""
         self._lookup, self._rows, self._row, self._ids = lookup, rows, row, ids
-        self._drafter = Drafter(lookup, ids)
+        self._drafter = Drafter(lookup, row, ids)
         self._logits: list[Tensor] = []
         """Behind each token of the draft that is left."""
         self.passed = True
@@ -193,10 +207,10 @@ class Ahead:
     def next_logits(self, room: int) -> Tensor:
         """Logits `[1, V]` behind the last of `ids`, of a text that takes at most `room` more tokens."""
         token, drafter = self._ids[-1], self._drafter
-        self.passed = not drafter.take(token)
+        drafter.take(token)
+        self.passed = not drafter.ahead
         if not self.passed:
             return self._logits.pop(0)
-        self.forget()
         (draft,) = self._lookup.begin([(drafter, room)])
         started = time.perf_counter()
         (logits,) = self._rows.step([(self._row, [token, *draft])], every=True)

@@ -148,9 +148,7 @@ class Sample:
         self.job, self.index, self.row = job, index, row
         self.ids = prompt
         self.prompt_length = len(prompt)
-        self.drafter = Drafter(lookup, prompt) if lookup.tokens else None
-        self.ahead = False
-        """The last token was the draft's: the row has read it, and the logits behind it are there."""
+        self.drafter = Drafter(lookup, row, prompt) if lookup.tokens else None
         self.matcher = generation.grammar() if generation.grammar else None
         self.sampler = RowSampler(
             generation.sampling, (generation.seed + index) % 2**63, prompt, vocab_size=tokenizer.vocab_size,
@@ -177,17 +175,16 @@ class Sample:
     def new_tokens(self) -> int:
         return len(self.ids) - self.prompt_length
 
-    def forget(self) -> None:
-        """Let the row hold nothing of a draft that the text does not have, nor the last token."""
-        self.row.truncate(min(self.row.length, len(self.ids) - 1))
+    @property
+    def ahead(self) -> bool:
+        """The logits behind the last token are there."""
+        return self.drafter is not None and self.drafter.ahead
 
     def take(self, token_id: int, found: Score | None) -> Piece:
         """Add a token to the text: what it makes certain."""
         self.ids.append(token_id)
         if self.drafter is not None:
-            self.ahead = self.drafter.take(token_id)
-            if not self.ahead:
-                self.forget()
+            self.drafter.take(token_id)
         if self.matcher is not None:
             self.matcher.take(token_id)
         generation = self.job.generation

@@ -410,8 +410,8 @@ class Scheduler:
             self._done(job)
 
     def _release(self, sample: Sample) -> None:
-        if sample.ahead:  # in the midst of a draft
-            sample.forget()
+        if sample.drafter is not None and sample.drafter.ahead:  # in the midst of a draft
+            sample.drafter.forget()
         if self._shared and sample.row.length:
             self._prefixes.keep(sample.row, sample.ids)
         else:
