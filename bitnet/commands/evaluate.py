@@ -1,6 +1,6 @@
 """Held-out loss of one or several models; of a run of train.py, at its best checkpoint.
 
-bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one of the same text and tokens
 bitnet evaluate runs/demo --tasks arc_easy     tasks of lm-evaluation-harness (pip install bitnet[evaluate])
 """
 

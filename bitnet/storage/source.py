@@ -222,9 +222,8 @@ class Source:
     def _generation_file(self) -> dict[str, bytes]:
         """generation_config.json of a Hugging Face folder with the token ids that its config.json adds, if any."""
         stored = read_settings(self.path / GENERATION)
-        said = {
-            name: value for name in ("bos_token_id", "pad_token_id") if (value := self.settings.get(name)) is not None
-        }
+        said = {name: self.settings.get(name) for name in ("bos_token_id", "pad_token_id")}
+        said = {name: value for name, value in said.items() if type(value) is int and value >= 0}  # -1 stands for none
         ends = list(dict.fromkeys(end_ids(self.path, self.settings)))
         merged = said | stored | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
         if merged != stored:

@@ -157,8 +157,13 @@ def check_shape(config: TrainConfig, default: TrainConfig) -> None:
 
 
 def check_owners(config: TrainConfig, default: TrainConfig) -> None:
-    """Raise ValueError for an option that has no effect without another one."""
+    """Raise ValueError for an option that has no effect without another one, or beside it."""
     optim = config.optim
+
+    def changed(name: str) -> object:
+        value = operator.attrgetter(name)(config)
+        return value if value != operator.attrgetter(name)(default) else None
+
     for names, there, owner in (
         (("teacher_weight", "teacher_temperature"), config.teacher, "--teacher"),
         (("layer_tokens", "layer_rate"), config.layer_steps, "--layer-steps"),
@@ -167,10 +172,17 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
         (("optim.second_from", "optim.weight_decay_second"), optim.lr_second, "--optim.lr-second"),
     ):
         for name in names:
-            value = operator.attrgetter(name)(config)
-            if not there and value != operator.attrgetter(name)(default):
+            if not there and (value := changed(name)) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} {value} has no effect without {owner}; give that too, or leave it out")
+    for names, there, owner in (
+        (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),
+        (("data.tokenizer",), config.init, "--init, whose tokenizer the model knows"),
+    ):
+        for name in names:
+            if there and (value := changed(name)) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} {value} has no effect beside {owner}; leave it out")
     if config.minutes and config.minutes != default.minutes and config.steps != default.steps:
         raise ValueError(
             f"--minutes {config.minutes:g} chooses the number of steps, and --steps {config.steps} gives it; leave "

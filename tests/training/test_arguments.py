@@ -93,6 +93,13 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
         (["--preset", "tiny", "--ramp-shape", "root"], "--ramp-shape root has no effect without --ramp"),
         (["--spike-factor", "3"], "has no effect without --on-spike"),
         (["--optim.second-from", "0.2"], "has no effect without --optim.lr-second"),
+        (
+            ["--data.chat", "c.jsonl", "--data.corpus", "x"],
+            "--data.corpus x has no effect beside --data.chat; leave it",
+        ),
+        (["--data.chat", "c.jsonl", "--data.max-bytes", "9"], "--data.max-bytes 9 has no effect beside --data.chat"),
+        (["--data.chat", "c.jsonl", "--data.document-mask"], "--data.document-mask True has no effect beside"),
+        (["--init", base, "--data.tokenizer", "t.model"], "--data.tokenizer t.model has no effect beside --init"),
         (["--minutes", "2", "--steps", "5"], "--minutes 2 chooses the number of steps, and --steps 5 gives it"),
         (["--init", base, "--model.hidden-size", "128"], "--model.hidden-size 128 is not what .*base has .64."),
         (["--preset", "lora", "--init", base], "--preset lora has the rates of adapters; give --lora RANK"),
