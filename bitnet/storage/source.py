@@ -77,10 +77,8 @@ class Source:
         if self.file is not None:
             tokenizer = from_gguf_metadata(self.settings, str(self.path))
         else:
-            settings = {
-                "vocab_size": self.config.vocab_size,
-                **self.settings,
-            }  # ours have the shape in a field of its own
+            # Our own folders have the shape in a field of its own.
+            settings = {"vocab_size": self.config.vocab_size, **self.settings}
             tokenizer = load_tokenizer(self.path, own=self.kind != "hf", config=settings)
         tokens, rows = tokenizer.vocab_size, self.config.vocab_size
         if tokens > rows:

@@ -22,7 +22,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitnet.console import note
 from bitnet.files import JsonObject, write_atomic
 from bitnet.tokenizer.added import CONFIG, FolderTokens, added_tokens, read_settings
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
@@ -89,8 +88,9 @@ class HuggingFaceTokenizer(BaseTokenizer):
         cost = _cost_of(backend, source)
         self._limited = LimitedEncoder(self._json, cost, source) if cost else None
         said = f"{bos_id} {self.eos_ids} {self._json}"
-        if bos_id is not None and backend.post_processor is not None and self.adds_bos != _puts_first(backend, bos_id):
-            said += f" adds_bos {self.adds_bos}"  # other files say otherwise
+        if bos_id is not None and backend.post_processor is not None:
+            with library_errors(source):
+                said += f" adds_bos {self.adds_bos}" * (self.adds_bos != _puts_first(backend, bos_id))  # by other files
         self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
 
     @classmethod
@@ -187,7 +187,8 @@ def backend_from_json(text: str, source: str, rows: object = None) -> tokenizers
     except (ValueError, RecursionError):
         contents = None
     if lost := _beyond(contents, rows):
-        note(f"{source} adds {', '.join(lost)}, for which the model has no rows: left out")
+        message = f"{source} adds {', '.join(lost)}, for which the model has no rows: left out"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
         contents["added_tokens"] = [token for token in contents["added_tokens"] if token["content"] not in lost]
         text = json.dumps(contents)
     if cost := cost_of(contents, source):
