@@ -175,11 +175,11 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
             if not there and (value := changed(name)) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} {value} has no effect without {owner}; give that too, or leave it out")
-    for names, there, owner in (
+    for beside, there, owner in (
         (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),
         (("data.tokenizer",), config.init, "--init, whose tokenizer the model knows"),
     ):
-        for name in names:
+        for name in beside:
             if there and (value := changed(name)) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} {value} has no effect beside {owner}; leave it out")
