@@ -65,7 +65,7 @@ def choose_damping(
         quantized = gptq_quantize(rows, fitted, grid, group_size=group_size, damping=DAMPINGS[index], **options)
         return float(layer_error(rows, quantized.dequantize(), held_out).sum())
 
-    # Too little damping learns noise and too much learns nothing, so the error has one valley: downhill from the middle.
+    # Too little damping learns noise and too much learns nothing: one valley, gone down from the middle.
     best = len(DAMPINGS) // 2
     for step in (-1, 1):
         while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best):
