@@ -87,7 +87,7 @@ class TrainConfig:
     many steps: the layer-wise start of a conversion, of which --preset convert is made. 0 for none."""
     layer_tokens: int = 16384
     """Of the training data that the layer-wise start sees, again and again; a fifth is held out."""
-    layer_rate: float = 0.02
+    layer_rate: float = 0.003
     """Largest step of a weight in it, as a share of its matrix's mean magnitude."""
     teacher: str | None = None
     """Learn from this model too, which has the same tokenizer: a run, Hugging Face folder or GGUF file, best a float
@@ -415,7 +415,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # With --init, a float model, and --teacher, best the same one: docs/converting.md has how it was chosen.
     "convert": TrainConfig(
-        model=ModelConfig(quantizer="ternary-g64"), layer_steps=40, layer_rate=0.03, context=256, batch_size=8,
+        model=ModelConfig(quantizer="ternary-g64"), layer_steps=40, context=256, batch_size=8,
         optim=OptimConfig(optimizer="muon", lr=1e-3, lr_rest=1e-4, warmup_steps=20, weight_decay=0.0), steps=500,
         teacher_weight=0.9, eval_every=100, eval_tokens=16384, sample_every=0, out="runs/converted",
     ),

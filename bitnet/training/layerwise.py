@@ -1,7 +1,7 @@
 """The layer-wise start of a conversion: one layer after the other learns to say what it said in float.
 
     t = layer(h~) in float        y = layer(h) quantized        h, h~: what the layers before it make of the same tokens
-    error = mean over tokens of |y - t|^2 / |t|^2
+    error = mean over tokens of log(1 + |y - t|^2 / |t|^2)
 
 Of each layer first the codes: GPTQ in the order of the computation (of groups), or the scale of least squares with each
 input channel weighted by its mean square. They become latent weights from which training can go on: the quantizer makes
@@ -187,7 +187,7 @@ class LayerwiseStart:
         best, kept = error(), state_of(layer)
         rounded = best
         if self.config.model.quantizer in ("ternary", *GROUP_SIZES):
-            self._fit_codes(layer, inputs[:cut], masks[:cut])
+            self._fit_codes(layer, inputs[:cut], targets[:cut], masks[:cut])
         fitted = error()
         if fitted < best:
             best, kept = fitted, state_of(layer)
@@ -216,17 +216,27 @@ class LayerwiseStart:
         return rounded, fitted, min(learned, best)
 
     @torch.no_grad()
-    def _fit_codes(self, layer: DecoderLayer, inputs: list[Tensor], masks: list[Tensor | None]) -> None:
-        """Latents whose codes and scales are near the weights by what they do to the layer's activations."""
+    def _fit_codes(
+        self, layer: DecoderLayer, inputs: list[Tensor], targets: list[Tensor], masks: list[Tensor | None]
+    ) -> None:
+        """Latents whose codes and scales are near the weights by what they do to the layer's activations.
+
+        A token counts as it does in the error, by 1 / |t|^2: pretrained models have a few with states thousands of
+        times larger, which would be all that the codes suit.
+        """
         quantizer = self.config.model.quantizer
         few = max(1, HESSIAN_TOKENS // self.config.window)
         for names in STAGES:
             # Anew for each stage: its inputs depend on the projections that were just quantized.
             first = projection(layer, names[0])
             seen = HessianSum(first.in_features, inputs[0].device)
-            hook = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.update(args[0]))
-            self._forward(layer, inputs[:few], masks[:few])
-            hook.remove()
+            for hidden, target, mask in zip(inputs[:few], targets[:few], masks[:few], strict=True):
+                share = target.float().norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
+                hook = first.register_forward_pre_hook(
+                    lambda _, args, share=share, seen=seen: seen.update(args[0] * share)
+                )
+                self._call(layer, hidden, mask)
+                hook.remove()
             hessian = seen.matrix()
             for name in names:
                 fit(projection(layer, name), hessian, GROUP_SIZES.get(quantizer, 0))
@@ -296,10 +306,11 @@ def nearby_latent(weight: Tensor, codes: Tensor, scale: Tensor, group_size: int)
 
 
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |y - t|^2 / |t|^2, of hidden states `[B, T, C]`: a norm comes next, so that every token
-    counts as much, even those whose states are thousands of times larger."""
+    """Mean over tokens of log(1 + |y - t|^2 / |t|^2), of hidden states `[B, T, C]`: a norm comes next, so that every
+    token counts as much, even those whose states are thousands of times larger. The logarithm is for the one in a
+    thousand that is made so large by mistake, whose square would be the whole mean."""
     difference = (y.float() - target.float()).square().sum(-1)
-    return (difference / target.float().square().sum(-1).clamp(min=1e-12)).mean()
+    return (difference / target.float().square().sum(-1).clamp(min=1e-12)).log1p().mean()
 
 
 def quantize_products(layer: DecoderLayer) -> None:

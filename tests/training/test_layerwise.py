@@ -237,3 +237,21 @@ def test_the_estimate_is_of_the_model_that_is_given(source, capsys, monkeypatch)
     many = estimate(dataclasses.replace(work, layer_tokens=2**22))
     assert many.moment == "the layer-wise start"
     assert many.parts["hidden states of the tokens"] == 16 * 2**22 * config.model.hidden_size
+
+
+def test_codes_suit_all_tokens_and_not_the_few_with_huge_states(tmp_path, corpus, tokenizer):
+    """A token that a layer makes thousands of times larger, as the first one is in pretrained models."""
+    model = tiny_model("none", vocab_size=300, sub_norm=False, num_hidden_layers=1, intermediate_size=64)
+    rare = max(range(300), key=lambda i: FOXES.count(tokenizer.decode([i]).strip() or "\0"))
+    layer, direction = model.model.layers[0], model.model.embed_tokens.weight[rare]
+    with torch.no_grad():
+        direction.copy_(torch.randn(64).sign() * 5)
+        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            projection.weight[0] += direction
+    given = save_run(tmp_path / "given", model, tokenizer)
+    run = trainer.prepare(conversion(tmp_path, corpus, given, layer_steps=1))
+    start = LayerwiseStart(run)
+    assert start.run(lambda _: None, lambda _: False)
+    (rounded, fitted, _), *_ = start.found.errors
+    assert fitted < rounded / 2
+    run.batches.close()
