@@ -32,7 +32,7 @@ from bitnet.bench.gpu_gate import GATES, QUICK_CONFIG, cache_configs, half_of
 from bitnet.bench.gpu_inference import BATCHES, LONG_CACHES, long_config
 from bitnet.bench.gpu_products import Tile, algorithms_for, product_shapes, tile_call, tile_candidates
 from bitnet.bench.gpu_timing import Call, Options, Row, log, name_of
-from bitnet.bench.gpu_training import curve_run, step_config
+from bitnet.bench.gpu_training import curve_run, held_out, step_config
 from bitnet.bench.random_models import random_tensors
 from bitnet.files import write_atomic
 from bitnet.inference.gpu_engine import GpuEngine
@@ -119,9 +119,11 @@ def calls_of_engines(options: Options) -> Iterator[Call]:
         for size in batch_sizes:
             yield from made.steps(size)
 
-    small = [curve_run(options)[0], *([QUICK_CONFIG] if options.quick else gpu_gate.CONFIGS.values())]
+    small = [QUICK_CONFIG] if options.quick else gpu_gate.CONFIGS.values()
     for config, dtype in itertools.product(small, ("float32", half)):
         yield from in_graphs_and_eager(engine(config, dtype), (1, 2, 8))
+    for dtype in ("float32", own):
+        yield functools.partial(engine(curve_run(options)[0], dtype), held_out(options).to(options.device))
     for config, dtype, cache in itertools.product(cache_configs(options.quick), ("float32", half), gpu_gate.CACHES):
         yield from engine(config, dtype, cache).calls((2,))
     for config in options.configs.values():

@@ -96,7 +96,13 @@ def documentation() -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-CURVE_FILE = "curve_cpu.json"
+def held_out(options: Options) -> Tensor:
+    """Of it, windows that no run is trained on."""
+    tokens, window = (64, 16) if options.quick else (32_768, 256)
+    return documentation()[-100_000:][:tokens].view(-1, window)
+
+
+CURVE_FILE = "losses_of_the_cpu.json"  # `gpu_visit.py` names the rows of a step after it, in the same folder
 
 
 def curve_run(options: Options) -> tuple[ModelConfig, int, tuple[int, int]]:
@@ -168,11 +174,10 @@ def measure_loss(options: Options) -> Iterator[Row]:
     """Held-out loss of a model that was just trained for 200 steps, packed: torch's reference and the engine."""
     device = options.device
     config, steps, shape = curve_run(options)
-    tokens = 64 if options.quick else 32_768
     with torch.inference_mode(False):
         model = train(config, device, "triton", torch.float32, steps, shape)[0]
     model = model.eval().pack()
-    ids = documentation()[-100_000:][:tokens].view(-1, 16 if options.quick else 256).to(device)
+    ids = held_out(options).to(device)
 
     def loss(logits: Tensor) -> float:
         return float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()))

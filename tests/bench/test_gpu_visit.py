@@ -97,10 +97,10 @@ def test_one_bad_step_costs_that_step_alone(visit, tmp_path, monkeypatch, capsys
 
 def test_what_stands_on_a_red_gate_is_left_out(visit, tmp_path, monkeypatch) -> None:
     rows = [[("gate_engine", 20.0, ["fails"]), ("gate_products", 20.0, ["good"])]]
-    rows.append([("decode_first", 20.0, ["good"]), ("kernels", 20.0, ["good"])])
+    rows.append([("decode_first", 20.0, ["good"]), ("long", 20.0, ["good"]), ("kernels", 20.0, ["good"])])
     monkeypatch.setattr(visit, "STAGES", {"check": rows})
     _, done = run(visit, tmp_path, monkeypatch)
-    assert done["decode_first"]["status"] == "left out, its gate is red"
+    assert done["decode_first"]["status"] == done["long"]["status"] == "left out, its gate is red"
     assert done["kernels"]["status"] == 0
 
 
@@ -115,16 +115,18 @@ def test_steps_are_sections_and_gates_that_exist(visit) -> None:
     oracles.folder_of("triton")
     from bitnet.bench import gpu
     from bitnet.bench.gpu_gate import GATES
+    from bitnet.bench.gpu_training import CURVE_FILE
 
     assert set(visit.GATES) == set(GATES)
     steps = [step for stage in visit.STAGES.values() for row in stage for step in row]
+    assert CURVE_FILE not in {f"{name}.json" for name, *_ in steps}  # one would write over the other
     for name, _, arguments in steps:
         known = {"--section": gpu.SECTIONS, "--gate": GATES}.get(arguments[0])
         assert known is None or arguments[1] in known
         assert name.removesuffix("_first") in visit.NEEDS or name in {"machine", "warm", "curve_cpu", "muon"} | {
             f"gate_{gate}" for gate in GATES
         }
-    assert set(visit.NEEDS.values()) <= set(GATES)
+    assert set().union(*visit.NEEDS.values()) <= set(GATES)
 
 
 def test_every_section_runs_without_a_gpu_and_finds_its_kernels_compiled(tmp_path) -> None:
