@@ -160,9 +160,9 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
     """Raise ValueError for an option that has no effect without another one, or beside it."""
     optim = config.optim
 
-    def changed(name: str) -> object:
+    def given(name: str) -> str:
         value = operator.attrgetter(name)(config)
-        return value if value != operator.attrgetter(name)(default) else None
+        return f"--{name.replace('_', '-')} {value}" if value != operator.attrgetter(name)(default) else ""
 
     for names, there, owner in (
         (("teacher_weight", "teacher_temperature"), config.teacher, "--teacher"),
@@ -172,17 +172,15 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
         (("optim.second_from", "optim.weight_decay_second"), optim.lr_second, "--optim.lr-second"),
     ):
         for name in names:
-            if not there and (value := changed(name)) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} {value} has no effect without {owner}; give that too, or leave it out")
+            if not there and (option := given(name)):
+                raise ValueError(f"{option} has no effect without {owner}; give that too, or leave it out")
     for beside, there, owner in (
         (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),
         (("data.tokenizer",), config.init, "--init, whose tokenizer the model knows"),
     ):
         for name in beside:
-            if there and (value := changed(name)) is not None:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{option} {value} has no effect beside {owner}; leave it out")
+            if there and (option := given(name)):
+                raise ValueError(f"{option} has no effect beside {owner}; leave it out")
     if config.minutes and config.minutes != default.minutes and config.steps != default.steps:
         raise ValueError(
             f"--minutes {config.minutes:g} chooses the number of steps, and --steps {config.steps} gives it; leave "

@@ -339,18 +339,19 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
                                float *sums) {
     constexpr int BITS = bits_to_add(codec), TILE = FLOAT_TILE < D ? 1 : FLOAT_TILE / D;
     int64_t m = 0;
-    if (M <= (!SHORT_SUMS ? DIRECT / D : D > 1 ? 5 : BITS == 8 ? 4 : 8) || M == 1) {
+    // Codes of base 3 take so long to find that it is done once.
+    if (M <= (codec == CODEC_BASE3 ? DIRECT / D : in_lines(BITS, D))) {
 #define BN_LINES(n)                                                                                                    \
     for (; m + n <= M; m += n) {                                                                                       \
         if constexpr (codec == CODEC_BASE3) lines_times_tokens<codec, 256, n, D>(w, c, a, m, sums + 32 * m);           \
         else if (w.group == 16) lines_times_tokens<codec, 16, n, D>(w, c, a, m, sums + 32 * m);                        \
         else lines_times_tokens<codec, 32, n, D>(w, c, a, m, sums + 32 * m);                                           \
     }
-        if constexpr (SHORT_SUMS && D == 1) {
+        if constexpr (SHORT_SUMS && D == 1 && codec != CODEC_BASE3) {
             BN_LINES(4)
             BN_LINES(3)
         }
-        if constexpr (SHORT_SUMS) BN_LINES(2)
+        if constexpr (SHORT_SUMS && codec != CODEC_BASE3) BN_LINES(2)
         BN_LINES(1)
 #undef BN_LINES
         return;

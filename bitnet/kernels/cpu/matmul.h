@@ -1,7 +1,7 @@
 // Ternary and integer products: int8 activations, packed weights, int32 sums, exact.
 //
-// Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For up to DIRECT tokens the packed
-// lines are multiplied as they are; for more, a panel is unpacked once into the cache and used by all tokens.
+// Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For a few tokens the packed lines
+// are multiplied as they are; for more, a panel is unpacked once into the cache and used by all tokens.
 #pragma once
 
 #include <stdlib.h>
@@ -336,10 +336,9 @@ BN_INLINE void finish_sums(const bn_matrix &w, const target &to, int64_t panel, 
            to_float(s1) * splat(scale) * load(w.scale + n + 16), m);
 }
 
-// Unpacking a panel costs about as much as multiplying this many tokens. On AMX (two cores, 0.7B shape) steps of 1, 2 and 4
-// rows that unpack for each of them take 14, 20 and 34 ms, and 8 rows on unpacked tiles 34. Without an instruction for dot
-// products unpacking pays at once: on AVX2 (an EPYC) two tokens of 8-bit codes take a third of the time, six of 2-bit ones
-// 0.65.
+// Up to so many tokens are multiplied one by one with packed lines. Unpacking a panel costs about as much as multiplying
+// them: on AMX (two cores, 0.7B shape) steps of 1, 2 and 4 rows that unpack for each of them take 14, 20 and 34 ms, and 8
+// rows on unpacked tiles 34.
 #if defined(BN_AVX2) && !defined(BN_AVXVNNI)
 enum { DIRECT = 1 };
 #elif defined(BN_AMX)
@@ -348,9 +347,12 @@ enum { DIRECT = 3 };
 enum { DIRECT = 6 };
 #endif
 
-// With short sums the lines of a block are better multiplied by a few tokens at once, as they come, for up to so many of
-// them: unpacking and multiplying in turns leaves the memory idle (0.7B shape, two cores of an EPYC, 2 rows: 1.7x).
-BN_INLINE int64_t at_once(int codec) { return codec == CODEC_EIGHT_BIT ? 4 : 8; }
+// Up to so many tokens, of so many digits, are multiplied with packed lines of codes of so many bits. With short sums it is
+// a few of them at once, as lines come: unpacking and multiplying in turns leaves the memory idle (0.7B shape, two cores of
+// an EPYC, 2 rows: 2.1x).
+BN_INLINE constexpr int64_t in_lines(int bits, int digits = 1) {
+    return !SHORT_SUMS ? DIRECT / digits : digits > 1 ? 5 : bits == 8 ? 4 : 8;
+}
 
 // Bytes of scratch that one thread needs for more than DIRECT tokens.
 BN_INLINE int64_t token_scratch(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
@@ -377,7 +379,7 @@ static void multiply_few(const bn_matrix &w, const int8_t *x, int64_t stride, co
 // The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
 static void multiply_tokens(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
                      int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
-    if (SHORT_SUMS && w.codec != CODEC_BASE3 && M <= at_once(w.codec)) {
+    if (SHORT_SUMS && w.codec != CODEC_BASE3 && M <= in_lines(8 / quads_of(w.codec))) {
         if (w.codec == CODEC_TWO_BIT) return multiply_few<CODEC_TWO_BIT>(w, x, stride, scale, total, M, to, first, last);
         if (w.codec == CODEC_FOUR_BIT) return multiply_few<CODEC_FOUR_BIT>(w, x, stride, scale, total, M, to, first, last);
         return multiply_few<CODEC_EIGHT_BIT>(w, x, stride, scale, total, M, to, first, last);
