@@ -8,9 +8,11 @@ from torch import Tensor
 
 
 class _StraightThrough(torch.autograd.Function):
+    # It takes the rounded value instead of making it: torch.compile of torch 2.11 gives no gradient at all to what a
+    # Function computed and then cast to the dtype that it had.
     @staticmethod
-    def forward(x: Tensor, quantizer: Callable[[Tensor], Tensor], inside: Tensor | None) -> Tensor:
-        return quantizer(x)
+    def forward(x: Tensor, rounded: Tensor, inside: Tensor | None) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -26,4 +28,6 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(x: Tensor, quantizer: Callable[[Tensor], Tensor], inside: Tensor | None = None) -> Tensor:
     """`quantizer(x)`, of x's shape and dtype, with the identity as its gradient: where `inside` (bool, x's shape) is
     given, 0 outside it. No gradient goes to anything else that the quantizer uses."""
-    return _StraightThrough.apply(x, quantizer, inside)
+    with torch.no_grad():
+        rounded = quantizer(x)
+    return _StraightThrough.apply(x, rounded, inside)
