@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "visit"
 COMMAND = [sys.executable, "-m", "bitnet.bench.gpu"]
 GATES = (
-    "activations", "weights", "products", "projections", "groups", "sampling", "training", "engine", "caches",
+    "activations", "weights", "products", "projections", "groups", "sampling", "training", "steps", "engine", "caches",
     "compile",
 )  # fmt: skip
 Step = tuple[str, float, list[str]]
@@ -69,7 +69,8 @@ NEEDS = {
     "loss": {"engine", "training"},
     "kernels": {"products"},
     "tiles": {"products", "projections"},
-    "training": {"training"},
+    "training": {"training", "steps"},
+    "muon": {"steps"},
     "curve": {"training"},
 }
 """The gates that a step stands on."""

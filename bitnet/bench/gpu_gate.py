@@ -5,8 +5,9 @@ nothing that stands on it is measured (`bitnet/bench/gpu.py`). The tests run the
 """
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
+from bitnet.machine import compile_model
 from bitnet.model import BitNetForCausalLM, KVCache, ModelConfig, PackedLinear
 from bitnet.quant import pack_codes, quantize_ternary
+from bitnet.training.graphs import GraphedBackward
 
 GREEDY = SamplingConfig(temperature=0)
 CONFIGS = {
@@ -243,6 +246,49 @@ def check_training(device: torch.device, quick: bool) -> Iterator[str]:
                     yield f"training, {dtype}, {M} x {N} x {K}: {part} is off by {error:.2e}, allowed {allowed:.2e}"
 
 
+def check_steps(device: torch.device, quick: bool) -> Iterator[str]:
+    """Loss and gradient of a training step: compiled within 2 % of eager, where a rounding may flip a code, and the
+    same as a CUDA graph, of one micro-batch and of two."""
+    config = QUICK_CONFIG if quick else GATE_CONFIG
+    for quantizer in ("ternary", "ternary-g64", "int4"):
+        torch._dynamo.reset()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = BitNetForCausalLM(config.replace(quantizer=quantizer)).to(device)
+            ids = torch.randint(config.vocab_size, (2, 2, 8 if quick else 128)).to(device)
+        parameters = list(model.parameters())
+
+        def backward(ids: Tensor, model: BitNetForCausalLM = model) -> Tensor:
+            loss = model.loss(ids, ids)
+            loss.backward()
+            return loss.detach()
+
+        def gradient(work: Callable[..., Tensor], parts: Tensor, parameters: Sequence[Tensor] = parameters) -> Tensor:
+            for parameter in parameters:
+                parameter.grad = None
+            losses = [work(part) for part in parts]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            return torch.cat([torch.stack(losses), *(grad.flatten() for grad in grads)]).clone()
+
+        with kernels.use_backend("reference"):
+            eager = [gradient(backward, parts) for parts in (ids[:1], ids)]
+            compile_model(model, "off" if quick else "on")
+            ways = {"compiled": [gradient(backward, parts) for parts in (ids[:1], ids)]}
+            if device.type == "cuda":
+                graphed = GraphedBackward(backward, parameters)
+                for _ in range(5):
+                    ways["a graph"] = [
+                        gradient(functools.partial(graphed, None, len(parts) == 1), parts) for parts in (ids[:1], ids)
+                    ]
+                if graphed.refused:
+                    yield f"steps, {quantizer}: could not be captured"
+        for way, found in ways.items():
+            for wanted, got in zip(ways["compiled"] if way == "a graph" else eager, found, strict=True):
+                error = float((got - wanted).norm() / wanted.norm())
+                if not error <= (1e-5 if way == "a graph" else 0.02):
+                    yield f"steps, {quantizer}: the gradient {way} is off by {error:.2e}"
+
+
 def check_engine(device: torch.device, quick: bool) -> Iterator[str]:
     """Logits of a prompt and of single tokens behind it, and greedy text, of three architectures.
 
@@ -442,6 +488,7 @@ GATES: dict[str, Callable[[torch.device, bool], Iterator[str]]] = {
     "groups": check_groups,
     "sampling": check_sampling,
     "training": check_training,
+    "steps": check_steps,
     "engine": check_engine,
     "caches": check_caches,
     "compile": check_compile,

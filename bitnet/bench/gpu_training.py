@@ -18,49 +18,66 @@ from bitnet.files import write_atomic
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.machine import compile_model
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig
+from bitnet.training.graphs import GraphedBackward
 from bitnet.training.optimizer import OptimConfig, Optimizer, clip_gradients
 
 
-def training_step(config: ModelConfig, backend: str, compiled: str, options: Options, optimizer: str = "adamw") -> Row:
-    """Milliseconds of forward, backward, clipping and optimizer."""
+def training_steps(
+    config: ModelConfig, backend: str, compiled: str, options: Options, optimizer: str = "adamw"
+) -> Iterator[Row]:
+    """Milliseconds of forward, backward, clipping and optimizer, on a GPU with forward and backward as a CUDA graph
+    and kernel by kernel."""
     device = options.device
     torch.manual_seed(0)
     torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     with torch.device(device):
         model = BitNetForCausalLM(config)
     update = Optimizer(model, OptimConfig(optimizer=optimizer))
+    parameters = list(model.parameters())
     shape = (2, 16) if options.quick else (8, 1024)
     ids = torch.randint(config.vocab_size, shape, device=device)
+
+    def backward(ids: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model.loss(ids, ids)
+        loss.backward()
+        return loss.detach()
+
     with kernels.use_backend(backend):
         started = time.perf_counter()
         done = compile_model(model, compiled)
+        graphed = GraphedBackward(backward, parameters) if device.type == "cuda" else None
+        for graph in (True, False) if graphed else (False,):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
 
-        def step() -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = model.loss(ids, ids)
-            loss.backward()
-            clip_gradients(list(model.parameters()), 1.0)
-            update.step()
+            def step(graph: bool = graph) -> None:
+                if graph:
+                    assert graphed
+                    graphed(None, True, ids)
+                else:
+                    backward(ids)
+                clip_gradients(parameters, 1.0)
+                update.step()
 
-        for _ in range(1 if options.quick else 3):
-            step()
-        first = time.perf_counter() - started
-        low, middle, high = in_turn({"step": [step]}, device, graph=False, budget=0 if options.quick else 0.5)["step"]
-    return {
-        "quantizer": config.quantizer,
-        "backend": backend,
-        "compiled": done,
-        "optimizer": optimizer,
-        "parameters_m": model.num_parameters() / 1e6,
-        "tokens": ids.numel(),
-        "ms": middle * 1e3,
-        "ms_quartiles": [low * 1e3, high * 1e3],
-        "first_three_s": first,
-        "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
-    }
+            for _ in range(1 if options.quick else 5):
+                step()
+            first, budget = time.perf_counter() - started, 0 if options.quick else 0.5
+            low, middle, high = in_turn({"step": [step]}, device, graph=False, budget=budget)["step"]
+            yield {
+                "quantizer": config.quantizer,
+                "backend": backend,
+                "compiled": done,
+                "graph": graph and graphed is not None and not graphed.refused,
+                "optimizer": optimizer,
+                "parameters_m": model.num_parameters() / 1e6,
+                "tokens": ids.numel(),
+                "ms": middle * 1e3,
+                "ms_quartiles": [low * 1e3, high * 1e3],
+                "start_s": first,
+                "peak_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+            }
 
 
 def step_config(options: Options) -> ModelConfig:
@@ -74,20 +91,22 @@ def measure_training(options: Options) -> Iterator[Row]:
     contenders = [("reference", "none"), ("reference", "ternary"), ("triton", "ternary")]
     for compiled, (backend, quantizer) in itertools.product(("off",) if options.quick else ("auto", "off"), contenders):
         log(f"training: {quantizer}, {backend}, compiled {compiled}")
-        row = training_step(config.replace(quantizer=quantizer), backend, compiled, options)
         what = "float twin" if quantizer == "none" else f"{quantizer} by {backend}"
-        row["line"] = f"{what}, {'compiled' if row['compiled'] else 'eager'}: {row['ms']:.1f} ms a step"
-        if row["peak_gb"]:
-            row["line"] += f", {row['tokens'] / row['ms'] * 1e3:.0f} tok/s, {row['peak_gb']:.1f} GB"
-        yield row
+        for row in training_steps(config.replace(quantizer=quantizer), backend, compiled, options):
+            yield row | {"line": _line(what, row)}
 
 
 def measure_muon(options: Options) -> Iterator[Row]:
     """The same step with Muon."""
-    config = step_config(options)
     for optimizer in ("adamw", "muon"):
-        row = training_step(config, "reference", "off", options, optimizer)
-        yield row | {"line": f"{optimizer}, eager: {row['ms']:.1f} ms a step"}
+        for row in training_steps(step_config(options), "reference", "off", options, optimizer):
+            yield row | {"line": _line(optimizer, row)}
+
+
+def _line(what: str, row: Row) -> str:
+    how = ("compiled" if row["compiled"] else "eager") + (", as a graph" if row["graph"] else "")
+    line = f"{what}, {how}: {row['ms']:.1f} ms a step, {row['tokens'] / row['ms'] * 1e3:.0f} tok/s"
+    return line + (f", {row['peak_gb']:.1f} GB" if row["peak_gb"] else "")
 
 
 def documentation() -> Tensor:

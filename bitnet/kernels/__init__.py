@@ -217,7 +217,7 @@ def training_product(
     if quantizer == "none":
         return fake_quant_linear
     if isinstance(strength, Tensor):
-        return FadingProduct(strength)
+        return before if isinstance(before, FadingProduct) and before.strength is strength else FadingProduct(strength)
     if strength == 0:
         return float_linear
     columns = weight.shape[1]

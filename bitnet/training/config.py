@@ -132,6 +132,8 @@ class TrainConfig:
     """Tokens whose logits are in memory at a time; 0 for those of a micro-batch."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto where a C++ compiler is found."""
+    graphs: bool = True
+    """On one GPU, forward and backward are replayed as a CUDA graph, where shapes do not change."""
     threads: int | None = None
     """CPU threads; torch's default unless given."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"

@@ -47,8 +47,8 @@ GROUPS = {
     "optimizer": ("optim",),
     "checkpoints": ("eval_every", "eval_tokens", "keep_last", "async_save"),
     "hardware": (
-        "device", "dtype", "product", "compile", "threads", "micro_batches", "recompute", "loss_chunk", "parallel",
-        "reduce_dtype",
+        "device", "dtype", "product", "compile", "graphs", "threads", "micro_batches", "recompute", "loss_chunk",
+        "parallel", "reduce_dtype",
     ),
     "faults": ("on_nan", "on_spike", "spike_factor", "timeout_minutes"),
 }  # fmt: skip

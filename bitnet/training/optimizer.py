@@ -186,7 +186,7 @@ class Muon(torch.optim.Muon):
                 self._step(parameters, group)
 
     def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
-        updates = [self._update(parameter, group) for parameter in parameters]
+        updates = self._updates(parameters, group)
         batches = [[i] for i in range(len(updates))]
         if updates[0].device.type == "cuda":
             shapes = sorted({tuple(update.shape) for update in updates})
@@ -194,26 +194,30 @@ class Muon(torch.optim.Muon):
         for batch in batches:
             matrices = updates[batch[0]] if len(batch) == 1 else torch.stack([updates[i] for i in batch])
             results = orthogonalize(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
-            for i, result in zip(batch, [results] if len(batch) == 1 else results, strict=True):
-                _descend(parameters[i], result, group)
+            _descend([parameters[i] for i in batch], [results] if len(batch) == 1 else results.unbind(), group)
 
-    def _update(self, parameter: Any, group: dict[str, Any]) -> Tensor:
-        """The momentum's proposal for a matrix, or for this process's rows of it, in the type of the iteration."""
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+    def _updates(self, parameters: list[Any], group: dict[str, Any]) -> list[Tensor]:
+        """The momentum's proposal for each matrix, or for this process's rows of it, in the type of the iteration."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
         # Element by element, so each process updates its own rows.
-        gradient, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
-        buffer.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        return update.to(iteration_dtype(update.device), copy=update is buffer)
+        gradients = [local_part(parameter.grad) for parameter in parameters]
+        buffers = [local_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        dtype = iteration_dtype(buffers[0].device)
+        if not group["nesterov"]:
+            return [buffer.to(dtype, copy=True) for buffer in buffers]
+        return [update.to(dtype) for update in torch._foreach_lerp(gradients, buffers, group["momentum"])]
 
 
-def _descend(parameter: Any, update: Tensor, group: dict[str, Any]) -> None:
-    weight = local_part(parameter)
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))  # match_rms_adamw
-    weight.add_(update.view(weight.shape), alpha=-rate)
+def _descend(parameters: Sequence[Any], updates: Sequence[Tensor], group: dict[str, Any]) -> None:
+    """Of parameters of one shape."""
+    weights = [local_part(parameter) for parameter in parameters]
+    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))  # match_rms_adamw
+    ours = [update.view(weight.shape).to(weight.dtype) for weight, update in zip(weights, updates, strict=True)]
+    torch._foreach_add_(weights, ours, alpha=-rate)
 
 
 @functools.cache
@@ -231,7 +235,7 @@ class ShardedMuon(Muon):
     """
 
     def _step(self, parameters: list[Any], group: dict[str, Any]) -> None:
-        updates = [self._update(parameter, group) for parameter in parameters]
+        updates = self._updates(parameters, group)
         mesh = parameters[0].device_mesh
         rank, size = mesh.get_local_rank(), mesh.size()
         owners = _shares([p.shape for p in parameters], size)
@@ -259,7 +263,7 @@ class ShardedMuon(Muon):
         dist.all_to_all_single(outgoing, incoming, sent, received, group=mesh.get_group())
 
         for i, update in zip(order, outgoing.split(counts), strict=True):
-            _descend(parameters[i], update, group)
+            _descend([parameters[i]], [update], group)
 
 
 def _rows(total: int, size: int, rank: int) -> int:
@@ -322,9 +326,9 @@ def iteration_flops(N: int, K: int, dtype: torch.dtype) -> int:
     return 5 * (4 * short * short * long + 2 * short**3)
 
 
-def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
-    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before; of sharded
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients down to `max_norm` together (0: leave them) and return their norm before, `[]`; of sharded
     parameters, the norm of the whole."""
     norm = full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else math.inf, norm)
-    return float(norm)
+    return norm

@@ -36,6 +36,7 @@ from bitnet.training import checkpoint
 from bitnet.training.checkpoint import Progress
 from bitnet.training.config import TrainConfig
 from bitnet.training.faults import HISTORY, Fault, find_fault, stop_if_hopeless
+from bitnet.training.graphs import GraphedBackward
 from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
 from bitnet.training.pace import Clock
@@ -90,6 +91,10 @@ class Trainer:
         """A signal that this process, or any other one, was sent: the step that runs is the last one."""
         self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
         self._replica: Any = replicate(model, device) if world.strategy == "ddp" else None
+        self._strength = torch.ones((), device=device)
+        """Of the quantizers within the ramp: one tensor, so that layers are compiled, and captured, once for all of
+        it."""
+        self._graph = GraphedBackward(self._backward, list(model.parameters())) if self._takes_graphs() else None
 
     def step(self) -> StepResult:
         """Set the products, accumulate the gradient, clip it, and update the weights, unless something is wrong."""
@@ -97,8 +102,10 @@ class Trainer:
         self.set_products()
         at, steps = config.place(progress.step)
         lr = self.optimizer.set_schedule(progress.step, steps, at)
-        loss = self._mean_over_processes(self.forward_backward(progress.step + progress.data_shift))
-        norm = clip_gradients(list(self.model.parameters()), config.optim.grad_clip)
+        mine = self.forward_backward(progress.step + progress.data_shift)
+        clipped = clip_gradients(list(self.model.parameters()), config.optim.grad_clip)
+        loss, norm = torch.stack([mine, clipped.double()]).tolist()  # waits for a GPU once, when all is on its way
+        loss = self._mean_over_processes(loss)
         fault = find_fault(loss, norm, progress.history, config)
         if fault:
             self.model.zero_grad(set_to_none=True)
@@ -113,33 +120,45 @@ class Trainer:
         """Give every layer the product of the next step, and of a validation before it: float in the warm start, a
         part of the quantizers in the ramp, then the quantized product that the checkpoint's model has."""
         share = self.config.quantizer_strength(self.progress.step)
-        # A tensor, so that compiled layers are not compiled again at every step of the ramp.
-        strength = torch.tensor(share, device=self.device) if 0 < share < 1 else share
+        strength = self._strength.fill_(share) if 0 < share < 1 else share
         int8 = self.config.multiplies_int8(self.device, self.dtype, self.world.strategy)
         for _, layer in bit_linears(self.model):
             layer.product = kernels.training_product(layer.product, layer.weight, layer.quantizer, strength, int8=int8)
         if self.world.strategy == "fsdp":
             prepare_gathers(self.model, self.world, self.dtype)
 
-    def forward_backward(self, batch: int) -> float:
+    def forward_backward(self, batch: int) -> Tensor:
         """Accumulate the gradient of the loss over the micro-batches of a batch. Returns this process's part of the
-        loss, of which the processes' mean is the loss."""
+        loss, of which the processes' mean is the loss, float64 `[]`."""
         losses, parts = list[Tensor](), self.config.micro_batches
-        loss_of: Any = self._replica or self.model.loss
         for part in range(parts):
-            input_ids, labels, *documents = (
-                tensor.to(self.device, non_blocking=True) for tensor in self.batches[batch * parts + part]
-            )
-            last = part == parts - 1
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in self.batches[batch * parts + part]]
+            weight = self.feed.loss_weight(batch, *self._part(part))
+            if self._graph:
+                share = self.config.quantizer_strength(self.progress.step)
+                phase = share if share in (0, 1) else "ramp"
+                losses.append(self._graph(phase, parts == 1, torch.tensor(weight, device=self.device), *tensors))
+                continue
             # DDP averages gradients at the end of a backward: once a step is enough.
+            last = part == parts - 1
             with contextlib.nullcontext() if last or not self._replica else self._replica.no_sync():
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                    taught = self.teacher(input_ids, *documents) if self.teacher else None
-                    loss = loss_of(input_ids, labels, "mean", documents[0] if documents else None, taught) / parts
-                    loss = loss * self.feed.loss_weight(batch, *self._part(part))
-                loss.backward()
-            losses.append(loss.detach())
-        return sum(map(float, losses))  # waits for a GPU once, when all of the step is on its way
+                losses.append(self._backward(weight, *tensors))
+        return torch.stack(losses).sum(dtype=torch.float64)
+
+    def _backward(self, weight: float | Tensor, input_ids: Tensor, labels: Tensor, *documents: Tensor) -> Tensor:
+        """Add a micro-batch's part, of this weight, to the gradient. Returns its part of the loss."""
+        loss_of: Any = self._replica or self.model.loss
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            taught = self.teacher(input_ids, *documents) if self.teacher else None
+            loss = loss_of(input_ids, labels, "mean", documents[0] if documents else None, taught)
+            loss = loss / self.config.micro_batches * weight
+        loss.backward()
+        return loss.detach()
+
+    def _takes_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs: of one GPU, and of shapes and borders that do not change."""
+        plain = self.world.strategy == "none" and not self.config.recompute and not self.config.lora
+        return self.device.type == "cuda" and self.config.graphs and plain and not self.feed.has_borders
 
     def _part(self, micro_batch: int) -> tuple[int, int]:
         """Which of how many parts of a batch this process computes in a micro-batch."""

@@ -415,7 +415,7 @@ def test_reading_ahead_changes_nothing_and_leaves_no_thread(tmp_path, corpus, se
                 loss = inner(self, step)
                 if step in bad:
                     bad.clear()
-                    return math.nan
+                    return loss * math.nan
                 return loss
 
             patch.setattr(Trainer, "forward_backward", poisoned)

@@ -74,7 +74,7 @@ def test_the_loss_is_the_mean_over_all_answers_of_a_step(tmp_path, chats, micro_
     for rank in range(processes):
         run = trainer.prepare(config)
         run.world = World(rank, processes)
-        losses.append(run.forward_backward(1))
+        losses.append(float(run.forward_backward(1)))
         gradients.append(gradient(run))
     found = sum(losses) / processes, sum(gradients) / processes
     whole = trainer.prepare(dataclasses.replace(config, micro_batches=1))

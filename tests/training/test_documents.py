@@ -164,7 +164,7 @@ def test_a_compiled_step_is_masked_too(tmp_path, corpus):
     for compiled in ("off", "on"):
         run = trainer.prepare(dataclasses.replace(config, compile=compiled))
         run.set_products()
-        loss = run.forward_backward(0)
+        loss = float(run.forward_backward(0))
         found.append((loss, gradient_of(run.model)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     assert float((found[1][1] - found[0][1]).norm() / found[0][1].norm()) < 1e-2

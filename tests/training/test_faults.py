@@ -57,9 +57,7 @@ def test_a_spike_rewinds_and_takes_other_batches(tmp_path, corpus, monkeypatch, 
 
 
 def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(
-        Trainer, "forward_backward", lambda self, batch: [p.grad for p in self.model.parameters()] and math.nan
-    )
+    monkeypatch.setattr(Trainer, "forward_backward", lambda self, batch: torch.tensor(math.nan).double())
     with pytest.raises(Diverged, match="after 10 remedies in a row"):
         trainer.train(configuration(tmp_path, corpus, steps=50, eval_every=50, on_nan="skip"))
 
@@ -180,7 +178,7 @@ def test_recomputation_chunks_and_int8_products_give_the_same_gradients(tmp_path
     for number, changes in enumerate([{}, {"recompute": True}, {"loss_chunk": 24}, {"product": "int8"}]):
         run = trainer.prepare(dataclasses.replace(base, out=str(tmp_path / str(number)), **changes))
         run.set_products()
-        loss = run.forward_backward(0)
+        loss = float(run.forward_backward(0))
         found.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
     assert torch.equal(found[0][1], found[1][1])
     for loss, gradient in found[2:]:

@@ -68,7 +68,7 @@ def test_micro_batches_accumulate_the_same_gradient(tmp_path, corpus):
     gradients = []
     for parts in (1, 2, 4):
         run = trainer.prepare(configuration(tmp_path, corpus, micro_batches=parts, out=str(tmp_path / str(parts))))
-        loss = run.forward_backward(0)
+        loss = float(run.forward_backward(0))
         gradients.append((loss, torch.cat([p.grad.flatten() for p in run.model.parameters()])))
     for loss, gradient in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], rel=1e-5)
