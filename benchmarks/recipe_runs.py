@@ -67,7 +67,6 @@ def configuration(job: dict[str, Any], runs: Path, device: str) -> recipes.Train
     return dataclasses.replace(
         base, model=base.model.replace(**parts["model"]), optim=dataclasses.replace(base.optim, **parts["optim"]),
         steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, compile="off", threads=1,
-        graphs=not job["technique"],  # whose products depend on the step
         wandb="off", out=str(runs / job["key"]), **parts[""],
     )  # fmt: skip
 

@@ -132,8 +132,9 @@ class TrainConfig:
     """Tokens whose logits are in memory at a time; 0 for those of a micro-batch."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto where a C++ compiler is found."""
-    graphs: bool = True
-    """On one GPU, forward and backward are replayed as a CUDA graph, where shapes do not change."""
+    graphs: bool = False
+    """On one GPU, replay forward and backward of a micro-batch as one CUDA graph: for small models and batches, whose
+    kernels take less time than their launches. Not run on a GPU yet."""
     threads: int | None = None
     """CPU threads; torch's default unless given."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
