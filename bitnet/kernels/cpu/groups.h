@@ -151,40 +151,49 @@ template <int codec> static void unpack_steps(const bn_matrix &w, const chunk &c
     }
 }
 
+// Sums of codes times x over COUNT quads, of their half HALF (simd.h), for each of MT tokens and D digits: total[MT * D].
+template <int MT, int BITS, int D, int COUNT, int HALF>
+BN_INLINE void codes_times_digits(const uint8_t *codes, const int8_t *x, int64_t stride, int64_t plane, vi *total) {
+    constexpr bool FULL = BITS == 8 && !SHORT_SUMS;
+    constexpr int ROOM = every(half_bits(BITS)), EVERY = FULL || !SHORT_SUMS || ROOM > COUNT ? COUNT : ROOM;
+    vi part[MT * D];
+#pragma GCC unroll 1
+    for (int done = 0; done < COUNT; done += EVERY) {
+#pragma GCC unroll 12
+        for (int j = 0; j < MT * D; j++) part[j] = (vi){};
+#pragma GCC unroll 1
+        for (int e = 0; e < EVERY; e++, codes += 64, x += 4) {
+            vb v = half_of<BITS, HALF>(load_line(codes));
+#pragma GCC unroll 12
+            for (int j = 0; j < MT * D; j++) {
+                vi q = splat_dword(x + j / D * stride + j % D * plane);
+                if constexpr (FULL) part[j] = dot4(part[j], v, q);
+                else part[j] = add_small(part[j], v, q);
+                if constexpr (!SHORT_SUMS && D > 1) opaque(part[j]);
+            }
+        }
+#pragma GCC unroll 12
+        for (int j = 0; j < MT * D; j++) {
+            vi sum = (FULL ? part[j] : dot4_of(part[j])) << 4 * HALF;
+            if constexpr (EVERY == COUNT && HALF == 0) total[j] = sum;
+            else total[j] = done || HALF ? total[j] + sum : sum;
+        }
+    }
+}
+
 // MT tokens with an unpacked chunk: sums[m * 32 ..] += ...; BITS of the codes, 8 for any. Segments of SEGMENT columns.
 template <int MT, int BITS, int D, int SEGMENT>
 static void codes_times_tokens(const bn_matrix &w, const chunk &c, const uint8_t *codes, const activations &a, int64_t m,
                                float *sums) {
-    constexpr int EVERY = BITS == 8 || !SHORT_SUMS ? SEGMENT / 4 : every(BITS) < SEGMENT / 4 ? every(BITS) : SEGMENT / 4;
     const int64_t at = m * a.segments + c.first / SEGMENT, per_group = w.group / SEGMENT;
     const int64_t stride = a.stride, plane = a.plane, segments = a.segments, until = c.columns / SEGMENT;
     const float *scale = a.scale + at, *x_sum = a.sum + at, *s = c.s, *t = c.t;
     int64_t left = per_group - c.first / SEGMENT % per_group;
     const int8_t *x = a.q + m * stride + c.first;
-    for (int64_t i = 0; i < until; i++) {
-        vi total[MT * D], part[MT * D];
-#pragma GCC unroll 1
-        for (int done = 0; done < SEGMENT / 4; done += EVERY) {
-#pragma GCC unroll 12
-            for (int j = 0; j < MT * D; j++) part[j] = (vi){};
-#pragma GCC unroll 1
-            for (int e = 0; e < EVERY; e++, codes += 64, x += 4) {
-                vb v = load_line(codes);
-#pragma GCC unroll 12
-                for (int j = 0; j < MT * D; j++) {
-                    vi q = splat_dword(x + j / D * stride + j % D * plane);
-                    if constexpr (BITS == 8) part[j] = dot4(part[j], v, q);
-                    else part[j] = add_small(part[j], v, q);
-                    if constexpr (!SHORT_SUMS && D > 1) opaque(part[j]);
-                }
-            }
-#pragma GCC unroll 12
-            for (int j = 0; j < MT * D; j++) {
-                vi sum = BITS == 8 ? part[j] : dot4_of(part[j]);
-                if constexpr (EVERY == SEGMENT / 4) total[j] = sum;
-                else total[j] = done ? total[j] + sum : sum;
-            }
-        }
+    for (int64_t i = 0; i < until; i++, codes += 16 * SEGMENT, x += SEGMENT) {
+        vi total[MT * D];
+        codes_times_digits<MT, BITS, D, SEGMENT / 4, 0>(codes, x, stride, plane, total);
+        if constexpr (halves(BITS) == 2) codes_times_digits<MT, BITS, D, SEGMENT / 4, 1>(codes, x, stride, plane, total);
         vf S = load(s), T = load(t);
 #pragma GCC unroll 12
         for (int j = 0; j < MT; j++) {

@@ -173,9 +173,10 @@ enum { TILE = 12, BLOCKS = 2 };
 enum { TILE = SHORT_SUMS ? 6 : 4, BLOCKS = 1 };
 #endif
 
-// BITS of the codes. Those below 8 are added up where `add_small` does, for as long as there is room.
+// BITS of the codes. They are added up where `add_small` does, for as long as there is room.
 template <int MT, int NB, int BITS>
 BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *sums) {
+    constexpr bool FULL = BITS == 8 && !SHORT_SUMS;
 #define BN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
 #define BN_DECLARE(m) vi a##m = {}, b##m = {};
     BN_EACH(BN_DECLARE)
@@ -183,25 +184,35 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
 #define BN_STEP(m)                                                                                                     \
     if constexpr (m < MT) {                                                                                            \
         vi t = splat_dword(x + m * stride + 4 * k);                                                                    \
-        c##m = BITS == 8 ? dot4(c##m, w0, t) : add_small(c##m, w0, t);                                                 \
-        if constexpr (NB == 2) d##m = BITS == 8 ? dot4(d##m, w1, t) : add_small(d##m, w1, t);                          \
+        c##m = FULL ? dot4(c##m, w0, t) : add_small(c##m, w0, t);                                                      \
+        if constexpr (NB == 2) d##m = FULL ? dot4(d##m, w1, t) : add_small(d##m, w1, t);                               \
     }
-#define BN_END(m)                                                                                                      \
+#define BN_END(m, half)                                                                                                \
     if constexpr (m < MT) {                                                                                            \
-        a##m = a##m + (BITS == 8 ? c##m : dot4_of(c##m));                                                              \
-        if constexpr (NB == 2) b##m = b##m + (BITS == 8 ? d##m : dot4_of(d##m));                                       \
+        a##m = a##m + ((FULL ? c##m : dot4_of(c##m)) << 4 * half);                                                     \
+        if constexpr (NB == 2) b##m = b##m + ((FULL ? d##m : dot4_of(d##m)) << 4 * half);                              \
     }
-    constexpr int64_t EVERY = BITS == 8 || !SHORT_SUMS ? INT64_MAX : every(BITS);
-    for (int64_t k = 0, end = 0; k < quads;) {
-        end = quads - end < EVERY ? quads : end + EVERY;
-        BN_EACH(BN_BEGIN)
-        for (; k < end; k++) {
-            vb w0 = load_line(p0 + 64 * k), w1;
-            if constexpr (NB == 2) w1 = load_line(p1 + 64 * k);
-            BN_EACH(BN_STEP)
-        }
-        BN_EACH(BN_END)
+#define BN_HALF(half, end_of)                                                                                          \
+    if constexpr (half < halves(BITS)) {                                                                               \
+        BN_EACH(BN_BEGIN)                                                                                              \
+        for (int64_t k = begin; k < end; k++) {                                                                        \
+            vb w0 = half_of<BITS, half>(load_line(p0 + 64 * k)), w1;                                                   \
+            if constexpr (NB == 2) w1 = half_of<BITS, half>(load_line(p1 + 64 * k));                                   \
+            BN_EACH(BN_STEP)                                                                                           \
+        }                                                                                                              \
+        BN_EACH(end_of)                                                                                                \
     }
+#define BN_END_LOW(m) BN_END(m, 0)
+#define BN_END_HIGH(m) BN_END(m, 1)
+    constexpr int64_t EVERY = SHORT_SUMS ? every(half_bits(BITS)) : INT64_MAX;
+    for (int64_t begin = 0, end = 0; begin < quads; begin = end) {
+        end = quads - begin < EVERY ? quads : begin + EVERY;
+        BN_HALF(0, BN_END_LOW)
+        BN_HALF(1, BN_END_HIGH)
+    }
+#undef BN_HALF
+#undef BN_END_LOW
+#undef BN_END_HIGH
 #undef BN_BEGIN
 #undef BN_END
 #define BN_STORE(m)                                                                                                    \

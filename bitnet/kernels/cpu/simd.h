@@ -241,6 +241,15 @@ template <int from, int to, class T> BN_INLINE pair<T> field(pair<T> v, int mask
     return {field<from, to>(v.lo, mask), field<from, to>(v.hi, mask)};
 }
 
+// Codes of 8 bits leave no room in 16, so short sums are of their halves, of 4 bits each: number HALF, and what its sum is
+// shifted by. Where sums are not short there is one half, which is the whole.
+BN_INLINE constexpr int halves(int bits) { return SHORT_SUMS && bits == 8 ? 2 : 1; }
+BN_INLINE constexpr int half_bits(int bits) { return bits / halves(bits); }
+template <int BITS, int HALF, class T> BN_INLINE T half_of(T v) {
+    if constexpr (halves(BITS) == 1) return v;
+    else return field<4 * HALF, 0>(v, 15);
+}
+
 // table[code] of codes below 16, for a table of bytes and one of floats (whose codes are the dwords).
 #if defined(BN_AVX512)
 BN_INLINE nb lookup(nb v, const uint8_t *table) {
