@@ -64,7 +64,8 @@ def run(options: Options) -> None:
     from bitnet.storage.hf.card import origin_of
     from bitnet.storage.source import open_source
     from bitnet.tokenizer import Tokenizer
-    from bitnet.tokenizer.json_write import GENERATION, sentencepiece_files
+    from bitnet.tokenizer.added import GENERATION
+    from bitnet.tokenizer.json_write import sentencepiece_files
 
     source = open_source(options.source, which=options.checkpoint)
     model = source.model() if options.merge_lora is None else _merged(source, options.merge_lora)
@@ -136,7 +137,9 @@ def _vocabulary(source: Source) -> BaseTokenizer | JsonObject:
             own = load_tokenizer(source.path / TOKENIZER, config=source.settings)
             assert isinstance(own, Tokenizer)
             if _facts(own) == _facts(tokenizer):
-                return Tokenizer(own.model_proto, adds_bos=tokenizer.adds_bos, ends=tokenizer.eos_ids)
+                return Tokenizer(
+                    own.model_proto, adds_bos=tokenizer.adds_bos, ends=tokenizer.eos_ids, unused=tokenizer.unused
+                )
     return tokenizer
 
 

@@ -53,7 +53,7 @@ class BitnetLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         found = self._tokenizer.eos_id
-        return self._tokenizer.vocab_size - 1 if found is None else found
+        return self._tokenizer.drawable.vocab_size - 1 if found is None else found
 
     @property
     def prefix_token_id(self) -> int:

@@ -27,7 +27,7 @@ from bitnet.inference.engine import NOT_FINITE, LanguageModel, check_ids
 from bitnet.inference.lookup import Ahead, PromptLookup
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
-from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows
+from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows, without
 from bitnet.kernels import triton as backend
 from bitnet.model import ModelConfig
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
@@ -122,6 +122,7 @@ def generate(
     seed: int | Sequence[int],
     eos_id: int | Collection[int] | None = None,
     vocab_size: int | None = None,
+    unused: Sequence[int] = (),
     stats: GenerationStats | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts token by token: an iterator of ids int64 `[B]`, on the CPU.
@@ -129,7 +130,7 @@ def generate(
     input_ids:   int64 `[B, T]`, or lists of ids of any lengths.
     sampling:    for all rows, or one for each.
     seed:        of row 0, the others take the following ones; or one for each.
-    vocab_size:  leaves out the last rows of a head that is larger than its tokenizer.
+    vocab_size:  leaves out the last rows of a head; with `unused`, ids below it, what `BaseTokenizer.drawable` says.
 
     A row ends with `eos_id`, or any of several, which is yielded; from then on it yields FILLER (-1), and when all rows
     have ended the iterator stops. Otherwise a row ends after `max_new_tokens`, or earlier, where prompt and text fill
@@ -153,7 +154,7 @@ def generate(
     V = check_vocab_size(model.config, vocab_size)
     rooms = [limit_new_tokens(model.config, len(ids), max_new_tokens) for ids in prompts]
     samplers = [
-        RowSampler(how, number % 2**63 if row else number, ids, vocab_size=V)
+        RowSampler(how, number % 2**63 if row else number, ids, vocab_size=V, unused=unused)
         for row, (how, number, ids) in enumerate(zip(samplings, seeds, prompts, strict=True))
     ]
     steps = draw_texts(model, prompts, samplers, rooms, ends, stats)
@@ -333,6 +334,7 @@ def _draw_batch(
 ) -> Iterator[list[Drawn | None]]:
     """Prompts of one length in a static cache, for models that run batches faster than rows: in torch and on a GPU."""
     (B, T), V, sampling = (len(prompts), len(prompts[0])), samplers[0].vocab_size, samplers[0].sampling
+    unused = None if samplers[0].unused is None else samplers[0].unused.to(model.device)
     cache = model.new_cache(B, T + room - 1)  # the last token is never fed back, so it needs no position
     bytes_of_weights = model.weight_bytes()
     tokens = torch.tensor(prompts).to(model.device)
@@ -340,10 +342,16 @@ def _draw_batch(
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=model.device)
         seen = seen.scatter_(1, tokens, True)[:, :V]
+        seen = seen if unused is None else seen.index_fill(1, unused, False)
     finished = [False] * B
     arrival = _Arrival(B, model.device)
+
+    def read() -> Tensor:
+        logits = model(tokens, cache, last_only=True)[:, -1, :V]
+        return logits if unused is None else without(logits, unused)
+
     started = time.perf_counter()
-    logits = model(tokens, cache, last_only=True)[:, -1, :V]
+    logits = read()
     for step in range(room):
         if not sampling.greedy and step % _AHEAD == 0:  # on their way to the device at once, not in every step
             drawn = [[sampler.uniform() for sampler in samplers] for _ in range(min(_AHEAD, room - step))]
@@ -355,7 +363,7 @@ def _draw_batch(
         arrival.send(arriving)
         if arrival.asynchronous and step + 1 < room:
             # The device goes on with the next step while the host waits for this one's ids and uses them.
-            logits = model(tokens, cache, last_only=True)[:, -1, :V]
+            logits = read()
         ids = arrival.wait().tolist()
         if NOT_FINITE in ids:
             raise _not_finite(T + step)
@@ -368,7 +376,7 @@ def _draw_batch(
             return
         if not arrival.asynchronous and step + 1 < room:
             started = time.perf_counter()
-            logits = model(tokens, cache, last_only=True)[:, -1, :V]
+            logits = read()
 
 
 def _choose_finite(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 _GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
+_HOTTEST = 1e30  # float32 holds it, and what cannot be drawn is still nothing when divided by it
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class SamplingConfig:
     """Added to the logits of these tokens."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= self.temperature <= _HOTTEST:
             raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number, e.g. 0.8")
         if self.top_k < 0 or not isinstance(self.top_k, int):
             raise ValueError(f"top_k is {self.top_k}; give a number of tokens, e.g. 40, or 0 to keep all")

@@ -5,6 +5,7 @@
 
 A token is drawn in these steps, transformers' order:
 
+    0. unused tokens        padded rows and the like (`BaseTokenizer.drawable`) are no part of the distribution at all
     1. presence, frequency  l = l + bias - (presence + frequency * count) with the token's count in the text so far,
        and bias             without the prompt, and no presence where it is 0 (OpenAI's penalties)
     2. allowed tokens       the others are left out
@@ -17,7 +18,8 @@ A token is drawn in these steps, transformers' order:
 
 Equal logits count in the order of their ids. Every text has a generator on the CPU of its own, started from its seed,
 which gives one u a token: so a text depends on its seed, prompt and options, not on its company. Log-probabilities are
-those of the model, before all of these steps.
+those of the model, before all steps but 0: probabilities of all that can be drawn sum to 1. (llama.cpp and
+transformers count every row of the head, and may draw them.)
 
 Letters: B batch, V vocab_size, N candidates.
 """
@@ -33,8 +35,10 @@ from torch import Tensor
 from bitnet.inference.options import SamplingConfig
 from bitnet.kernels import native_wanted
 from bitnet.kernels.cpu import native
+from bitnet.tokenizer import Drawable
 
 _AHEAD = 32  # uniform numbers that are drawn at once
+_LOWEST = torch.finfo(torch.float32).min
 
 _rooms: list[Tensor] = []
 """Scratch of native draws that none is using."""
@@ -61,22 +65,32 @@ class RowSampler:
         prompt: Iterable[int] = (),
         *,
         vocab_size: int,
+        unused: Sequence[int] = (),
         logprobs: int | None = None,
     ) -> None:
-        """`logprobs`: how many of the most likely tokens come with their log-probabilities, next to the drawn one.
+        """`vocab_size`, `unused`: what can be drawn, as in `Drawable`. `logprobs`: how many of the most likely tokens
+        come with their log-probabilities, next to the drawn one.
 
         Raises ValueError for a seed, a number of them and biased tokens out of range.
         """
         if not 0 <= seed < 2**63 or seed % 1:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
-        if logprobs is not None and not 0 <= logprobs <= vocab_size:
-            raise ValueError(f"logprobs is {logprobs}; give a number of tokens from 0 to {vocab_size}")
+        self.drawable = Drawable(vocab_size, tuple(unused))
+        if self.drawable.count < 1 or (unused and not 0 <= min(unused) <= max(unused) < vocab_size):
+            raise ValueError(f"{len(unused)} of {vocab_size} ids are unused; they must be among them and leave one")
+        if logprobs is not None and not 0 <= logprobs <= self.drawable.count:
+            raise ValueError(f"logprobs is {logprobs}; give a number of tokens from 0 to {self.drawable.count}")
         for token, bias in sampling.logit_bias.items():
             if not 0 <= token < vocab_size or not abs(bias) < float("inf"):
                 raise ValueError(f"logit_bias has {token}: {bias}; give a number for ids from 0 to {vocab_size - 1}")
+            if token in unused:
+                raise ValueError(f"logit_bias has {token}: {bias}, and that token is unused: it is never drawn")
         self.sampling, self.vocab_size, self.logprobs = sampling, vocab_size, logprobs
+        self.unused = torch.tensor(unused) if unused else None
+        """int64: `Drawable.unused`, on the CPU."""
         self.allowed: Tensor | None = None
-        """Bool `[V]`: the tokens that may come next, on the CPU; None: all. At least one must be."""
+        """Bool `[V]`: the tokens that may come next, on the CPU; None: all. At least one must be, but unused ones never
+        are."""
         self._generator = torch.Generator().manual_seed(int(seed))
         self._ahead: list[float] = []
         self._counts: dict[int, int] = {}
@@ -96,6 +110,13 @@ class RowSampler:
         if not self._ahead:
             self._ahead = torch.rand(_AHEAD, dtype=torch.float64, generator=self._generator).tolist()[::-1]
         return self._ahead.pop()
+
+    def allowed_next(self) -> Tensor | None:
+        """Bool `[V]`, in one piece: `allowed` without the unused tokens; None: all."""
+        if self.unused is None:
+            return None if self.allowed is None else self.allowed.contiguous()
+        allowed = torch.ones(self.vocab_size, dtype=torch.bool) if self.allowed is None else self.allowed
+        return allowed.index_fill(0, self.unused, False)
 
     def take(self, token: int) -> None:
         """Go on by one token."""
@@ -118,13 +139,22 @@ class RowSampler:
             self.seen_ids.append(token)
 
 
+def without(logits: Tensor, unused: Tensor) -> Tensor:
+    """A copy of logits `[.., V]` in float32 in which the unused tokens (int64, on their device) have no share of the
+    softmax, and are finite: what another column holds that is not, is a fault of the model."""
+    return logits.float().index_fill(-1, unused, _LOWEST)
+
+
 def draw_rows(samplers: Sequence[RowSampler], logits: Tensor) -> list[Drawn]:
     """The next token of every row, of logits float32 `[n, V or more]`, whose columns from V on are left out. Samplers
-    take what was drawn, and all of them have one V. A row whose logits are not finite draws nothing."""
+    take what was drawn, and all of them can draw the same. A row whose logits are not finite draws nothing."""
     if not samplers:
         return []
-    V = samplers[0].vocab_size
-    assert all(sampler.vocab_size == V for sampler in samplers)
+    first = samplers[0]
+    V = first.vocab_size
+    assert all(sampler is first or sampler.drawable == first.drawable for sampler in samplers)
+    if first.unused is not None:
+        logits = without(logits[:, :V], first.unused.to(logits.device))
     whole = native_wanted(logits.device) and logits.dtype == torch.float32 and logits.stride(1) == 1
     drawn = (_draw_native if whole else _draw_plain)(samplers, logits, V)
     for sampler, one in zip(samplers, drawn, strict=True):
@@ -144,8 +174,8 @@ def _draw_native(samplers: Sequence[RowSampler], logits: Tensor, V: int) -> list
         row.change_ids, row.change_count = sampler.change_ids.buffer_info()
         row.changes = sampler.changes.buffer_info()[0]
         row.seen_ids, row.seen_count = sampler.seen_ids.buffer_info()
-        if sampler.allowed is not None:
-            keep.append(allowed := sampler.allowed.contiguous())
+        if (allowed := sampler.allowed_next()) is not None:
+            keep.append(allowed)
             row.allowed = allowed.data_ptr()
         row.top_count = -1 if sampler.logprobs is None else sampler.logprobs
         if sampler.logprobs:
@@ -182,8 +212,8 @@ def _draw_plain(samplers: Sequence[RowSampler], logits: Tensor, V: int) -> list[
         if sampler.changes:
             places = torch.tensor(sampler.change_ids, device=row.device)
             changed = row.index_add(0, places, torch.tensor(sampler.changes, device=row.device))
-        if sampler.allowed is not None:
-            changed = changed.masked_fill(~sampler.allowed.to(row.device), -torch.inf)
+        if (allowed := sampler.allowed_next()) is not None:
+            changed = changed.masked_fill(~allowed.to(row.device), -torch.inf)
         seen = torch.zeros(1, V, dtype=torch.bool, device=row.device)
         seen[0, torch.tensor(sampler.seen_ids, dtype=torch.int64, device=row.device)] = True
         sampling, uniform = sampler.sampling, torch.zeros(1, 1, dtype=torch.float64)

@@ -106,9 +106,12 @@ class OpenText:
         """`logprobs`: see `RowSampler`. A text without a seed gets one of its own. Raises ValueError as `generate`."""
         options = text.options
         seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-        vocab_size = check_vocab_size(model.config, tokenizer.vocab_size)
+        vocab_size, unused = tokenizer.drawable
+        check_vocab_size(model.config, vocab_size)
         self.ids, self.room = text.ids, limit_new_tokens(model.config, len(text.ids), options.max_new_tokens)
-        self.sampler = RowSampler(text.sampling, seed, text.ids, vocab_size=vocab_size, logprobs=logprobs)
+        self.sampler = RowSampler(
+            text.sampling, seed, text.ids, vocab_size=vocab_size, unused=unused, logprobs=logprobs
+        )
         self.completion = Completion(len(text.ids), seed, drawn=None if logprobs is None else [])
         self._last: StopReason = "length" if self.room == options.max_new_tokens else "context"
         self._stream = TextStream(tokenizer, options.stop, prompt=text.ids if text.continues else ())

@@ -80,7 +80,7 @@ class Chat:
         generation = Generation(
             tuple(prompt),
             max(1, min(left, model.default_new_tokens)) if limit is None else limit,
-            sampling=body.sampling(model.tokenizer.vocab_size, model.own_sampling),
+            sampling=body.sampling(model.tokenizer.drawable, model.own_sampling),
             seed=body.chosen_seed,
             count=body.n or 1,
             stop=body.stops,

@@ -51,7 +51,7 @@ class Completions:
             Generation(
                 tuple(ids),
                 new_tokens,
-                sampling=body.sampling(model.tokenizer.vocab_size, model.own_sampling),
+                sampling=body.sampling(model.tokenizer.drawable, model.own_sampling),
                 seed=seed,
                 count=samples,
                 stop=body.stops,

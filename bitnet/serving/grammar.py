@@ -56,14 +56,14 @@ class _Vocabulary:
     """A tokenizer as llguidance asks for it."""
 
     def __init__(self, tokenizer: BaseTokenizer) -> None:
-        specials = set(tokenizer.specials.values())
         pieces = [(i, tokenizer.surface_bytes(i)) for i in range(tokenizer.vocab_size)]
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id if tokenizer.eos_id is not None else 0
         self.bos_token_id = tokenizer.bos_id
-        # A token without bytes is no way to go on; under a name of its own it is one that no text has.
-        self.tokens = [piece or f"<|token {i}|>".encode() for i, piece in pieces]
-        self.special_token_ids = sorted(specials | {i for i, piece in pieces if not piece})
+        # A token without bytes, or that is never drawn, is no way to go on; under a name of its own no text has it.
+        nameless = tokenizer.unused.union(i for i, piece in pieces if not piece)
+        self.tokens = [f"<|token {i}|>".encode() if i in nameless else piece for i, piece in pieces]
+        self.special_token_ids = sorted(nameless.union(tokenizer.specials.values()))
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
@@ -75,7 +75,7 @@ class GrammarMatcher:
     def __init__(self, matcher: Any, tokenizer: BaseTokenizer) -> None:
         self._matcher = matcher
         self._words = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.int32)
-        self._size = tokenizer.vocab_size
+        self._size = tokenizer.drawable.vocab_size
         self._ends = list(tokenizer.eos_ids)
 
     def mask(self) -> Tensor:

@@ -150,8 +150,9 @@ class Sample:
         self.prompt_length = len(prompt)
         self.drafter = Drafter(lookup, row, prompt) if lookup.tokens else None
         self.matcher = generation.grammar() if generation.grammar else None
+        vocab_size, unused = tokenizer.drawable
         self.sampler = RowSampler(
-            generation.sampling, (generation.seed + index) % 2**63, prompt, vocab_size=tokenizer.vocab_size,
+            generation.sampling, (generation.seed + index) % 2**63, prompt, vocab_size=vocab_size, unused=unused,
             logprobs=generation.alternatives,
         )  # fmt: skip
         self.text = TextStream(tokenizer, generation.stop, prompt=prompt if generation.continues else ())

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from bitnet.inference.options import SamplingConfig
 from bitnet.serving.errors import invalid
+from bitnet.tokenizer import Drawable
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Prompts = str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[list[Tokens], Field(min_length=1)]
@@ -72,12 +73,15 @@ class Writing(Body):
             raise ValueError("stream_options is of stream: true; leave it out")
         return self
 
-    def sampling(self, vocab_size: int, own: Mapping[str, float]) -> SamplingConfig:
+    def sampling(self, drawable: Drawable, own: Mapping[str, float]) -> SamplingConfig:
         """How tokens are chosen. What the request is silent about is as the model's own generation_config.json says
         (`own`), else OpenAI's default. Raises ApiError for a biased token that is none."""
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        if bias and max(bias) >= vocab_size:
-            raise invalid(f"logit_bias names token {max(bias)} and the last one is {vocab_size - 1}", "logit_bias")
+        last = drawable.vocab_size - 1
+        if bias and max(bias) > last:
+            raise invalid(f"logit_bias names token {max(bias)} and the last one is {last}", "logit_bias")
+        if unused := set(bias).intersection(drawable.unused):
+            raise invalid(f"logit_bias names token {min(unused)}, which is unused and never drawn", "logit_bias")
         names = (
             "temperature",
             "top_k",

@@ -39,7 +39,7 @@ class PlainResponse:
         generation = Generation(
             tuple(prompt),
             body.max_output_tokens or left,
-            sampling=writing.sampling(model.tokenizer.vocab_size, model.own_sampling),
+            sampling=writing.sampling(model.tokenizer.drawable, model.own_sampling),
             seed=writing.chosen_seed,
             continues=False,
             grammar=grammar,

@@ -33,7 +33,7 @@ from torch import Tensor
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.lookup import PromptLookup
 from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
-from bitnet.inference.sampling import draw_rows
+from bitnet.inference.sampling import draw_rows, without
 from bitnet.inference.scoring import Score, embedding, score
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.jobs import Event, Job, Limits, Piece, PromptScores, Sample
@@ -67,6 +67,7 @@ class Scheduler:
         for an engine that promises equal bits, drafts."""
         self.limits, self.metrics = limits, metrics
         self._tokenizer, self._post, self._wake = tokenizer, post, wake
+        self._unused = torch.tensor(sorted(tokenizer.unused)) if tokenizer.unused else None
         self._model, self._rows = model, rows_of(model)
         self._shared = not isinstance(self._rows, PlainRows)
         self._lookup = lookup or PromptLookup(0)
@@ -102,7 +103,7 @@ class Scheduler:
                 "for fewer samples or tokens",
                 "max_tokens", "context_length_exceeded",
             )  # fmt: skip
-        if (generation.alternatives or 0) > (known := self._tokenizer.vocab_size):
+        if (generation.alternatives or 0) > (known := self._tokenizer.drawable.count):
             raise invalid(f"{generation.alternatives} likely tokens are asked for and there are {known}", "logprobs")
         with self._lock:
             if self._draining:
@@ -346,8 +347,10 @@ class Scheduler:
             start = sample.row.length - read
             wanted = sample.ids[start + 1 : sample.row.length + 1]
             if wanted:
-                vocab_size = self._tokenizer.vocab_size
-                sample.scores += score(logits[: len(wanted), :vocab_size], wanted, generation.alternatives or 0)
+                own = logits[: len(wanted), : self._tokenizer.vocab_size]
+                if self._unused is not None:
+                    own = without(own, self._unused.to(own.device))
+                sample.scores += score(own, wanted, generation.alternatives or 0)
         return [] if sample.pending else self._begin(sample)
 
     def _begin(self, first: Sample) -> list[Sample]:

@@ -14,7 +14,7 @@ from typing import Any
 from bitnet.console import note
 from bitnet.files import JsonObject, read_json
 from bitnet.storage.json_files import CheckpointError
-from bitnet.tokenizer.json_write import GENERATION
+from bitnet.tokenizer.added import GENERATION
 
 Sampling = dict[str, float]
 GGUF_PREFIX = "general.sampling."
@@ -27,7 +27,7 @@ _NOT_DONE: dict[str, tuple[object, ...]] = {
     "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,),
     "encoder_repetition_penalty": (1,), "length_penalty": (1,), "bad_words_ids": (), "sequence_bias": (),
-    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
     "exponential_decay_length_penalty": (), "guidance_scale": (1,), "min_length": (0,), "min_new_tokens": (0,),
     "top_h": (), "stop_strings": ([],), "dola_layers": (), "watermarking_config": (),
 }  # fmt: skip

@@ -50,7 +50,7 @@ from bitnet.tokenizer import (
     load_tokenizer,
     read_settings,
 )
-from bitnet.tokenizer.json_write import GENERATION
+from bitnet.tokenizer.added import GENERATION
 
 Kind = Literal["run", "packed", "quantized", "hf", "gguf"]
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from bitnet.tokenizer.added import CONFIG, added_tokens, read_settings
-from bitnet.tokenizer.base import BaseTokenizer, StreamDecoder
+from bitnet.tokenizer.added import CONFIG, added_tokens, read_settings, suppressed_ids
+from bitnet.tokenizer.base import BaseTokenizer, Drawable, StreamDecoder
 from bitnet.tokenizer.chat import ChatTemplate, chat_template_of_gguf, find_chat_template
 from bitnet.tokenizer.gguf_read import from_gguf_metadata
 from bitnet.tokenizer.huggingface import HuggingFaceTokenizer, end_ids
@@ -17,6 +17,7 @@ from bitnet.tokenizer.sentencepiece import Tokenizer, train_tokenizer, with_adde
 __all__ = [
     "BaseTokenizer",
     "ChatTemplate",
+    "Drawable",
     "HuggingFaceTokenizer",
     "StreamDecoder",
     "Tokenizer",
@@ -57,6 +58,8 @@ def load_tokenizer(
             legacy=settings.get("legacy") is not False if own else settings.get("legacy") is True,
         )
         proto = with_added_tokens(tokenizer.model_proto, added_tokens(path), config.get("vocab_size"), str(file))
-        ends = tuple(end_ids(path, config))
-        return Tokenizer(proto, str(file), adds_bos=tokenizer.adds_bos, legacy=tokenizer.legacy, ends=ends)
+        ends, unused = tuple(end_ids(path, config)), suppressed_ids(path)
+        return Tokenizer(
+            proto, str(file), adds_bos=tokenizer.adds_bos, legacy=tokenizer.legacy, ends=ends, unused=unused
+        )
     raise ValueError(f"{path} holds no tokenizer.json and no tokenizer.model; copy the model's tokenizer there")

@@ -7,7 +7,7 @@ them behind the vocabulary in the order of their ids, then those that have only 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from bitnet.files import JsonObject, read_json
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+GENERATION = "generation_config.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "single_word")
@@ -119,6 +120,18 @@ def _of_list(ids: JsonObject, special: set[str], place: Path) -> Iterator[AddedT
             raise ValueError(f"{place} gives the token {content!r:.40} the id {token_id!r:.40}; it is damaged")
         if content:
             yield AddedToken(_text(content, place), content in special, token_id, normalized=content not in special)
+
+
+def suppressed_ids(folder: Path) -> list[int]:
+    """Ids that generation_config.json of a folder wants never to be drawn: transformers' `suppress_tokens`."""
+    found = read_settings(folder / GENERATION).get("suppress_tokens")
+    return [i for i in found if type(i) is int] if isinstance(found, list) else []
+
+
+def suppressed(ids: Iterable[int]) -> JsonObject:
+    """What `suppressed_ids` reads, for a generation_config.json; nothing where there are none."""
+    found = sorted(ids)
+    return {"suppress_tokens": found} if found else {}
 
 
 def read_settings(path: Path) -> JsonObject:

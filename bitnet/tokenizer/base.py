@@ -14,11 +14,24 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 _ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<EOT>", "[EOT]", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 _ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>")
 END_OF_TEXT = frozenset((*_ENDS_OF_TEXT, *_ENDS_OF_TURN))
 """Special tokens that end a text or a turn whatever else a model's files say, which often name only one of several."""
+
+
+class Drawable(NamedTuple):
+    """The ids that a model may write: those below `vocab_size` but for the `unused` ones, which ascend."""
+
+    vocab_size: int
+    unused: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.vocab_size - len(self.unused)
 
 
 class BaseTokenizer(ABC):
@@ -27,8 +40,9 @@ class BaseTokenizer(ABC):
     Attributes: `vocab_size` (int), `bos_id`, `eos_id`, `unk_id`, `pad_id` (int, or None when there is none), `eos_ids`
     (every id that ends a text or a turn, `eos_id` first), `adds_bos` (the model wants `bos_id` in front of a text),
     `adds_space_prefix` (it puts a space there, which decoding takes away), `specials` (texts of the special tokens to
-    their ids), `fingerprint` (sha256 of what the ids depend on, hex), `file_name` (what `save` writes is called so in a
-    model's folder).
+    their ids), `unused` (ids that no model should write: padding, gaps between the ids, pieces of the type "unused",
+    `suppress_tokens` of a generation_config.json), `drawable` (all others), `fingerprint` (sha256 of what the ids
+    depend on, hex), `file_name` (what `save` writes is called so in a model's folder).
     """
 
     vocab_size: int
@@ -41,6 +55,8 @@ class BaseTokenizer(ABC):
     adds_space_prefix: bool
     fingerprint: str
     specials: Mapping[str, int]
+    unused: frozenset[int]
+    drawable: Drawable
     file_name: str
     _surfaces: Sequence[bytes]
     _special_pattern: re.Pattern[str] | None
@@ -129,8 +145,8 @@ class BaseTokenizer(ABC):
         """The UTF-8 bytes that one id stands for (a part of a character for a byte piece, b"" for a special token)."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(
-                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1}): they come from another "
-                "tokenizer, or from the padded rows of an output layer, which must be masked before sampling"
+                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1}): it comes from another "
+                "tokenizer, or from a padded row of an output layer; draw tokens with `drawable`"
             )
         return self._surfaces[token_id]
 
@@ -141,6 +157,15 @@ class BaseTokenizer(ABC):
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         known = [token_id for text, token_id in specials.items() if text in END_OF_TEXT]
         self.eos_ids = tuple(dict.fromkeys(i for i in (self.eos_id, *ends, *known) if i is not None))
+
+    def _set_unused(self, unused: Iterable[int], source: str) -> None:
+        """Take the ids that are not to be drawn, once the special tokens are known: a text must be able to end. Those
+        outside the vocabulary count for nothing. Raises ValueError naming `source` where no id is left."""
+        self.unused = frozenset(i for i in unused if 0 <= i < self.vocab_size).difference(self.eos_ids)
+        size = next((i + 1 for i in reversed(range(self.vocab_size)) if i not in self.unused), 0)
+        if not size:
+            raise ValueError(f"{source}: all of the {self.vocab_size} tokens are unused; it is damaged")
+        self.drawable = Drawable(size, tuple(sorted(i for i in self.unused if i < size)))
 
 
 class StreamDecoder:

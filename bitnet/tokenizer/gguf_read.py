@@ -48,8 +48,9 @@ def from_gguf_metadata(metadata: Mapping[str, object], source: str = "GGUF file"
     )
 
 
-def _pieces(metadata: Mapping[str, object], source: str) -> tuple[list[str], list[int]]:
-    """Pieces and types, checked; an empty piece gets a name that no text has, as llama.cpp gives it one."""
+def _pieces(metadata: Mapping[str, object], source: str) -> tuple[list[str], list[int], list[int]]:
+    """Pieces and types, checked, and the ids that are not to be drawn. An empty piece gets a name that no text has, as
+    llama.cpp gives it one."""
     pieces, types = _array(metadata, "tokens", str, source), _array(metadata, "token_type", int, source)
     types = types or [NORMAL] * len(pieces)
     if not pieces or len(types) != len(pieces):
@@ -60,9 +61,12 @@ def _pieces(metadata: Mapping[str, object], source: str) -> tuple[list[str], lis
         twice = next(piece for piece in pieces if piece in seen or seen.add(piece))  # type: ignore[func-returns-value]
         raise ValueError(f"{source} has the token {twice!r} twice; it is damaged")
     # Some converters forget that these are no text.
-    plain = {NORMAL, USER_DEFINED}
+    plain = {NORMAL, USER_DEFINED, UNUSED}
     types = [CONTROL if k in plain and p in END_OF_TEXT else k for p, k in zip(pieces, types, strict=True)]
-    return pieces, types
+    # Older converters give padding another type.
+    kinds = enumerate(zip(pieces, types, strict=True))
+    unused = [i for i, (p, k) in kinds if k == UNUSED or (k in plain and p in (f"[PAD{i}]", f"[EMPTY_{i}]"))]
+    return pieces, types, unused
 
 
 def _array(metadata: Mapping[str, object], name: str, kind: type[T], source: str) -> list[T]:
@@ -89,7 +93,7 @@ def _ends(ids: Mapping[str, int | None]) -> tuple[int, ...]:
 
 def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceTokenizer:
     library = import_tokenizers()
-    pieces, types = _pieces(metadata, source)
+    pieces, types, unused = _pieces(metadata, source)
     name = metadata.get("tokenizer.ggml.pre", "")
     name = _unnamed_rule(pieces, source) if name == "" else name
     if not isinstance(name, str) or name not in RULE_OF:
@@ -139,6 +143,7 @@ def _byte_level(metadata: Mapping[str, object], source: str) -> HuggingFaceToken
         pad_id=ids["padding"],
         adds_bos=bool(adds_bos),
         ends=_ends(ids),
+        unused=unused,
         source=source,
     )
 
@@ -166,7 +171,7 @@ def is_llama_3(pieces: Sequence[str]) -> bool:
 
 
 def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
-    pieces, types = _pieces(metadata, source)
+    pieces, types, unused = _pieces(metadata, source)
     scores = _array(metadata, "scores", float, source) or [0.0] * len(pieces)
     if len(scores) != len(pieces):
         raise ValueError(f"{source} has {len(pieces)} tokens and {len(scores)} scores; it is damaged")
@@ -189,4 +194,4 @@ def _sentencepiece(metadata: Mapping[str, object], source: str) -> Tokenizer:
         pieces, scores, types, names, add_dummy_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     )
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", True))
-    return Tokenizer(proto, f"the tokenizer of {source}", adds_bos=adds_bos, ends=_ends(ids))
+    return Tokenizer(proto, f"the tokenizer of {source}", adds_bos=adds_bos, ends=_ends(ids), unused=unused)

@@ -5,6 +5,7 @@ models do, and knows neither normalization nor other kinds of model: those are r
 `gguf_write_json.py`'s.
 """
 
+import warnings
 from collections.abc import Mapping
 
 from bitnet.files import JsonObject
@@ -34,6 +35,8 @@ def vocabulary(tokenizer: BaseTokenizer | JsonObject, vocab_size: int) -> JsonOb
         metadata = gguf_write_json.metadata_of(tokenizer)
     else:
         raise ValueError(f"a {type(tokenizer).__name__} cannot be written into a GGUF file; {_ALTERNATIVE}")
+    if not isinstance(tokenizer, Mapping):
+        _name_unused(metadata, tokenizer)
     # A model may have more rows than its tokenizer has tokens; llama.cpp wants a token for each.
     missing = vocab_size - len(metadata["tokenizer.ggml.tokens"])
     if missing < 0:
@@ -50,6 +53,23 @@ def vocabulary(tokenizer: BaseTokenizer | JsonObject, vocab_size: int) -> JsonOb
         if values and f"tokenizer.ggml.{name}" in metadata:
             metadata[f"tokenizer.ggml.{name}"] = [*metadata[f"tokenizer.ggml.{name}"], *values]
     return metadata
+
+
+def _name_unused(metadata: JsonObject, tokenizer: BaseTokenizer) -> None:
+    """Give what the tokenizer has unused its type."""
+    types, lost = metadata["tokenizer.ggml.token_type"], []
+    for i in sorted(tokenizer.unused):
+        if types[i] == NORMAL:
+            types[i] = UNUSED
+        elif types[i] != UNUSED:
+            lost.append(tokenizer.id_to_piece(i))
+    if lost:
+        warnings.warn(
+            f"the tokenizer has {len(lost)} tokens that are never drawn and are no plain text, {lost[0]!r} first: "
+            "a GGUF file cannot say that of them",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
@@ -80,8 +100,6 @@ def _sentencepiece(tokenizer: Tokenizer) -> JsonObject:
             return CONTROL
         if processor.is_byte(i):
             return BYTE
-        if processor.is_unused(i):
-            return UNUSED
         return USER_DEFINED if i in apart else NORMAL
 
     metadata: JsonObject = {

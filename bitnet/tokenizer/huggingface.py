@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet.files import JsonObject, write_atomic
-from bitnet.tokenizer.added import CONFIG, FolderTokens, added_tokens, read_settings
+from bitnet.tokenizer.added import (
+    CONFIG,
+    GENERATION,
+    FolderTokens,
+    added_tokens,
+    read_settings,
+    suppressed,
+    suppressed_ids,
+)
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
 from bitnet.tokenizer.encode_limited import LimitedEncoder, cost_of
 
@@ -51,9 +59,12 @@ class HuggingFaceTokenizer(BaseTokenizer):
         pad_id: int | None = None,
         adds_bos: bool = False,
         ends: Iterable[int] = (),
+        unused: Iterable[int] = (),
         source: str = "tokenizer",
     ):
         """Take a library object, which is changed (no truncation, no padding), and the ids of its special tokens.
+
+        `unused` are tokens that are not to be drawn, beside the ids that have none.
 
         Raises ValueError naming `source` for a decoder of another family and for ids outside the vocabulary.
         """
@@ -84,6 +95,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = bos_id, eos_id, unk_id, pad_id
         self.adds_bos = adds_bos and bos_id is not None
         self._set_specials({token.content: i for i, token in added.items() if token.special}, self._ends)
+        self._set_unused((set(range(self.vocab_size)) - pieces.keys()).union(unused), source)
         self._json: str = backend.to_str()
         cost = _cost_of(backend, source)
         self._limited = LimitedEncoder(self._json, cost, source) if cost else None
@@ -117,7 +129,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
 
     def __reduce__(self) -> tuple[Callable[..., HuggingFaceTokenizer], tuple[str]]:
         names = ("bos_id", "eos_id", "unk_id", "pad_id", "adds_bos")
-        settings = {name: getattr(self, name) for name in names} | {"ends": self._ends}
+        settings = {name: getattr(self, name) for name in names} | {"ends": self._ends, "unused": self.unused}
         return partial(HuggingFaceTokenizer.from_json, **settings), (self._json,)
 
     def files(self) -> dict[str, bytes]:
@@ -125,13 +137,13 @@ class HuggingFaceTokenizer(BaseTokenizer):
         ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
         config: dict[str, object] = {f"{name}_token": self._pieces[i] for name, i in ids.items() if i is not None}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
-        generation = {"eos_token_id": list(self.eos_ids)} | (
-            {} if self.bos_id is None else {"bos_token_id": self.bos_id}
-        )
+        generation: JsonObject = {"eos_token_id": list(self.eos_ids)}
+        generation |= {} if self.bos_id is None else {"bos_token_id": self.bos_id}
+        generation |= suppressed(i for i in self.unused if self._pieces[i])
         return {
             self.file_name: self._json.encode(),
             "tokenizer_config.json": json.dumps(config, indent=1).encode(),
-            "generation_config.json": json.dumps(generation, indent=1).encode(),
+            GENERATION: json.dumps(generation, indent=1).encode(),
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -354,12 +366,12 @@ def _special_ids(
     if settings["eos_id"] is None and ends:
         settings["eos_id"] = ends[0]
     if settings["bos_id"] is None and "bos_token" not in config:
-        stored = read_settings(folder / "generation_config.json")  # of a folder whose config.json is not transformers'
+        stored = read_settings(folder / GENERATION)  # of a folder whose config.json is not transformers'
         settings["bos_id"] = next(iter(_ids(model.get("bos_token_id")) + _ids(stored.get("bos_token_id"))), None)
     adds_bos = config.get("add_bos_token")
     if not isinstance(adds_bos, bool):  # ask the file's post-processor
         adds_bos = _puts_first(backend, settings["bos_id"])
-    return settings | {"ends": ends, "adds_bos": adds_bos}
+    return settings | {"ends": ends, "adds_bos": adds_bos, "unused": suppressed_ids(folder)}
 
 
 def _puts_first(backend: tokenizers.Tokenizer, token_id: int | None) -> bool:
@@ -370,7 +382,7 @@ def _puts_first(backend: tokenizers.Tokenizer, token_id: int | None) -> bool:
 def end_ids(folder: Path, config: Mapping[str, object] | None = None) -> list[int]:
     """What generation_config.json and config.json of a folder call the end of a text."""
     config = read_settings(folder / "config.json") if config is None else config
-    return _ids(read_settings(folder / "generation_config.json").get(_EOS)) + _ids(config.get(_EOS))
+    return _ids(read_settings(folder / GENERATION).get(_EOS)) + _ids(config.get(_EOS))
 
 
 def _ids(value: object) -> list[int]:

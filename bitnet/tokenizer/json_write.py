@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from bitnet.files import JsonObject
 from bitnet.tokenizer import BaseTokenizer, Tokenizer
+from bitnet.tokenizer.added import GENERATION, suppressed
 from bitnet.tokenizer.proto import user_defined
 
 if TYPE_CHECKING:
     import tokenizers
 
-GENERATION = "generation_config.json"
 SPACE_MARK = "\u2581"
 
 
@@ -45,7 +45,7 @@ def sentencepiece_files(
     if max_length is not None:
         settings["model_max_length"] = max_length
     ends = list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
-    generation: JsonObject = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
+    generation: JsonObject = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends} | suppressed(tokenizer.unused)
     if tokenizer.pad_id is not None:
         settings["pad_token"] = tokenizer.id_to_piece(tokenizer.pad_id)
         generation["pad_token_id"] = tokenizer.pad_id

@@ -33,8 +33,8 @@ from typing import Any
 
 import sentencepiece
 
-from bitnet.files import write_atomic
-from bitnet.tokenizer.added import FolderTokens
+from bitnet.files import JsonObject, write_atomic
+from bitnet.tokenizer.added import GENERATION, FolderTokens, suppressed
 from bitnet.tokenizer.base import END_OF_TEXT, BaseTokenizer, check_encodable
 from bitnet.tokenizer.proto import CONTROL, USER_DEFINED, user_defined, with_pieces, without_dummy_prefix
 
@@ -61,12 +61,14 @@ class Tokenizer(BaseTokenizer):
         *,
         adds_bos: bool = True,
         ends: tuple[int, ...] = (),
+        unused: Iterable[int] = (),
         legacy: bool = True,
     ):
         """Parse a serialized sentencepiece model; ValueError naming `source` if it is not one or has no <s>, </s>.
 
-        `adds_bos`, `ends`, more ids that end a text, and `legacy` are what other files of a model may say about it. A
-        legacy tokenizer that puts a space in front of a text also puts one behind every special token in it.
+        `adds_bos`, `ends`, more ids that end a text, `unused`, more that are not to be drawn, and `legacy` are what
+        other files of a model may say about it. A legacy tokenizer that puts a space in front of a text also puts one
+        behind every special token in it.
         """
         self.model_proto = bytes(model_proto)
         processor = sentencepiece.SentencePieceProcessor()
@@ -94,6 +96,7 @@ class Tokenizer(BaseTokenizer):
         self._ends = tuple(i for i in ends if i != self.eos_id)
         steering = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
         self._set_specials({pieces[i]: i for i in steering}, ends)
+        self._set_unused({*unused, *filter(processor.is_unused, range(self.vocab_size))}, source)
         # What the model does to the edges of a text, asked of the model itself because its settings sit in a protobuf
         # that would need another dependency to read.
         probe = processor.normalize("a  \ufb01 ")  # "fi" ligature: any Unicode normalization changes it
@@ -125,7 +128,8 @@ class Tokenizer(BaseTokenizer):
         return cls(model_proto)
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[bytes]]:
-        return partial(Tokenizer, adds_bos=self.adds_bos, ends=self._ends, legacy=self.legacy), (self.model_proto,)
+        settings = {"adds_bos": self.adds_bos, "ends": self._ends, "unused": self.unused, "legacy": self.legacy}
+        return partial(Tokenizer, **settings), (self.model_proto,)
 
     def files(self) -> dict[str, bytes]:
         """The .model file, and two of Hugging Face's where it does not say everything; see the base class."""
@@ -133,8 +137,9 @@ class Tokenizer(BaseTokenizer):
         settings = {"add_bos_token": self.adds_bos, "legacy": self.legacy}
         if not all(settings.values()):
             files["tokenizer_config.json"] = json.dumps({k: v for k, v in settings.items() if not v}).encode()
-        if self._ends:
-            files["generation_config.json"] = json.dumps({"eos_token_id": [self.eos_id, *self._ends]}).encode()
+        generation: JsonObject = {"eos_token_id": [self.eos_id, *self._ends]} if self._ends else {}
+        if generation := generation | suppressed(self.unused):
+            files[GENERATION] = json.dumps(generation).encode()
         return files
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
     quantization_config   as in bitnet/storage/hf/read.py: packed, packed-inverse, or latent floats (online)
     projections           packed ternary codes, INT8 activations                  bitnet/vllm/linear.py
     embedding and head    INT8, as in our engine, or the model's own floats       bitnet/vllm/embedding.py
+    what can be drawn     rows of the head with a token of their own              bitnet/vllm/drawable.py
 
 The second choice is vLLM's `--additional-config '{"bitnet": {"embeddings": "float"}}'`.
 """
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 
 from bitnet.storage.hf.config import Form, parse_form
+from bitnet.vllm.drawable import FloatEmbeddingMethod, unused_ids
 from bitnet.vllm.embedding import Int8EmbeddingMethod
 from bitnet.vllm.linear import TernaryLinearMethod
 
@@ -62,7 +64,8 @@ class BitNetConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, VocabParallelEmbedding):
-            return Int8EmbeddingMethod() if self._options()["embeddings"] == "int8" else None
+            method = Int8EmbeddingMethod if self._options()["embeddings"] == "int8" else FloatEmbeddingMethod
+            return method(unused_ids(get_current_vllm_config().model_config))
         if isinstance(layer, LinearBase):
             return TernaryLinearMethod(self.form)
         if isinstance(layer, Attention):

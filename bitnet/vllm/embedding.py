@@ -14,10 +14,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from bitnet import kernels
 from bitnet.kernels import ops
 from bitnet.quant import pack_codes, packed_width, unpack_codes
+from bitnet.vllm.drawable import DrawableRows
 
 
 class Int8EmbeddingMethod(QuantizeMethodBase):
     """INT8 rows (`bitnet/quant/packing.py`), quantized by their absmax as they are read."""
+
+    def __init__(self, unused: list[int]) -> None:
+        """`unused`: ids that are not to be drawn."""
+        super().__init__()
+        self.drawable = DrawableRows(unused)
 
     def create_weights(
         self,
@@ -62,4 +68,5 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
         return layer
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.packed_linear(x, layer.weight, layer.weight_scale, bias, 8, self.columns)
+        logits = ops.packed_linear(x, layer.weight, layer.weight_scale, bias, 8, self.columns)
+        return self.drawable.mask(layer, logits)

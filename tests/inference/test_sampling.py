@@ -1,6 +1,8 @@
 """Drawing tokens: the definitions, and native code against them."""
 
 import math
+import re
+from itertools import chain
 
 import pytest
 import torch
@@ -121,12 +123,13 @@ def test_extreme_logits_and_inputs_stay_as_they_are():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_k", -1),
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 1e39),
+        ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"{field} is {value}; give"):
+    with pytest.raises(ValueError, match=re.escape(f"{field} is {value}; give")):
         SamplingConfig(**{field: value})
 
 
@@ -200,6 +203,31 @@ def test_native_draws_are_the_specifications(V: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("value", [1e30, -1e30, math.inf, math.nan])
+def test_unused_tokens_are_as_if_they_had_no_logits(backend: str, value: float) -> None:
+    torch.manual_seed(0)
+    unused = (0, 3, 9, 255, 256, 300, 599)
+    used = [i for i in range(600) if i not in unused]
+    samplings = [s for s in SAMPLINGS if not s.logit_bias and s.repetition_penalty == 1]  # which name tokens
+    logits = torch.randn(3, len(samplings), 610)
+    logits[:, :, list(unused)] = value
+    before = logits.clone()
+    found = drawn_by(backend, logits, samplings, vocab_size=600, unused=unused, logprobs=5)
+    wanted = drawn_by("reference", logits[:, :, used], samplings, logprobs=5)
+    for one, two in zip(chain(*found), chain(*wanted), strict=True):
+        assert one.token == used[two.token]
+        assert one.logprob == pytest.approx(two.logprob, abs=1e-5)
+        assert [token for token, _ in one.top] == [used[token] for token, _ in two.top]
+        assert [p for _, p in one.top] == pytest.approx([p for _, p in two.top], abs=1e-5)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    for mask, seen in ((torch.ones(600, dtype=torch.bool), 1e-38), (None, 1e30)):
+        hot = SamplingConfig(1e30, repetition_penalty=seen)
+        rows, allowed = [hot] * len(samplings), [mask] * len(samplings)
+        drawn = drawn_by(backend, logits, rows, vocab_size=600, unused=unused, allowed=allowed)
+        assert not {one.token for step in drawn for one in step} & {*unused}
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 def test_a_text_draws_alone_what_it_draws_in_a_crowd(backend: str) -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, len(SAMPLINGS), 300)
@@ -252,6 +280,9 @@ def test_what_a_sampler_refuses() -> None:
         (GREEDY, {"logprobs": 11}, "logprobs is 11; give a number of tokens from 0 to 10"),
         (SamplingConfig(logit_bias={10: 1.0}), {}, "logit_bias has 10: 1.0"),
         (SamplingConfig(logit_bias={1: math.nan}), {}, "logit_bias has 1: nan"),
+        (SamplingConfig(logit_bias={1: 1.0}), {"unused": (1,)}, "logit_bias has 1: 1.0, and that token is unused"),
+        (GREEDY, {"unused": (10,)}, "1 of 10 ids are unused; they must be among them"),
+        (GREEDY, {"unused": tuple(range(10))}, "10 of 10 ids are unused"),
     ):
         with pytest.raises(ValueError, match=message):
             RowSampler(sampling, **{"seed": 0, **options}, vocab_size=10)

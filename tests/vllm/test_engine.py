@@ -28,7 +28,10 @@ from bitnet.storage.foreign import ADAPTER_BASE
 from bitnet.storage.hf.write import write
 from bitnet.storage.safetensors import save_tensors
 from bitnet.storage.source import open_source
+from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer.json_write import sentencepiece_files
 from tests.vllm.agreement import Judge, likeliest
+from tests.vocabularies import stdlib_tokenizer
 
 if not os.environ.get("BITNET_VLLM_TESTS"):
     pytest.skip("vLLM has an environment of its own: make vllm", allow_module_level=True)
@@ -60,6 +63,8 @@ DECIDED = ("llama",)
 TWO_PROCESSES = (TRAINED, "bitnet, latent floats", "qwen2, latent floats")
 TRANSFORMERS = (TRAINED, "bitnet", "qwen3")
 FLOATS = {"bitnet": {"embeddings": "float"}}
+PADDED, UNUSED = "padded", {300, 301, *range(500, SMALL.vocab_size)}
+"""A model whose unused rows have the largest logits, beside a tokenizer of 500 tokens."""
 PROMPTS, TOKENS, NEW = 20, 101, 64
 GREEDY = SamplingConfig(temperature=0)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -87,6 +92,12 @@ def folders(trained, tmp_path_factory) -> dict[str, Path]:
     write(open_source(str(trained)).model(), found[TRAINED], "packed")
     for name, (config, form) in MODELS.items():
         write(random_model(config), found[name], form)
+    padded = random_model(LLAMA.replace(tie_word_embeddings=False))
+    with torch.no_grad():  # of rows w and -w one is always far above all others
+        for place, row in enumerate(sorted(UNUSED)):
+            padded.lm_head.weight[row] = (-1) ** place * padded.lm_head.weight[0].sign()
+    tokenizer = Tokenizer(stdlib_tokenizer(500).model_proto, unused=(300, 301))
+    write(padded, found.setdefault(PADDED, root / PADDED), "packed", tokenizer_files=sentencepiece_files(tokenizer))
     return found
 
 
@@ -97,7 +108,8 @@ def prompts(folders) -> dict[str, list[list[int]]]:
     drawn = torch.randint(3, SMALL.vocab_size, (PROMPTS, TOKENS), generator=generator).tolist()
     model = open_model(open_source(str(folders[TRAINED])))
     texts = generate(model, [[1]] * PROMPTS, max_new_tokens=TOKENS - 1, sampling=SamplingConfig(), seed=0)
-    return dict.fromkeys(MODELS, drawn) | {TRAINED: [[1, *row] for row in torch.stack(list(texts), 1).tolist()]}
+    written = [[1, *row] for row in torch.stack(list(texts), 1).tolist()]
+    return dict.fromkeys(MODELS, drawn) | {PADDED: [[token % 300 for token in row] for row in drawn], TRAINED: written}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +138,9 @@ def in_vllm(folders, adapter, prompts, tmp_path_factory, request) -> dict[str, d
     wanted |= {f"{name} in two": (name, over_two) for name in TWO_PROCESSES}
     wanted |= {f"{name} as floats": (name, {"additional_config": FLOATS}) for name in TRANSFORMERS}
     wanted |= {way: (TRAINED, options) for way, options in WAYS.items()}
+    with_tokenizer = {"skip_tokenizer_init": False}
+    wanted |= {PADDED: (PADDED, with_tokenizer), f"{PADDED} in two": (PADDED, over_two | with_tokenizer)}
+    wanted[f"{PADDED} as floats"] = (PADDED, with_tokenizer | {"additional_config": FLOATS})
     wanted[LORA] = (TRAINED, {"enable_lora": True, "max_lora_rank": 8})
     wanted |= {name: ("bitnet", over_two | options) for name, (options, _) in REFUSED.items()}
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
@@ -183,6 +198,14 @@ def test_texts_and_predictions_are_those_of_our_engine(way, judge_of, in_vllm):
     assert in_vllm[way]["found_in_cache"] >= 64
     assert predictions.count == PROMPTS * (TOKENS - 1)
     assert predictions.equal >= 0.98 * predictions.count
+
+
+@pytest.mark.parametrize("way", [PADDED, f"{PADDED} as floats", f"{PADDED} in two"])
+def test_unused_rows_are_not_drawn(way, in_vllm):
+    found = in_vllm[way]
+    assert all(not UNUSED & {*map(int, position)} for position in positions_of(found))
+    assert len(found["texts"]) == PROMPTS
+    assert not UNUSED & {token for text in found["texts"] for token in text}
 
 
 @pytest.mark.parametrize("way", [LORA])

@@ -28,7 +28,7 @@ from bitnet.storage.hf.card import CARD, Origin, model_card
 from bitnet.storage.hf.read import PACKED_ROWS, pack_rows
 from bitnet.storage.hf.rope import rope_parameters
 from bitnet.storage.safetensors import save_tensors
-from bitnet.tokenizer.json_write import GENERATION
+from bitnet.tokenizer.added import GENERATION
 
 CLASSES = {
     "bitnet": "BitNetForCausalLM",
