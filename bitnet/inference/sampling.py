@@ -76,10 +76,10 @@ class RowSampler:
         if not 0 <= seed < 2**63 or seed % 1:
             raise ValueError(f"seed is {seed}; give a whole number from 0 to 2^63 - 1")
         self.drawable = Drawable(vocab_size, tuple(unused))
-        if self.drawable.count < 1 or (unused and not 0 <= min(unused) <= max(unused) < vocab_size):
+        if self.drawable.number < 1 or (unused and not 0 <= min(unused) <= max(unused) < vocab_size):
             raise ValueError(f"{len(unused)} of {vocab_size} ids are unused; they must be among them and leave one")
-        if logprobs is not None and not 0 <= logprobs <= self.drawable.count:
-            raise ValueError(f"logprobs is {logprobs}; give a number of tokens from 0 to {self.drawable.count}")
+        if logprobs is not None and not 0 <= logprobs <= self.drawable.number:
+            raise ValueError(f"logprobs is {logprobs}; give a number of tokens from 0 to {self.drawable.number}")
         for token, bias in sampling.logit_bias.items():
             if not 0 <= token < vocab_size or not abs(bias) < float("inf"):
                 raise ValueError(f"logit_bias has {token}: {bias}; give a number for ids from 0 to {vocab_size - 1}")

@@ -103,7 +103,7 @@ class Scheduler:
                 "for fewer samples or tokens",
                 "max_tokens", "context_length_exceeded",
             )  # fmt: skip
-        if (generation.alternatives or 0) > (known := self._tokenizer.drawable.count):
+        if (generation.alternatives or 0) > (known := self._tokenizer.drawable.number):
             raise invalid(f"{generation.alternatives} likely tokens are asked for and there are {known}", "logprobs")
         with self._lock:
             if self._draining:

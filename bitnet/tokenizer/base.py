@@ -29,7 +29,7 @@ class Drawable(NamedTuple):
     unused: tuple[int, ...] = ()
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many they are."""
         return self.vocab_size - len(self.unused)
 

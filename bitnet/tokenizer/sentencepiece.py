@@ -128,7 +128,8 @@ class Tokenizer(BaseTokenizer):
         return cls(model_proto)
 
     def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[bytes]]:
-        settings = {"adds_bos": self.adds_bos, "ends": self._ends, "unused": self.unused, "legacy": self.legacy}
+        settings: JsonObject = {"adds_bos": self.adds_bos, "ends": self._ends, "legacy": self.legacy}
+        settings["unused"] = self.unused
         return partial(Tokenizer, **settings), (self.model_proto,)
 
     def files(self) -> dict[str, bytes]:

@@ -48,7 +48,7 @@ def test_gguf_types_and_padding(padded, tmp_path):
     ours = from_gguf_metadata(metadata)
     assert ours.unused == unused
     assert ours.drawable == (size, tuple(i for i in sorted(unused) if i < size))
-    assert ours.drawable.count == ours.vocab_size - len(unused)
+    assert ours.drawable.number == ours.vocab_size - len(unused)
     assert size - 2 in ours.eos_ids
     assert pickle.loads(pickle.dumps(ours)).drawable == ours.drawable
     assert load_tokenizer(in_folder(tmp_path / "folder", ours.files())).drawable == ours.drawable
