@@ -25,8 +25,9 @@ class Options:
     """Decoding steps: 64 unless given (8 with --quick)."""
     cache: Literal["float32", "float16", "int8"] = "float32"
     """Of keys and values in the native engine."""
-    activations: Literal["int8", "float"] | None = None
-    """In the native engine, of weights with group scales: int8 by groups, or float (by itself), exact to the format."""
+    activations: Literal["int8", "int16", "float"] | None = None
+    """In the native engine, of weights with group scales: int8 by groups, int16 by groups (by itself, for codes of at
+    most 6 bits), or float, exact to the format."""
     isa: tuple[str, ...] = ()
     """One or several instruction sets; the one in force unless given."""
     repeat: int = 3

@@ -211,7 +211,7 @@ class Engine:
 
     @property
     def activations(self) -> list[str]:
-        """How the projections take their inputs, "int8" or "float" or both."""
+        """How the projections take their inputs, "float", "int16", "int8" or several."""
         return self._model.activations()
 
     @property

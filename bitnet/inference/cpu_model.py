@@ -165,9 +165,10 @@ class NativeModel:
         return value.data_ptr()
 
     def activations(self) -> list[str]:
-        """How the projections take their inputs, "int8" or "float" or both."""
+        """How the projections take their inputs, "float", "int16", "int8" or several."""
         layers = self.matrices[1 if self._tied else 2 :]
-        return sorted({"float" if matrix.form.activations == "float" else "int8" for matrix in layers})
+        kinds = {matrix.form.activations for matrix in layers}
+        return sorted({kind if kind in ("float", "int16") else "int8" for kind in kinds})
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that a step of decoding reads, as they lie in memory: not an embedding of its own."""

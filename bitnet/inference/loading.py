@@ -24,7 +24,7 @@ from bitnet.storage.gguf.read import holds_ternary
 from bitnet.storage.safetensors import CONFIG, MODEL, CheckpointError
 from bitnet.storage.source import Source, open_source
 
-DEFAULT_ACTIVATIONS = "float"
+DEFAULT_ACTIVATIONS = "auto"
 
 
 def open_model(
@@ -49,8 +49,9 @@ def open_model(
                   bfloat16 (None there) or fp8. "int4" runs the model in torch, with
                   `bitnet/model/quantized_cache.py`, and torch takes no other.
     dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
-    activations:  in the native engine, of weights with a scale a group: "int8" with a scale a group, or "float", exact
-                  to the format's definition; None is DEFAULT_ACTIVATIONS. What BitNet and W8A8 were made for stays.
+    activations:  in the native engine, of weights with a scale a group: "int8" or "int16" with a scale a group, or
+                  "float", exact to the format's definition; None is int16 for codes of at most 6 bits, else float.
+                  What BitNet and W8A8 were made for stays.
     embeddings:   in the native engine, of a float embedding and head: "int8" (None, for models that are quantized in
                   training) or "float16", exact to a source of 16 bits.
     gpu_layers:   of a packed model, so many of its first layers on the GPU `device` and the others and the head on the

@@ -208,7 +208,7 @@ class TextModel:
 
     @property
     def kernel(self) -> str:
-        """What multiplies: "native int8" or "native float", by the activations, "triton" or "torch"."""
+        """What multiplies: "native int8", "native int16" or "native float", by the activations, "triton" or "torch"."""
         if isinstance(self.model, Engine):
             return self.model.kernel
         return "triton" if isinstance(self.model, GpuEngine) else "torch"
@@ -354,7 +354,7 @@ def load(
                  fp8 on a GPU; int4 runs in torch.
     gpu_layers:  of a packed model larger than the GPU's memory, so many layers there and the others on the CPU.
     pack:        False runs a run's float weights, fake-quantized as in training.
-    activations: int8 or float (None), of weights with group scales in the native CPU engine.
+    activations: int8, int16 or float, of weights with group scales in the native CPU engine.
     embeddings:  int8 or float16, of a float embedding and head there; None: int8 for ternary models, else as stored.
     lora:        a LoRA adapter of these weights: its folder, or a run with --lora.
     prompt_lookup_num_tokens: in the native CPU engine, of the longest draft by which one text, or those of a server or

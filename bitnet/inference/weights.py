@@ -1,8 +1,9 @@
 """Where an engine's weights come from: the modules of a model, or a packed folder, as rows for the native kernels.
 
 `stored(module)` says how a module's weight lies in memory (`bitnet/kernels/cpu/matrices.py`) and reads it in pieces, so
-that no more than one piece is in memory beside the engine. `activations` is "int8", which formats with groups take by
-groups, or "float", exact to the format's definition. BitNet layers and W8A8 say themselves what their activations are.
+that no more than one piece is in memory beside the engine. `activations` is "int8" or "int16", which formats with
+groups take by groups, or "float", exact to the format's definition, or "auto" (`_activations`). BitNet layers and W8A8
+say themselves what their activations are.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from bitnet.quant.gptq_layout import unpack_gptq, unpack_words
 from bitnet.quant.nf4 import DoubleQuantized, nf4_codebook
 from bitnet.quant.packing import pack_codes, packed_width
 
-ACTIVATIONS = ("int8", "float")
+ACTIVATIONS = ("int8", "int16", "float")
 EMBEDDINGS = ("int8", "float16")
 TABLES = ("model.embed_tokens", "lm_head")
 PIECE = 2**22
@@ -267,7 +268,7 @@ def of_blocks(data: Tensor, kind: str, columns: int, activations: str, bias: Ten
     """Rows of GGUF blocks, uint8 `[N, row bytes]`."""
     codec, groups, group, center = _BLOCKS[kind]
     levels = tuple(value + center for value in _values_of(kind)) if codec == "levels" else ()
-    form = Form(columns, codec, _activations(activations), groups, group, center, levels)
+    form = Form(columns, codec, _activations(activations, codec), groups, group, center, levels)
 
     def read(first: int, last: int) -> Piece:
         if kind in READ_ONLY:
@@ -292,8 +293,11 @@ def _values_of(kind: str) -> tuple[int, ...]:
     return LEVELS if kind in ("IQ4_NL", "IQ4_XS") else tuple(int(2 * value) for value in fp4.VALUES)
 
 
-def _activations(name: str) -> str:
-    return {"int8": "group", "float": "float"}[name]
+def _activations(name: str, codec: str) -> str:
+    """Of a Form. "auto" is INT16 for codes of at most 6 bits, and floats for the others, as fast with them."""
+    if name == "auto":
+        name = "float" if codec in ("eight_bit", "levels") else "int16"
+    return {"int8": "group", "int16": "int16", "float": "float"}[name]
 
 
 def _of_groups(layer: GroupLinear, activations: str) -> Stored:
@@ -301,7 +305,13 @@ def _of_groups(layer: GroupLinear, activations: str) -> Stored:
     codec = {2: "two_bit", 3: "three_bit", 4: "four_bit", 8: "eight_bit"}[layer.bits]
     group, order = _order(layer.g_idx, len(layer.scales))
     form = Form(
-        layer.in_features, codec, _activations(activations), "half_zero", group, order=order, divisor=layer.input_scale
+        layer.in_features,
+        codec,
+        _activations(activations, codec),
+        "half_zero",
+        group,
+        order=order,
+        divisor=layer.input_scale,
     )
     tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
     words = 32 // layer.bits if layer.bits != 3 else 32  # rows whose zero points fill whole words
@@ -347,7 +357,7 @@ def _of_affine(layer: AffineLinear, activations: str) -> Stored:
     groups = layer.scale.shape[1]
     group, order = _order(torch.arange(layer.in_features, dtype=torch.int32) // (layer.in_features // groups), groups)
     codec = {2: "two_bit", 3: "three_bit", 4: "four_bit", 8: "eight_bit"}[layer.bits]
-    form = Form(layer.in_features, codec, _activations(activations), "half_min", group, order=order)
+    form = Form(layer.in_features, codec, _activations(activations, codec), "half_min", group, order=order)
 
     def read(first: int, last: int) -> Piece:
         codes = unpack_words(layer.qweight[:, first:last], layer.bits).t().contiguous()
@@ -364,7 +374,7 @@ def _of_planes(layer: TritPlanesLinear, activations: str) -> Stored:
     each = torch.full((groups * group,), -1, dtype=torch.int32)
     each[:K] = torch.arange(K, dtype=torch.int32)
     each = each if of_plane is None else of_plane
-    form = Form(K, "two_bit", _activations(activations), "half", group, 1, order=torch.cat([each, each]))
+    form = Form(K, "two_bit", _activations(activations, "two_bit"), "half", group, 1, order=torch.cat([each, each]))
 
     def read(first: int, last: int) -> Piece:
         planes = [unpack_words(plane[:, first:last], 2).t() for plane in layer.qweight]

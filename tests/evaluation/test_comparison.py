@@ -203,7 +203,7 @@ def test_a_whole_comparison_and_going_on_with_it(
     assert rows["float32"]["top1"] == 1
     assert 0 < rows["rtn-int8"]["kl"] < rows["gguf-q4_0"]["kl"]
     assert rows["b1.58"]["kernel"] == rows["w8a8-dynamic"]["kernel"] == "native int8"
-    assert rows["gptq-4"]["kernel"] == "native float"
+    assert rows["gptq-4"]["kernel"] == "native int16"
     assert rows["b1.58"]["effective_bits"] == pytest.approx(2, abs=0.01)
     assert rows["gguf-q4_0"]["effective_bits"] == pytest.approx(4.5)
     assert rows["float32"]["whole_bits"] == 32

@@ -148,7 +148,7 @@ def test_layers_on_a_gpu(tmp_path, tokenizer):
 
 def test_options_of_the_engine_are_refused_elsewhere(tmp_path, tokenizer):
     folder = save_run(tmp_path / "run", tiny_model("ternary"), tokenizer)
-    for name, value in (("activations", "int8"), ("activations", "float"), ("embeddings", "float16")):
+    for name, value in (("activations", "int8"), ("activations", "int16"), ("embeddings", "float16")):
         message = f"{name} {value} are of the native CPU engine and this model runs on torch; leave them out"
         with use_backend("reference"), pytest.raises(ValueError, match=message):
             open_model(folder, **{name: value})
@@ -164,7 +164,7 @@ def test_activations_that_no_weight_takes_are_told(tmp_path, tokenizer, capsys):
     groups = quantize_model(tiny_model("none"), "rtn-int4", options=Options(group_size=32, progress=False))
     save_quantized(groups, tmp_path / "groups", "rtn-int4", tokenizer.files())
     for name, stays in (("ternary", "int8"), ("packed", "int8"), ("float", "float"), ("groups", None)):
-        for asked in ("int8", "float"):
+        for asked in ("int8", "int16", "float"):
             open_model(tmp_path / name, activations=asked)
             said = f"note: activations {asked} are of weights that were quantized in groups afterwards; those of this"
             assert (said in capsys.readouterr().err) is (stays not in (asked, None)), (name, asked)

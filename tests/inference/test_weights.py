@@ -76,7 +76,7 @@ def test_four_bit_floats_are_the_formats(kind: str) -> None:
     data[..., :1] = torch.randint(118, 128, data[..., :1].shape, dtype=torch.uint8)
     x = torch.randn(9, columns)
     expected = x.double() @ dequantize_blocks(data.view(40, -1), kind).double().T
-    for activations, bound in (("float", 2e-6), ("int8", 1e-2)):
+    for activations, bound in (("float", 2e-6), ("int16", 4e-5), ("int8", 1e-2)):
         y = linear(matrix_of(of_blocks(data.view(40, -1), kind, columns, activations)), x)
         assert float((y - expected).norm() / expected.norm()) < bound
 
@@ -93,7 +93,7 @@ def test_products_are_the_formats_on_every_instruction_set_for_any_number_of_tok
     layer = LAYERS[name]()  # type: ignore[operator]
     x = torch.randn(37, layer.in_features)
     expected = exact(layer, x)
-    for activations, bound in (("float", 2e-6), ("int8", 1e-2)):
+    for activations, bound in (("float", 2e-6), ("int16", 4e-5), ("int8", 1e-2)):
         matrix, seen = matrix_of(stored(layer, activations)), []
         for isa in native.instruction_sets():
             with native.use_instruction_set(isa):
@@ -115,7 +115,7 @@ def test_what_is_not_finite_stays_visible() -> None:
     layer = BlockLinear.from_linear(nn.Linear(64, 32), "Q4_0")
     x = torch.randn(8, 64)
     x[3, 40] = torch.nan
-    for activations in ("float", "int8"):
+    for activations in ("float", "int16", "int8"):
         y = linear(matrix_of(stored(layer, activations)), x)
         assert y[3].isnan().all()
         assert y[[0, 1, 2, 4, 5, 6, 7]].isfinite().all()
@@ -187,3 +187,13 @@ def test_a_16_bit_embedding_is_exact_to_its_source() -> None:
     model.pack()
     with pytest.raises(ValueError, match="stored as PackedEmbedding, not in floats; leave embeddings out"):
         Engine.from_model(model, embeddings="float16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "takes"), [("Q4_K", "int16"), ("Q6_K", "int16"), ("Q8_0", "float"), ("IQ4_NL", "float")]
+)
+def test_codes_of_at_most_six_bits_take_int16_by_themselves(kind: str, takes: str) -> None:
+    layer = BlockLinear.from_linear(nn.Linear(256, 32), kind)
+    assert stored(layer, "auto").form.activations == takes
+    x = torch.randn(5, 256)
+    assert torch.equal(linear(matrix_of(stored(layer, "auto")), x), linear(matrix_of(stored(layer, takes)), x))

@@ -1,11 +1,12 @@
-// Activations on their way into a product: norm, order, INT8 or float.
+// Activations on their way into a product: norm, order, INT8, INT16 or float.
 //
 //     X_TOKEN   codes int8, a scale and the sum of the codes for each token; with groups, of each segment
 //     X_STATIC  the same with a scale and a zero point that were stored with the weights
 //     X_GROUP   codes int8, a scale and the scaled sum for each segment of columns
-//     X_FLOAT   the floats, and with groups their sum over each segment; or, where the codes have at most 6 bits, three
-//               digits of 8 bits with a scale and the scaled sum for each segment: as exact as float32 sums, for the
-//               time of three products of INT8 activations
+//     X_INT16   codes of 16 bits, as two digits of 8, a scale and the scaled sum for each segment: for the time of two
+//               products of INT8 activations
+//     X_FLOAT   the floats, and with groups their sum over each segment; or, where the codes have at most 6 bits, the
+//               same with three digits: as exact as float32 sums
 //
 // A segment is a group of the weights, or 32 columns of it. `prepare` writes one token; tokens do not depend on each other.
 #pragma once
@@ -27,14 +28,15 @@ BN_INLINE int64_t padded_columns(const bn_matrix &w) {
     return w.kind == GROUPS_NONE ? w.K : round_up(w.K, w.codec == CODEC_BASE3 ? 256 : 32);
 }
 
-// A float in three digits: x = s (q0 + 256 q1 + 65536 q2), each from -128 to 127, and |x| at most s LARGEST. What that
-// rounds away, 2^-24 of the segment's largest, is what a float32 sum over the segment rounds away too.
-enum { DIGITS = 3, LARGEST = 127 * (1 + 256 + 65536) };
-BN_INLINE bool in_digits(const bn_matrix &w) {
+// A float in D digits: x = s (q0 + 256 q1 + 65536 q2), each from -128 to 127, and |x| at most s largest(D). What three of
+// them round away, 2^-24 of the segment's largest, is what a float32 sum over the segment rounds away too.
+BN_INLINE constexpr int32_t largest(int D) { return 127 * (1 + (D > 1 ? 256 : 0) + (D > 2 ? 65536 : 0)); }
+// Digits of an activation, 0 for floats.
+BN_INLINE int digits_of(const bn_matrix &w) {
+    if (w.x != X_FLOAT) return w.x == X_INT16 ? 2 : 1;
     bool small = w.codec <= CODEC_SIX_BIT || w.codec == CODEC_ONE_BIT;
-    return w.x == X_FLOAT && w.kind != GROUPS_NONE && small && !w.values;
+    return w.kind != GROUPS_NONE && small && !w.values ? 3 : 0;
 }
-BN_INLINE bool in_floats(const bn_matrix &w) { return w.x == X_FLOAT && !in_digits(w); }
 
 struct activations {
     int8_t *q;      // [rows + 32, stride], zero from K on; one such array for each digit, `plane` bytes apart
@@ -59,11 +61,11 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
     a.segments = groups ? padded_columns(w) / segment_of(w) : 1;
     // AMX reads whole tiles of 32 tokens, and a line of base 3 covers 20 columns: both may read beyond the end.
     a.stride = round_up(padded_columns(w) + 20, 64);
-    if (in_floats(w)) {
+    if (digits_of(w) == 0) {
         a.x = (float *)take(rows * a.stride * 4);
     } else {
         a.plane = (round_up(rows, 32) + 32) * a.stride;
-        a.q = (int8_t *)take(a.plane * (in_digits(w) ? DIGITS : 1));
+        a.q = (int8_t *)take(a.plane * digits_of(w));
         a.scale = (float *)take(rows * a.segments * 4);
     }
     if (groups) a.sum = (float *)take(rows * a.segments * 4);
@@ -77,7 +79,7 @@ static int64_t lay_out_activations(const bn_matrix &w, int64_t rows, uint8_t *me
 BN_INLINE bool same_activations(const bn_matrix &a, const bn_matrix &b) {
     bool groups = a.kind != GROUPS_NONE;
     if (a.x != b.x || a.K != b.K || a.order != b.order || a.divisor != b.divisor || a.down != b.down) return false;
-    if (in_digits(a) != in_digits(b)) return false;
+    if (digits_of(a) != digits_of(b)) return false;
     if (groups != (b.kind != GROUPS_NONE) || (groups && segment_of(a) != segment_of(b))) return false;
     return a.x != X_STATIC || (a.x_scale == b.x_scale && a.x_zero == b.x_zero);
 }
@@ -139,39 +141,35 @@ BN_INLINE void quantize_static(const float *x, int64_t K, float scale, int32_t z
     *total = sum(sums);
 }
 
-// One segment of `width` floats, a multiple of 16: codes, scale, and the sum of the codes times the scale.
-BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, float *scale, float *scaled_sum) {
+// One segment of `width` floats, a multiple of 16: codes in D digits, scale, and the sum of the codes times the scale.
+template <int D>
+BN_INLINE void quantize_segment(const float *x, int64_t width, int8_t *q, int64_t plane, float *scale,
+                                float *scaled_sum) {
     vf odd = {};
     float absmax = maximum(peak_of(x, width, &odd));
-    float s = (absmax > 1e-30f ? absmax : 1e-30f) / 127.0f;
+    float s = (absmax > 1e-30f ? absmax : 1e-30f) / (float)largest(D);
     vi sums = {};
     for (int64_t k = 0; k < width; k += 16) {
-        vi code = code_of(load(x + k) / splat(s), 127.0f);
-        narrow(q + k, code);
+        vi code = code_of(load(x + k) / splat(s), (float)largest(D));
         sums = sums + code;
+        for (int d = 0; d < D - 1; d++) {
+            vi digit = ((code + splat(128)) & splat(255)) - splat(128);
+            narrow(q + d * plane + k, digit);
+            code = (code - digit) >> 8;
+        }
+        narrow(q + (D - 1) * plane + k, code);
     }
     *scale = s + sum(odd); // not finite where a value is not
     *scaled_sum = *scale * (float)sum(sums);
 }
 
-// The same in digits.
-BN_INLINE void quantize_digits(const float *x, int64_t width, int8_t *q, int64_t plane, float *scale,
-                               float *scaled_sum) {
-    vf odd = {};
-    float absmax = maximum(peak_of(x, width, &odd));
-    float s = (absmax > 1e-30f ? absmax : 1e-30f) / (float)LARGEST;
-    vi sums = {};
-    for (int64_t k = 0; k < width; k += 16) {
-        vi code = code_of(load(x + k) / splat(s), (float)LARGEST);
-        sums = sums + code;
-        for (int d = 0; d < DIGITS; d++) {
-            vi digit = ((code + splat(128)) & splat(255)) - splat(128);
-            narrow(q + d * plane + k, digit);
-            code = (code - digit) >> 8;
-        }
-    }
-    *scale = s + sum(odd);
-    *scaled_sum = *scale * (float)sum(sums);
+template <int D>
+BN_INLINE void quantize_segments(const float *x, int64_t width, const activations &a, int64_t m) {
+    int8_t *q = a.q + m * a.stride;
+    int64_t at = m * a.segments, K = a.segments * width;
+    for (int64_t s = 0; s < a.segments; s++)
+        quantize_segment<D>(x + s * width, width, q + s * width, a.plane, a.scale + at + s, a.sum + at + s);
+    for (int d = 0; d < D; d++) memset(q + d * a.plane + K, 0, a.stride - K);
 }
 
 // RMSNorm of x[width] by weight, into `row`.
@@ -253,24 +251,16 @@ static void prepare(const bn_matrix &w, const float *x, const activations &a, in
         return;
     }
     int64_t width = groups ? segment_of(w) : 0;
-    float *sum_of = a.sum + m * a.segments;
-    if (w.x == X_GROUP) {
-        for (int64_t s = 0; s < a.segments; s++)
-            quantize_segment(x + s * width, width, q + s * width, a.scale + m * a.segments + s, sum_of + s);
-        memset(q + K, 0, a.stride - K);
-        return;
-    }
-    if (in_digits(w)) {
-        for (int64_t s = 0; s < a.segments; s++)
-            quantize_digits(x + s * width, width, q + s * width, a.plane, a.scale + m * a.segments + s, sum_of + s);
-        for (int d = 0; d < DIGITS; d++) memset(q + d * a.plane + K, 0, a.stride - K);
-        return;
+    switch (digits_of(w)) {
+    case 1: return quantize_segments<1>(x, width, a, m);
+    case 2: return quantize_segments<2>(x, width, a, m);
+    case 3: return quantize_segments<3>(x, width, a, m);
     }
     memcpy(a.x + m * a.stride, x, K * sizeof(float));
     for (int64_t s = 0; groups && s < a.segments; s++) {
         vf total = {};
         for (int64_t k = 0; k < width; k += 16) total = total + load(x + s * width + k);
-        sum_of[s] = sum(total);
+        a.sum[m * a.segments + s] = sum(total);
     }
 }
 

@@ -1,7 +1,7 @@
 // Products with groups of columns that have scales of their own: codes of 1 to 8 bits, w = s c + t in each group.
 //
 //     y = sum over segments of  s (x_scale sum c x_q) + t (x_scale sum x_q)      INT8 activations, X_GROUP and X_TOKEN
-//     the same with  sum c x_q = sum c q0 + 256 sum c q1 + 65536 sum c q2        X_FLOAT in digits (activations.h)
+//     the same with  sum c x_q = sum c q0 + 256 sum c q1 + 65536 sum c q2        X_INT16, X_FLOAT in digits (activations.h)
 //     y = sum over segments of  s sum c x + t sum x                              X_FLOAT in floats
 //
 // Letters: D digits of an activation, 1 of INT8. The integer sums are exact; the float operations are the same ones in
@@ -68,8 +68,9 @@ BN_INLINE void quads_times_tokens(const uint8_t *p, const uint8_t *levels, const
 // The sum that D sums of digits make; each is below 2^24.
 template <int D> BN_INLINE vf joined(const vi *total) {
     vf low = to_float(total[0]);
-    if constexpr (D == 1) return low;
-    else return fma(to_float(total[2]), splat(65536.0f), fma(to_float(total[1]), splat(256.0f), low));
+    if constexpr (D > 1) low = fma(to_float(total[1]), splat(256.0f), low);
+    if constexpr (D > 2) low = fma(to_float(total[2]), splat(65536.0f), low);
+    return low;
 }
 
 // Sums of MT tokens with one segment, already exact integers or floats, enter `sums` with the segment's s and t.
@@ -238,8 +239,11 @@ static void codes_times_tiles(const bn_matrix &w, const chunk &c, const uint8_t 
         _tile_dpbsud(total, tokens, rows);                                                                             \
     }                                                                                                                  \
     _tile_stored(total, products[d], 64);
-        if constexpr (D == DIGITS) {
-            BN_SEGMENT(0, 0, 4, 6) BN_SEGMENT(1, 1, 5, 7) BN_SEGMENT(2, 2, 4, 6)
+        if constexpr (D > 1) {
+            BN_SEGMENT(0, 0, 4, 6) BN_SEGMENT(1, 1, 5, 7)
+            if constexpr (D == 3) {
+                BN_SEGMENT(2, 2, 4, 6)
+            }
         } else if (i % 2 == 0) {
             BN_SEGMENT(0, 0, 4, 6)
         } else {
@@ -383,13 +387,13 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
 template <int codec>
 static void digits_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
                                 float *sums) {
-    if constexpr (codec != CODEC_EIGHT_BIT && codec != CODEC_LEVELS)
-        chunk_times_tokens<codec, DIGITS>(w, c, a, M, codes, sums);
-}
-template <int codec>
-static void int8_times_tokens(const bn_matrix &w, const chunk &c, const activations &a, int64_t M, uint8_t *codes,
-                              float *sums) {
-    chunk_times_tokens<codec, 1>(w, c, a, M, codes, sums);
+    switch (digits_of(w)) {
+    case 1: return chunk_times_tokens<codec, 1>(w, c, a, M, codes, sums);
+    case 2: return chunk_times_tokens<codec, 2>(w, c, a, M, codes, sums);
+    default:
+        if constexpr (codec != CODEC_EIGHT_BIT && codec != CODEC_LEVELS)
+            chunk_times_tokens<codec, 3>(w, c, a, M, codes, sums);
+    }
 }
 
 // Calls f<codec>(..) of the codecs that have groups.
@@ -420,11 +424,11 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
     float *sums = (float *)round_up((int64_t)scratch, 64);
     uint8_t *codes = (uint8_t *)(sums + 32 * M);
     int64_t segment = segment_of(w);
-    tiles ready(!in_floats(w) && M > DIRECT, segment < 64 ? (int)segment : 64);
+    tiles ready(digits_of(w) > 0 && M > DIRECT, segment < 64 ? (int)segment : 64);
     chunk c[2];
     for (int64_t panel = first; panel < last; panel++) {
         memset(sums, 0, M * 32 * sizeof(float));
-        if (in_floats(w)) {
+        if (digits_of(w) == 0) {
             for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
                 cut(w, 2 * panel, k, c[0]);
                 cut(w, 2 * panel + 1, k, c[1]);
@@ -437,8 +441,7 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
                 for (int64_t k = 0; k < padded_columns(w); k += CHUNK) {
                     cut(w, 2 * panel + b, k, c[0]);
                     float *of = sums + 16 * b;
-                    if (in_digits(w)) BN_GROUP_CODECS(w.codec, digits_times_tokens, w, c[0], a, M, codes, of)
-                    else BN_GROUP_CODECS(w.codec, int8_times_tokens, w, c[0], a, M, codes, of)
+                    BN_GROUP_CODECS(w.codec, digits_times_tokens, w, c[0], a, M, codes, of)
                 }
         }
         vf s0 = load(w.scale + 32 * panel), s1 = load(w.scale + 32 * panel + 16);

@@ -42,8 +42,8 @@ enum { OUT_STORE = 0, OUT_ADD = 1, OUT_GLU_SILU = 2, OUT_GLU_RELU2 = 3, OUT_INT3
        OUT_RELU2 = 7 };
 enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 = 1, CACHE_INT8 = 2 };
 // How activations meet a matrix: INT8 with a scale a token (with or without groups), with a given scale and zero point,
-// with a scale a segment; or as the floats that they are.
-enum { X_TOKEN = 0, X_STATIC = 1, X_GROUP = 2, X_FLOAT = 3 };
+// with a scale a segment; INT16 with a scale a segment; or as the floats that they are.
+enum { X_TOKEN = 0, X_STATIC = 1, X_GROUP = 2, X_FLOAT = 3, X_INT16 = 4 };
 // What a group of columns has of its own; rows r of a block side by side. s_r and t_r of w = s_r c + t_r:
 //     GROUPS_HALF        half d[16]                                     d             -center d
 //     GROUPS_HALF_MIN    half d[16], half m[16]                         d             m

@@ -31,7 +31,7 @@ FLOATS = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-ACTIVATIONS = {"token": 0, "static": 1, "group": 2, "float": 3}
+ACTIVATIONS = {"token": 0, "static": 1, "group": 2, "float": 3, "int16": 4}
 SUPER_BLOCK = 256
 _BITS = {"one_bit": 1, "two_bit": 2, "three_bit": 3, "four_bit": 4, "levels": 4, "five_bit": 5, "six_bit": 6}
 _FLOAT8_UNIT = 2.0**8  # the kernels read E4M3 as half precision, whose exponent is biased by 8 more
@@ -46,7 +46,8 @@ class Form:
     codec: str
     """A key of CODECS."""
     activations: str = "token"
-    """A key of ACTIVATIONS: int8 with a scale a token, with a stored scale, with a scale a group; or floats."""
+    """A key of ACTIVATIONS: int8 with a scale a token, with a stored scale, with a scale a group; int16
+    with a scale a group; or floats."""
     kind: str = "none"
     """A key of KINDS: what a group has."""
     group: int = 0
