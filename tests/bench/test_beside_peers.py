@@ -60,7 +60,7 @@ def test_everybody_has_a_turn_and_the_file_says_how_many_times_faster_ours_is(tm
     assert beside_peers.main() == 0
     results = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["case"], row["engine"], row["quantity"]): row for row in results["rows"]}
-    assert {engine for _, engine, _ in rows} == {"ours", "ours int8", "ours float", "llama.cpp"}
+    assert {engine for _, engine, _ in rows} == {"ours", "ours int8", "ours int16", "llama.cpp"}
     assert rows["ternary", "llama.cpp", "rows 4"]["rates"] == [48.0, 48.0]
     own = rows["ternary", "ours", "rows 4"]
     assert len(own["rates"]) == 2
@@ -71,7 +71,7 @@ def test_everybody_has_a_turn_and_the_file_says_how_many_times_faster_ours_is(tm
     own = rows["q2_0", "ours int8", "prefill 64"]
     assert rows["q2_0", "llama.cpp", "prefill 16"]["median"] == 10
     assert own["ratio"] == pytest.approx(own["median"] / 10)
-    assert rows["q2_0", "ours float", "decode 8"]["share"] > 0
+    assert rows["q2_0", "ours int16", "decode 8"]["share"] > 0
     assert "ours" in capsys.readouterr().out
 
 
@@ -86,7 +86,7 @@ def test_a_peer_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     assert beside_peers.main() == 1
     results = json.loads((tmp_path / "out.json").read_text())
     assert results["failed"] == ["q4_0, llama.cpp: exit code 3: no such type"]
-    assert {row["engine"] for row in results["rows"]} == {"ours int8", "ours float"}
+    assert {row["engine"] for row in results["rows"]} == {"ours int8", "ours int16"}
 
 
 def test_on_a_red_gate_nothing_is_measured(tmp_path, monkeypatch, capsys):
