@@ -48,17 +48,22 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 class _Frozen(torch.autograd.Function):
-    """A layer that does not train, with the gradient of its dequantized weight."""
-
+    # It takes y instead of making it, for the reason that `bitnet/quant/straight_through.py` gives.
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
-        with torch.no_grad():
-            return layer.project(x) if isinstance(layer, PackedEmbedding) else layer(x)
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ dense_weight(ctx.layer).to(grads[0].dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] @ dense_weight(ctx.layer).to(grads[0].dtype), None, None
+
+
+def _frozen(x: Tensor, layer: nn.Module) -> Tensor:
+    """What a layer that does not train makes of x, with the gradient of its dequantized weight."""
+    with torch.no_grad():
+        y = layer.project(x) if isinstance(layer, PackedEmbedding) else layer(x)
+    return _Frozen.apply(x, y, layer)
 
 
 class FrozenHead(nn.Module):
@@ -69,7 +74,7 @@ class FrozenHead(nn.Module):
         self.layer = layer
 
     def forward(self, h: Tensor) -> Tensor:
-        return _Frozen.apply(h, self.layer)
+        return _frozen(h, self.layer)
 
 
 class LoRALinear(nn.Module):
@@ -89,7 +94,7 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(torch.zeros(rank, columns)), nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Frozen.apply(x, self.base) + F.linear(F.linear(x, self.lora_A), self.lora_B * self.scaling)
+        return _frozen(x, self.base) + F.linear(F.linear(x, self.lora_A), self.lora_B * self.scaling)
 
 
 def projections(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.Module]]:

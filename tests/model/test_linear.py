@@ -2,15 +2,16 @@
 
 import copy
 import io
+import os
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from bitnet import kernels
-from bitnet.kernels import FadingProduct, fake_quant_linear, float_linear
+from bitnet.kernels import FadingProduct, fake_quant_linear, float_linear, training_product
 from bitnet.kernels.reference import fake_quantize_activations, fake_quantize_weight
 from bitnet.model.linear import BitLinear, PackedLinear, pack, replace_linear
 from bitnet.quant import quantize_ternary
@@ -18,6 +19,7 @@ from tests.builders import mlp
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 QUANTIZERS = ["ternary", "ternary-g64", "binary", "int4", "int8"]
+LONG = os.environ.get("BITNET_LONG") == "1"
 
 
 # BitLinear is a Linear
@@ -135,20 +137,38 @@ def test_the_float_product_is_a_plain_linear_and_back(quantizer: str) -> None:
     assert not torch.equal(quantized, F.linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("quantizer", ["ternary", "int8"])
-def test_captured_in_one_graph_it_equals_eager(quantizer: str) -> None:
+class Beside(nn.Module):
+    """Layers of every quantizer and with every product of training, each on a part of x of its own; of each pair with
+    BITNET_LONG=1, else of ternary weights with all products and of the others with the whole quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        products = [(1.0, False), (1.0, True), (torch.tensor(0.25), False), (0.0, False)]
+        for quantizer in QUANTIZERS:
+            for strength, int8 in products if LONG or quantizer == "ternary" else products[:1]:
+                layer = BitLinear(72, 16, quantizer=quantizer)
+                layer.product = training_product(layer.product, layer.weight, quantizer, strength, int8=int8)
+                self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(part) for layer, part in zip(self.layers, x, strict=True)])
+
+
+def test_captured_in_one_graph_it_equals_eager() -> None:
     torch.compiler.reset()
-    layer, x = BitLinear(32, 16, quantizer=quantizer), torch.randn(4, 32)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    module = Beside()
+    x = torch.randn(len(module.layers), 4, 72)
     gradients = []
-    for module in (layer, compiled):
+    for call in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
         inputs = x.clone().requires_grad_()
-        layer.zero_grad()
-        y = module(inputs)
+        module.zero_grad()
+        y = call(inputs)
         y.square().sum().backward()
-        gradients.append([y.detach(), inputs.grad, layer.weight.grad, layer.bias.grad])
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        gradients.append([y.detach(), *inputs.grad, *(parameter.grad for parameter in module.parameters())])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.any()
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_compiled_by_inductor_it_equals_eager_within_one_code() -> None:

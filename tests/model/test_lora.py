@@ -101,6 +101,23 @@ def test_adapters_train_and_nothing_else_does(name: str) -> None:
         model.load_state_dict({each: p for each, p in trained.items() if "layers.0.mlp.up_proj.lora_A" not in each})
 
 
+@pytest.mark.parametrize("name", ["ternary", "groups", "float"])
+def test_captured_in_a_graph_the_gradient_is_the_same(name: str) -> None:
+    torch.compiler.reset()
+    model, x = BASES[name](), torch.randn(4, 64)
+    attach(model, adapters_for(model))
+    layer, grad = model.model.layers[1].mlp.up_proj, torch.randn(4, 128)
+    gradients = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        with kernels.use_backend("reference"):
+            call(inputs).backward(grad)
+        gradients.append([inputs.grad, layer.lora_A.grad, layer.lora_B.grad])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_the_gradient_passes_straight_through_the_frozen_product() -> None:
     model, x = ternary(), torch.randn(4, 64, requires_grad=True)
     attach(model, adapters_for(model))
