@@ -12,10 +12,11 @@ measured, each in `--rounds` rounds in which everybody has a turn:
     rows N        N texts behind one prompt of 128 tokens, one token each a step, tokens/s of all
 
 No engine draws tokens or makes text, as llama-bench does not. Caches are float16. Ours runs twice where weights have
-scales of groups: with activations `int8` by groups, as llama.cpp's are, and as it does by itself, `int16` or `float`. `ik_llama.cpp r4` repacks
-rows when it loads. `share` is bytes of the weights times tokens/s over the read bandwidth. First comes the gate: every
-instruction set gives the reference's integers, and the file types give the logits of their dequantized weights; on red
-nothing is measured. `--out` is written anew behind every turn. Needs torch and numpy, no command line of the package.
+scales of groups: with activations `int8` by groups, as llama.cpp's are, and as it does by itself, `int16` or `float`.
+`ik_llama.cpp r4` repacks rows when it loads. `share` is bytes of the weights times tokens/s over the read bandwidth.
+First comes the gate: every instruction set gives the reference's integers, and the file types give the logits of their
+dequantized weights; on red nothing is measured. `--out` is written anew behind every turn. Needs torch and numpy, no
+command line of the package.
 """
 
 import argparse
