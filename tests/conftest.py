@@ -16,7 +16,7 @@ from bitnet import kernels
 from bitnet.data.chats import TokenizedChats, tokenize_chats
 from bitnet.tokenizer import ChatTemplate, Tokenizer, train_tokenizer
 from bitnet.tokenizer.chat import PLAIN_TEMPLATE
-from tests import oracles
+from tests import older, oracles
 from tests.conversations import chat, write_chats
 from tests.vocabularies import CHAT_TEXT, stdlib_tokenizer
 
@@ -76,6 +76,11 @@ def browser() -> Iterator[Any]:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def older_python() -> older.Python:
+    return older.find()
 
 
 @pytest.fixture(scope="session")

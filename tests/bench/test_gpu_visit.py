@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tests import ROOT, oracles
+from tests import ROOT, older, oracles
 from tests.forked import Forked
 
 # Stands in for `python -m bitnet.bench.gpu`: the first argument says what becomes of the step.
@@ -147,47 +145,23 @@ def check_sections(stdout: str) -> None:
     assert int(lines[-1].removeprefix("found: ")) >= 30
 
 
-@pytest.fixture(scope="module")
-def gpu_python() -> str:
-    """A Python as GPU machines have one: 3.12 with torch and Triton, and nothing that only the command line needs."""
-    named = os.environ.get("BITNET_PYTHON312")
-    path = named or shutil.which("python3.12")
-    has_both = "import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, ('torch', 'triton'))))"
-    if path and subprocess.run([path, "-c", has_both], check=False).returncode == 0:
-        return path
-    if named:
-        pytest.fail(f"BITNET_PYTHON312 is {named}, which has no torch or no Triton")
-    pytest.skip("no python3.12 with torch and Triton; BITNET_PYTHON312 names one")
-
-
-def run_there(python: str, *arguments: str, cwd: Path = ROOT, interpret: bool = True) -> str:
-    """What a command of that Python prints; fails with it where the command does."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "PYTHON"))}
-    environment = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "01"[interpret]}
-    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def rehearse(python: str, folder: Path, *steps: str) -> dict:
+def rehearse(python: older.Python, folder: Path, *steps: str) -> dict:
     """Steps of `check` by the driver itself, in the interpreter."""
     arguments = ["check", "--out", str(folder), "--seconds", "36000", "--patience", "100", "--work", str(folder / "w")]
-    run_there(python, "benchmarks/gpu_visit.py", *arguments, "--steps", *steps, "--extra", "--device", "cpu", "--quick")
+    python.run("benchmarks/gpu_visit.py", *arguments, "--steps", *steps, "--extra", "--device", "cpu", "--quick")
     done = json.loads((folder / "check.json").read_text())
     assert done.keys() == set(steps)
     assert {row["status"] for row in done.values()} == {0}
     return done
 
 
-def test_older_python_torch_and_triton_run_the_visit(gpu_python, tmp_path) -> None:
-    check_sections(run_there(gpu_python, "-c", SECTIONS, cwd=tmp_path, interpret=False))
-    assert rehearse(gpu_python, tmp_path, "gate_weights")["gate_weights"]["rows"][-1]["green"]
+def test_older_python_torch_and_triton_run_the_visit(older_python, tmp_path) -> None:
+    check_sections(older_python.run("-c", SECTIONS, cwd=tmp_path, interpret=False))
+    assert rehearse(older_python, tmp_path, "gate_weights")["gate_weights"]["rows"][-1]["green"]
 
 
 @pytest.mark.skipif(os.environ.get("BITNET_LONG") != "1", reason="BITNET_LONG=1 runs all gates and kernels there")
-def test_they_run_all_of_it(gpu_python, visit, tmp_path) -> None:
-    rehearse(gpu_python, tmp_path, *(f"gate_{gate}" for gate in visit.GATES), "machine", "warm", "curve_cpu")
-    options = ("-o", "addopts=", "-q", "--import-mode=importlib", "-p", "no:cacheprovider")
-    interpreted = (f"tests/kernels/triton_{name}.py" for name in ("kernels", "products", "model"))
-    run_there(gpu_python, "-m", "pytest", *interpreted, *options)
-    run_there(gpu_python, "-m", "pytest", "tests/kernels/triton_compiled.py", *options, "-k", "sm_90", interpret=False)
+def test_they_run_all_of_it(older_python, visit, tmp_path) -> None:
+    rehearse(older_python, tmp_path, *(f"gate_{gate}" for gate in visit.GATES), "machine", "warm", "curve_cpu")
+    older_python.test(*(f"tests/kernels/triton_{name}.py" for name in ("kernels", "products", "model")))
+    older_python.test("tests/kernels/triton_compiled.py", "-k", "sm_90", interpret=False)
