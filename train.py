@@ -136,6 +136,7 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             config.data, tokenizer, template, window=config.window, vocab_size=config.model.vocab_size,
             batch_size=config.batch_size, seed=config.seed,
         )  # fmt: skip
+    config.check_graphs(device, world.strategy, feed.has_borders)
     config = config.absolute()  # whoever resumes may stand in another folder
     if not saved and weights is None and not base:  # a tokenizer that was given or trained decides on the vocabulary
         config = dataclasses.replace(config, model=config.model.replace(vocab_size=feed.tokenizer.vocab_size))

@@ -336,6 +336,20 @@ class TrainConfig:
             return False
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 
+    def check_graphs(self, device: torch.device, strategy: str, borders: bool) -> None:
+        """Raise ValueError where `graphs` is asked for and steps cannot be one."""
+        if not self.graphs:
+            return
+        for wrong, where in (
+            (device.type != "cuda", f"on {device}"),
+            (strategy != "none", f"of several processes ({strategy})"),
+            (self.recompute, "with recompute"),
+            (self.lora is not None, "of adapters (lora)"),
+            (borders, "where attention keeps to documents or conversations"),
+        ):
+            if wrong:
+                raise ValueError(f"graphs replays the steps of one GPU, and not {where}; give --no-graphs")
+
     def saves_in_background(self, strategy: str) -> bool:
         """Whether checkpoints are written while the steps go on."""
         return self.async_save == "on" or (self.async_save == "auto" and strategy == "fsdp")

@@ -94,7 +94,7 @@ class Trainer:
         self._strength = torch.ones((), device=device)
         """Of the quantizers within the ramp: one tensor, so that layers are compiled, and captured, once for all of
         it."""
-        self._graph = GraphedBackward(self._backward, list(model.parameters())) if self._takes_graphs() else None
+        self._graph = GraphedBackward(self._backward, list(model.parameters())) if config.graphs else None
 
     def step(self) -> StepResult:
         """Set the products, accumulate the gradient, clip it, and update the weights, unless something is wrong."""
@@ -137,7 +137,7 @@ class Trainer:
             if self._graph:
                 share = self.config.quantizer_strength(self.progress.step)
                 phase = share if share in (0, 1) else "ramp"
-                losses.append(self._graph(phase, parts == 1, torch.tensor(weight, device=self.device), *tensors))
+                losses.append(self._graph(phase, parts == 1, torch.full((), weight, device=self.device), *tensors))
                 continue
             # DDP averages gradients at the end of a backward: once a step is enough.
             last = part == parts - 1
@@ -154,11 +154,6 @@ class Trainer:
             loss = loss / self.config.micro_batches * weight
         loss.backward()
         return loss.detach()
-
-    def _takes_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs: of one GPU, and of shapes and borders that do not change."""
-        plain = self.world.strategy == "none" and not self.config.recompute and not self.config.lora
-        return self.device.type == "cuda" and self.config.graphs and plain and not self.feed.has_borders
 
     def _part(self, micro_batch: int) -> tuple[int, int]:
         """Which of how many parts of a batch this process computes in a micro-batch."""

@@ -1,8 +1,11 @@
 """GraphedBackward: what happens around a capture, with one that runs its function again instead of replaying it."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from bitnet.training.config import TrainConfig
 from bitnet.training.graphs import WARM_UP, GraphedBackward
 from tests.builders import random_ids, tiny_model
 
@@ -103,3 +106,17 @@ def test_what_cannot_be_captured_goes_on_kernel_by_kernel(steps, capsys, micro_b
         assert torch.equal(found, wanted)
     assert graphed.refused
     assert capsys.readouterr().err.count("operation not permitted when stream is capturing") == 1
+
+
+def test_graphs_are_refused_where_there_are_none() -> None:
+    gpu = torch.device("cuda", 0)
+    TrainConfig(graphs=True).check_graphs(gpu, "none", False)
+    for config, device, strategy, borders, where in (
+        (TrainConfig(graphs=True), torch.device("cpu"), "none", False, "on cpu"),
+        (TrainConfig(graphs=True), gpu, "fsdp", False, "several processes"),
+        (TrainConfig(graphs=True), gpu, "none", True, "documents"),
+        (TrainConfig(graphs=True, recompute=True), gpu, "none", False, "with recompute"),
+    ):
+        with pytest.raises(ValueError, match=rf"not .*{where}.*; give --no-graphs"):
+            config.check_graphs(device, strategy, borders)
+        dataclasses.replace(config, graphs=False).check_graphs(device, strategy, borders)
