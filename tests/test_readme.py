@@ -135,7 +135,13 @@ def options_there_are() -> set[str]:
 
 
 FOREIGN = {"--nproc-per-node", "--max-restarts"}  # torchrun's
-FOREIGN |= {"--additional-config", "--enforce-eager", "--model", "--pipeline-parallel-size"}  # vLLM's
+FOREIGN |= {
+    "--additional-config",
+    "--enforce-eager",
+    "--model",
+    "--pipeline-parallel-size",
+    "--skip-tokenizer-init",
+}  # vLLM's
 
 
 def our_options(page: Path) -> Iterator[str]:

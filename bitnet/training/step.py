@@ -322,6 +322,7 @@ class Trainer:
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
         prompt, tokenizer = self.feed.prompt(self.config.sample_prompt), self.feed.tokenizer
+        vocab_size, unused = tokenizer.drawable
         self.set_products()
         with eager():
             new = generate(
@@ -331,6 +332,7 @@ class Trainer:
                 sampling=DEFAULTS,
                 seed=0,
                 eos_id=tokenizer.eos_ids,
-                vocab_size=tokenizer.vocab_size,
+                vocab_size=vocab_size,
+                unused=unused,
             )
             return tokenizer.decode([*prompt, *(int(row[0]) for row in new)])
