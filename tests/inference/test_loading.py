@@ -148,7 +148,12 @@ def test_layers_on_a_gpu(tmp_path, tokenizer):
 
 def test_options_of_the_engine_are_refused_elsewhere(tmp_path, tokenizer):
     folder = save_run(tmp_path / "run", tiny_model("ternary"), tokenizer)
-    for name, value in (("activations", "int8"), ("activations", "int16"), ("embeddings", "float16")):
+    for name, value in (
+        ("activations", "int8"),
+        ("activations", "int16"),
+        ("activations", "float"),
+        ("embeddings", "float16"),
+    ):
         message = f"{name} {value} are of the native CPU engine and this model runs on torch; leave them out"
         with use_backend("reference"), pytest.raises(ValueError, match=message):
             open_model(folder, **{name: value})
