@@ -189,6 +189,7 @@ def carry_out(trainer: Trainer, started: float) -> None:
     if warning and world.is_first:
         say(f"warning: {warning}", sys.stderr)
     if trainer.progress.step == config.steps and not config.minutes:
+        finish(trainer)  # where its end was interrupted behind the last checkpoint
         print(f"{config.out} is finished: {config.steps} of {config.steps} steps; more with --steps or --minutes")
         return
 
@@ -219,10 +220,17 @@ def carry_out(trainer: Trainer, started: float) -> None:
         stop_on_signals(trainer),
     ):
         loop(trainer, reporter, saver, started)
-    if trainer.progress.step == config.steps:
-        if config.lora:
-            print(f"adapters  of the best checkpoint are in {write_adapter(trainer.folder)}")
-        checkpoint.consolidate_run(trainer.folder, world)  # of a sharded run what generate.py and the exports read
+        if trainer.progress.step == trainer.config.steps:
+            finish(trainer)
+            validate_whole(trainer, reporter)
+
+
+def finish(trainer: Trainer) -> None:
+    """What a run leaves beside its checkpoints, once it has the last one."""
+    if trainer.config.lora:
+        print(f"adapters  of the best checkpoint are in {write_adapter(trainer.folder)}")
+    # Of a sharded run what generate.py and the exports read.
+    checkpoint.consolidate_run(trainer.folder, trainer.world)
 
 
 def start_layers(trainer: Trainer, started: float) -> bool:
@@ -341,19 +349,23 @@ def keep_pace(trainer: Trainer, reporter: Reporter) -> TrainConfig:
 
 
 def validate(trainer: Trainer, reporter: Reporter) -> bool:
-    """Report the loss on held-out data; returns whether it is the best one over the same part of it."""
+    """Report the loss on held-out data; returns whether it is the best one yet."""
     config, progress = trainer.config, trainer.progress
-    # The last one is on everything, and its beginning is what the ones before were on.
-    everything = trainer.validate(whole=progress.step == config.steps and trainer.validates_whole)
-    result = everything.head or everything
+    result = trainer.validate(whole=False)
     reporter.validation(progress.step, result)
     # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
     best = config.quantizer_strength(progress.step) == 1 and result.loss < progress.best_loss
     if best:
         progress.best_loss = result.loss
-    if result.tokens < everything.tokens:
-        reporter.validation(progress.step, everything, whole=True)
     return best
+
+
+def validate_whole(trainer: Trainer, reporter: Reporter) -> None:
+    """Report the loss on all held-out data, where every other validation is on a part of it. It may take long, so all
+    that the run leaves is on disk by now."""
+    if trainer.validates_whole and trainer.validated < trainer.feed.held_out_tokens:
+        reporter.validation(trainer.progress.step, trainer.validate(whole=True), whole=True)
+        reporter.draw()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ tokenizer; loss and perplexity compare only models that share one.
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,8 +51,6 @@ class Evaluation:
     """Of a mixture, the result on each corpus."""
     text_bytes: float | None = None
     """UTF-8 bytes of the predicted tokens; None as for `bits_per_byte`, and for a mixture."""
-    head: "Evaluation | None" = None
-    """The result on the first part, where one was asked for."""
 
     @property
     def perplexity(self) -> float:
@@ -89,26 +87,23 @@ def evaluate_batches(
     batch_size: int,
     bytes_per_token: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    head: int | None = None,
     bar: "tqdm[Any] | None" = None,
 ) -> Evaluation:
     """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
     some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`.
-
-    With `head` the result has one over the first so many batches, too. `bar` is told of the labels.
-    """
+    `bar` is told of the labels."""
     device = model.device
     in_training = model if isinstance(model, nn.Module) and model.training else None
     if in_training is not None:
         in_training.eval()
     window_losses: list[Tensor] = []
     window_tokens: list[Tensor] = []
-    text_bytes = [0.0]
+    text_bytes = 0.0
     for input_ids, labels, *documents in batches:
         predicted = labels[labels != IGNORE_INDEX]
         if bytes_per_token is not None:
             each = bytes_per_token[predicted] if isinstance(bytes_per_token, Tensor) else bytes_per_token
-            text_bytes.append(text_bytes[-1] + float(each.sum() if isinstance(each, Tensor) else each * len(predicted)))
+            text_bytes += float(each.sum() if isinstance(each, Tensor) else each * len(predicted))
         # The last batch is filled up with rows that do not count: one shape, one compilation.
         missing = batch_size - len(labels)
         input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
@@ -127,18 +122,15 @@ def evaluate_batches(
     if in_training is not None:
         in_training.train()
 
-    def of_first(count: int) -> Evaluation:
-        sums, counts = torch.cat(window_losses[:count]), torch.cat(window_tokens[:count])
-        # Rows that only filled up a batch are no windows.
-        sums, counts = sums[counts > 0], counts[counts > 0]
-        loss, error = ratio_and_error(sums, counts)
-        if bytes_per_token is None:
-            return Evaluation(loss, error, None, int(counts.sum()))
-        read = text_bytes[count]
-        return Evaluation(loss, error, _bits(loss, read / int(counts.sum())), int(counts.sum()), text_bytes=read)
-
-    result = of_first(len(window_losses))
-    return result if head is None else replace(result, head=of_first(head))
+    sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
+    # Rows that only filled up a batch are no windows.
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    loss, error = ratio_and_error(sums, counts)
+    if bytes_per_token is None:
+        return Evaluation(loss, error, None, int(counts.sum()))
+    return Evaluation(
+        loss, error, _bits(loss, text_bytes / int(counts.sum())), int(counts.sum()), text_bytes=text_bytes
+    )
 
 
 def evaluate_feed(
@@ -147,33 +139,25 @@ def evaluate_feed(
     *,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    head_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate on the held-out parts of a feed, all of each, or of `max_tokens` tokens the share of each; shows its
-    `progress`. With `head_tokens` the result's `head` is the one that `max_tokens=head_tokens` would give, to the bit.
+    `progress`.
 
     The loss of several corpora is their mean by their shares of the training samples, and bits per byte is that loss
     over the bytes of an average token in these shares.
     """
     held_out = feed.held_out(batch_size, max_tokens)
-    heads: dict[str, int] = {}
-    if head_tokens is not None:
-        heads = {part.name: sum(1 for _ in part.batches) for part in feed.held_out(batch_size, head_tokens)}
     total = min(feed.held_out_tokens, max_tokens or feed.held_out_tokens)
     with progress_bar(title="validation", total=total, unit=" tokens", enabled=progress, leave=False) as bar:
         parts = {
             part.name: evaluate_batches(
-                model, part.batches, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype,
-                head=heads.get(part.name), bar=bar,
+                model, part.batches, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype, bar=bar
             )
             for part in held_out
-        }  # fmt: skip
-    result = _mixed(held_out, parts)
-    if head_tokens is None:
-        return result
-    return replace(result, head=_mixed(held_out, {name: part.head or part for name, part in parts.items()}))
+        }
+    return _mixed(held_out, parts)
 
 
 def _mixed(held_out: list[HeldOut], parts: dict[str, Evaluation]) -> Evaluation:

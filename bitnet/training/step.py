@@ -84,7 +84,9 @@ class Trainer:
         self.files = files or {}
         """What every checkpoint holds beside its tensors, by name."""
         self.validates_whole = True
-        """Whether the last validation is on all of the held-out data."""
+        """Whether there is time for a last validation on all of the held-out data, where the others are on a part."""
+        self.validated = 0
+        """Labels that the newest validation read."""
         self.clock: Clock | None = None
         """Of a run that is to end in time."""
         self.stop_signal: int | None = None
@@ -267,7 +269,8 @@ class Trainer:
         if tokens * token > 0.1 * budget:
             few = config.batch_size // config.micro_batches * config.window
             tokens = max(few, int(0.1 * budget / token))
-        last = held_out if held_out * token <= 0.2 * budget else min(tokens, held_out)
+        self.validates_whole = held_out * token <= 0.2 * budget
+        last = min(tokens, held_out) + (held_out if self.validates_whole and tokens < held_out else 0)
         pause = min(tokens, held_out) * token
         steps = int((budget - last * token) / (step + pause / config.eval_every))
         if steps < MIN_STEPS:
@@ -280,7 +283,6 @@ class Trainer:
                 f"takes {MIN_STEPS} at least; give --minutes {asked:.2g} or more, a smaller model or batch, or a "
                 "faster machine"
             )
-        self.validates_whole = last == held_out
         now = time.perf_counter()
         self.clock = Clock(now + budget, step, pause, last * token, left / 50)
         eval_tokens = None if tokens >= held_out and config.eval_tokens is None else tokens
@@ -291,7 +293,7 @@ class Trainer:
         seconds, result = 0.0, None
         for _ in range(2):  # the first one compiles
             start = time.perf_counter()
-            result = self._evaluate(max_tokens=1)  # a batch of each corpus
+            result = self._evaluate(1)  # a batch of each corpus
             seconds = time.perf_counter() - start
         assert result is not None
         return seconds / result.tokens
@@ -301,19 +303,17 @@ class Trainer:
         return tensor.clone() if self.world.strategy == "fsdp" else tensor.to("cpu", copy=True)
 
     def validate(self, *, whole: bool) -> Evaluation:
-        """Loss on the held-out part of the data, its first `eval_tokens`; or `whole`, where `head` is that of the first
-        ones."""
-        if not whole:
-            return self._evaluate(max_tokens=self.config.eval_tokens)
-        return self._evaluate(head_tokens=self.config.eval_tokens)
+        """Loss on the held-out part of the data, its first `eval_tokens` or the `whole`."""
+        result = self._evaluate(None if whole else self.config.eval_tokens)
+        self.validated = result.tokens
+        return result
 
-    def _evaluate(self, *, max_tokens: int | None = None, head_tokens: int | None = None) -> Evaluation:
+    def _evaluate(self, max_tokens: int | None) -> Evaluation:
         self.set_products()
         return evaluate_feed(
             self.model,
             self.feed,
             max_tokens=max_tokens,
-            head_tokens=head_tokens,
             batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
             progress=self.world.is_first,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,11 @@ def test_adapters_learn_are_saved_apart_and_run(tmp_path: Path, corpus: Path, ba
     assert adapter.fingerprint == again.fingerprint == fingerprint(open_source(bases / base).frozen())
     for name, pair in adapter.matrices.items():
         assert all(torch.equal(*each) for each in zip(pair, again.matrices[name], strict=True))
+
+    # An end between the last checkpoint and the folder is made up for.
+    shutil.rmtree(folder)
+    trainer.train(config, resume=True)
+    assert load_adapter(folder).fingerprint == adapter.fingerprint
 
     # Every way of running it: the engine, torch, on and off.
     model, plain = load(bases / base, lora=tmp_path / "run"), load(bases / base)

@@ -76,7 +76,7 @@ def test_a_machine_of_another_speed_ends_in_time(factor):
 
 
 def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeypatch):
-    """Seconds are made up: a step takes one of them, from the 30th on three; 300 tokens of validation one."""
+    """Seconds are made up: a step takes one of them, from the 30th on three; 400 tokens of validation one."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     real_step, real_evaluate = step.Trainer.step, step.Trainer._evaluate
@@ -85,9 +85,9 @@ def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeyp
         clock[0] += 3.0 if self.progress.step >= 30 else 1.0
         return real_step(self)
 
-    def evaluate(self, **options):
-        result = real_evaluate(self, **options)
-        clock[0] += result.tokens / 300
+    def evaluate(self, max_tokens):
+        result = real_evaluate(self, max_tokens)
+        clock[0] += result.tokens / 400
         return result
 
     monkeypatch.setattr(step.Trainer, "step", train_step)

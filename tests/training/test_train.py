@@ -145,8 +145,7 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
 
     def validate(self, whole):
-        part = Evaluation(losses[self.progress.step, False], 0.0, 1.0, tokens=1)
-        return Evaluation(losses[self.progress.step, True], 0.0, 1.0, tokens=2, head=part) if whole else part
+        return Evaluation(losses[self.progress.step, whole], 0.0, 1.0, tokens=1 + whole)
 
     monkeypatch.setattr(Trainer, "validate", validate)
     run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
@@ -154,6 +153,34 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     assert resolve(run.folder, "best").name == "step-00000006"
     assert resolve(run.folder, "last").name == "step-00000008"
     assert run.progress.best_loss == 2.0
+
+
+def test_an_end_in_the_last_validation_loses_nothing_else(tmp_path, corpus, monkeypatch):
+    original = Trainer.validate
+
+    def killed(self, *, whole):
+        if whole:
+            raise SystemExit("killed")
+        return original(self, whole=whole)
+
+    config = configuration(tmp_path, corpus, eval_every=4, eval_tokens=1)
+    monkeypatch.setattr(Trainer, "validate", killed)
+    with pytest.raises(SystemExit, match="killed"):
+        trainer.train(config)
+    monkeypatch.undo()
+    assert resolve(tmp_path / "run", "last").name == resolve(tmp_path / "run", "best").name == "step-00000008"
+    assert trainer.prepare(config, resume=True).progress.step == 8
+    straight = trainer.train(dataclasses.replace(config, out=str(tmp_path / "straight")))
+    assert "whole_val_loss" in read_metrics(straight.folder / "metrics.jsonl")[-1]
+    for name, value in tensors(straight.folder).items():
+        assert torch.equal(value, tensors(tmp_path / "run")[name]), name
+
+
+def test_a_validation_that_was_on_everything_is_not_made_twice(tmp_path, corpus):
+    run = trainer.train(configuration(tmp_path, corpus, eval_every=4, eval_tokens=None))
+    rows = read_metrics(run.folder / "metrics.jsonl")
+    assert "val_loss" in rows[-1]
+    assert not any("whole_val_loss" in row for row in rows)
 
 
 def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, monkeypatch, capsys):
