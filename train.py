@@ -32,6 +32,7 @@ import torch
 from bitnet.__main__ import execute
 from bitnet.console import error, only_for_looking, say, warn
 from bitnet.data.feed import open_feed
+from bitnet.evaluation.loss import Evaluation
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
 from bitnet.machine import compile_model, pick_device, pick_dtype, return_freed_blocks
@@ -220,9 +221,6 @@ def carry_out(trainer: Trainer, started: float) -> None:
         stop_on_signals(trainer),
     ):
         loop(trainer, reporter, saver, started)
-        if trainer.progress.step == trainer.config.steps:
-            finish(trainer)
-            validate_whole(trainer, reporter)
 
 
 def finish(trainer: Trainer) -> None:
@@ -309,7 +307,17 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
         pause = time.perf_counter()
         with reporter.paused():
             if step % config.eval_every == 0 or done:
-                saver.save(best=validate(trainer, reporter), must=done)
+                everything = (None,) if done and trainer.validates_whole else ()
+                results = trainer.evaluations(config.eval_tokens, *everything)
+                part = next(results)
+                reporter.validation(step, part)
+                saver.save(best=is_best(trainer, part), must=done)
+                if done:
+                    finish(trainer)
+                # On everything once all is written: it may take long.
+                for whole in results:
+                    if whole.tokens > part.tokens:
+                        reporter.validation(step, whole, whole=True)
                 reporter.draw()
             # Generation runs in inference mode, in which FSDP cannot gather a sharded layer.
             if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
@@ -348,24 +356,14 @@ def keep_pace(trainer: Trainer, reporter: Reporter) -> TrainConfig:
     return trainer.config
 
 
-def validate(trainer: Trainer, reporter: Reporter) -> bool:
-    """Report the loss on held-out data; returns whether it is the best one yet."""
-    config, progress = trainer.config, trainer.progress
-    result = trainer.validate(whole=False)
-    reporter.validation(progress.step, result)
+def is_best(trainer: Trainer, result: Evaluation) -> bool:
+    """Whether the newest validation is the best one yet, which it then is for those to come."""
+    progress = trainer.progress
     # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
-    best = config.quantizer_strength(progress.step) == 1 and result.loss < progress.best_loss
+    best = trainer.config.quantizer_strength(progress.step) == 1 and result.loss < progress.best_loss
     if best:
         progress.best_loss = result.loss
     return best
-
-
-def validate_whole(trainer: Trainer, reporter: Reporter) -> None:
-    """Report the loss on all held-out data, where every other validation is on a part of it. It may take long, so all
-    that the run leaves is on disk by now."""
-    if trainer.validates_whole and trainer.validated < trainer.feed.held_out_tokens:
-        reporter.validation(trainer.progress.step, trainer.validate(whole=True), whole=True)
-        reporter.draw()
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ tokenizer; loss and perplexity compare only models that share one.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -76,61 +77,105 @@ def evaluate(
     """
     max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
     batches = iter_eval_batches(tokens, context, batch_size, max_batches)
-    return evaluate_batches(model, batches, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype)
+    tally = Tally(model, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype)
+    tally.read(batches)
+    return tally.result()
 
 
-@torch.no_grad()
-def evaluate_batches(
+class Tally:
+    """The loss of a model over batches that are read a few at a time; parameters as those of `evaluate`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        batch_size: int,
+        bytes_per_token: float | Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.batch_size, self.bytes_per_token, self.dtype = model, batch_size, bytes_per_token, dtype
+        self._losses: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._bytes = 0.0
+
+    @torch.no_grad()
+    def read(self, batches: Iterable[tuple[Tensor, ...]], bar: "tqdm[Any] | None" = None) -> None:
+        """Go on with (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not
+        cross some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes. `bar` is told
+        of the labels."""
+        model, device, count_bytes = self.model, self.model.device, self.bytes_per_token
+        in_training = model if isinstance(model, nn.Module) and model.training else None
+        if in_training is not None:
+            in_training.eval()
+        for input_ids, labels, *documents in batches:
+            predicted = labels[labels != IGNORE_INDEX]
+            if count_bytes is not None:
+                each = count_bytes[predicted] if isinstance(count_bytes, Tensor) else count_bytes
+                self._bytes += float(each.sum() if isinstance(each, Tensor) else each * len(predicted))
+            # The last batch is filled up with rows that do not count: one shape, one compilation.
+            missing = self.batch_size - len(labels)
+            input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
+            labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
+            documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
+            with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                if isinstance(model, BitNetForCausalLM):
+                    losses = model.loss(input_ids, labels, "none", documents[0] if documents else None)
+                else:
+                    assert not documents
+                    losses = cross_entropy(model(input_ids), labels, "none")
+            self._losses.append(losses.sum(1).double().cpu())
+            self._tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
+            if bar is not None:
+                bar.update(len(predicted))
+        if in_training is not None:
+            in_training.train()
+
+    @property
+    def batches(self) -> int:
+        """How many were read."""
+        return len(self._losses)
+
+    def result(self) -> Evaluation:
+        """Over all that was read."""
+        sums, counts = torch.cat(self._losses), torch.cat(self._tokens)
+        # Rows that only filled up a batch are no windows.
+        sums, counts = sums[counts > 0], counts[counts > 0]
+        loss, error = ratio_and_error(sums, counts)
+        tokens = int(counts.sum())
+        if self.bytes_per_token is None:
+            return Evaluation(loss, error, None, tokens)
+        return Evaluation(loss, error, _bits(loss, self._bytes / tokens), tokens, text_bytes=self._bytes)
+
+
+def evaluate_up_to(
     model: LanguageModel,
-    batches: Iterable[tuple[Tensor, ...]],
+    feed: Feed,
+    limits: Sequence[int | None],
     *,
-    batch_size: int,
-    bytes_per_token: float | Tensor | None = None,
+    batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
-    bar: "tqdm[Any] | None" = None,
-) -> Evaluation:
-    """Evaluate over (input_ids, labels), int64 `[B, T]` with B at most `batch_size`, and where attention must not cross
-    some borders also documents (see `BitNetForCausalLM.loss`), which only a torch model takes; else as `evaluate`.
-    `bar` is told of the labels."""
-    device = model.device
-    in_training = model if isinstance(model, nn.Module) and model.training else None
-    if in_training is not None:
-        in_training.eval()
-    window_losses: list[Tensor] = []
-    window_tokens: list[Tensor] = []
-    text_bytes = 0.0
-    for input_ids, labels, *documents in batches:
-        predicted = labels[labels != IGNORE_INDEX]
-        if bytes_per_token is not None:
-            each = bytes_per_token[predicted] if isinstance(bytes_per_token, Tensor) else bytes_per_token
-            text_bytes += float(each.sum() if isinstance(each, Tensor) else each * len(predicted))
-        # The last batch is filled up with rows that do not count: one shape, one compilation.
-        missing = batch_size - len(labels)
-        input_ids = F.pad(input_ids, (0, 0, 0, missing)).to(device)
-        labels = F.pad(labels, (0, 0, 0, missing), value=IGNORE_INDEX).to(device)
-        documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            if isinstance(model, BitNetForCausalLM):
-                losses = model.loss(input_ids, labels, "none", documents[0] if documents else None)
-            else:
-                assert not documents
-                losses = cross_entropy(model(input_ids), labels, "none")
-        window_losses.append(losses.sum(1).double().cpu())
-        window_tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
-        if bar is not None:
-            bar.update(len(predicted))
-    if in_training is not None:
-        in_training.train()
+    progress: bool = True,
+) -> Iterator[Evaluation]:
+    """Evaluate on the held-out parts of a feed, in one pass up to each of the ascending limits: a number of tokens, of
+    each part its share, or None for all of each. Every result is worked out when it is asked for. Shows its `progress`.
 
-    sums, counts = torch.cat(window_losses), torch.cat(window_tokens)
-    # Rows that only filled up a batch are no windows.
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    loss, error = ratio_and_error(sums, counts)
-    if bytes_per_token is None:
-        return Evaluation(loss, error, None, int(counts.sum()))
-    return Evaluation(
-        loss, error, _bits(loss, text_bytes / int(counts.sum())), int(counts.sum()), text_bytes=text_bytes
-    )
+    The loss of several corpora is their mean by their shares of the training samples, and bits per byte is that loss
+    over the bytes of an average token in these shares.
+    """
+    tallies: dict[str, Tally] = {}
+    for limit in limits:
+        parts = feed.held_out(batch_size, limit)
+        total = min(feed.held_out_tokens, limit or feed.held_out_tokens)
+        done = sum(tally.result().tokens for tally in tallies.values())
+        with progress_bar(
+            title="validation", total=total, done=done, unit=" tokens", enabled=progress, leave=False
+        ) as bar:
+            for part in parts:
+                tally = tallies.setdefault(
+                    part.name, Tally(model, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype)
+                )
+                tally.read(islice(part.batches, tally.batches, None), bar)
+        yield _mixed(parts, {name: tally.result() for name, tally in tallies.items()})
 
 
 def evaluate_feed(
@@ -140,24 +185,9 @@ def evaluate_feed(
     batch_size: int = 8,
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
-    progress: bool = True,
 ) -> Evaluation:
-    """Evaluate on the held-out parts of a feed, all of each, or of `max_tokens` tokens the share of each; shows its
-    `progress`.
-
-    The loss of several corpora is their mean by their shares of the training samples, and bits per byte is that loss
-    over the bytes of an average token in these shares.
-    """
-    held_out = feed.held_out(batch_size, max_tokens)
-    total = min(feed.held_out_tokens, max_tokens or feed.held_out_tokens)
-    with progress_bar(title="validation", total=total, unit=" tokens", enabled=progress, leave=False) as bar:
-        parts = {
-            part.name: evaluate_batches(
-                model, part.batches, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype, bar=bar
-            )
-            for part in held_out
-        }
-    return _mixed(held_out, parts)
+    """The result of `evaluate_up_to` with one limit."""
+    return next(evaluate_up_to(model, feed, [max_tokens], batch_size=batch_size, dtype=dtype))
 
 
 def _mixed(held_out: list[HeldOut], parts: dict[str, Evaluation]) -> Evaluation:

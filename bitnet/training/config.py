@@ -111,7 +111,7 @@ class TrainConfig:
     async_save: Literal["auto", "on", "off"] = "auto"
     """Write checkpoints beside the training, from a copy in memory of weights and moments; auto with fsdp."""
     eval_tokens: int | None = 65536
-    """Tokens of the periodic validation; once all is written, one on the whole split follows."""
+    """Tokens of the periodic validation; the last one goes on over the whole split, once all is written."""
     sample_every: int = 400
     """Steps between samples of text; 0 for none. A sharded model (fsdp) gives none."""
     sample_prompt: str = ""

@@ -15,7 +15,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,7 +27,7 @@ from bitnet import kernels
 from bitnet.console import progress_bar
 from bitnet.data.batches import Prefetcher
 from bitnet.data.feed import Feed
-from bitnet.evaluation.loss import Evaluation, evaluate_feed
+from bitnet.evaluation.loss import Evaluation, evaluate_up_to
 from bitnet.inference.generation import generate, limit_new_tokens
 from bitnet.inference.options import DEFAULTS
 from bitnet.machine import eager
@@ -85,8 +85,6 @@ class Trainer:
         """What every checkpoint holds beside its tensors, by name."""
         self.validates_whole = True
         """Whether there is time for a last validation on all of the held-out data, where the others are on a part."""
-        self.validated = 0
-        """Labels that the newest validation read."""
         self.clock: Clock | None = None
         """Of a run that is to end in time."""
         self.stop_signal: int | None = None
@@ -270,7 +268,7 @@ class Trainer:
             few = config.batch_size // config.micro_batches * config.window
             tokens = max(few, int(0.1 * budget / token))
         self.validates_whole = held_out * token <= 0.2 * budget
-        last = min(tokens, held_out) + (held_out if self.validates_whole and tokens < held_out else 0)
+        last = held_out if self.validates_whole else min(tokens, held_out)
         pause = min(tokens, held_out) * token
         steps = int((budget - last * token) / (step + pause / config.eval_every))
         if steps < MIN_STEPS:
@@ -293,7 +291,7 @@ class Trainer:
         seconds, result = 0.0, None
         for _ in range(2):  # the first one compiles
             start = time.perf_counter()
-            result = self._evaluate(1)  # a batch of each corpus
+            result = next(self.evaluations(1))  # a batch of each corpus
             seconds = time.perf_counter() - start
         assert result is not None
         return seconds / result.tokens
@@ -304,16 +302,16 @@ class Trainer:
 
     def validate(self, *, whole: bool) -> Evaluation:
         """Loss on the held-out part of the data, its first `eval_tokens` or the `whole`."""
-        result = self._evaluate(None if whole else self.config.eval_tokens)
-        self.validated = result.tokens
-        return result
+        return next(self.evaluations(None if whole else self.config.eval_tokens))
 
-    def _evaluate(self, max_tokens: int | None) -> Evaluation:
+    def evaluations(self, *limits: int | None) -> Iterator[Evaluation]:
+        """Losses on the first so many tokens of the held-out data, None for all, in one pass that goes on when the next
+        one is asked for."""
         self.set_products()
-        return evaluate_feed(
+        yield from evaluate_up_to(
             self.model,
             self.feed,
-            max_tokens=max_tokens,
+            limits,
             batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
             progress=self.world.is_first,

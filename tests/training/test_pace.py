@@ -76,22 +76,24 @@ def test_a_machine_of_another_speed_ends_in_time(factor):
 
 
 def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeypatch):
-    """Seconds are made up: a step takes one of them, from the 30th on three; 400 tokens of validation one."""
+    """Seconds are made up: a step takes one of them, from the 30th on three; 300 tokens of validation one."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    real_step, real_evaluate = step.Trainer.step, step.Trainer._evaluate
+    real_step, real_evaluations = step.Trainer.step, step.Trainer.evaluations
 
     def train_step(self):
         clock[0] += 3.0 if self.progress.step >= 30 else 1.0
         return real_step(self)
 
-    def evaluate(self, max_tokens):
-        result = real_evaluate(self, max_tokens)
-        clock[0] += result.tokens / 400
-        return result
+    def evaluations(self, *limits):
+        read = 0
+        for result in real_evaluations(self, *limits):
+            clock[0] += (result.tokens - read) / 300
+            read = result.tokens
+            yield result
 
     monkeypatch.setattr(step.Trainer, "step", train_step)
-    monkeypatch.setattr(step.Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(step.Trainer, "evaluations", evaluations)
     config = configuration(tmp_path, corpus, minutes=2.0, eval_every=20, float_start=0.4, ramp=0.3, steps=100)
     run = trainer.train(config)
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import train as trainer
+from bitnet.evaluation.loss import Tally
 from bitnet.training import config as recipes
 from bitnet.training import reporter
 from bitnet.training.step import Trainer
@@ -127,22 +128,27 @@ def test_the_last_validation_computes_nothing_twice(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int] = []
-    original = Trainer._evaluate
+    original = Tally.read
 
-    def evaluate(self: Trainer, **options: Any) -> Any:
-        result = original(self, **options)
-        counted.append(result.tokens)
-        return result
+    def read(self: Tally, batches: Any, bar: Any = None) -> None:
+        before = self.result().tokens if self.batches else 0
+        original(self, batches, bar)
+        counted.append(self.result().tokens - before)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Tally, "read", read)
     run = trainer.train(configuration(tmp_path, corpus))
-    assert len(counted) == 2  # of steps 4 and 8
-    assert counted[1] == run.feed.held_out_tokens > counted[0]
+    monkeypatch.undo()
+    assert len(counted) == 3  # of step 4, and of step 8 the same part and the rest
+    assert counted[0] == counted[1] < counted[1] + counted[2] == run.feed.held_out_tokens
     rows = reporter.read_metrics(run.folder / "metrics.jsonl")
     last = {key: value for row in rows if row["step"] == 8 for key, value in row.items()}
-    part = original(run, max_tokens=512)
+    part = run.validate(whole=False)
     assert (last["val_loss"], last["val_bits_per_byte"]) == (part.loss, part.bits_per_byte)
-    assert last["whole_val_loss"] == original(run).loss
+    assert last["whole_val_loss"] == run.validate(whole=True).loss
+    everything = configuration(tmp_path, corpus, eval_tokens=None, out=str(tmp_path / "everything"))
+    rows = reporter.read_metrics(trainer.train(everything).folder / "metrics.jsonl")
+    assert "val_loss" in rows[-1]
+    assert not any("whole_val_loss" in row for row in rows)
 
 
 def test_going_on_says_where_the_switch_moves(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,10 +144,11 @@ def test_init_starts_from_the_weights_shape_and_tokenizer_of_another_run(tmp_pat
 def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp_path, corpus, monkeypatch):
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
 
-    def validate(self, whole):
-        return Evaluation(losses[self.progress.step, whole], 0.0, 1.0, tokens=1 + whole)
+    def evaluations(self, *limits):
+        for limit in limits:
+            yield Evaluation(losses[self.progress.step, limit is None], 0.0, 1.0, tokens=1 + (limit is None))
 
-    monkeypatch.setattr(Trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "evaluations", evaluations)
     run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
     # Step 2 belongs to the warm start, and the whole split's 0.5 at the end is no match for the parts before.
     assert resolve(run.folder, "best").name == "step-00000006"
@@ -156,15 +157,16 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
 
 
 def test_an_end_in_the_last_validation_loses_nothing_else(tmp_path, corpus, monkeypatch):
-    original = Trainer.validate
+    original = Trainer.evaluations
 
-    def killed(self, *, whole):
-        if whole:
-            raise SystemExit("killed")
-        return original(self, whole=whole)
+    def killed(self, *limits):
+        for limit in limits:
+            if limit is None:
+                raise SystemExit("killed")
+            yield from original(self, limit)
 
     config = configuration(tmp_path, corpus, eval_every=4, eval_tokens=1)
-    monkeypatch.setattr(Trainer, "validate", killed)
+    monkeypatch.setattr(Trainer, "evaluations", killed)
     with pytest.raises(SystemExit, match="killed"):
         trainer.train(config)
     monkeypatch.undo()
@@ -174,13 +176,6 @@ def test_an_end_in_the_last_validation_loses_nothing_else(tmp_path, corpus, monk
     assert "whole_val_loss" in read_metrics(straight.folder / "metrics.jsonl")[-1]
     for name, value in tensors(straight.folder).items():
         assert torch.equal(value, tensors(tmp_path / "run")[name]), name
-
-
-def test_a_validation_that_was_on_everything_is_not_made_twice(tmp_path, corpus):
-    run = trainer.train(configuration(tmp_path, corpus, eval_every=4, eval_tokens=None))
-    rows = read_metrics(run.folder / "metrics.jsonl")
-    assert "val_loss" in rows[-1]
-    assert not any("whole_val_loss" in row for row in rows)
 
 
 def test_a_nan_stops_before_the_weights_and_names_the_remedy(tmp_path, corpus, monkeypatch, capsys):
