@@ -209,7 +209,7 @@ def scatter(
 
 def draw_speed(points: Sequence[Point], path: Path, *, title: str, bits_per_second: float) -> None:
     """Tokens a second over bits a weight, both logarithmic, with what reading allows: `bits_per_second` of one weight.
-    Rings are formats that take activations as floats, dots as INT8."""
+    Rings are formats with the activations that they take by themselves, INT16 or floats; dots with INT8."""
     with _figure(path, size=(10, 6.5)) as axes:
         axes.set_title(title, fontsize=10)
         axes.set(xscale="log", yscale="log", xlabel="bits read per weight, scales included", ylabel="tokens/s")
@@ -225,7 +225,9 @@ def draw_speed(points: Sequence[Point], path: Path, *, title: str, bits_per_seco
                 color=color,
                 ms=5,
                 markerfacecolor="white" if point.hollow else color,
-                label=None if kind in seen else f"{point.family}{', float activations' if point.hollow else ''}",
+                label=None
+                if kind in seen
+                else f"{point.family}{', INT16 or float activations' if point.hollow else ''}",
             )
             seen.add(kind)
         for axis in (axes.xaxis, axes.yaxis):

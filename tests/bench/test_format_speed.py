@@ -26,7 +26,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return format_speed.main()
 
 
-@pytest.mark.parametrize("name", ["b1.58", "W8A8 static", "Q4_K", "IQ4_XS", "NVFP4", "GPTQ 3", "PTQTP", "NF4", "FP8"])
+@pytest.mark.parametrize(
+    "name", ["b1.58", "W8A8 static", "Q4_K", "Q8_0", "IQ4_XS", "NVFP4", "GPTQ 3", "PTQTP", "NF4", "FP8"]
+)
 def test_tiles_are_their_layers(name: str) -> None:
     for treatment in format_speed.treatments(name):
         assert not format_speed.wrong(name, treatment)
@@ -38,8 +40,8 @@ def test_what_is_measured_stands_beside_what_was(tmp_path, monkeypatch: pytest.M
     assert run(monkeypatch, "--out", out, "--picture", picture, "--formats", "BF16", "Q4_K") == 0
     rows = json.loads(out.read_text())["rows"]
     found = {(row["format"], row["treatment"]): row["bits"] for row in rows}
-    assert list(found) == [("b1.58", ""), ("BF16", ""), ("Q4_K", "int8"), ("Q4_K", "float")]
-    assert found["b1.58", ""] < found["Q4_K", "int8"] == found["Q4_K", "float"] < found["BF16", ""]
+    assert list(found) == [("b1.58", ""), ("BF16", ""), ("Q4_K", "int8"), ("Q4_K", "int16")]
+    assert found["b1.58", ""] < found["Q4_K", "int8"] == found["Q4_K", "int16"] < found["BF16", ""]
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="another machine or shape"):
         run(monkeypatch, "--out", out, "--layers", "1", "--formats", "b1.58")
