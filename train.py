@@ -32,7 +32,6 @@ import torch
 from bitnet.__main__ import execute
 from bitnet.console import error, only_for_looking, say, warn
 from bitnet.data.feed import open_feed
-from bitnet.evaluation.loss import Evaluation
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
 from bitnet.machine import compile_model, pick_device, pick_dtype, return_freed_blocks
@@ -311,7 +310,7 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
                 results = trainer.evaluations(config.eval_tokens, *everything)
                 part = next(results)
                 reporter.validation(step, part)
-                saver.save(best=is_best(trainer, part), must=done)
+                saver.save(best=trainer.is_best(part), must=done)
                 if done:
                     finish(trainer)
                 # On everything once all is written: it may take long.
@@ -354,16 +353,6 @@ def keep_pace(trainer: Trainer, reporter: Reporter) -> TrainConfig:
         if trainer.world.is_first:
             write_config(trainer)
     return trainer.config
-
-
-def is_best(trainer: Trainer, result: Evaluation) -> bool:
-    """Whether the newest validation is the best one yet, which it then is for those to come."""
-    progress = trainer.progress
-    # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
-    best = trainer.config.quantizer_strength(progress.step) == 1 and result.loss < progress.best_loss
-    if best:
-        progress.best_loss = result.loss
-    return best
 
 
 @contextlib.contextmanager

@@ -317,6 +317,14 @@ class Trainer:
             progress=self.world.is_first,
         )
 
+    def is_best(self, result: Evaluation) -> bool:
+        """Whether a validation is the best one yet, which it then is for those to come."""
+        # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
+        best = self.config.quantizer_strength(self.progress.step) == 1 and result.loss < self.progress.best_loss
+        if best:
+            self.progress.best_loss = result.loss
+        return best
+
     def sample(self, tokens: int = 60) -> str:
         """A short continuation of the sample prompt."""
         prompt, tokenizer = self.feed.prompt(self.config.sample_prompt), self.feed.tokenizer
