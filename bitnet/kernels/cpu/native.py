@@ -132,7 +132,7 @@ def round_up(n: int, multiple: int) -> int:
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built or does not load."""
-    folder = Path(os.environ.get("BITNET_NATIVE_FOLDER") or Path(__file__).parent)  # another one for dev/sanitize.py
+    folder = Path(os.environ.get("BITNET_NATIVE_FOLDER") or Path(__file__).parent)  # dev/ has others
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"_native{suffix}"
         if path.exists():

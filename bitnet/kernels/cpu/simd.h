@@ -326,7 +326,7 @@ template <class I, class B> BN_INLINE pair<I> dot4_small(pair<I> acc, pair<B> w,
 }
 
 // Keeps a vector in its registers, and the compiler from knowing what is in it.
-#if defined(BN_AVX512) || defined(BN_AVX2)
+#if (defined(BN_AVX512) && !defined(BN_EMULATED)) || defined(BN_AVX2)
 template <class T> BN_INLINE void opaque(T &v) { __asm__ volatile("" : "+v"(v)); }
 #elif defined(BN_NEON)
 template <class T> BN_INLINE void opaque(T &v) { __asm__ volatile("" : "+w"(v)); }
