@@ -1,6 +1,7 @@
 """Every quantization method on one model: quality, size and speed in one table, and pictures."""
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -308,16 +309,28 @@ class Comparison:
 
     def add_quantized(self, name: str) -> Row:
         method = METHODS[name]
+        known = isinstance(method.driver, drivers.GGUF) and not method.rotated
+        importance, seconds = self.importance if known else (None, 0.0)
         start = time.perf_counter()
         # Embedding and head as a file of that method would have them; in float32 they would hide what the method saves.
         embeddings = "int8" if method.int8_activations else "float16"
-        options = drivers.Options(group_size=self.group_size, progress=False, embeddings=embeddings)
+        options = drivers.Options(
+            group_size=self.group_size, progress=False, embeddings=embeddings, importance=importance
+        )
         model = quantize_model(copy.deepcopy(self.model), name, self.calibration, options)
-        seconds = time.perf_counter() - start
+        seconds += time.perf_counter() - start
         row = self.add(name, method.family, method.bits, model, seconds)
         changed = layer_outputs(model, self.windows[0][0])
         row.layer_errors = [float((a - b).norm() / b.norm()) for a, b in zip(changed, self.float_layers, strict=True)]
         return row
+
+    @functools.cached_property
+    def importance(self) -> tuple[dict[str, Tensor], float]:
+        """Of the float model's input channels, which all block types take, and the seconds that each would need for
+        it."""
+        start = time.perf_counter()
+        found = drivers.measure_importance(self.model, self.calibration, drivers.Options(progress=False))
+        return found, time.perf_counter() - start
 
     def add(
         self,

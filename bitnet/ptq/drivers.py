@@ -7,7 +7,7 @@ DynamicInt8     INT8 activations, a scale a token        StaticInt8  INT8 activa
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -67,6 +67,8 @@ class Options:
     """Embedding and head: float32, float16, bfloat16 or int8; the 16-bit methods take their own type."""
     compatible: bool = False
     """gguf: ggml's own bytes instead of the better search."""
+    importance: Mapping[str, Tensor] | None = None
+    """gguf: `measure_importance` of this model on the calibration ids, where it is known."""
     version: int = 1
     """Convention for zero points in the GPTQ layout (rtn, awq, gptq)."""
     tuning_steps: int = 200
@@ -353,7 +355,9 @@ class GGUF(Driver):
             raise ValueError(f"{self.kind} has blocks of {size}, which do not divide the input channels of {odd[0]}")
 
     def quantize(self, model: BitNetForCausalLM, title: str, ids: Tensor | None, options: Options) -> None:
-        importance = {} if ids is None else self._importance(model, ids, options)
+        importance = options.importance or {}
+        if options.importance is None and ids is not None:
+            importance = measure_importance(model, ids, options)
         types = list(self.types(model.config).items())
         for name, kind in progress_bar(types, title, enabled=options.progress, leave=False):
             matrix = model.get_submodule(name)
@@ -365,15 +369,6 @@ class GGUF(Driver):
                 linear, weights = projection(model, name), importance.get(name)
                 module = BlockLinear.from_linear(linear, kind, weights, compatible=options.compatible)
             replace_module(model, name, module)
-
-    def _importance(self, model: BitNetForCausalLM, ids: Tensor, options: Options) -> dict[str, Tensor]:
-        """Mean square of each input channel, float32 `[K]`, by the projection's name."""
-        found: dict[str, Tensor] = {}
-        steps = walk(model, ids, "importance", options.batch_size, options.progress, sequential=False)
-        for number, step in enumerate(steps):
-            for names, seen in step.observe(STAGES, MeanSquares).items():
-                found |= {f"model.layers.{number}.{name}": seen.mean() for name in names}
-        return found
 
     def types(self, config: ModelConfig) -> dict[str, str]:
         """The type of each projection and, in a mixture, of embedding and head, by our names of the modules."""
@@ -391,6 +386,18 @@ class ImportantGGUF(GGUF):
     """A type or mixture that is no use without the importance of the columns."""
 
     calibration = "required"
+
+
+@torch.no_grad()
+def measure_importance(model: BitNetForCausalLM, ids: Tensor, options: Options) -> dict[str, Tensor]:
+    """Mean square of each input channel of a float model, float32 `[K]`, by the projection's name; of `options` those
+    that say how calibration runs."""
+    found: dict[str, Tensor] = {}
+    steps = walk(model, ids, "importance", options.batch_size, options.progress, sequential=False)
+    for number, step in enumerate(steps):
+        for names, seen in step.observe(STAGES, MeanSquares).items():
+            found |= {f"model.layers.{number}.{name}": seen.mean() for name in names}
+    return found
 
 
 def stored_table(table: nn.Embedding, kind: str, compatible: bool = False) -> nn.Module:

@@ -22,7 +22,7 @@ from bitnet.model.quantized import (
 )
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
 from bitnet.ptq import drivers
-from bitnet.ptq.drivers import Options
+from bitnet.ptq.drivers import Options, measure_importance
 from bitnet.ptq.methods import BLOCK_TYPES, IMPORTANT_TYPES, METHODS, quantize_model
 from bitnet.ptq.walk import STAGES
 from bitnet.quant.gptq import HessianSum
@@ -328,6 +328,9 @@ def test_gguf_importance_is_the_mean_square_of_the_float_inputs() -> None:
     for hook in hooks:
         hook.remove()
     model = quantize_model(copy.deepcopy(original), "gguf-q4_k", ids(), QUICK)
+    known = replace(QUICK, importance=measure_importance(original, ids(), QUICK))
+    again = quantize_model(copy.deepcopy(original), "gguf-q4_k", ids(), known)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     plain = quantize_model(copy.deepcopy(original), "gguf-q4_k", options=QUICK)
     weighted, unweighted = 0.0, 0.0
     for name, module in projections(model):
