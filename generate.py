@@ -80,8 +80,8 @@ class Options:
     """Of keys and values in the engines, by itself float32 in the native one and bfloat16 on a GPU: fewer bits read
     less. fp8 (E4M3) is on a GPU alone, int4 in torch."""
     activations: Literal["int8", "int16", "float"] | None = None
-    """In the native engine, of weights with group scales: int8 by groups, int16 by groups (by itself, for codes of at
-    most 6 bits), or float, exact to the format."""
+    """In the native engine, of weights with group scales: int8 by groups, int16 by groups (by itself, for integer
+    codes of at most 6 bits), or float, exact to the format."""
     embeddings: Literal["int8", "float16"] | None = None
     """In the native engine, of a float embedding and head: int8 by itself for ternary models, float16 is exact."""
     prompt_lookup_num_tokens: int = 0

@@ -26,8 +26,8 @@ class Options:
     cache: Literal["float32", "float16", "int8"] = "float32"
     """Of keys and values in the native engine."""
     activations: Literal["int8", "int16", "float"] | None = None
-    """In the native engine, of weights with group scales: int8 by groups, int16 by groups (by itself, for codes of at
-    most 6 bits), or float, exact to the format."""
+    """In the native engine, of weights with group scales: int8 by groups, int16 by groups (by itself, for integer
+    codes of at most 6 bits), or float, exact to the format."""
     isa: tuple[str, ...] = ()
     """One or several instruction sets; the one in force unless given."""
     repeat: int = 3

@@ -216,7 +216,7 @@ class Engine:
 
     @property
     def kernel(self) -> str:
-        """What multiplies: "native int8" or "native float", by the activations of the projections."""
+        """What multiplies: "native int8", "native int16" or "native float", by the activations of the projections."""
         return f"native {'+'.join(self.activations)}"
 
     @property

@@ -50,8 +50,8 @@ def open_model(
                   `bitnet/model/quantized_cache.py`, and torch takes no other.
     dtype:        of weights and cache of a model that runs in floats; another than float32 runs in torch.
     activations:  in the native engine, of weights with a scale a group: "int8" or "int16" with a scale a group, or
-                  "float", exact to the format's definition; None is int16 for codes of at most 6 bits, else float.
-                  What BitNet and W8A8 were made for stays.
+                  "float", exact to the format's definition; None is int16 for integer codes of at most 6 bits, else
+                  float. What BitNet and W8A8 were made for stays.
     embeddings:   in the native engine, of a float embedding and head: "int8" (None, for models that are quantized in
                   training) or "float16", exact to a source of 16 bits.
     gpu_layers:   of a packed model, so many of its first layers on the GPU `device` and the others and the head on the

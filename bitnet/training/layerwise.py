@@ -211,9 +211,10 @@ class LayerwiseStart:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         learned = error()
-        if learned > best:
+        if not learned <= best:  # NaN too
             layer.load_state_dict(kept)
-        return rounded, fitted, min(learned, best)
+            learned = best
+        return rounded, fitted, learned
 
     @torch.no_grad()
     def _fit_codes(

@@ -13,6 +13,7 @@ from bitnet.quant.ternary import quantize_ternary, quantize_ternary_groups
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.training import config as recipes
+from bitnet.training import layerwise
 from bitnet.training.arguments import parse
 from bitnet.training.layerwise import LayerwiseStart, float_copy, least_squares_codes, nearby_latent, relative_error
 from bitnet.training.memory import estimate
@@ -116,6 +117,19 @@ def test_errors_are_what_they_are_called(tmp_path, corpus, source):
             assert torch.equal(layer.weight, other.weight)
         assert float(relative_error(before(hidden, cos, sin, None), wanted)) == pytest.approx(rounded, rel=1e-4)
     run.batches.close()
+
+
+def test_a_layer_whose_steps_end_in_nan_keeps_its_best_form(tmp_path, corpus, source, monkeypatch):
+    def diverging(layer, rate):
+        return torch.optim.SGD([{"params": list(layer.parameters()), "lr": rate, "peak_lr": torch.inf}])
+
+    monkeypatch.setattr(layerwise, "layer_optimizer", diverging)
+    run = trainer.prepare(conversion(tmp_path, corpus, source, layer_steps=2))
+    start = LayerwiseStart(run)
+    assert start.run(lambda _: None, lambda _: False)
+    run.batches.close()
+    assert all(learned == min(rounded, fitted) for rounded, fitted, learned in start.found.errors)
+    assert all(value.isfinite().all() for value in run.model.state_dict().values())
 
 
 @pytest.mark.parametrize("shape", [{"qk_norm": True, "head_dim": 32}, {"qkv_bias": True}], ids=["Qwen3", "Qwen2"])
