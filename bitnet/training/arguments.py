@@ -123,22 +123,32 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
             raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
         if (config.out, config.model) != (default.out, default.model):
             raise ValueError("--resume goes on with the same model in the same folder; use --like to start another run")
-        if (
-            resolved == list(arguments)
-            and config.init != default.init
-            and not config.lora
-            and has_checkpoint(Path(source))
-        ):
-            raise ValueError(
-                f"--resume goes on from the weights of {source}, and nothing of --init {config.init} would be used; "
-                "leave it out, or use --like to start another run"
-            )
+        if resolved == list(arguments) and has_checkpoint(Path(source)):
+            check_resumed(config, default, source)
     elif config.init:
         check_shape(config, default)
     check_owners(config, default)
     if known.preset == "lora" and config.lora is None and known.estimate is None:
         raise ValueError("--preset lora has the rates of adapters; give --lora RANK, and --init MODEL")
     return Arguments(config, known.resume is not None, known.estimate, known.presets)
+
+
+def check_resumed(config: TrainConfig, default: TrainConfig, run: str) -> None:
+    """Raise ValueError for an option that says how a run begins, and is another one than where the run began."""
+    config = config.absolute()
+    for name, counts in (
+        ("init", config.lora is None),  # adapters stand on it
+        ("data.tokenizer", True),
+        ("layer_steps", config.layer_steps > 0),  # 0 allows what a start does not, as --parallel fsdp
+        ("layer_tokens", True),
+        ("layer_rate", True),
+    ):
+        value = operator.attrgetter(name)(config)
+        if counts and value != operator.attrgetter(name)(default):
+            raise ValueError(
+                f"--resume goes on from the checkpoint of {run}, and nothing of --{name.replace('_', '-')} {value} would "
+                "be used; leave it out, or use --like to start another run"
+            )
 
 
 def check_shape(config: TrainConfig, default: TrainConfig) -> None:

@@ -119,8 +119,15 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="context 257"):
         estimate.estimate_run(config, 1)
     (tmp_path / "base" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    with pytest.raises(ValueError, match="nothing of --init elsewhere would be used"):
-        parse(["--resume", base, "--init", "elsewhere"])
+    for given in (
+        ["--init", "elsewhere"],
+        ["--data.tokenizer", "/t.model"],
+        ["--layer-steps", "9", "--layer-rate", "1"],
+    ):
+        with pytest.raises(ValueError, match=f"nothing of {' '.join(given[:2])} would be used; leave it out"):
+            parse(["--resume", base, *given])
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--resume", base, "--init", "base"]).config.init  # that of the run
     assert parse(["--resume", "auto", "--out", base, "--init", "elsewhere"]).resume
 
 
