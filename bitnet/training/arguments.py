@@ -146,8 +146,8 @@ def check_resumed(config: TrainConfig, default: TrainConfig, run: str) -> None:
         value = operator.attrgetter(name)(config)
         if counts and value != operator.attrgetter(name)(default):
             raise ValueError(
-                f"--resume goes on from the checkpoint of {run}, and nothing of --{name.replace('_', '-')} {value} would "
-                "be used; leave it out, or use --like to start another run"
+                f"--resume goes on from the checkpoint of {run}, and nothing of --{name.replace('_', '-')} {value} "
+                "would be used; leave it out, or use --like to start another run"
             )
 
 
