@@ -47,8 +47,10 @@ from bitnet.console import table
 from bitnet.kernels import PACKED_BITS
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 
-PROCESS = {False: 410e6, True: 510e6}
-"""Python, torch, and what it loads for an optimizer; compiled or not. Measured on Linux, torch 2.13."""
+CUDA_LIBRARIES = 290e6 if torch.backends.cuda.is_built() else 0.0
+"""What a torch that is built for CUDA takes more on a CPU too. Measured on Linux: 2.11 248 MB, 2.12 306 MB."""
+PROCESS = {False: 410e6 + CUDA_LIBRARIES, True: 510e6 + CUDA_LIBRARIES}
+"""Python, torch, and what it loads for an optimizer; compiled or not. Measured on Linux, torch 2.13 without CUDA."""
 PROCESS_PART = "Python and torch"
 LAYER_STEP_TOKENS = 2048
 """In a step of the layer-wise start, or one sequence where that is longer."""
