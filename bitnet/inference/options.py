@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 _GREEDY_BELOW = 1e-6  # a smaller temperature leaves one token anyway, and would overflow float32
-_HOTTEST = 1e30  # float32 holds it, and what cannot be drawn is still nothing when divided by it
+_MOST = 1e30  # float32 holds it, and what cannot be drawn is still nothing when divided by it
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SamplingConfig:
     """Added to the logits of these tokens."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= _HOTTEST:
+        if not 0 <= self.temperature <= _MOST:
             raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number, e.g. 0.8")
         if self.top_k < 0 or not isinstance(self.top_k, int):
             raise ValueError(f"top_k is {self.top_k}; give a number of tokens, e.g. 40, or 0 to keep all")
@@ -40,7 +40,7 @@ class SamplingConfig:
             raise ValueError(f"top_p is {self.top_p}; give a probability above 0, e.g. 0.95, or 1 to keep all")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; give a share between 0 (keep all) and 1, e.g. 0.05")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 0 < self.repetition_penalty <= _MOST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give 1 (off) or a bit more, e.g. 1.1")
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):

@@ -16,10 +16,11 @@ A token is drawn in these steps, transformers' order:
     7. min-p                what has at least min_p times the weight of the most likely token
     8. draw                 the first token whose cumulative weight exceeds u * total, u uniform in [0, 1)
 
-Equal logits count in the order of their ids. Every text has a generator on the CPU of its own, started from its seed,
-which gives one u a token: so a text depends on its seed, prompt and options, not on its company. Log-probabilities are
-those of the model, before all steps but 0: probabilities of all that can be drawn sum to 1. (llama.cpp and
-transformers count every row of the head, and may draw them.)
+Equal logits count in the order of their ids, and one that a bias or penalty takes beyond float32 is the largest float.
+Every text has a generator on the CPU of its own, started from its seed, which gives one u a token: so a text depends on
+its seed, prompt and options, not on its company. Log-probabilities are those of the model, before all steps but 0:
+probabilities of all that can be drawn sum to 1. (llama.cpp and transformers count every row of the head, and may draw
+them.)
 
 Letters: B batch, V vocab_size, N candidates.
 """
@@ -38,7 +39,7 @@ from bitnet.kernels.cpu import native
 from bitnet.tokenizer import Drawable
 
 _AHEAD = 32  # uniform numbers that are drawn at once
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST, _HIGHEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
 _rooms: list[Tensor] = []
 """Scratch of native draws that none is using."""
@@ -212,6 +213,7 @@ def _draw_plain(samplers: Sequence[RowSampler], logits: Tensor, V: int) -> list[
         if sampler.changes:
             places = torch.tensor(sampler.change_ids, device=row.device)
             changed = row.index_add(0, places, torch.tensor(sampler.changes, device=row.device))
+            changed = changed.clamp(_LOWEST, _HIGHEST)
         if (allowed := sampler.allowed_next()) is not None:
             changed = changed.masked_fill(~allowed.to(row.device), -torch.inf)
         seen = torch.zeros(1, V, dtype=torch.bool, device=row.device)
@@ -251,7 +253,8 @@ def choose(logits: Tensor, sampling: SamplingConfig, uniform: Tensor | None, see
     logits = logits.float()
     if seen is not None and sampling.repetition_penalty != 1:
         penalty = sampling.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        changed = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(_LOWEST, _HIGHEST)
+        logits = torch.where(seen & (logits > -torch.inf), changed, logits)
     if sampling.greedy:
         return logits.argmax(-1)  # of equal ones the first
     assert uniform is not None

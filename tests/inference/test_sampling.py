@@ -126,6 +126,7 @@ def test_extreme_logits_and_inputs_stay_as_they_are():
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 1e39),
         ("top_k", -1),
         ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e39),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(field, value):
@@ -240,6 +241,31 @@ def test_a_text_draws_alone_what_it_draws_in_a_crowd(backend: str) -> None:
                 assert alone == together[step][row]
                 assert alone.token < 290
                 assert alone.logprob is None
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_p": 0.9, "min_p": 0.1}], ids=str
+)
+def test_what_penalties_and_bias_take_beyond_float32_is_the_largest(backend: str, cut: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 300)
+    mask = torch.ones(300, dtype=torch.bool)
+    mask[9] = False
+    for text, changes, allowed, among in (
+        ([5, 9, 7], {"repetition_penalty": 1e-300}, mask, {i for i in (5, 7) if logits[0, i] > 0}),
+        (range(300), {"repetition_penalty": 1e-300}, None, set((logits[0] > 0).nonzero()[:, 0].tolist())),
+        ([], {"logit_bias": {3: 1e300, 9: 1e300}}, mask, {3}),
+        ([], {"logit_bias": dict.fromkeys(range(300), -1e300) | {4: -1e30}}, None, {4}),
+        ([], {"frequency_penalty": -1e39, "logit_bias": {3: 50.0}}, None, {3}),
+        ([9, 8], {"repetition_penalty": 1e30, "logit_bias": {8: -1e30}}, mask, set(range(300)) - {8, 9}),
+    ):
+        sampler = RowSampler(SamplingConfig(**changes, **cut), 0, text, vocab_size=300, logprobs=1)
+        sampler.allowed = allowed
+        with kernels.use_backend(backend):
+            drawn = [draw_rows([sampler], logits)[0] for _ in range(4)]
+        assert {one.token for one in drawn} <= among, changes
+        assert all(one.logprob == pytest.approx(float(logits.log_softmax(-1)[0, one.token])) for one in drawn)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <float.h>
 #include <math.h>
 
 #include "pool.h"
@@ -240,6 +241,9 @@ static int64_t draw_filtered(const bn_draw &d, const draw_room &room, const floa
     return id_of(c.keys[at < kept ? at : kept - 1]);
 }
 
+// What is beyond float counts as the largest one: differences of infinities are no numbers.
+BN_INLINE float within_float(float l) { return l > FLT_MAX ? FLT_MAX : l < -FLT_MAX ? -FLT_MAX : l; }
+
 static void draw_one(bn_draw &d, const draw_room &room, int64_t V) {
     float odd, *work = room.work;
     const float *x = d.logits;
@@ -268,13 +272,16 @@ static void draw_one(bn_draw &d, const draw_room &room, int64_t V) {
     float top = raw_top;
     if (d.change_count || d.allowed || (d.seen_count && d.repetition_penalty != 1.0f)) {
         memcpy(work, x, V * 4);
-        for (int64_t i = 0; i < d.change_count; i++) work[d.change_ids[i]] += d.changes[i];
+        for (int64_t i = 0; i < d.change_count; i++) {
+            float &l = work[d.change_ids[i]];
+            l = within_float(l + d.changes[i]);
+        }
         if (d.allowed)
             for (int64_t i = 0; i < V; i++) work[i] = d.allowed[i] ? work[i] : -INFINITY;
         if (d.repetition_penalty != 1.0f)
             for (int64_t i = 0; i < d.seen_count; i++) {
                 float &l = work[d.seen_ids[i]];
-                l = l > 0 ? l / d.repetition_penalty : l * d.repetition_penalty;
+                if (l > -INFINITY) l = within_float(l > 0 ? l / d.repetition_penalty : l * d.repetition_penalty);
             }
         x = work;
         top = largest(x, V, room.strip_max, &odd);
