@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitnet.inference.options import SamplingConfig
 from bitnet.inference.text_model import TextModel, load
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.grammar import Grammars
@@ -30,6 +31,12 @@ class ServedModel:
         self.template: ChatTemplate | None = self.text_model.source.chat_template
         self.own_sampling = self.text_model.source.sampling
         """What the model's makers say of how its tokens are chosen."""
+        try:
+            SamplingConfig(**self.own_sampling)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name}: what its files say of how tokens are drawn is out of range: {error}"
+            ) from error
         self.grammars = Grammars(self.tokenizer)
         identity = f"{self.text_model.model.config}{self.tokenizer.fingerprint}"
         self.fingerprint = "bitnet-" + hashlib.sha256(identity.encode()).hexdigest()[:12]

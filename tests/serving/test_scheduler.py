@@ -36,6 +36,13 @@ def test_no_tokens_are_none_and_not_all(model):
         Application([("tiny", model)], Settings(port=0, cache_tokens=0))
 
 
+def test_settings_of_a_model_that_every_request_would_fail_on(tokenizer):
+    broken = text_model(tokenizer)
+    broken.source.sampling = {"top_p": 1.5}
+    with pytest.raises(ValueError, match=r"tiny: what its files say .* is out of range: top_p is 1\.5; give"):
+        Application([("tiny", broken)], Settings(port=0, cache_tokens=4096))
+
+
 def choice(seed: int, **changes: float) -> dict:
     return {"sampling": SamplingConfig(temperature=0.9, top_p=0.95, **changes), "seed": seed}
 
