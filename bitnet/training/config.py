@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -141,6 +141,7 @@ class TrainConfig:
     """auto (online if logged in, else off), online, offline or off; online without a network is offline."""
 
     def __post_init__(self) -> None:
+        self.check_finite()
         self.check_adapters()
         for name in (
             "steps",
@@ -195,6 +196,15 @@ class TrainConfig:
             raise ValueError(
                 f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
             )
+
+    def check_finite(self) -> None:
+        """Raise ValueError for a number that is none, or infinite, which comparisons let pass."""
+        for prefix, part in (("", self), ("model.", self.model), ("data.", self.data), ("optim.", self.optim)):
+            for name in (each.name for each in fields(part)):
+                value = getattr(part, name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if isinstance(number, float) and not math.isfinite(number):
+                        raise ValueError(f"{prefix}{name} is {number}; give a finite number")
 
     def check_window(self) -> None:
         """Raise ValueError where the windows have more tokens than the model has positions."""

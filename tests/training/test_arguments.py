@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 import train as trainer
 from bitnet.__main__ import main
+from bitnet.data.feed import DataConfig
 from bitnet.training import arguments, estimate, help
 from bitnet.training.arguments import ELSEWHERE, parse
 from bitnet.training.config import PRESETS, TrainConfig
+from bitnet.training.optimizer import OptimConfig
 from tests.builders import save_run, tiny_model
 
 
@@ -137,6 +140,11 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
         ({"sample_every": -1}, "sample_every is -1; give 0 for none"),
         ({"loss_chunk": -1}, "loss_chunk is -1; give 0 for none"),
         ({"eval_tokens": 0}, "eval_tokens is 0; it must be at least 1"),
+        ({"minutes": math.nan}, "minutes is nan; give a finite number"),
+        ({"max_minutes": math.nan}, "max_minutes is nan; give a finite number"),
+        ({"data": DataConfig(val_fraction=math.inf)}, r"data\.val_fraction is inf; give a finite number"),
+        ({"optim": OptimConfig(weight_decay=math.nan)}, r"optim\.weight_decay is nan; give a finite number"),
+        ({"optim": OptimConfig(lr=math.inf)}, r"optim\.lr is inf; give a finite number"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(changes, message):
