@@ -1,4 +1,4 @@
-"""What a child of tests/forked_worker.py does: everything that it needs is imported here."""
+"""What a child of tests/forked_worker.py does: everything that it needs is imported here, or by distributed_worker."""
 
 from typing import Any
 

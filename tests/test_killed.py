@@ -45,6 +45,7 @@ def commands(place: Path, out: Path) -> dict[str, list[str]]:
     data = ["--data.corpus", text, "--data.tokenizer", tokenizer, "--data.cache", str(out / "data")]
     tiny = ["--steps", "6", "--eval-every", "2", "--eval-tokens", "64", "--batch-size", "2", "--dtype", "float32"]
     compare = ["--no-speed", "--tokens", "256", "--calibration-tokens", "256", "--context", "32", "--text", text]
+    compare += ["--tasks", "8"]
     return {
         "tokenize": ["tokenize", text, tokenizer, str(out / "data")],
         "train": ["train", *SMALL, *tiny, *data, "--resume", "auto", "--out", str(out / "run")],

@@ -32,7 +32,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         with original(*arguments, **options) as axes:
             yield axes
             figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
-            figure.canvas.draw()
+            figure.draw_without_rendering()
             figures.append(figure)
 
     monkeypatch.setattr(plots, "_figure", kept)

@@ -56,6 +56,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "runs"
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables alone: the pictures and the page are those of the whole comparison below."""
+    monkeypatch.setattr("bitnet.evaluation.pictures.draw_table", lambda rows, folder: None)
+    monkeypatch.setattr("bitnet.evaluation.pictures.draw_distributions", lambda model, ids, folder: [])
+    monkeypatch.setattr("bitnet.pages.report.write_report", lambda path, found: None)
+
+
 def test_caches_of_fewer_bits_are_counted_and_timed(runs: Path) -> None:
     """Eight decoding steps read 24 to 31 positions of 2 layers, keys and values of one head of 128."""
     counted = {bits: measure(str(runs / "b-float"), None, bits) for bits in (32, 8, 4)}
@@ -94,7 +102,7 @@ def test_a_run_that_a_teacher_taught_is_no_twin(runs: Path, tmp_path: Path) -> N
     assert find_twins(tmp_path / "b-taught") == {"none": tmp_path / "b-taught"}
 
 
-def test_rows_are_of_the_weights_that_the_runs_have(runs: Path, tmp_path: Path, capsys) -> None:
+def test_rows_are_of_the_weights_that_the_runs_have(runs: Path, tmp_path: Path, capsys, undrawn: None) -> None:
     for name in ("a", "b-float"):
         shutil.copytree(runs / name, tmp_path / "runs" / name)
     command = ["compare", str(tmp_path / "runs" / "a"), "--methods", "none", "--tokens", "64", "--tasks", "0",
@@ -233,7 +241,9 @@ def test_speed_is_measured_in_a_process_that_loads_the_file(runs: Path) -> None:
         measure_in_child(runs / "nothing", 1)
 
 
-def test_speeds_are_measured_later_of_the_models_that_were_kept(runs: Path, tmp_path: Path, monkeypatch) -> None:
+def test_speeds_are_measured_later_of_the_models_that_were_kept(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
+) -> None:
     def run(*arguments: str) -> list[Row]:
         sizes = ["--tokens", "64", "--calibration-tokens", "64", "--tasks", "0"]
         command = ["compare", str(runs / "a"), "--methods", "bf16", "kv-int8", "--out", str(tmp_path / "out"), *sizes]

@@ -2,6 +2,9 @@
 
 A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null}, with "muon" a
 file for the weights and moments after some steps of Muon alone, with "gradients" one for those of the first batch.
+
+torch._dynamo and matplotlib, for which a run waits some seconds when it makes its optimizer and its picture, are
+imported here, once for all processes that are forked.
 """
 
 import multiprocessing
@@ -10,13 +13,16 @@ import signal
 import time
 from typing import Any, NoReturn
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import torch
+import torch._dynamo
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train as trainer
 from bitnet.model import BitNetForCausalLM
 from bitnet.training import config as recipes
-from bitnet.training import processes, sharding
+from bitnet.training import processes, reporter, sharding
 from bitnet.training.optimizer import Optimizer
 from bitnet.training.processes import World
 from bitnet.training.sharding import full_tensor, shard_like
@@ -75,6 +81,7 @@ def launch(command: list[str], restarts: int) -> None:
 
 def work(jobs: list[dict[str, Any]]) -> NoReturn:
     trainer.stop = lambda: None  # one process group for all runs
+    reporter.draw_loss = lambda *arguments, **options: None  # at every validation
     for job in jobs:
         config = recipes.TrainConfig.from_dict(job["config"])
         if job.get("muon"):

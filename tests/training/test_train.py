@@ -16,6 +16,7 @@ from bitnet import machine
 from bitnet.evaluation.loss import Evaluation, evaluate
 from bitnet.kernels import FadingProduct, float_linear
 from bitnet.model import PRESETS, bit_linears
+from bitnet.plots import draw_loss
 from bitnet.storage.folders import MODEL, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
 from bitnet.training import config as recipes
@@ -75,7 +76,8 @@ def test_micro_batches_accumulate_the_same_gradient(tmp_path, corpus):
         torch.testing.assert_close(gradient, gradients[0][1], rtol=1e-3, atol=1e-6)
 
 
-def test_it_learns_and_writes_everything(tmp_path, corpus):
+def test_it_learns_and_writes_everything(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("bitnet.training.reporter.draw_loss", draw_loss)
     config = configuration(tmp_path, corpus, steps=60, eval_every=30, optim=recipes.OptimConfig(lr=1e-2))
     run = trainer.train(config)
     rows = read_metrics(run.folder / "metrics.jsonl")
