@@ -55,7 +55,7 @@ QUICK = Options(progress=False, group_size=32, damping=0.01, tuning_steps=8)
 
 
 @functools.cache
-def quantized(method: str, shape: str = "sub-norms") -> BitNetForCausalLM:
+def quantized(method: str, shape: str) -> BitNetForCausalLM:
     """The float model of a shape, quantized once for all tests that only look at it."""
     return quantize_model(float_model(**SHAPES[shape]), method, ids(), options_of(method))
 
@@ -65,7 +65,7 @@ def quantized(method: str, shape: str = "sub-norms") -> BitNetForCausalLM:
 
 @pytest.mark.parametrize("method", PLAIN_METHODS)
 def test_every_method_quantizes_every_projection_and_little_else(method) -> None:
-    original, model = float_model(), quantized(method)
+    original, model = float_model(), quantized(method, "sub-norms")
     kind = KINDS.get(method, GroupLinear)
     assert {type(module) for _, module in projections(model)} == {kind}
     assert len(list(projections(model))) == 14
@@ -82,11 +82,7 @@ def test_every_method_quantizes_every_projection_and_little_else(method) -> None
 @pytest.mark.parametrize(
     ("method", "shape"),
     [
-        *(
-            (method, "sub-norms")
-            for method in UNROTATED
-            if not METHODS[method].int8_activations and method not in REPEATED
-        ),
+        *((name, "sub-norms") for name in UNROTATED if not (METHODS[name].int8_activations or name in REPEATED)),
         *(("awq", shape) for shape in SHAPES),
         ("fp16", "grouped queries"),
     ],
@@ -110,7 +106,7 @@ def test_weight_only_models_are_the_float_model_of_the_dequantized_weights(metho
 
 def test_errors_come_in_the_order_of_the_formats() -> None:
     original = float_model()
-    errors = {method: relative_error(quantized(method), original) for method in PLAIN_METHODS}
+    errors = {method: relative_error(quantized(method, "sub-norms"), original) for method in PLAIN_METHODS}
     for finer, coarser in [
         ("fp16", "bf16"), ("bf16", "fp8"), ("bf16", "rtn-int8"), ("rtn-int8", "rtn-int4"), ("rtn-int4", "rtn-int3"),
         ("rtn-int3", "rtn-int2"), ("gptq-8", "gptq-4"), ("gptq-4", "gptq-3"), ("gptq-3", "gptq-2"),
