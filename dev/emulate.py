@@ -22,7 +22,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,10 +36,10 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", "-mavx2", "-mfm
 COUNTS = (*range(1, 18), 33, 37)
 """Tokens: around the borders of tiles of 2, 4, 6, 12, 16 and 32."""
 TESTS = [
-    "tests/kernels", "tests/inference/test_weights.py", "tests/inference/test_cpu_engine.py",
-    "tests/inference/test_cpu_rows.py", "tests/inference/test_cpu_text.py", "tests/inference/test_sampling.py",
-    "tests/model/test_lora.py", "tests/storage/test_groups.py",
-]  # fmt: skip
+    *(f"tests/kernels/test_{name}.py" for name in ("native", "native_choice", "native_layout", "ops", "tiles")),
+    *(f"tests/inference/test_{name}.py" for name in ("weights", "cpu_engine", "cpu_rows", "cpu_text", "sampling")),
+    *("tests/model/test_lora.py", "tests/storage/test_groups.py"),
+]
 # What asks the processor itself.
 REAL = ("test_every_instruction_set_of_the_processor_is_used", "test_the_configuration_of_tiles_is_left_as_it_was")
 
@@ -267,7 +267,7 @@ PARTS = (products, integers, activations, engines, sampling, blocks, the_rest)
 
 
 def every_case() -> list[Case]:
-    """All cases, with the answers of the scalar kernels."""
+    """All cases, mixed and the parts in turn, with the answers of the scalar kernels."""
     from bitnet.kernels.cpu import native
 
     parts = []
@@ -277,7 +277,8 @@ def every_case() -> list[Case]:
             parts.append(list(part()))
         print(f"  scalar: {len(parts[-1])} {part.__name__} in {time.monotonic() - began:.0f} s", flush=True)
     TILED[:] = [next(case for case in part if case.label.endswith(" 37 tokens")) for part in parts[:2]]
-    return list(chain(*parts))
+    parts = [random.Random(0).sample(part, len(part)) for part in parts]
+    return [case for row in zip_longest(*parts) for case in row if case is not None]
 
 
 def same_bits(a: "Tensor", b: "Tensor") -> bool:
@@ -296,7 +297,7 @@ def compare(name: str, cases: list[Case]) -> list[str]:
     from bitnet.kernels.cpu import native
 
     with native.use_instruction_set(name):
-        bar = progress_bar(cases, name, unit="case")
+        bar = progress_bar(cases, name, unit="cases")
         return [case.label for case in bar if not same_bits(case.run(), case.expected)]
 
 
@@ -309,14 +310,14 @@ def plant(name: str, cases: list[Case]) -> list[str]:
     lib.bn_emulated_names.restype = ctypes.c_char_p
     wrong = ctypes.c_int.in_dll(lib, "bn_emulated_wrong")
     own = {"avx_vnni": "_mm256_", "avx512_vnni": "_mm512_", "amx": ("_mm512_", "_tile_")}[name]
-    missed, mixed = [], random.Random(0).sample(cases, len(cases))
+    missed = []
     with native.use_instruction_set(name):
         for number, instruction in enumerate(lib.bn_emulated_names().decode().split()):
             if not instruction.startswith(own):
                 continue
             wrong.value = number
             try:
-                found = next((case for case in mixed if not same_bits(case.run(), case.expected)), None)
+                found = next((case for case in cases if not same_bits(case.run(), case.expected)), None)
             finally:
                 wrong.value = 0
             print(f"  {instruction} made wrong: {found.label if found else 'NOT NOTICED'}", flush=True)
