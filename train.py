@@ -34,7 +34,7 @@ from bitnet.console import error, only_for_looking, say, warn
 from bitnet.data.feed import open_feed
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
-from bitnet.machine import compile_model, pick_device, pick_dtype, return_freed_blocks
+from bitnet.machine import pick_device, pick_dtype, return_freed_blocks
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.json_files import load_record
 from bitnet.storage.source import open_source
@@ -44,6 +44,7 @@ from bitnet.training.adapters import Base, write_adapter
 from bitnet.training.arguments import Arguments
 from bitnet.training.arguments import parse as parse  # by which `execute` reads the command line
 from bitnet.training.checkpoint import Progress
+from bitnet.training.compiling import compile_model
 from bitnet.training.config import TrainConfig
 from bitnet.training.estimate import estimate_run, memory_warning, preset_table
 from bitnet.training.faults import Diverged, watchdog

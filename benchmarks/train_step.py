@@ -28,9 +28,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet.kernels import training_product
-from bitnet.machine import compile_model, cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
+from bitnet.machine import cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import config as recipes
+from bitnet.training.compiling import compile_model
 from bitnet.training.optimizer import Optimizer, clip_gradients
 from bitnet.training.saved import storages_saved
 

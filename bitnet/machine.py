@@ -1,4 +1,4 @@
-"""The machine: device, type of the matrix products, processor, memory, and whether torch.compile works."""
+"""The machine: device, type of the matrix products, processor, memory."""
 
 import contextlib
 import ctypes
@@ -8,12 +8,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MMAP_THRESHOLD = 1 << 20
@@ -169,61 +166,10 @@ def return_freed_blocks() -> None:
 # torch.compile
 
 
-class _Decoder(Protocol):
-    @property
-    def layers(self) -> Iterable[nn.Module]: ...
-
-
-class CompilableModel(Protocol):
-    """What `compile_model` needs of a model; `bitnet.model.BitNetForCausalLM` is one."""
-
-    next_token_loss: Callable[..., Tensor]
-
-    @property
-    def model(self) -> _Decoder: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
-def compile_model(model: CompilableModel, mode: str = "auto") -> bool:
-    """torch.compile the layers and the loss of a model in place; returns whether it was done.
-
-    Layer by layer, since the layers are alike and one compilation serves all of them. `auto` compiles where torch can
-    (on a CPU it needs a C++ compiler), `on` raises ValueError where it can't, `off` does nothing.
-    """
-    if mode == "off":
-        return False
-    reason = compile_failure(model.device)
-    if reason:
-        if mode == "on":
-            raise ValueError(
-                f"torch.compile does not work here: {reason}; use --compile off, or install what is missing"
-            )
-        print(f"note: not compiled, so training is slower: {reason}", file=sys.stderr)
-        return False
-    for layer in model.model.layers:
-        layer.compile()
-    model.next_token_loss = torch.compile(model.next_token_loss)  # on a CPU 3x the speed of eager, in less memory
-    return True
-
-
 def has_compiler(device: torch.device) -> bool:
     """Whether the compiler that torch.compile needs on this device is there; whether it works is another question."""
     names = (os.environ.get("CXX"), "g++", "clang++", "cl")
     return device.type != "cpu" or any(name and shutil.which(name) for name in names)
-
-
-def compile_failure(device: torch.device) -> str | None:
-    """Why torch.compile does not work on this device, or None where it does: found out by compiling something small,
-    which also starts up the compiler that the model is about to need."""
-    if not has_compiler(device):
-        return "no C++ compiler was found (g++ or clang++)"
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever a toolchain can do wrong: missing headers, libraries, permissions
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return None
 
 
 def eager() -> contextlib.AbstractContextManager[None]:

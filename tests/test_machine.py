@@ -1,4 +1,4 @@
-"""What is asked of the machine: device, type of the products, compiler, memory."""
+"""What is asked of the machine: device, type of the products, memory."""
 
 import mmap
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from bitnet import machine
-from bitnet.model import PRESETS, BitNetForCausalLM
 
 
 def test_auto_is_what_the_machine_has():
@@ -26,44 +25,6 @@ def test_unknown_devices_are_refused_by_name(name):
 def test_unknown_dtype_is_refused_by_name():
     with pytest.raises(ValueError, match="float8"):
         machine.pick_dtype("float8", torch.device("cpu"))
-
-
-def test_without_a_compiler_auto_falls_back_with_a_note_and_on_raises(monkeypatch, capsys):
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    model = BitNetForCausalLM(PRESETS["tiny"]).cpu()
-    assert machine.compile_model(model, "auto") is False
-    assert "no C++ compiler" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
-        machine.compile_model(model, "on")
-    assert machine.compile_model(model, "off") is False
-
-
-def test_a_broken_toolchain_is_a_note_too(monkeypatch, capsys):
-    def broken(function):
-        raise RuntimeError("fatal error: Python.h: No such file\nmore")
-
-    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr(torch, "compile", broken)
-    assert machine.compile_model(BitNetForCausalLM(PRESETS["tiny"]), "auto") is False
-    assert "Python.h" in capsys.readouterr().err
-
-
-def test_compiled_training_agrees_with_eager():
-    if machine.compile_failure(torch.device("cpu")):
-        pytest.skip("torch.compile does not work here")
-    torch.manual_seed(0)
-    config = PRESETS["tiny"].replace(quantizer="none", num_hidden_layers=1)  # without roundings that could flip
-    model = BitNetForCausalLM(config)
-    ids = torch.randint(config.vocab_size, (2, 17))
-    machine.compile_model(model, "on")
-    losses = []
-    for context in (machine.eager(), torch.enable_grad()):
-        with context:
-            loss = model.loss(ids[:, :-1], ids[:, 1:])
-            loss.backward()
-            losses.append((loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad.clone()))
-            model.zero_grad()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
 
 
 def test_memory_of_this_process_is_read_in_megabytes():

@@ -21,9 +21,9 @@ from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import choose
 from bitnet.kernels import reference
-from bitnet.machine import compile_model
 from bitnet.model import BitNetForCausalLM, KVCache, ModelConfig, PackedLinear
 from bitnet.quant import pack_codes, quantize_ternary
+from bitnet.training.compiling import compile_model
 from bitnet.training.graphs import GraphedBackward
 
 GREEDY = SamplingConfig(temperature=0)

@@ -16,8 +16,8 @@ from bitnet.bench.gpu_gate import QUICK_CONFIG
 from bitnet.bench.gpu_timing import Options, Row, in_turn, log, name_of
 from bitnet.files import write_atomic
 from bitnet.inference.gpu_engine import GpuEngine
-from bitnet.machine import compile_model
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig
+from bitnet.training.compiling import compile_model
 from bitnet.training.graphs import GraphedBackward
 from bitnet.training.optimizer import OptimConfig, Optimizer, clip_gradients
 

@@ -10,8 +10,11 @@ import faulthandler
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from bitnet.training.config import Remedy, TrainConfig
 
@@ -61,6 +64,17 @@ def stop_if_hopeless(fault: Fault, in_a_row: int, step: int, config: TrainConfig
         f"there is none, with lower learning rates: --optim.lr {config.optim.lr / 2:g}"
         + (f" --optim.lr-rest {config.optim.lr_rest / 2:g}" if config.optim.lr_rest else "")
     )
+
+
+def require_gradients(names: Mapping[Tensor, str], step: int, *, compiled: bool) -> None:
+    """Raise Diverged where a backward pass left parameters, given with their names, without a gradient: they would stay
+    as they are, silently."""
+    lost = [name for parameter, name in names.items() if parameter.grad is None]
+    if lost:
+        raise Diverged(
+            f"step {step}: no gradient reached {len(lost)} of {len(names)} parameters, {lost[0]} first"
+            + (f"; torch {torch.__version__} compiles this model wrongly: train with --compile off" if compiled else "")
+        )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from bitnet.model import BitNetForCausalLM, bit_linears
 from bitnet.training import checkpoint
 from bitnet.training.checkpoint import Progress
 from bitnet.training.config import TrainConfig
-from bitnet.training.faults import HISTORY, Fault, find_fault, stop_if_hopeless
+from bitnet.training.faults import HISTORY, Fault, find_fault, require_gradients, stop_if_hopeless
 from bitnet.training.graphs import GraphedBackward
 from bitnet.training.memory import Workload, estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
@@ -110,6 +110,7 @@ class Trainer:
         if fault:
             self.model.zero_grad(set_to_none=True)
         else:
+            require_gradients(self.optimizer.names, progress.step, compiled=self.compiled)
             self.optimizer.step()
             progress.step += 1
             progress.faults = 0

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import machine
 from bitnet.data.feed import open_feed
 from bitnet.kernels import reference
 from bitnet.model import BitLinear
 from bitnet.storage.folders import resolve
 from bitnet.storage.source import open_source
 from bitnet.training import config as recipes
+from bitnet.training.compiling import compile_failure
 from bitnet.training.processes import World, _own_part, start
 from bitnet.training.reporter import read_metrics
 from bitnet.training.sharding import GatheredCodes, LatentWeight, shard_like
@@ -173,7 +173,7 @@ def test_gradients_in_bfloat16_are_the_rounded_sums_of_rounded_parts(tmp_path, w
 
 @pytest.mark.skipif(not LONG, reason="set BITNET_LONG=1: two processes compile the model three times each")
 def test_compiled_shards_follow_the_curve_of_eager_ones(tmp_path, words):
-    if reason := machine.compile_failure(torch.device("cpu")):
+    if reason := compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     base = curve(tmp_path, words, parallel="fsdp", steps=20, float_start=0.3, ramp=0.3)
     eager, compiled = (dataclasses.replace(base, out=str(tmp_path / mode), compile=mode) for mode in ("off", "on"))

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import machine
 from bitnet.data.mixture import document_borders, document_ids
 from bitnet.evaluation.loss import evaluate_model
 from bitnet.model import PRESETS, BitNetForCausalLM
 from bitnet.model.transformer import document_mask
 from bitnet.training import config as recipes
+from bitnet.training.compiling import compile_failure
 from bitnet.training.reporter import read_metrics
 from tests.builders import configuration, losses, torchrun
 
@@ -157,7 +157,7 @@ def test_training_and_evaluation_are_masked(tmp_path, corpus):
 
 
 def test_a_compiled_step_is_masked_too(tmp_path, corpus):
-    if reason := machine.compile_failure(torch.device("cpu")):
+    if reason := compile_failure(torch.device("cpu")):
         pytest.skip(reason)
     found, config = [], masked(tmp_path, corpus, micro_batches=2, recompute=True)
     config = dataclasses.replace(config, model=config.model.replace(num_hidden_layers=1))

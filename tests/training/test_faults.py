@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train as trainer
+from bitnet.model import bit_linears
 from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json
 from bitnet.training import saver
@@ -60,6 +61,28 @@ def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(Trainer, "forward_backward", lambda self, batch: torch.tensor(math.nan).double())
     with pytest.raises(Diverged, match="after 10 remedies in a row"):
         trainer.train(configuration(tmp_path, corpus, steps=50, eval_every=50, on_nan="skip"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_no_gradient_reaches_stops_the_run(tmp_path, corpus, monkeypatch, compiled):
+    run, original = trainer.prepare(configuration(tmp_path, corpus)), Trainer.forward_backward
+    name, lost = next((name, layer.weight) for name, layer in bit_linears(run.model))
+    before, run.compiled = lost.clone(), compiled
+
+    def losing(self, batch):
+        loss = original(self, batch)
+        lost.grad = None
+        return loss
+
+    monkeypatch.setattr(Trainer, "forward_backward", losing)
+    advice = "compiles this model wrongly: train with --compile off" if compiled else ""
+    with pytest.raises(
+        Diverged, match=rf"step 0: no gradient reached 1 of \d+ parameters, {name}.weight first.*{advice}$"
+    ):
+        run.step()
+    assert run.progress.step == 0
+    assert torch.equal(lost, before)
+    run.batches.close()
 
 
 @pytest.mark.parametrize("file", [MODEL, OPTIMIZER, STATE])

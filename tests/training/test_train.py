@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import train as trainer
-from bitnet import machine
 from bitnet.evaluation.loss import Evaluation, evaluate
 from bitnet.kernels import FadingProduct, float_linear
 from bitnet.model import PRESETS, bit_linears
@@ -21,6 +20,7 @@ from bitnet.storage.folders import MODEL, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json, load_tensors
 from bitnet.training import config as recipes
 from bitnet.training.arguments import Arguments
+from bitnet.training.compiling import compile_failure
 from bitnet.training.reporter import Reporter, read_metrics
 from bitnet.training.step import Trainer
 from tests import oracles
@@ -31,7 +31,7 @@ from tests.forked import Forked
 
 @pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", "off"), ("muon", "off"), ("muon", "on")])
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, corpus, monkeypatch, optimizer, compiled):
-    if compiled == "on" and (reason := machine.compile_failure(torch.device("cpu"))):
+    if compiled == "on" and (reason := compile_failure(torch.device("cpu"))):
         pytest.skip(reason)
     optim = recipes.OptimConfig(optimizer=optimizer, lr=5e-3, lr_second=2e-3, warmup_steps=2)
     start = 0.0 if compiled == "on" and not os.environ.get("BITNET_LONG") else 0.25  # which is a graph of its own
