@@ -32,6 +32,11 @@ class Options(ServingOptions):
     cache: Literal["float32", "float16", "int8", "fp8"] | None = None
     """Of keys and values in the engines, by itself float16 in the native one and bfloat16 on a GPU; fp8 (E4M3) is on a
     GPU alone."""
+    activations: Literal["int8", "int16", "float"] | None = None
+    """In the native engine, of weights with group scales: int8 by groups, the fastest; int16 by groups (by itself, for
+    integer codes of at most 6 bits); or float, exact to the format."""
+    embeddings: Literal["int8", "float16"] | None = None
+    """In the native engine, of a float embedding and head: int8 by itself for ternary models, float16 is exact."""
     prompt_lookup_num_tokens: int = 0
     """In the native engine, of the longest draft by which a text goes on where it repeats its prompt or itself: faster
     for code and quotations while few texts are written, and the same texts. 0 drafts nothing."""
@@ -59,6 +64,7 @@ def run(options: Options) -> None:
     )
     models = open_all(
         options.models, device=options.device, dtype=options.dtype, cache=options.cache,
+        activations=options.activations, embeddings=options.embeddings,
         prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
     )  # fmt: skip
     for _, model in models:
