@@ -12,6 +12,7 @@ from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation.loss import ratio_and_error
 from bitnet.evaluation.tasks import Accuracy
 from bitnet.inference.engine import LanguageModel
+from bitnet.model.loss import drawable_logits
 
 Predictor = Callable[[Tensor], Tensor]
 """A model: token ids int64 `[B, T]` to logits `[B, T, V]`."""
@@ -56,9 +57,11 @@ class Reference:
         windows: list[tuple[Tensor, Tensor]],
         vocab: int,
         words: Sequence[Sequence[tuple[int, int]]] = (),
+        unused: Tensor | None = None,
     ) -> None:
-        """words: of each window, where `last_words` found the last words of sentences."""
-        self.windows = windows
+        """words: of each window, where `last_words` found the last words of sentences; unused: rows of the head that
+        are never drawn, int64 `[U]`, which have no share of any softmax."""
+        self.windows, self.unused = windows, unused
         self.words = words or [()] * len(windows)
         rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
         # Tokens times vocabulary is gigabytes for a real model: the float model runs once, and its predictions wait on
@@ -67,7 +70,7 @@ class Reference:
         self._file.truncate(rows * vocab * 4)
         self.logp = np.memmap(self._file, np.float32, "r+", shape=(rows, vocab))
         at = 0
-        for logp, _ in predictions(model, windows, vocab):
+        for logp, _ in predictions(model, windows, vocab, unused):
             self.logp[at : at + len(logp)] = logp.numpy()
             at += len(logp)
 
@@ -75,7 +78,7 @@ class Reference:
         """Score a model of the same vocabulary."""
         losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
         read = 0
-        found = predictions(model, self.windows, self.logp.shape[1])
+        found = predictions(model, self.windows, self.logp.shape[1], self.unused)
         for (logp, labels), words in zip(found, self.words, strict=True):
             float_logp = torch.from_numpy(self.logp[at : at + len(logp)])
             at += len(logp)
@@ -95,9 +98,11 @@ class Reference:
 
 
 @torch.inference_mode()
-def predictions(model: Predictor, windows: list[tuple[Tensor, Tensor]], vocab: int) -> Iterator[tuple[Tensor, Tensor]]:
+def predictions(
+    model: Predictor, windows: list[tuple[Tensor, Tensor]], vocab: int, unused: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Log-probabilities float32 `[T, vocab]` and labels `[T]` of each window, tokens without a label left out."""
     for ids, labels in windows:
-        logits = model(ids)[0, :, :vocab].float()
         counted = labels[0] != IGNORE_INDEX
-        yield logits[counted].log_softmax(-1), labels[0][counted]
+        logits, tokens = model(ids)[0, :, :vocab][counted], labels[0][counted]
+        yield drawable_logits(logits, tokens, unused).log_softmax(-1), tokens

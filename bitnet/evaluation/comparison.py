@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitnet.console import note, only_for_looking, progress_bar, say
 from bitnet.evaluation import pictures, table
 from bitnet.evaluation.agreement import Predictor, Reference, with_cache
+from bitnet.evaluation.loss import unused_rows
 from bitnet.evaluation.options import Options
 from bitnet.evaluation.table import Row
 from bitnet.evaluation.tasks import last_words, make_tasks
@@ -167,7 +168,9 @@ class Comparison:
         self.tasks = make_tasks(
             self.tokenizer, self.model.config.max_position_embeddings, options.tasks, options.wordnet
         )
+        self.unused = unused_rows(self.tokenizer, self.model.config.vocab_size)
         settings = (
+            *(() if self.unused is None else ("of what is drawn",)),  # not how such rows were once measured
             str(path),
             self.context,
             options.tokens,
@@ -260,7 +263,7 @@ class Comparison:
         if not pending:
             return
         words = [last_words(labels[0], self.tokenizer) for _, labels in self.windows]
-        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size, words)
+        self.reference = Reference(self.model, self.windows, self.model.config.vocab_size, words, self.unused)
         if self.tasks and not any(task.name == "definitions" for task in self.tasks):
             note("no column definitions: WordNet is not installed; give its folder with --wordnet")
         self.float_layers = layer_outputs(self.model, self.windows[0][0])
@@ -414,7 +417,10 @@ class Comparison:
             kernel=kernel,
             whole_bits=8 * sum(tensor.nbytes for tensor in model.state_dict().values()) / parameters,
         )
-        for task, accuracy in {"cloze": score.cloze, **{task.name: task.accuracy(run) for task in self.tasks}}.items():
+        for task, accuracy in {
+            "cloze": score.cloze,
+            **{task.name: task.accuracy(run, self.unused) for task in self.tasks},
+        }.items():
             if accuracy is not None:
                 setattr(row, task, accuracy.share)
                 setattr(row, f"{task}_error", accuracy.error)

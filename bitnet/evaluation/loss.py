@@ -1,7 +1,7 @@
 """Held-out loss of a model: cross-entropy, perplexity and bits per byte.
 
     loss = mean of -ln p(token | tokens before it)      perplexity = exp(loss)
-    bits per byte = sum of -log2 p / UTF-8 bytes of the text
+    bits per byte = sum of -log2 p / UTF-8 bytes of the text      p of what can be drawn: padded rows have no share
 
 The bytes are those of the tokens that were predicted, over a part of a split too. Bits per byte does not depend on the
 tokenizer; loss and perplexity compare only models that share one.
@@ -31,6 +31,7 @@ from bitnet.model import BitNetForCausalLM
 from bitnet.model.loss import cross_entropy
 from bitnet.storage.adapters import Adapter
 from bitnet.storage.source import open_source
+from bitnet.tokenizer import BaseTokenizer
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -68,18 +69,26 @@ def evaluate(
     batch_size: int = 8,
     max_tokens: int | None = None,
     dtype: torch.dtype = torch.float32,
+    unused: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate over non-overlapping windows of `context` tokens, the first `max_tokens` tokens of the split or all.
 
     `model` is a torch model or an engine. `bytes_per_token` are the UTF-8 bytes that each id stands for, `[V]`, or
     those of a token on average, with which bits per byte is only near for a part of a split. `dtype` bfloat16 or
-    float16 runs the products under autocast, as training does. The model's mode is restored.
+    float16 runs the products under autocast, as training does. `unused`: as `unused_rows` gives them. The
+    model's mode is restored.
     """
     max_batches = None if max_tokens is None else max(1, max_tokens // (batch_size * context))
     batches = iter_eval_batches(tokens, context, batch_size, max_batches)
-    tally = Tally(model, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype)
+    tally = Tally(model, batch_size=batch_size, bytes_per_token=bytes_per_token, dtype=dtype, unused=unused)
     tally.read(batches)
     return tally.result()
+
+
+def unused_rows(tokenizer: BaseTokenizer, rows: int) -> Tensor | None:
+    """Of a head of so many rows those that are not to be drawn, padding included: ids int64 `[U]`; None: all are."""
+    found = [i for i in range(rows) if i >= tokenizer.vocab_size or i in tokenizer.unused]
+    return torch.tensor(found) if found else None
 
 
 class Tally:
@@ -92,8 +101,10 @@ class Tally:
         batch_size: int,
         bytes_per_token: float | Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        unused: Tensor | None = None,
     ) -> None:
         self.model, self.batch_size, self.bytes_per_token, self.dtype = model, batch_size, bytes_per_token, dtype
+        self._unused = None if unused is None else unused.to(model.device)
         self._losses: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._bytes = 0.0
@@ -119,10 +130,12 @@ class Tally:
             documents = [F.pad(each, (0, 0, 0, missing)).to(device) for each in documents]
             with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 if isinstance(model, BitNetForCausalLM):
-                    losses = model.loss(input_ids, labels, "none", documents[0] if documents else None)
+                    losses = model.loss(
+                        input_ids, labels, "none", documents[0] if documents else None, unused=self._unused
+                    )
                 else:
                     assert not documents
-                    losses = cross_entropy(model(input_ids), labels, "none")
+                    losses = cross_entropy(model(input_ids), labels, "none", self._unused)
             self._losses.append(losses.sum(1).double().cpu())
             self._tokens.append((labels != IGNORE_INDEX).sum(1).cpu())
             if bar is not None:
@@ -163,6 +176,7 @@ def evaluate_up_to(
     over the bytes of an average token in these shares.
     """
     tallies: dict[str, Tally] = {}
+    unused = unused_rows(feed.tokenizer, model.config.vocab_size)
     for limit in limits:
         parts = feed.held_out(batch_size, limit)
         total = min(feed.held_out_tokens, limit or feed.held_out_tokens)
@@ -171,9 +185,10 @@ def evaluate_up_to(
             title="validation", total=total, done=done, unit=" tokens", enabled=progress, leave=False
         ) as bar:
             for part in parts:
-                tally = tallies.setdefault(
-                    part.name, Tally(model, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype)
+                tally = Tally(
+                    model, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype, unused=unused
                 )
+                tally = tallies.setdefault(part.name, tally)
                 tally.read(islice(part.batches, tally.batches, None), bar)
         yield _mixed(parts, {name: tally.result() for name, tally in tallies.items()})
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation import definitions, grammar
+from bitnet.model.loss import cross_entropy
 from bitnet.tokenizer import BaseTokenizer
 
 ROWS = 16
@@ -60,14 +61,15 @@ class Task:
     questions: list[Question]
 
     @torch.inference_mode()
-    def accuracy(self, model: Callable[[Tensor], Tensor]) -> Accuracy | None:
-        """Of a model: ids int64 `[B, T]` to logits `[B, T, V]`. None where no question fits."""
+    def accuracy(self, model: Callable[[Tensor], Tensor], unused: Tensor | None = None) -> Accuracy | None:
+        """Of a model: ids int64 `[B, T]` to logits `[B, T, V]`, whose unused rows have no share of the softmax. None
+        where no question fits."""
         texts = [(row, q.scored) for q in self.questions for row in q.rows]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
         scores = [0.0] * len(texts)
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
-            for i, value in zip(batch, _log_likelihoods(model, [texts[i] for i in batch]), strict=True):
+            for i, value in zip(batch, _log_likelihoods(model, [texts[i] for i in batch], unused), strict=True):
                 scores[i] = value
         right, at = 0, 0
         for question in self.questions:
@@ -126,11 +128,13 @@ def _question(tokenizer: BaseTokenizer, start: str, ends: Sequence[str], by_leng
     return Question(tuple(rows), max(scored, 1), tuple(len(end.encode()) for end in ends) if by_length else None)
 
 
-def _log_likelihoods(model: Callable[[Tensor], Tensor], texts: list[tuple[tuple[int, ...], int]]) -> list[float]:
+def _log_likelihoods(
+    model: Callable[[Tensor], Tensor], texts: list[tuple[tuple[int, ...], int]], unused: Tensor | None
+) -> list[float]:
     """Of the tokens of each text from its first scored one on."""
     longest = max(len(ids) for ids, _ in texts)
     batch = torch.zeros(len(texts), longest, dtype=torch.int64)
     for row, (ids, _) in zip(batch, texts, strict=True):
         row[: len(ids)] = torch.tensor(ids)  # what is behind it changes nothing before
-    logp = model(batch)[:, :-1].float().log_softmax(-1).gather(2, batch[:, 1:, None])[..., 0].double()
+    logp = -cross_entropy(model(batch)[:, :-1], batch[:, 1:], "none", unused).double()
     return [float(row[first - 1 : len(ids) - 1].sum()) for row, (ids, first) in zip(logp, texts, strict=True)]

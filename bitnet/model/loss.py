@@ -35,23 +35,40 @@ class Taught(NamedTuple):
 
 
 def next_token_loss(
-    h: Tensor, head: Tensor, labels: Tensor, reduction: str = "mean", taught: Taught | None = None
+    h: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    reduction: str = "mean",
+    taught: Taught | None = None,
+    unused: Tensor | None = None,
 ) -> Tensor:
-    """Loss of hidden states `[B, T, C]` under an output matrix `[V, C]`, with labels as `cross_entropy` takes them: the
-    mean, or `[B, T]` with reduction "none"."""
+    """Loss of hidden states `[B, T, C]` under an output matrix `[V, C]`, with labels and unused rows as `cross_entropy`
+    takes them: the mean, or `[B, T]` with reduction "none"."""
     logits = F.linear(h, head)
     if taught is None:
-        return cross_entropy(logits, labels, reduction)
+        return cross_entropy(logits, labels, reduction, unused)
     with torch.no_grad():
         theirs = F.linear(taught.states, taught.head)
     return distillation_loss(logits, theirs, labels, reduction, weight=taught.weight, temperature=taught.temperature)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
-    """Cross-entropy of logits `[B, T, V]`, in float32: the mean over labels that count, or `[B, T]` with "none"."""
-    logits = logits.float()
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, unused: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits `[B, T, V]`, in float32: the mean over labels that count, or `[B, T]` with "none".
+    `unused`: as `drawable_logits` takes them."""
+    logits = drawable_logits(logits, labels, unused)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
     return losses if reduction == "mean" else losses.view(labels.shape)
+
+
+def drawable_logits(logits: Tensor, labels: Tensor, unused: Tensor | None) -> Tensor:
+    """Logits float32 `[.., V]` of tokens int64 `[..]` in which rows that are never drawn, int64 `[U]`, have no share of
+    the softmax; those of a text's own tokens stay, which may have one that its model must not write. None: all do."""
+    logits = logits.float()
+    if unused is None:
+        return logits
+    tokens = labels.clamp(min=0)[..., None]  # a label that does not count is no token
+    masked = logits.index_fill(-1, unused, torch.finfo(torch.float32).min)
+    return masked.scatter(-1, tokens, logits.gather(-1, tokens))
 
 
 def distillation_loss(
@@ -84,6 +101,7 @@ def chunked_loss(
     reduction: str,
     chunk: int,
     taught: Taught | None = None,
+    unused: Tensor | None = None,
 ) -> Tensor:
     """`loss` (a `next_token_loss`) over pieces of `chunk` tokens, whose logits are made again in the backward: never
     more than `chunk` x V of them, and as many of a teacher, are in memory."""
@@ -92,7 +110,7 @@ def chunked_loss(
         told = [taught._replace(states=part[None]) for part in taught.states.flatten(0, 1).split(chunk)]
     pieces = zip(h.flatten(0, 1).split(chunk), labels.flatten().split(chunk), told, strict=True)
     losses = [
-        checkpoint(loss, part[None], head, wanted[None], "none", theirs, use_reentrant=False)
+        checkpoint(loss, part[None], head, wanted[None], "none", theirs, unused, use_reentrant=False)
         for part, wanted, theirs in pieces
     ]
     each = torch.cat([part.flatten() for part in losses])

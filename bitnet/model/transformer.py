@@ -240,19 +240,21 @@ class BitNetForCausalLM(nn.Module):
         reduction: str = "mean",
         documents: Tensor | None = None,
         taught: Taught | None = None,
+        unused: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy in nats of ids and labels int64 `[B, T]`, where label t is the token that follows id t and
         -100 does not count: the mean, or `[B, T]` with reduction "none"; beside it the distance from what a teacher
         says of the same ids, where that is given. Attention does not cross the borders of documents where they are
-        given, as `document_ids` gives them, or that attribute is set."""
+        given, as `document_ids` gives them, or that attribute is set. `unused`: rows of the head, int64 `[U]`,
+        that have no share of the softmax (`drawable_logits`)."""
         h = self.states(input_ids, documents)
         if self.head_is_packed:
             assert taught is None
-            return cross_entropy(self._logits(h), labels, reduction)
+            return cross_entropy(self._logits(h), labels, reduction, unused)
         if self.loss_chunk and labels.numel() > self.loss_chunk:
             chunk = self.loss_chunk
-            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, chunk, taught)
-        return self.next_token_loss(h, self.head_weight, labels, reduction, taught)
+            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, chunk, taught, unused)
+        return self.next_token_loss(h, self.head_weight, labels, reduction, taught, unused)
 
     def states(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the head multiplies, `[B, T, C]`, of ids and documents as `loss` takes them."""

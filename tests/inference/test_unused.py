@@ -4,10 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import bitnet
+from bitnet.__main__ import main
+from bitnet.data.tokens import TokenArray
+from bitnet.evaluation.agreement import Reference
+from bitnet.evaluation.loss import evaluate, evaluate_model, unused_rows
+from bitnet.evaluation.tasks import Question, Task
 from bitnet.inference import text_model
 from bitnet.inference.batch import write_answers
 from bitnet.inference.generation import generate
@@ -127,3 +133,78 @@ def test_the_scheduler_draws_and_scores_without_them(model):
             assert token.score.logprob == dict(token.score.best)[token.id]
     with pytest.raises(ApiError, match=f"there are {known}"):
         bench.submit(Generation(prompt, 5, alternatives=known + 1))
+
+
+def test_losses_and_tasks_are_of_what_can_be_drawn(model):
+    tokenizer, drawable = model.source.tokenizer, sorted({*range(ROWS)} - UNUSED_IDS)
+    unused = unused_rows(tokenizer, ROWS)
+    assert {*unused.tolist()} == UNUSED_IDS
+    assert unused_rows(stdlib_tokenizer(TOKENS), TOKENS) is None
+    ids = torch.tensor(drawable)[torch.randint(len(drawable), (33,), generator=torch.Generator().manual_seed(1))]
+    logits = model.model(ids[None, :-1])[0].double().detach()
+    logp = logits[:, drawable].log_softmax(-1)
+    own = logp.gather(1, torch.tensor([[drawable.index(i)] for i in ids[1:].tolist()]))[:, 0]
+    array = TokenArray([ids.numpy().astype(np.uint16)])
+    found = evaluate(model.model, array, context=32, bytes_per_token=1.0, batch_size=1, unused=unused)
+    assert found.loss == pytest.approx(-float(own.mean()), rel=1e-5)
+
+    window = (ids[None, :-1], ids[None, 1:])
+    words = [[(i, i + 1) for i in range(32)]]
+    reference = Reference(model.model, [window], ROWS, words, unused)
+    score = reference.score(model.model)
+    assert score.loss == pytest.approx(-float(own.mean()), rel=1e-5)
+    assert (score.kl, score.gap, score.top1) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1)
+    likeliest = torch.tensor(drawable)[logp.argmax(1)]
+    assert score.cloze.share == float((likeliest == ids[1:]).double().mean())
+    # Another model, whose unused rows say something else: nothing of them is in any number.
+    noise = torch.zeros(ROWS).index_fill(0, unused, 50.0)
+    assert reference.score(lambda batch: model.model(batch) + noise) == score
+
+    # The likelier of two texts by what can be drawn; by all rows it is the other one.
+    rows = ((1, 2, 3), (1, 4, 5, 6))
+    sums = {}
+    for row in rows:
+        each = model.model(torch.tensor([row[:-1]]))[0].double().detach()
+        sums[row] = sum(
+            float(line[drawable].log_softmax(-1)[drawable.index(i)]) / len(row)
+            for line, i in zip(each, row[1:], strict=True)
+        )
+    best, other = sorted(rows, key=lambda row: -sums[row])
+    task = Task("t", [Question((best, other), 1, (len(best), len(other)))])
+    assert task.accuracy(model.model, unused).share == 1
+    louder = unused[:1]  # a padded row that takes nearly all where the better text goes on
+
+    def loud(batch):
+        logits = model.model(batch)
+        logits[(batch[:, :2] == torch.tensor(best[:2])).all(1), 1:, louder] += 1000
+        return logits
+
+    assert task.accuracy(loud, unused).share == 1
+    assert task.accuracy(loud).share == 0
+
+
+def test_a_token_of_a_text_has_a_probability_although_it_is_never_drawn(model):
+    """Suppressed tokens are those of a text like any other; without this its loss is 1e38."""
+    unused, ids = unused_rows(model.source.tokenizer, ROWS), torch.tensor([5, 300, 7, 301, 9])
+    logits = model.model(ids[None, :-1])[0].double().detach()
+    kept = [sorted(({*range(ROWS)} - UNUSED_IDS) | {i}) for i in ids[1:].tolist()]
+    expected = [
+        float(line[one].log_softmax(-1)[one.index(i)])
+        for line, one, i in zip(logits, kept, ids[1:].tolist(), strict=True)
+    ]
+    array = TokenArray([ids.numpy().astype(np.uint16)])
+    found = evaluate(model.model, array, context=4, bytes_per_token=1.0, batch_size=1, unused=unused)
+    assert found.loss == pytest.approx(-sum(expected) / 4, rel=1e-5)
+
+
+def test_commands_measure_what_can_be_drawn(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"def wrap{i}(text):\n    return text[{i}:]\n" * 9)
+    loss = evaluate_model(str(path), torch.device("cpu"), torch.float32, "texts").evaluation.loss
+    assert loss < 30  # one of 480 tokens, by a model that knows nothing; 200 with the padded rows
+    command = ["compare", str(path), "--text", "texts", "--methods", "none", "--tokens", "100000", "--tasks", "5"]
+    assert main([*command, "--calibration-tokens", "256", "--no-speed", "--out", str(tmp_path / "out")]) == 0
+    (row,) = json.loads((tmp_path / "out" / "table.json").read_text())["rows"]
+    assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
