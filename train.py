@@ -61,7 +61,8 @@ from bitnet.training.weight_stats import weight_codes, weight_statistics
 
 
 def train(config: TrainConfig, resume: bool = False) -> Trainer:
-    """Run to the last step, or to the first SIGINT or SIGTERM, which saves and stops behind the running step.
+    """Run to the last step, or to the first SIGINT or SIGTERM, which saves and stops behind the running step, or behind
+    the last one ends the validation on everything.
 
     Under torchrun every process calls it, and the first one prints and writes. Raises ValueError for a configuration
     that cannot run, OSError for a disk that is full at the end, Diverged for a loss that is no number any more.
@@ -314,10 +315,12 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
                 saver.save(best=trainer.is_best(part), must=done)
                 if done:
                     finish(trainer)
-                # On everything once all is written: it may take long.
+                # On everything once all is written: it may take long, and a signal ends it.
+                whole = part
                 for whole in results:
                     if whole.tokens > part.tokens:
                         reporter.validation(step, whole, whole=True)
+                trainer.cut = bool(everything) and whole is part
                 reporter.draw()
             # Generation runs in inference mode, in which FSDP cannot gather a sharded layer.
             if config.sample_every and step % config.sample_every == 0 and not done and world.strategy != "fsdp":
@@ -333,6 +336,8 @@ def loop(trainer: Trainer, reporter: Reporter, saver: Saver, started: float) -> 
             left = config.max_minutes * 60 - (time.perf_counter() - started) - 2 * (longest_step + longest_pause)
             trainer.stop_signal = world.broadcast(signal.SIGTERM if left < 0 else None)
 
+    if trainer.cut:
+        print(f"stopped in the validation on everything; all is written, and its loss is: bitnet evaluate {config.out}")
     if trainer.progress.step < config.steps:
         saver.save(best=False, must=True)
         reporter.draw()
@@ -358,11 +363,11 @@ def keep_pace(trainer: Trainer, reporter: Reporter) -> TrainConfig:
 
 @contextlib.contextmanager
 def stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM inside the block end the run behind its running step, and a second one the
-    program at once."""
+    """Let the first SIGINT or SIGTERM inside the block end the run behind its running step, or in its last validation,
+    and a second one the program at once."""
 
     def request_stop(signum: int, frame: Any) -> None:
-        trainer.stop_signal = signum
+        trainer.request_stop(signum)
         signal.signal(signum, previous[signal.Signals(signum)])
 
     previous = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -390,7 +395,7 @@ def run(arguments: Arguments) -> int:
     except Diverged as diverged:
         error(diverged)
         return 1
-    if trainer.stop_signal is not None and trainer.progress.step < trainer.config.steps:
+    if trainer.stop_signal is not None and (trainer.cut or trainer.progress.step < trainer.config.steps):
         return 128 + trainer.stop_signal
     print(
         f"{trainer.progress.seconds / 60:.1f} minutes of training steps; write with it: "

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from bitnet.evaluation.loss import Tally
 from bitnet.storage import safetensors as safetensors_files
 from bitnet.training.step import Trainer
 
@@ -19,6 +20,26 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return original(self)
 
     monkeypatch.setattr(Trainer, "step", train_step)
+
+
+def stop_in_last_validation(monkeypatch: pytest.MonkeyPatch, signum: int = signal.SIGINT) -> list[int]:
+    """Deliver a signal to this very process in the second batch of the validation on everything. Returns a list of the
+    tokens of the batches read from then on."""
+    original, behind = Tally.read, list[int]()
+
+    def read(self, batches, bar=None):
+        def counted():
+            for number, batch in enumerate(batches):
+                if number == 1 and self.batches:
+                    os.kill(os.getpid(), signum)
+                elif number > 1 and self.batches:
+                    behind.append(batch[0].numel())
+                yield batch
+
+        original(self, counted(), bar)
+
+    monkeypatch.setattr(Tally, "read", read)
+    return behind
 
 
 def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

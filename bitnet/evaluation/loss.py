@@ -10,7 +10,7 @@ tokenizer; loss and perplexity compare only models that share one.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -168,16 +168,28 @@ def evaluate_up_to(
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Evaluation]:
     """Evaluate on the held-out parts of a feed, in one pass up to each of the ascending limits: a number of tokens, of
     each part its share, or None for all of each. Every result is worked out when it is asked for. Shows its `progress`.
+    Behind the first result `stop` is asked before every batch, and where it says so there are no more results.
 
     The loss of several corpora is their mean by their shares of the training samples, and bits per byte is that loss
     over the bytes of an average token in these shares.
     """
     tallies: dict[str, Tally] = {}
     unused = unused_rows(feed.tokenizer, model.config.vocab_size)
-    for limit in limits:
+    stopped = False
+
+    def unless_stopped(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        nonlocal stopped
+        for batch in batches:
+            stopped = stopped or stop()
+            if stopped:
+                return
+            yield batch
+
+    for number, limit in enumerate(limits):
         parts = feed.held_out(batch_size, limit)
         total = min(feed.held_out_tokens, limit or feed.held_out_tokens)
         done = sum(tally.result().tokens for tally in tallies.values())
@@ -189,7 +201,10 @@ def evaluate_up_to(
                     model, batch_size=batch_size, bytes_per_token=part.bytes_per_token, dtype=dtype, unused=unused
                 )
                 tally = tallies.setdefault(part.name, tally)
-                tally.read(islice(part.batches, tally.batches, None), bar)
+                batches = islice(part.batches, tally.batches, None)
+                tally.read(unless_stopped(batches) if number else batches, bar)
+        if stopped:
+            return
         yield _mixed(parts, {name: tally.result() for name, tally in tallies.items()})
 
 

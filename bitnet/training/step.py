@@ -87,8 +87,13 @@ class Trainer:
         """Whether there is time for a last validation on all of the held-out data, where the others are on a part."""
         self.clock: Clock | None = None
         """Of a run that is to end in time."""
+        self.signal: int | None = None
+        """A signal that this process was sent."""
         self.stop_signal: int | None = None
-        """A signal that this process, or any other one, was sent: the step that runs is the last one."""
+        """A signal that this process or any other one was sent, once all of them know: the step that runs is the last
+        one. They leave the loop together, so none looks at its own signal alone."""
+        self.cut = False
+        """The last validation on everything was, because of it."""
         self.batches = Prefetcher(self._micro_batch, config.data.prefetch)
         self._replica: Any = replicate(model, device) if world.strategy == "ddp" else None
         self._strength = torch.ones((), device=device)
@@ -173,11 +178,23 @@ class Trainer:
         """The loss over all processes; a signal that one of them got becomes everybody's."""
         if self.world.size == 1:
             return loss
-        both = torch.tensor([loss, float(self.stop_signal or 0)], dtype=torch.float64, device=self.device)
+        both = torch.tensor([loss, float(self.signal or 0)], dtype=torch.float64, device=self.device)
         total, signum = self.world.sum(both).tolist()
         if signum and self.stop_signal is None:
-            self.stop_signal = signal.SIGTERM
+            self.stop_signal = self.signal or signal.SIGTERM
         return total / self.world.size
+
+    def stopping(self) -> bool:
+        """Whether a process was sent a signal; every process must ask."""
+        if self.stop_signal is None:
+            self._mean_over_processes(0.0)
+        return self.stop_signal is not None
+
+    def request_stop(self, signum: int) -> None:
+        """Take a signal of this process."""
+        self.signal = signum
+        if self.world.size == 1:
+            self.stop_signal = signum
 
     def recover(self, fault: Fault, say: Callable[[str, TextIO], None]) -> None:
         """Skip a bad step, or go back to the last checkpoint and on with the batches behind the bad one. Raises
@@ -307,7 +324,7 @@ class Trainer:
 
     def evaluations(self, *limits: int | None) -> Iterator[Evaluation]:
         """Losses on the first so many tokens of the held-out data, None for all, in one pass that goes on when the next
-        one is asked for."""
+        one is asked for, unless a signal came."""
         self.set_products()
         yield from evaluate_up_to(
             self.model,
@@ -316,6 +333,7 @@ class Trainer:
             batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
             progress=self.world.is_first,
+            stop=self.stopping,
         )
 
     def is_best(self, result: Evaluation) -> bool:

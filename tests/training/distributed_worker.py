@@ -1,7 +1,8 @@
 """Runs several training runs, one behind the other, in each process of a group: for `torchrun` of tests/builders.py.
 
-A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null}, with "muon" a
-file for the weights and moments after some steps of Muon alone, with "gradients" one for those of the first batch.
+A job is {"config": a TrainConfig as a dict, "resume": bool, "hang": rank that stops answering, or null}, with "signal"
+a step behind which the second process alone gets a SIGTERM, with "muon" a file for the weights and moments after some
+steps of Muon alone, with "gradients" one for those of the first batch.
 
 torch._dynamo and matplotlib, for which a run waits some seconds when it makes its optimizer and its picture, are
 imported here, once for all processes that are forked.
@@ -102,7 +103,10 @@ def work(jobs: list[dict[str, Any]]) -> NoReturn:
         def train_step(self, job=job, original=original):
             if self.progress.step == 2 and job["hang"] == self.world.rank:
                 time.sleep(600)
-            return original(self)
+            result = original(self)
+            if self.progress.step == job.get("signal") and self.world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
 
         Trainer.step = train_step
         trainer.train(config, job["resume"])

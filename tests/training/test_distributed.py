@@ -241,6 +241,25 @@ def test_a_hung_process_ends_the_run(tmp_path, words):
     assert re.search("[Tt]imeout|[Tt]imed out|waited in vain for others at", result.stderr), result.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+def test_a_signal_that_one_process_got_stops_all_at_one_step(tmp_path, words):
+    """Its own signal alone would have it leave between two steps, and the others wait in the next one."""
+    base = curve(tmp_path, words, steps=4, eval_every=4, eval_tokens=1, timeout_minutes=10 / 60)
+    open_feed(base.data, None, None, window=base.window, vocab_size=base.model.vocab_size)
+    at = {"ddp": 2, "fsdp": 2, "ddp-last": 4, "fsdp-last": 4}
+    runs = {name: dataclasses.replace(base, out=str(tmp_path / name), parallel=name.partition("-")[0]) for name in at}
+    jobs = [{"config": dataclasses.asdict(config), "signal": at[name]} for name, config in runs.items()]
+    result = torchrun(2, tmp_path, jobs)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stopped at step 3 of 4") == 2  # the one in which the others were told
+    assert result.stdout.count("stopped in the validation on everything") == 2
+    for name, config in runs.items():
+        rows = read_metrics(Path(config.out) / "metrics.jsonl")
+        assert [row["step"] for row in rows if "val_loss" in row] == [4] * (at[name] == 4)
+        assert not any("whole_val_loss" in row for row in rows)
+        assert (Path(config.out) / "checkpoints" / f"step-{3 if at[name] == 2 else 4:08d}").is_dir()
+
+
 def test_one_process_needs_no_group():
     world = start("auto", torch.device("cpu"), 1)
     assert world == World()

@@ -25,7 +25,7 @@ from bitnet.training.reporter import Reporter, read_metrics
 from bitnet.training.step import Trainer
 from tests import oracles
 from tests.builders import SMALL, configuration, tensors
-from tests.faults import fill_disk_at, stop_after
+from tests.faults import fill_disk_at, stop_after, stop_in_last_validation
 from tests.forked import Forked
 
 
@@ -377,6 +377,24 @@ def test_sigterm_saves_and_the_command_line_resumes(tmp_path, corpus, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert trainer.main(["--resume", "run", "--steps", str(step + 2)]) == 0
     assert resolve(tmp_path / "run").name == f"step-{step + 2:08d}"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_last_validation_behind_what_is_written(tmp_path, corpus, monkeypatch, capsys, signum):
+    config = configuration(tmp_path, corpus, steps=4, eval_every=2, eval_tokens=1)
+    monkeypatch.setattr(trainer, "parse", lambda arguments, prog: Arguments(config))
+    behind = stop_in_last_validation(monkeypatch, signum)
+    assert trainer.main([]) == 128 + signum
+    assert behind == []
+    assert "stopped in the validation on everything" in capsys.readouterr().out
+    assert resolve(tmp_path / "run").name == "step-00000004"
+    (last,) = (
+        row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["step"] == 4 and "val_loss" in row
+    )
+    assert "whole_val_loss" not in last
+    monkeypatch.undo()
+    assert trainer.train(config, resume=True).progress.step == 4
+    assert "is finished: 4 of 4 steps" in capsys.readouterr().out
 
 
 def test_like_takes_the_configuration_but_not_the_weights(tmp_path, corpus):
