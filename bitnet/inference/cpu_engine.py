@@ -73,7 +73,7 @@ class Engine:
             raise ValueError(f"head_dim is {config.head_width}; the native attention takes at most 1024")
         native.kernels()
         self.config, self.cache_dtype = config, cache_dtype
-        self._workspaces: list[Tensor] = []  # that no call is using
+        self._scratch = native.Scratch()
         self._model = NativeModel(config, weights)
         self._struct = self._model.struct
         self.meeting = Meeting()
@@ -189,15 +189,12 @@ class Engine:
         assert lib is not None
         longest = native.round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
         size = lib.bn_workspace_bytes(self._struct, len(ids), len(rows), longest, threads)
-        workspace = self._workspaces.pop() if self._workspaces else torch.empty(0, dtype=torch.uint8)
-        if len(workspace) < size:
-            workspace = torch.empty(size, dtype=torch.uint8)
         tokens = ids.data_ptr() if isinstance(ids, Tensor) else ids.buffer_info()[0]
         numbers = array.array("i", wanted)
-        target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), states, workspace.data_ptr(), threads
         stream = None if hidden is None else hidden.data_ptr()
-        native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
-        self._workspaces.append(workspace)
+        with self._scratch.piece(size) as workspace:
+            target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), states, workspace, threads
+            native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
 
     def attach(self, adapters: Matrices) -> None:
         """Add LoRA adapters (`bitnet/model/lora.py`), in the place of those that are there; none takes them away. Not

@@ -221,6 +221,8 @@ class Meeting:
         self.changed = threading.Condition()
         self.jobs: list[_Job] = []
         self.passing = False
+        self.passed: set[_Job] = set()
+        """Jobs of the pass that runs."""
         self.company, self.seconds = 1, 0.0
         """Jobs of the last pass, and how long it took."""
 
@@ -250,29 +252,43 @@ class NativeRows:
         with meeting.changed:
             meeting.jobs.append(job)
             meeting.changed.notify_all()
-            while job.left and job.error is None:
-                if meeting.passing:
+            try:
+                while job.left and job.error is None:
+                    if meeting.passing:
+                        meeting.changed.wait()
+                    else:
+                        self._pass_for_all(meeting, job)
+            except BaseException:  # Ctrl-C: the rows are the caller's again, so nobody may go on with them
+                meeting.jobs = [one for one in meeting.jobs if one is not job]
+                while job in meeting.passed:
                     meeting.changed.wait()
-                    continue
-                meeting.passing = True
-                # Threads that were in the last pass are about to be back: a moment's wait saves a pass for each.
-                meeting.changed.wait_for(lambda: len(meeting.jobs) >= meeting.company, meeting.seconds / 8)
-                chosen = _choose(meeting.jobs)
-                meeting.changed.release()
-                started = time.perf_counter()
-                try:
-                    self._pass(chosen)
-                except BaseException as error:
-                    for one, _, _ in chosen:
-                        one.error = error
-                finally:
-                    meeting.changed.acquire()
-                    meeting.seconds = time.perf_counter() - started
-                    meeting.company = len({id(one) for one, _, _ in chosen})
-                    meeting.jobs = [one for one in meeting.jobs if one.left and one.error is None]
-                    meeting.passing = False
-                    meeting.changed.notify_all()
+                raise
         return job.result()
+
+    def _pass_for_all(self, meeting: "Meeting", job: _Job) -> None:
+        """The next pass, of whatever jobs wait, run by the thread of one of them, which holds `meeting.changed`."""
+        meeting.passing = True
+        try:
+            # Threads that were in the last pass are about to be back: a moment's wait saves a pass for each.
+            meeting.changed.wait_for(lambda: len(meeting.jobs) >= meeting.company, meeting.seconds / 8)
+            chosen = _choose(meeting.jobs)
+            meeting.passed = {one for one, _, _ in chosen}
+            meeting.changed.release()
+            started = time.perf_counter()
+            try:
+                self._pass(chosen)
+            except BaseException as error:
+                for one in meeting.passed:
+                    one.error = error
+                if not isinstance(error, Exception):  # Ctrl-C is of this thread, whether its job was chosen or not
+                    job.error = error
+            finally:
+                meeting.changed.acquire()
+            meeting.seconds, meeting.company = time.perf_counter() - started, len(meeting.passed)
+            meeting.jobs = [one for one in meeting.jobs if one.left and one.error is None]
+        finally:
+            meeting.passing, meeting.passed = False, set()
+            meeting.changed.notify_all()
 
     def _pass(self, chosen: list[tuple[_Job, int, int]]) -> None:
         rows = (native.Row * len(chosen))()
@@ -326,7 +342,8 @@ def _reserve(rows: Sequence[tuple[BlockRow, Sequence[int]]]) -> None:
         shared, fresh = [], 0
         shares: dict[int, int] = {}  # of blocks to which rows append: all of them but the last one copy
         for row, ids in rows:
-            fresh += -(-(row.length + len(ids)) // BLOCK) - len(row.blocks)
+            # A row may have more than it needs: what a pass that failed was to write.
+            fresh += max(0, -(-(row.length + len(ids)) // BLOCK) - len(row.blocks))
             if row.length % BLOCK:
                 last = row.blocks[-1]
                 shares.setdefault(last, cache.shares[last])

@@ -232,12 +232,12 @@ class Memory:
 
     def __init__(self, lookup: PromptLookup) -> None:
         self.lookup = lookup
-        self._kept: list[tuple[BlockRow, list[int]]] = []
+        self._kept: dict[int, tuple[BlockRow | None, list[int]]] = {}  # one, as 0, taken out by a single operation
 
     def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int]:
         """A row with room for so many tokens that has read as much of `ids` as is known, and how many that are: not
         the last, whose logits are wanted."""
-        row, known = self._kept.pop() if self._kept else (None, [])
+        row, known = self._kept.pop(0, (None, []))
         pairs = enumerate(zip(known, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
         if row is not None:
@@ -248,7 +248,7 @@ class Memory:
         return row, row.length
 
     def put(self, row: BlockRow, ids: list[int]) -> None:
-        self._kept[:] = [(row, ids[: row.length])]
+        self._kept[0] = row, ids[: row.length]
 
 
 def cache_of(model: LanguageModel, tokens: int) -> Any:

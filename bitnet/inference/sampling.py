@@ -41,8 +41,7 @@ from bitnet.tokenizer import Drawable
 _AHEAD = 32  # uniform numbers that are drawn at once
 _LOWEST, _HIGHEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
-_rooms: list[Tensor] = []
-"""Scratch of native draws that none is using."""
+_scratch = native.Scratch()
 
 
 class Drawn(NamedTuple):
@@ -188,11 +187,8 @@ def _draw_native(samplers: Sequence[RowSampler], logits: Tensor, V: int) -> list
         row.temperature = 0.0 if sampling.greedy else sampling.temperature
         row.uniform = 0.0 if sampling.greedy else sampler.uniform()
     threads = min(native.threads(), len(samplers))
-    size = lib.bn_draw_bytes(V) * threads
-    room = _rooms.pop() if _rooms else torch.empty(0, dtype=torch.uint8)
-    room = torch.empty(size, dtype=torch.uint8) if len(room) < size else room
-    native.kernels().sample(rows, len(rows), V, room.data_ptr(), threads)
-    _rooms.append(room)
+    with _scratch.piece(lib.bn_draw_bytes(V) * threads) as room:
+        native.kernels().sample(rows, len(rows), V, room, threads)
     drawn = []
     for row, sampler in zip(rows, samplers, strict=True):
         top: list[tuple[int, float]] = []

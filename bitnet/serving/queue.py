@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items of clients, fair by what each client has cost so far. Used by one thread."""
+    """Items of clients, fair by what each client has cost so far. Used by one thread; any may ask for its length."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
@@ -20,7 +20,7 @@ class FairQueue(Generic[T]):
         self._running: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        return sum(map(len, list(self._waiting.values())))
 
     def push(self, client: str, item: T) -> None:
         if client not in self._served:

@@ -198,10 +198,10 @@ class Scheduler:
         return False
 
     def _receive(self) -> None:
-        with self._lock:
-            new, self._inbox = self._inbox, []
-        for job in new:
-            self._queue.push(job.client, job)
+        with self._lock:  # also while they are between the two: who comes counts them all
+            for job in self._inbox:
+                self._queue.push(job.client, job)
+            self._inbox = []
 
     def _dismiss(self) -> None:
         """Send away whoever has gone or has waited too long."""

@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -196,6 +197,78 @@ def test_an_error_in_a_step_reaches_its_threads_and_no_other_step() -> None:
     in_threads(4, work)
     failing.clear()
     assert engine.rows.step([(cache.new_row(), [1, 2])]).isfinite().all()
+
+
+def test_what_a_failed_step_has_taken_counts_for_its_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("base")
+    cache = engine.rows.new_cache(4 * BLOCK)
+    row, other = cache.new_row(), cache.new_row()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "forward", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.rows.step([(row, [1] * 3 * BLOCK)])
+    with pytest.raises(CacheFullError):
+        engine.rows.step([(row, [1]), (other, [1] * 2 * BLOCK)])
+    assert engine.rows.step([(row, [1] * 3 * BLOCK), (other, [1] * BLOCK)]).isfinite().all()
+    row.close()
+    other.close()
+    assert cache.free_tokens == 4 * BLOCK
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_who_is_interrupted_while_waiting_leaves_no_rows_behind(chosen: bool, monkeypatch) -> None:
+    """What it was given belongs to its caller again, who may close it while a pass of another thread runs."""
+    engine = engine_of("base")
+    cache, original = engine.rows.new_cache(1024), engine.forward
+    first, second = cache.new_row(), cache.new_row()
+    meeting, running, go_on, ended = engine.meeting, threading.Event(), threading.Event(), []
+
+    def forward(*arguments) -> None:
+        running.set()
+        assert go_on.wait(30)
+        original(*arguments)
+        ended.append(time.monotonic())
+
+    engine.forward = forward  # type: ignore[method-assign]
+    thread = threading.Thread(target=lambda: engine.rows.step([(first, [1, 2])]))
+    wait, main = meeting.changed.wait, threading.current_thread()
+    interrupted = []
+
+    def begin() -> None:
+        thread.start()
+        meeting.changed.release()
+        assert running.wait(30)
+        meeting.changed.acquire()
+
+    def interrupted_wait(timeout=None):
+        if threading.current_thread() is not main or interrupted:
+            return wait(timeout)
+        if chosen:
+            meeting.passing = False
+            begin()  # with both
+        interrupted.append(1)
+        threading.Timer(0.2, go_on.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(meeting.changed, "wait", interrupted_wait)
+    meeting.passing = chosen  # somebody's, in whose end the other thread comes
+    if not chosen:
+        with meeting.changed:
+            begin()
+    with pytest.raises(KeyboardInterrupt):
+        engine.rows.step([(second, [3, 4])])
+    left = time.monotonic()
+    assert all(job.rows[0][0] is first for job in meeting.jobs)
+    if chosen:
+        assert ended
+        assert ended[0] <= left  # not while its row is read
+    second.close()
+    go_on.set()
+    thread.join(30)
+    assert first.length == 2
+    first.close()
+    assert cache.free_tokens == 1024
+    assert engine.rows.step([(cache.new_row(), [1])]).isfinite().all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

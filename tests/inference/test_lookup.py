@@ -11,8 +11,10 @@ from bitnet.inference.lookup import PromptLookup, Repeats
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.text_model import TextModel
+from bitnet.kernels.cpu import native
 from tests.builders import packed_model
 from tests.inference.builders import CONFIGS, ON_NATIVE_KERNELS, AlwaysDrafts
+from tests.interleaved import between_instructions
 
 pytestmark = ON_NATIVE_KERNELS
 
@@ -55,6 +57,30 @@ def test_what_a_text_leaves_is_what_it_said() -> None:
         drawn, _ = write(engine, memory.lookup, prompt, how, memory)
         assert drawn == expected
         prompt = [*prompt, *(one.token for one in expected[:11] if one), 4, 5, 6]
+
+
+def test_two_threads_may_want_what_is_left_at_once() -> None:
+    """Between any two instructions of one another takes it."""
+    engine, ids = Engine.from_model(packed_model(CONFIGS["base"])), [5, 6, 7, 8]
+    memory, scratch = Memory(PromptLookup(0)), native.Scratch()
+    taken = list[int]()
+
+    def take() -> None:
+        row, known = memory.take(engine, ids, 8)
+        taken.append(known)
+        engine.rows.step([(row, ids[known:])])
+        memory.put(row, ids)
+
+    take()
+    assert between_instructions(take, Memory.take.__code__, memory._kept.clear) > 20
+    assert {*taken} == {0, 3}  # it was there for some
+
+    def use() -> None:
+        with scratch.piece(8) as address:
+            assert address
+
+    use()
+    assert between_instructions(use, native.Scratch.piece.__wrapped__.__code__, scratch._free.clear) > 10
 
 
 def test_a_draft_is_what_followed_the_last_time() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import threading
 from functools import partial
 
 import pytest
@@ -301,6 +302,31 @@ def test_limits_are_named(model):
                 bench.submit(generation)
     with pytest.raises(ApiError, match="need memory"):
         Bench(model, cache_tokens=100).submit(Generation((5,), 50))
+
+
+def test_requests_on_their_way_to_the_queue_are_counted(model):
+    """Another request comes while the engine's thread moves one from the door to the queue."""
+    bench = Bench(model, queue=1)
+    push, refused = bench.scheduler._queue.push, list[str]()
+
+    def late():
+        try:
+            bench.submit(Generation((5,), 1))
+        except ApiError as error:
+            refused.append(error.code)
+
+    def slow_push(client, job):
+        thread.start()
+        thread.join(0.2)
+        push(client, job)
+
+    bench.scheduler._queue.push = slow_push
+    bench.submit(Generation((5,), 1))
+    thread = threading.Thread(target=late)
+    bench.scheduler._receive()
+    thread.join()
+    assert refused == ["queue_full"]
+    assert bench.scheduler.counts[1] == 1
 
 
 def test_late_requests_and_a_server_that_ends(model):

@@ -90,6 +90,7 @@ def test_what_is_only_for_looking_stops_no_training(
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=True, network=True))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("bitnet.training.reporter.draw_loss", fails)
+    monkeypatch.setattr("bitnet.console._failed", set())  # each is told once in a process
     monkeypatch.setattr(Trainer, "sample", fails)
     run = trainer.train(configuration(tmp_path, corpus, wandb="auto", sample_every=2))
     assert run.progress.step == 8

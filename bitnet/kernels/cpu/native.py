@@ -121,6 +121,25 @@ def threads() -> int:
     return min(torch.get_num_threads(), cpu_quota() or MAX_THREADS, MAX_THREADS)
 
 
+class Scratch:
+    """Memory for native calls, of which each thread that is in one has a piece of its own."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    @contextmanager
+    def piece(self, size: int) -> Iterator[int]:
+        """The address of so many bytes or more, for the `with` block."""
+        try:
+            piece = self._free.pop()
+        except IndexError:  # not looked at before: another thread could take the last one in between
+            piece = torch.empty(0, dtype=torch.uint8)
+        if len(piece) < size:
+            piece = torch.empty(size, dtype=torch.uint8)
+        yield piece.data_ptr()
+        self._free.append(piece)
+
+
 _requested = os.environ.get("BITNET_CPU_ISA", "auto")
 
 
