@@ -32,12 +32,12 @@ from datetime import date
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bitnet.__main__ import read_options  # noqa: E402
 from bitnet.files import write_atomic  # noqa: E402
 from bitnet.kernels import blocks, use_backend  # noqa: E402
 from bitnet.kernels.cpu import blocks as native  # noqa: E402
@@ -365,6 +365,6 @@ def run(options: Options) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(run(tyro.cli(Options, description=__doc__)))
+        sys.exit(run(read_options(sys.modules[__name__], "benchmarks/quantizers.py", sys.argv[1:])))
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -40,6 +40,7 @@ import httpx
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bitnet.__main__ import read_options
 from bitnet.console import note, table
 from bitnet.kernels.cpu import native
 from bitnet.machine import cpu_capabilities
@@ -403,4 +404,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(read_options(sys.modules[__name__], "benchmarks/serve_load.py", sys.argv[1:])))

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from serve_load import machine, our_server, random_model, vocabulary_of
 
+from bitnet.__main__ import read_options
 from bitnet.console import note, progress_bar
 
 GROWTH = 0.02
@@ -222,4 +223,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(read_options(sys.modules[__name__], "benchmarks/serve_soak.py", sys.argv[1:])))

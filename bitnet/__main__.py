@@ -16,10 +16,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import bitnet
 from bitnet.console import error as print_error
 from bitnet.console import tolerant_streams
+from bitnet.records import require_finite
 
 PRINTERS = ("formats", "generate", "inspect")
 """Commands that make nothing but what they print: they end where nobody reads it any more. The others go on."""
@@ -68,14 +70,17 @@ def execute(command: ModuleType | str, prog: str, arguments: Sequence[str] | Non
     return code
 
 
-def read_options(command: ModuleType, prog: str, arguments: list[str]) -> object:
-    """The command's options, by its own `parse(arguments, prog)` where it has one."""
+def read_options(command: ModuleType, prog: str, arguments: list[str]) -> Any:
+    """The command's options, by its own `parse(arguments, prog)` where it has one. Raises ValueError for a number that
+    is none, or infinite."""
     if hasattr(command, "parse"):
         return command.parse(arguments, prog)
     import tyro
 
     examples = (command.__doc__ or "").replace(f"python {prog.split()[-1]}.py", prog)  # as the command was called
-    return tyro.cli(command.Options, prog=prog, args=arguments, description=examples)
+    options = tyro.cli(command.Options, prog=prog, args=arguments, description=examples)
+    require_finite(options)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ bool, None, Any, a Literal, a union, list[T], dict[str, T], tuple[T, ...], tuple
 """
 
 import dataclasses
+import math
 import re
 import reprlib
 import types
@@ -55,6 +56,23 @@ def checked(kind: type[T], value: object, where: str) -> T:
     """The value of JSON as `kind`. Raises ValueError naming `where`, the field, what it is and what it must be."""
     result: T = _read(kind, value, where, "")
     return result
+
+
+def require_finite(record: Any, prefix: str = "") -> None:
+    """Raise ValueError, with the name behind `prefix`, for a field of a dataclass that is NaN or infinite, also in
+    tuples and in dataclasses within. Comparisons let such numbers pass."""
+    for field in dataclasses.fields(record):
+        _require_finite(getattr(record, field.name), prefix + field.name)
+
+
+def _require_finite(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; give a finite number")
+    if isinstance(value, tuple):
+        for each in value:
+            _require_finite(each, name)
+    elif dataclasses.is_dataclass(value):
+        require_finite(value, f"{name}.")
 
 
 def describe(kind: Any) -> str:

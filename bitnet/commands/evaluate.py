@@ -41,9 +41,8 @@ def run(options: Options) -> None:
     """Print one line a run; the gap is the run's loss against the last run's."""
     from bitnet.evaluation.loss import Evaluation, evaluate_model
     from bitnet.machine import pick_device, pick_dtype
-    from bitnet.plots import draw_loss
     from bitnet.storage.adapters import load_adapter
-    from bitnet.training.reporter import read_metrics
+    from bitnet.training.reporter import draw_runs
 
     runs = options.runs
     if not runs:
@@ -88,7 +87,7 @@ def run(options: Options) -> None:
     print(table(shown, right=[3, 4, 5]))
     if options.picture:
         with only_for_looking(f"the picture {options.picture}"):
-            draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, options.picture)
+            draw_runs(runs, options.picture)
 
 
 def _run_tasks(options: Options) -> None:

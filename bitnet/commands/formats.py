@@ -14,8 +14,8 @@ from bitnet.console import table
 
 @dataclass(frozen=True)
 class Options:
-    value: tyro.conf.Positional[float]
-    """A number."""
+    value: tyro.conf.Positional[str]
+    """A number, also nan or inf, which no other option takes."""
     params: float | None = None
     """Number of parameters, to print the memory that they take."""
     range: float | None = None
@@ -26,7 +26,10 @@ def run(options: Options) -> None:
     """Print a value in every format, and the formats' ranges."""
     from bitnet.quant.formats import FORMATS
 
-    value, absmax = options.value, options.range
+    try:
+        value, absmax = float(options.value), options.range
+    except ValueError:
+        raise ValueError(f"{options.value!r} is no number; give one, e.g. 3.1416") from None
     if absmax is None:
         absmax = 2.0 ** math.ceil(math.log2(abs(value))) if value and 1e-30 < abs(value) < 1e30 else 1.0
     if not 1e-30 <= absmax <= 1e38:

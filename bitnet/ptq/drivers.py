@@ -29,6 +29,7 @@ from bitnet.quant.gptq import choose_damping, gptq_quantize
 from bitnet.quant.grouped import TERNARY, Grid, QuantizedWeight, round_to_nearest
 from bitnet.quant.smoothquant import smooth_scale
 from bitnet.storage.gguf.names import projection_names, table_names
+from bitnet.storage.json_files import require_finite
 
 NF4_BLOCK = 64
 TOKENS_PER_CHANNEL = 4  # below which GPTQ fits noise more than anything else
@@ -79,6 +80,9 @@ class Options:
     """Calibration sequences at a time."""
     progress: bool = True
     """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        require_finite(self)
 
 
 def projections(model: nn.Module) -> list[tuple[str, BitLinear]]:

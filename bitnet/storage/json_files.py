@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from bitnet.files import JsonObject, is_plain_file, parse_json, read_json
-from bitnet.records import Bounds, Form, checked
+from bitnet.records import Bounds, Form, checked, require_finite
 
 __all__ = [
     "Bounds",
@@ -20,6 +20,7 @@ __all__ = [
     "load_json",
     "load_record",
     "read_metrics",
+    "require_finite",
 ]
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from bitnet.kernels import GROUP_SIZES
 from bitnet.machine import MAX_THREADS, int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
-from bitnet.storage.json_files import checked
+from bitnet.storage.json_files import checked, require_finite
 from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.pace import Pace, check_pace, decided, place
@@ -141,7 +141,7 @@ class TrainConfig:
     """auto (online if logged in, else off), online, offline or off; online without a network is offline."""
 
     def __post_init__(self) -> None:
-        self.check_finite()
+        require_finite(self)
         self.check_adapters()
         for name in (
             "steps",
@@ -196,15 +196,6 @@ class TrainConfig:
             raise ValueError(
                 f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
             )
-
-    def check_finite(self) -> None:
-        """Raise ValueError for a number that is none, or infinite, which comparisons let pass."""
-        for prefix, part in (("", self), ("model.", self.model), ("data.", self.data), ("optim.", self.optim)):
-            for name in (each.name for each in fields(part)):
-                value = getattr(part, name)
-                for number in value if isinstance(value, tuple) else (value,):
-                    if isinstance(number, float) and not math.isfinite(number):
-                        raise ValueError(f"{prefix}{name} is {number}; give a finite number")
 
     def check_window(self) -> None:
         """Raise ValueError where the windows have more tokens than the model has positions."""

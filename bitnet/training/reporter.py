@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,11 @@ from bitnet.plots import draw_loss
 from bitnet.storage.json_files import read_metrics
 from bitnet.training.config import TrainConfig
 from bitnet.training.step import StepResult
+
+
+def draw_runs(runs: Sequence[str], picture: Path) -> None:
+    """The loss curves of runs of train.py, in one PNG."""
+    draw_loss({run: read_metrics(Path(run) / "metrics.jsonl") for run in runs}, picture)
 
 
 class Reporter:

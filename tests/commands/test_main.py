@@ -1,5 +1,6 @@
 """The command line as a whole: the table, help without torch, one rule of exit codes, pipes, and terminals."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -7,10 +8,12 @@ import sys
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
 from bitnet.__main__ import COMMANDS, execute, main
+from bitnet.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -150,6 +153,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         ["bench", "nowhere"],
         ["bench", "--preset", "nonsense"],
         ["formats", "1", "--params", "-1"],
+        ["formats", "a"],
         ["consolidate", "nowhere"],
         ["consolidate"],
         ["train", "--resume", "nowhere"],
@@ -170,6 +174,60 @@ def test_bad_input_ends_with_2_and_one_line(arguments, capsys, monkeypatch, tmp_
     assert len(errors) == 1
     assert "Traceback" not in captured.err
     assert not list(tmp_path.glob("out*"))
+
+
+def numbers(options: type, prefix: str = "--") -> list[str]:
+    """The options that take a number with a fraction, by their names on the command line."""
+    found, hints = [], get_type_hints(options, include_extras=True)
+    for each in dataclasses.fields(options):
+        kind = hints[each.name]
+        if get_origin(kind) is Annotated:
+            if "Positional" in str(kind):
+                continue
+            kind = get_args(kind)[0]
+        name = prefix + each.name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            found += numbers(kind, prefix if "OmitArgPrefixes" in str(hints[each.name]) else f"{name}.")
+        elif float in (kind, *get_args(kind)):
+            found.append(name)
+    return found
+
+
+TAKERS = [
+    (name, option)
+    for name, module in ((name, importlib.import_module(f"bitnet.commands.{name}")) for name in COMMANDS)
+    for option in numbers(TrainConfig if name == "train" else module.Options)
+]
+
+
+def test_there_are_such_options():
+    assert len(TAKERS) > 30
+    assert {("quantize", "--target-bits"), ("serve", "--io-seconds"), ("train", "--optim.lr")} <= {*TAKERS}
+    assert {("generate", "--temperature"), ("formats", "--range")} <= {*TAKERS}
+
+
+def ended(arguments: list[str]) -> object:
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+def test_no_option_takes_what_is_no_finite_number(number, capsys, monkeypatch, tmp_path):
+    """Before any work: the model is not there."""
+    monkeypatch.chdir(tmp_path)
+    front = {"train": ["--preset", "tiny"], "formats": ["1"], "quantize": ["nowhere", "out"], "bench": []}
+    for name, option in TAKERS:
+        code = ended([name, *front.get(name, ["nowhere"]), f"{option}={number}"])
+        err = " ".join(capsys.readouterr().err.split())
+        word = option.removeprefix("--").replace("-", "_")
+        if name == "train":  # a part of the configuration may know better what it takes
+            assert f"{word.rpartition('.')[2]} is {float(number)};" in err or "rope_factors has" in err
+            assert code == 2
+        else:
+            assert (code, err.replace("text.", "")) == (2, f"error: {word} is {float(number)}; give a finite number")
+    assert main(["formats", "--", number]) == 0  # what it prints is its bits
 
 
 @pytest.mark.parametrize("place", ["text.txt/out", "closed/out"])
