@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from format_speed import BASE, SHAPE, decode, engine_of
 
+from bitnet.bench.report import describe_machine
 from bitnet.console import progress_bar
 from bitnet.files import write_atomic
 from bitnet.inference.cpu_engine import Engine
 from bitnet.kernels.cpu import native
-from bitnet.machine import cpu_capabilities
 
 
 @contextlib.contextmanager
@@ -80,8 +79,7 @@ def main() -> int:
     for one, two in (("all", "one"), ("one beside", "one"), ("all beside", "one beside")):
         print(f"{one} / {two}: {medians[one] / medians[two]:.2f}")
     if given.out:
-        machine = {"cpu": cpu_capabilities().get("cpu_name", platform.machine()), "isa": native.instruction_sets()[0]}
-        result = {"machine": machine, "date": time.strftime("%F"), "threads": given.threads, "busy": given.busy}
+        result = {"machine": describe_machine(), "threads": given.threads, "busy": given.busy}
         write_atomic(given.out, json.dumps(result | {"medians": medians, "rounds": rates}, indent=1) + "\n")
     return 0
 

@@ -22,7 +22,6 @@ command line of the package.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,12 +39,12 @@ import torch
 from bitnet.bench.cpu_gate import check_engine, check_products
 from bitnet.bench.limits import integer_peak, read_bandwidth
 from bitnet.bench.random_models import write_random_gguf
+from bitnet.bench.report import describe_machine
 from bitnet.files import write_atomic
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.loading import open_model
 from bitnet.kernels import use_backend
 from bitnet.kernels.cpu import native
-from bitnet.machine import cpu_capabilities
 from bitnet.model import PRESETS, ModelConfig
 
 PROMPT, STEPS = 128, 16
@@ -335,11 +334,7 @@ def main() -> int:
         name, _, path = text.partition("=")
         cases[name] = Case(LLAMA, "", rows=True), Path(path)
     run.results |= {
-        "machine": {
-            "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
-            "affinity": sorted(os.sched_getaffinity(0)), "torch": torch.__version__, "date": time.strftime("%FT%T%z"),
-            "instruction_sets": native.instruction_sets(),
-        },
+        "machine": describe_machine(),
         "options": {name: str(value) for name, value in vars(given).items()},
         "rows": [], "failed": [],
     }  # fmt: skip

@@ -22,9 +22,9 @@ import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bitnet.bench.report import describe_machine
 from bitnet.console import say
 from bitnet.data.feed import DataConfig, TextFeed, open_feed
-from bitnet.machine import cpu_capabilities
 from bitnet.model import BitNetForCausalLM
 from bitnet.ptq.drivers import Options as Quantization
 from bitnet.ptq.methods import quantize_model
@@ -122,7 +122,7 @@ def main() -> None:
         name, _, path = given.partition("=")
         texts[name] = windows_of(options, source.tokenizer.encode(Path(path).read_text(encoding="utf-8")))
 
-    settings = dataclasses.asdict(options) | {"machine": cpu_capabilities().get("cpu_name", "cpu")}
+    settings = dataclasses.asdict(options)
     key = {name: settings[name] for name in ("corpus", "tokens", "context", "calibration", "group_size")}
     table = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     base = {name: losses(source.model(), windows) for name, windows in texts.items()}
@@ -134,7 +134,7 @@ def main() -> None:
         bits, stored = projection_bits(model)
         found = {text: losses(model.eval(), windows) for text, windows in texts.items()}
         row = {
-            "name": name, "model": Path(options.model).name, "machine": settings["machine"], "settings": key,
+            "name": name, "model": Path(options.model).name, "machine": describe_machine(), "settings": key,
             "bits_per_weight": round(bits, 3), "projection_mb": round(stored / 1e6, 1), **about,
             "texts": {
                 text: {

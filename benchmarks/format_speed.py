@@ -15,8 +15,6 @@ measured before too, of this machine and shape.
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -32,13 +30,13 @@ from torch import Tensor, nn
 
 from bitnet.bench.cpu_gate import check_products
 from bitnet.bench.limits import read_bandwidth
+from bitnet.bench.report import describe_machine, same_machine
 from bitnet.files import write_atomic
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.weights import Stored, matrix_of, of_packed, stored
 from bitnet.kernels import quantize_weight, use_backend
 from bitnet.kernels.cpu import native
 from bitnet.kernels.cpu.matrices import Piece, linear
-from bitnet.machine import cpu_capabilities
 from bitnet.model import PRESETS, ModelConfig, PackedLinear
 from bitnet.model.compound import AffineLinear, ScaledBlockLinear, TritPlanesLinear
 from bitnet.model.quantized import StaticInt8Linear
@@ -227,10 +225,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for row in results["rows"]
     ]
     machine = results["machine"]
+    isa = machine["instruction_sets"][0]
     draw_speed(
         points,
         path,
-        title=f"Decode speed on {machine['cpu']}, {machine['isa']}, {machine['threads']} threads: {results['shape']}",
+        title=f"Decode speed on {machine['cpu']}, {isa}, {machine['threads']} threads: {results['shape']}",
         bits_per_second=8 * results["read_gbs"] * 1e9 / results["weights"],
     )
 
@@ -249,18 +248,15 @@ def main() -> int:
         raise SystemExit("the native kernels are not built: python3 setup.py build_ext --inplace")
     torch.set_num_threads(given.threads)
     config = SHAPE.replace(num_hidden_layers=given.layers)
-    machine = {
-        "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
-        "threads": given.threads, "isa": native.instruction_sets()[0], "torch": torch.__version__,
-    }  # fmt: skip
+    machine = describe_machine()
     shape = f"0.7B shape, {given.layers} of {SHAPE.num_hidden_layers} layers, 4,096 tokens"
     results: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"rows": [], "failed": []}
-    if results["rows"] and (results["machine"], results["shape"]) != (machine, shape):
+    if results["rows"] and not (same_machine(results["machine"], machine) and results["shape"] == shape):
         raise SystemExit(f"{given.out} is of another machine or shape; give another --out")
     weights = (
         sum(N * K for N, K in config.projections().values()) * given.layers + config.vocab_size * config.hidden_size
     )
-    results |= {"machine": machine, "shape": shape, "weights": weights, "date": time.strftime("%F"), "failed": []}
+    results |= {"machine": machine, "shape": shape, "weights": weights, "failed": []}
     if given.formats:
         results["failed"] += check_products(config)
         results["read_gbs"] = read_bandwidth(given.threads)

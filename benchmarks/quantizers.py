@@ -21,14 +21,12 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -38,10 +36,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bitnet.__main__ import read_options  # noqa: E402
+from bitnet.bench.report import describe_machine  # noqa: E402
 from bitnet.files import write_atomic  # noqa: E402
 from bitnet.kernels import blocks, use_backend  # noqa: E402
 from bitnet.kernels.cpu import blocks as native  # noqa: E402
-from bitnet.machine import cpu_capabilities  # noqa: E402
 from bitnet.model.weight_only import FloatLinear  # noqa: E402
 from bitnet.quant import dequantize_nf4, quantize_nf4, quantize_ternary  # noqa: E402
 from bitnet.quant.awq import awq_scale, clip_quantize  # noqa: E402
@@ -352,8 +350,7 @@ def run(options: Options) -> int:
             about = f"{row['type']}, importance {row['importance']}" if "importance" in row else row["type"]
             print(f"{time.perf_counter() - start:4.0f} s  {count} threads  {about}: {speeds}", file=sys.stderr)
     result = {
-        **dataclasses.asdict(options), "threads": threads, "date": date.today().isoformat(),
-        "device": cpu_capabilities().get("cpu_name", platform.machine()), "native": native.available(),
+        **dataclasses.asdict(options), "threads": threads, "machine": describe_machine(), "native": native.available(),
         "error_ratio": errors, "rates": rows,
     }  # fmt: skip
     del result["out"], result["library"]

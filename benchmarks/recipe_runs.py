@@ -24,6 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train as trainer
+from bitnet.bench.report import describe_machine
 from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import TokenizedCorpus
@@ -96,7 +97,7 @@ def run(job: dict[str, Any], data: Path, runs: Path, device: str) -> dict[str, A
         "key": job["key"], "row": job["row"], "corpus": job["corpus"], "size": job["size"], "lr": job["lr"],
         "seed": job["seed"], "tokens": done.config.steps * done.config.tokens_per_step,
         "parameters": done.model.num_parameters(), "dtype": str(done.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if done.device.type == "cuda" else "cpu",
+        "device": str(done.device), "machine": describe_machine(),
         "loss": found.loss, "standard_error": found.standard_error, "bits_per_byte": found.bits_per_byte,
         "start_seconds": round(begun - started, 2), "seconds": round(trained - begun, 2),
         "validation_seconds": round(time.perf_counter() - trained, 2),

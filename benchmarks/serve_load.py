@@ -18,7 +18,6 @@ httpx`. The soak is benchmarks/serve_soak.py.
 import asyncio
 import json
 import os
-import platform
 import random
 import re
 import socket
@@ -31,7 +30,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bitnet.__main__ import read_options
+from bitnet.bench.report import describe_machine
 from bitnet.console import note, table
-from bitnet.kernels.cpu import native
-from bitnet.machine import cpu_capabilities
 from bitnet.serving.jobs import SLACK
 
 TYPE = "TQ2_0"
@@ -351,14 +348,6 @@ def vocabulary_of(url: str) -> int:
     return int(found[1])
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on."""
-    return {
-        "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
-        "instruction_sets": native.instruction_sets(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
 def main(options: Options) -> int:
     if sum(given is not None for given in (options.model, options.preset, options.url)) != 1:
         raise ValueError("give a model, --preset or --url of a server, one of them")
@@ -399,7 +388,9 @@ def main(options: Options) -> int:
         kept = [{k: v for k, v in asdict(run).items() if k not in ("first", "between", "texts")} for run in runs]
         about = {k: v.name if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
         about["model"] = options.model and Path(options.model).name
-        options.json.write_text(json.dumps({"machine": machine(), "options": about, "runs": kept}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": describe_machine(), "options": about, "runs": kept}, indent=1) + "\n"
+        )
     return int(any(run.different for run in runs))
 
 

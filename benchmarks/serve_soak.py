@@ -27,9 +27,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from serve_load import machine, our_server, random_model, vocabulary_of
+from serve_load import our_server, random_model, vocabulary_of
 
 from bitnet.__main__ import read_options
+from bitnet.bench.report import describe_machine
 from bitnet.console import note, progress_bar
 
 GROWTH = 0.02
@@ -218,7 +219,9 @@ def main(options: Options) -> int:
         about = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items() if k != "json"}
         kept = {"counts": found.counts, "different": found.different, "errors": found.errors, "growth": share}
         memory = [[round(at, 1), size] for at, size in found.memory]
-        options.json.write_text(json.dumps({"machine": machine(), "options": about, **kept, "memory": memory}) + "\n")
+        options.json.write_text(
+            json.dumps({"machine": describe_machine(), "options": about, **kept, "memory": memory}) + "\n"
+        )
     return int(bad)
 
 

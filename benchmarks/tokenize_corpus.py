@@ -8,8 +8,6 @@ Needs the shared libraries that tests/oracles/llama.py loads. Results go to benc
 """
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -21,8 +19,8 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bitnet.bench.report import describe_machine  # noqa: E402
 from bitnet.data.corpus import open_corpus  # noqa: E402
-from bitnet.machine import cpu_capabilities  # noqa: E402
 from bitnet.storage.gguf.container import GGUFFile  # noqa: E402
 from bitnet.tokenizer import from_gguf_metadata  # noqa: E402
 from tests.tokenizer.test_gguf_read import Vocabulary  # noqa: E402
@@ -69,7 +67,7 @@ def main() -> int:
         "model": options.model.name, "corpus": options.corpus, "documents": len(documents), "bytes": size,
         "tokens": tokens, "equal": True,
         "mb_per_second": {name: round(statistics.median(values), 2) for name, values in rates.items()},
-        "cpu": cpu_capabilities().get("cpu_name", platform.machine()), "cores": os.cpu_count(),
+        "machine": describe_machine(),
     }  # fmt: skip
     print(json.dumps(result, indent=1))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

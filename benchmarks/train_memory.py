@@ -10,7 +10,6 @@ Results go to benchmarks/results/train_memory.json. Linux alone (VmHWM).
 
 import dataclasses
 import json
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train as trainer
+from bitnet.bench.report import describe_machine
 from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import TokenArray
@@ -136,9 +136,8 @@ def main() -> None:
             f"{ratio:>8.3f} {net:>11.3f}", flush=True,
         )  # fmt: skip
     if not options.only:
-        machine = {"torch": torch.__version__, "system": platform.platform(), "threads": torch.get_num_threads()}
         RESULTS.parent.mkdir(exist_ok=True)
-        write_atomic(RESULTS, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_atomic(RESULTS, json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ out. Results go to benchmarks/results/train_step.json.
 
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -27,8 +26,9 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bitnet.bench.report import describe_machine
 from bitnet.kernels import training_product
-from bitnet.machine import cpu_capabilities, eager, int8_pays, pick_device, pick_dtype
+from bitnet.machine import eager, int8_pays, pick_device, pick_dtype
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import config as recipes
 from bitnet.training.compiling import compile_model
@@ -260,10 +260,8 @@ def main() -> None:
     result = {
         **dataclasses.asdict(options),
         "dtype": str(ternary.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name()
-        if ternary.device.type == "cuda"
-        else cpu_capabilities().get("cpu_name", platform.machine()),
-        "threads": torch.get_num_threads(),
+        "device": str(ternary.device),
+        "machine": describe_machine(),
         "compiled": ternary.compiled,
         "parameters": ternary.model.num_parameters(),
         "tokens_per_step": tokens,

@@ -12,7 +12,6 @@ processes of a server behind its last request; vLLM's cache is a fixed part of i
 
 import json
 import os
-import platform
 import random
 import socket
 import subprocess
@@ -31,6 +30,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bitnet import kernels
+from bitnet.bench.report import describe_machine
 from bitnet.console import note, table
 from bitnet.inference.generation import generate
 from bitnet.inference.loading import open_model
@@ -224,11 +224,7 @@ def main(options: Options) -> int:
         raise ValueError(f"the preset {options.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     results: list[dict[str, Any]] = []
     about: dict[str, Any] = {key: str(value) for key, value in vars(options).items() if key != "json"}
-    about |= {
-        "run": Path(options.run).name,
-        "machine": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    about["run"] = Path(options.run).name
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folders = make_folders(options, root)
@@ -251,7 +247,9 @@ def main(options: Options) -> int:
             result["weights_mib"] = round((folder / "model.safetensors").stat().st_size / 2**20, 1)
             results.append(result)
             if options.json:
-                options.json.write_text(json.dumps({"options": about, "servers": results}, indent=1) + "\n")
+                options.json.write_text(
+                    json.dumps({"machine": describe_machine(), "options": about, "servers": results}, indent=1) + "\n"
+                )
     rows = [["streams", "server", *MEASURED.values(), "memory, MiB"]]
     for streams in options.streams:
         for result in results:

@@ -19,11 +19,8 @@ weight format run on the native engine; of one that is not ternary the gate chec
 """
 
 import dataclasses
-import datetime
 import itertools
 import json
-import os
-import platform
 import pydoc_data.topics
 import statistics
 import subprocess
@@ -39,7 +36,7 @@ from bitnet.bench.cpu_gate import check_engine, check_layers, check_products
 from bitnet.bench.limits import integer_peak, read_bandwidth
 from bitnet.bench.plan import Options, Peer, Plan, make_plan
 from bitnet.bench.random_models import float_twin, random_tensors, ternary_weights
-from bitnet.bench.report import Report, Row, Value, headings, share, spread
+from bitnet.bench.report import Report, Row, Value, describe_machine, headings, share, spread
 from bitnet.console import stage
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
@@ -49,7 +46,7 @@ from bitnet.inference.options import DEFAULTS
 from bitnet.inference.weights import PackedWeights
 from bitnet.kernels import cpu, use_backend
 from bitnet.kernels.cpu import native
-from bitnet.machine import DTYPES, cpu_capabilities, process_memory, reset_peak_memory
+from bitnet.machine import DTYPES, process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.tokenizer import BaseTokenizer, train_tokenizer
 
@@ -319,19 +316,11 @@ def pick_prompt(plan: Plan, tokenizer: BaseTokenizer) -> list[int]:
 
 def begin(plan: Plan) -> Report:
     """The report of this machine and these options, with its first two lines printed."""
-    machine = {
-        "cpu": cpu_capabilities().get("cpu_name", platform.machine()),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "threads": plan.threads,
-        "instruction_sets": plan.isas,
-        "instruction_sets_here": native.instruction_sets(),
-    }
-    print(f"{machine['cpu']}, {machine['cores']} cores | {machine['date']} | torch {torch.__version__}")
+    machine = describe_machine()
+    print(f"{machine['cpu']}, {machine['cores']} cores | {machine['date']} | torch {machine['torch']}")
     print(f"{' '.join(plan.isas)} of {' '.join(native.instruction_sets()) or 'no native kernels'}")
-    return Report(plan.options.json, {"machine": machine, "options": dataclasses.asdict(plan.options)})
+    options = dataclasses.asdict(plan.options) | {"threads": plan.threads, "isa": plan.isas}  # as they were chosen
+    return Report(plan.options.json, {"machine": machine, "options": options})
 
 
 def run(options: Options) -> int:

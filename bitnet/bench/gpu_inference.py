@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import platform
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from bitnet.bench.gpu_gate import GREEDY
 from bitnet.bench.gpu_timing import Call, Options, Row, copy_rate, in_turn, log, name_of
 from bitnet.bench.random_models import float_twin, random_tensors
+from bitnet.bench.report import describe_machine
 from bitnet.inference.generation import GenerationStats, generate
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.options import DEFAULTS
@@ -31,12 +31,7 @@ def measure_machine(options: Options) -> Iterator[Row]:
     device = options.device
     from bitnet.kernels.triton.language import triton
 
-    row: Row = {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "device": "cpu",
-    }
+    row: Row = {**describe_machine(), "triton": triton.__version__, "device": "cpu"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         query = [

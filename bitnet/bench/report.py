@@ -1,17 +1,55 @@
-"""Tables of a benchmark on standard output, and the same numbers in a JSON file."""
+"""Tables of a benchmark on standard output, the same numbers in a JSON file, and the machine that they are of."""
 
+import datetime
 import json
 import math
+import os
+import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from bitnet.console import table
-from bitnet.files import write_atomic
+from bitnet.files import JsonObject, write_atomic
+from bitnet.kernels.cpu import native
+from bitnet.machine import cpu_capabilities
 
 Value = str | float | None | list[str] | dict[str, float]
 """A number, a text, a `spread`, or None where nothing was measured."""
 Row = dict[str, Value]
+
+
+def describe_machine() -> JsonObject:
+    """What a result was measured on, as every result's "machine": names of processor and GPU (None: none), cores and
+    which of them this process may use (None: the system does not tell), torch's threads, instruction sets of the native
+    kernels (best first), versions, and the time."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return {
+        "cpu": cpu_capabilities().get("cpu_name", platform.machine()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "affinity": allowed,
+        "threads": torch.get_num_threads(),
+        "instruction_sets": native.instruction_sets(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def same_machine(one: JsonObject, other: JsonObject) -> bool:
+    """Whether two descriptions are of one machine with one torch and as many threads, as far as both tell: earlier
+    files had other fields, and the best instruction set alone as "isa"."""
+
+    def told(about: JsonObject) -> JsonObject:
+        return {"isa": next(iter(about.get("instruction_sets", ())), None), **about}
+
+    names = ("cpu", "gpu", "cores", "threads", "isa", "torch")
+    one, other = told(one), told(other)
+    return all(one[name] == other[name] for name in names if name in one and name in other)
 
 
 class Report:

@@ -58,8 +58,8 @@ def test_a_quick_run_prints_its_tables_and_writes_the_same_numbers(tmp_path, cap
 
     result = json.loads(path.read_text())
     assert result["machine"].keys() >= {"cpu", "date", "torch", "threads", "instruction_sets"}
-    assert result["machine"]["threads"] == [1]
-    assert result["machine"]["instruction_sets"] == sets
+    assert result["options"]["threads"] == [1]
+    assert result["options"]["isa"] == sets
     assert any("--quick" in note for note in result["notes"])
     (limits,) = result["limits"]
     assert limits.keys() == {"threads", "memory", *native.instruction_sets()}

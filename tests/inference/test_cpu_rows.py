@@ -271,6 +271,24 @@ def test_who_is_interrupted_while_waiting_leaves_no_rows_behind(chosen: bool, mo
     assert engine.rows.step([(cache.new_row(), [1])]).isfinite().all()
 
 
+def test_an_interrupted_wait_for_company_leaves_the_way_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of("base")
+    row, found = engine.rows.new_cache(64).new_row(), []
+
+    def interrupted(ready, timeout):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.meeting.changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.rows.step([(row, [1, 2])])
+    thread = threading.Thread(target=lambda: found.append(engine.rows.step([(row, [1, 2])])), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found
+    assert row.length == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_computes_on(set_threads: None) -> None:
