@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from bitnet.files import JsonObject
+from bitnet.files import JsonObject, check_writable
 
 if TYPE_CHECKING:
     from bitnet.model import BitNetForCausalLM
@@ -52,6 +52,7 @@ class Options:
 def run(options: Options) -> None:
     if options.out.exists():
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
+    check_writable(options.out)  # before the work, not behind it
     for name, target in (("type", "gguf"), ("form", "hf")):
         if getattr(options, name) is not None and options.to != target:
             raise ValueError(f"--{name} {getattr(options, name)} has no effect on --to {options.to}; leave it out")

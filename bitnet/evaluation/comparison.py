@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.console import note, only_for_looking, progress_bar, say
+from bitnet.data.tokens import IGNORE_INDEX
 from bitnet.evaluation import pictures, table
 from bitnet.evaluation.agreement import Predictor, Reference, with_cache
 from bitnet.evaluation.loss import unused_rows
@@ -146,6 +147,8 @@ class Comparison:
             value = getattr(options, name)
             if value is not None and value < 1 and (name, value) != ("group_size", -1):
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        if options.tasks < 0:
+            raise ValueError(f"--tasks is {options.tasks}; give a number of questions, or 0 for none")
         self.options = options
         self.out = options.out
         path, self.runs = self._runs(train)
@@ -164,6 +167,9 @@ class Comparison:
         mixture, self.context = feed.mixture, feed.window
         windows = max(1, options.tokens // self.context)
         self.windows = held_out_windows(mixture, self.context, windows)
+        self.tokens = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in self.windows)
+        if self.tokens < options.tokens - self.context * len(mixture.corpora):
+            note(f"the held-out text has {self.tokens:,} tokens, and --tokens is {options.tokens:,}")
         self.calibration = calibration_sequences(mixture, self.context, options.calibration_tokens)
         self.tasks = make_tasks(
             self.tokenizer, self.model.config.max_position_embeddings, options.tasks, options.wordnet
@@ -434,7 +440,7 @@ class Comparison:
         """What was measured so far."""
         rows = list(self.rows.values())
         runs = {name: known for name, known in self.sums.items() if name in self.rows}
-        return table.Table(self.settings, self.context, self.options.tokens, rows, self.distributions, runs)
+        return table.Table(self.settings, self.context, self.tokens, rows, self.distributions, runs)
 
     def draw(self) -> None:
         """The pictures of the table, and histograms of weights and activations of the float model, before and after

@@ -61,6 +61,8 @@ def _data_of(source: Source, text: str | None, context: int | None) -> tuple[Dat
     if context is not None and context < 1:
         raise ValueError(f"context is {context}; give the tokens of a window, at least 1")
     positions = source.config.max_position_embeddings
+    if context is not None and context > positions:
+        raise ValueError(f"context is {context}, and {source.path} has {positions} positions; give at most that")
     trained = (window or positions) if config else UNTRAINED_WINDOW
     return data, min(context or trained, positions)
 
@@ -96,4 +98,6 @@ def calibration_sequences(mixture: Mixture, context: int, count: int) -> Tensor:
             f"calibration needs {context} tokens or more of a corpus; there are {mixture.tokens('train')} and {count} "
             "are asked for"
         )
+    if count > mixture.tokens("train"):
+        note(f"calibrated on the {sum(map(len, sequences)):,} tokens that there are, and not on {count:,}")
     return torch.from_numpy(np.stack(sequences))

@@ -30,7 +30,9 @@ def allocate(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], budget:
     unit = math.gcd(*sizes)
     unit *= max(1, math.ceil(sum(sizes) * most / unit / CELLS))
     units = [math.ceil(size / unit) for size in sizes]
-    cells = max(int(budget // unit), sum(size * min(cost) for size, cost in zip(units, costs, strict=True)))
+    # No more than all take at most, whatever the budget.
+    fewest, all_of = (sum(size * end(cost) for size, cost in zip(units, costs, strict=True)) for end in (min, max))
+    cells = int(min(max(budget // unit, fewest), all_of))
     total = np.zeros(cells + 1)
     chosen = []
     for cost, size in zip(costs, units, strict=True):

@@ -77,6 +77,8 @@ class Application:
 
     def _serve(self, name: str, model: TextModel, settings: Settings, count: int) -> ServedModel:
         context = min(model.positions, settings.context or model.positions)
+        if settings.context is not None and settings.context > context:
+            LOG.warning("%s has %d positions, fewer than --context %d", name, context, settings.context)
         cache_tokens = settings.cache_tokens
         if cache_tokens is None:
             cache_tokens = default_cache_tokens(model.model.config, context, count)

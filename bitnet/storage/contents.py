@@ -59,6 +59,8 @@ class Contents:
 def open_contents(path: Path, which: str = "best") -> Iterator[Contents]:
     """The contents of a file or folder, tensors unread. Raises ValueError for anything that is no model."""
     if path.is_file():
+        if which != "best":
+            raise ValueError(f"checkpoint {which} is of a run folder, and {path} is a file; leave it out")
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"GGUF":

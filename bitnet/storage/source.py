@@ -233,13 +233,15 @@ def open_source(path: str | Path, *, which: str = "best") -> Source:
     """What a path holds, headers read.
 
     which: the checkpoint of a run folder, "best" or "last". Raises ValueError (CheckpointError is one) or OSError
-    naming what is wrong with the path.
+    naming what is wrong with the path, and for a "last" one of what has no several.
     """
     path = find(path)
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; give a run of train.py, a model's folder, a GGUF file, or owner/name of the hub"
         )
+    if which != "best" and path.exists() and not (path / "checkpoints").is_dir():
+        raise ValueError(f"checkpoint {which} is of a run folder, and {path} is none; leave it out")
     if path.is_file():
         file = _gguf_file(path)
         return Source(path, "gguf", gguf_read.read_config(file), file.metadata, file=file)

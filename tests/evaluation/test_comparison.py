@@ -124,6 +124,22 @@ def test_rows_are_of_the_weights_that_the_runs_have(runs: Path, tmp_path: Path, 
     assert "with other settings or other float weights" in capsys.readouterr().err
 
 
+def test_the_tokens_of_a_table_are_those_that_were_read(runs: Path, tmp_path: Path, capsys) -> None:
+    def compared(tokens: int, calibration: int) -> Comparison:
+        sizes = {"tokens": tokens, "calibration_tokens": calibration, "tasks": 0}
+        return Comparison(Options((str(runs / "a"),), out=tmp_path / str(tokens), **sizes))
+
+    few = compared(64, 64)
+    assert few.so_far().tokens == 64
+    assert capsys.readouterr().err == ""
+    all_there_are = compared(10**9, 10**9)
+    counted = sum(int((labels != -100).sum()) for _, labels in all_there_are.windows)
+    assert all_there_are.so_far().tokens == counted < 10**6
+    told = capsys.readouterr().err
+    assert f"the held-out text has {counted:,} tokens, and --tokens is 1,000,000,000" in told
+    assert f"calibrated on the {all_there_are.calibration.numel():,} tokens that there are" in told
+
+
 def change_weights(run: Path) -> None:
     """As if it had been trained on."""
     folder = resolve(run)
@@ -278,6 +294,8 @@ def test_speeds_are_measured_later_of_the_models_that_were_kept(
         (["{runs}/nothing"], "does not exist"),
         (["{runs}/a", "--group-size", "0"], "--group-size is 0"),
         (["{runs}/a", "--threads", "-1"], "--threads is -1"),
+        (["{runs}/a", "--tasks", "-1"], "--tasks is -1"),
+        (["{runs}/a", "--context", "33"], "has 32 positions; give at most that"),
     ],
 )
 def test_bad_input(runs: Path, tmp_path: Path, arguments: list[str], message: str, capsys) -> None:

@@ -35,6 +35,13 @@ def test_the_budget_holds_where_sizes_have_no_common_divisor(monkeypatch: pytest
     assert found[1] == 4
 
 
+@pytest.mark.parametrize("budget", [9.0, 1e6, 1e300])
+def test_more_than_all_can_take_is_as_much_as_they_can(budget: float) -> None:
+    """The table has no cell more for it."""
+    sizes = [1000, 24]
+    assert allocate([{2: 1.0, 8: 0.1}, {2: 1.0, 8: 0.5}], sizes, budget * sum(sizes)) == [8, 8]
+
+
 def test_too_small_a_budget_is_named() -> None:
     with pytest.raises(ValueError, match=r"1\.50 bits a weight are fewer than the 2\.00"):
         allocate([{2: 1.0, 4: 0.5}], [100], 150)

@@ -37,6 +37,15 @@ def test_no_tokens_are_none_and_not_all(model):
         Application([("tiny", model)], Settings(port=0, cache_tokens=0))
 
 
+def test_a_context_that_a_model_does_not_have_is_told(model, caplog):
+    application = Application([("tiny", model)], Settings(port=0, cache_tokens=4096, context=100_000))
+    assert application.models.find("tiny").context == 512
+    assert "tiny has 512 positions, fewer than --context 100000" in caplog.text
+    caplog.clear()
+    Application([("tiny", model)], Settings(port=0, cache_tokens=4096, context=512))
+    assert not caplog.text
+
+
 def test_settings_of_a_model_that_every_request_would_fail_on(tokenizer):
     broken = text_model(tokenizer)
     broken.source.sampling = {"top_p": 1.5}

@@ -212,6 +212,19 @@ def test_the_checkpoint_of_a_run_is_chosen(tmp_path, tokenizer):
         assert torch.equal(open_model(tmp_path, pack=False)(IDS), models[0](IDS))
 
 
+def test_what_has_one_checkpoint_has_no_last_one(tmp_path, tokenizer):
+    run = tmp_path / "run"
+    write_run(run, tokenizer)
+    save_packed(tmp_path / "packed", tiny_model().pack(), {})
+    float_model = tiny_model("none", sub_norm=False)
+    gguf_write.write(float_model, tmp_path / "x.gguf", "F16", tokenizer=stdlib_tokenizer(float_model.config.vocab_size))
+    assert open_source(run, which="last").path == open_source(run).path
+    for path in (tmp_path / "packed", tmp_path / "x.gguf", open_source(run).path):
+        assert open_source(path).path == path
+        with pytest.raises(ValueError, match=r"checkpoint last is of a run folder, and .* is none; leave it out"):
+            open_source(path, which="last")
+
+
 def test_a_sharded_run_says_how_to_convert_it(tmp_path, tokenizer):
     run = tmp_path / "run"
     write_run(run, tokenizer)
