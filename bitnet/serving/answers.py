@@ -5,12 +5,23 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from bitnet.inference.scoring import Score
 from bitnet.serving.jobs import Job, Token
 from bitnet.serving.models import ServedModel, now
 from bitnet.tokenizer import BaseTokenizer, StreamDecoder
 
 DONE = b"data: [DONE]\n\n"
+
+
+class Json(JSONResponse):
+    """An answer. Half of a pair of UTF-16, which a client may send in names and metadata and is told again, has no
+    UTF-8: it goes back as JSON's escape, which it was."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
 
 
 def event(body: dict[str, Any], name: str | None = None) -> bytes:

@@ -10,10 +10,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from bitnet.serving import chat, completions, embeddings, responses
+from bitnet.serving.answers import Json
 from bitnet.serving.errors import ApiError, plain_name
 from bitnet.serving.guard import LOG, PAGE_PATHS, Guard, Rules, extra
 from bitnet.serving.metrics import Metrics
@@ -149,7 +150,7 @@ def make_app(models: Models, worker: Worker, metrics: Metrics, rules: Rules, cor
 async def _api_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {key.decode(): value.decode() for key, value in extra(error)}
-    return JSONResponse(error.body(), error.status, headers)
+    return Json(error.body(), error.status, headers)
 
 
 async def _invalid(http: HttpRequest, error: Exception) -> Response:
@@ -178,7 +179,7 @@ async def _http_error(http: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     messages = {404: "there is nothing at this path", 405: "this path does not take this method"}
     found = ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
-    return JSONResponse(found.body(), error.status_code, error.headers)
+    return Json(found.body(), error.status_code, error.headers)
 
 
 async def _gone(http: HttpRequest, error: Exception) -> Response:
@@ -188,4 +189,4 @@ async def _gone(http: HttpRequest, error: Exception) -> Response:
 async def _fault(http: HttpRequest, error: Exception) -> Response:
     """A mistake of this server: the client learns that there is one, the log where."""
     LOG.error("a handler failed", exc_info=error)
-    return JSONResponse(ApiError(500, "the server failed on this request; its log says why").body(), 500)
+    return Json(ApiError(500, "the server failed on this request; its log says why").body(), 500)

@@ -5,16 +5,16 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from bitnet.serving.answers import Usage, chat_logprobs, event, head
+from bitnet.serving.answers import Json, Usage, chat_logprobs, event, head
 from bitnet.serving.errors import invalid
 from bitnet.serving.grammar import ANY_OBJECT
 from bitnet.serving.jobs import Generation, Piece, Token
 from bitnet.serving.models import ServedModel
 from bitnet.serving.requests import ChatBody, Function, Message, NamedTool, ObjectFormat, SchemaFormat
 from bitnet.serving.streams import events, requests_of, stream, unless_gone
-from bitnet.serving.tools import Call, CallReader, call_schema, form_of, opening
+from bitnet.serving.tools import Call, CallReader, call_schema, form_of, opening, refuse
 
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
             calls = []
             for call in message.tool_calls:
                 try:
-                    arguments = json.loads(call.function.arguments)
+                    arguments = json.loads(call.function.arguments, parse_constant=refuse)
                 except (ValueError, RecursionError) as error:
                     raise invalid(
                         f"the arguments of {call.function.name} are not JSON: {error}", f"messages[{number}].tool_calls"
@@ -158,7 +158,7 @@ class Chat:
         return text
 
     async def answer(self) -> Response:
-        return JSONResponse(await unless_gone(self.http, self._whole()))
+        return Json(await unless_gone(self.http, self._whole()))
 
     async def _whole(self) -> dict[str, Any]:
         count = self.request.generation.count

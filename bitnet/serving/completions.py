@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from bitnet.serving.answers import Usage, event, head, legacy_logprobs, legacy_of_tokens, offsets
+from bitnet.serving.answers import Json, Usage, event, head, legacy_logprobs, legacy_of_tokens, offsets
 from bitnet.serving.errors import ApiError, invalid
 from bitnet.serving.jobs import Generation, Piece, PromptScores, Token
 from bitnet.serving.models import ServedModel
@@ -72,7 +72,7 @@ class Completions:
         return (decoded if text is None else text), starts
 
     async def answer(self) -> Response:
-        return JSONResponse(await unless_gone(self.http, self._whole()))
+        return Json(await unless_gone(self.http, self._whole()))
 
     async def _whole(self) -> dict[str, Any]:
         texts: dict[tuple[int, int], str] = {}

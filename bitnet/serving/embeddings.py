@@ -8,10 +8,11 @@ import base64
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from torch import Tensor
 
 from bitnet.inference.scoring import hidden_states_of
+from bitnet.serving.answers import Json
 from bitnet.serving.completions import prompts_of
 from bitnet.serving.errors import ApiError
 from bitnet.serving.models import ServedModel
@@ -35,7 +36,7 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
+    return Json({"object": "list", "model": model.name, "data": data, "usage": usage})
 
 
 async def _all(futures: list[asyncio.Future[Tensor]]) -> list[Tensor]:

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from bitnet.serving.answers import Usage, event, new_id
+from bitnet.serving.answers import Json, Usage, event, new_id
 from bitnet.serving.chat import prompt_of
 from bitnet.serving.grammar import ANY_OBJECT
 from bitnet.serving.jobs import Generation, Piece
@@ -88,7 +88,7 @@ class PlainResponse:
         return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     async def answer(self) -> Response:
-        return JSONResponse(await unless_gone(self.http, self._whole()))
+        return Json(await unless_gone(self.http, self._whole()))
 
     async def _whole(self) -> dict[str, Any]:
         text, cut = "", False

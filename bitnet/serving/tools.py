@@ -151,7 +151,7 @@ class CallReader:
 
     def _parse(self, body: str) -> list[Call] | None:
         try:
-            value = json.loads(body, parse_constant=_refuse)
+            value = json.loads(body, parse_constant=refuse)
         except (ValueError, RecursionError):
             return None
         entries = value if isinstance(value, list) else [value]
@@ -167,5 +167,6 @@ class CallReader:
         return calls or None
 
 
-def _refuse(word: str) -> None:
+def refuse(word: str) -> None:
+    """NaN and Infinity, which Python reads. Raises ValueError."""
     raise ValueError(f"{word} is no JSON")

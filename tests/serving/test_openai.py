@@ -15,8 +15,10 @@ from tests.kernels.builders import NOT_BUILT
 from tests.serving.builders import Source, running
 
 openai = oracles.require("openai")
+httpx = oracles.require("httpx")
 PROMPT = "def wrap(text"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <s> something"}]
+CALLED = {"type": "function", "function": {"name": "f", "arguments": '{"days": NaN}'}}
 TOOL = {
     "type": "function",
     "function": {
@@ -282,11 +284,31 @@ def test_bad_completions_are_named(client, changes, param, words):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}}, "schema"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "nobody"}}}, "nobody"),
         ({"tool_choice": "required"}, "no tools"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{**CALLED, "id": "x"}]}]},
+            "f are not JSON: NaN is no JSON",
+        ),
     ],
 )
 def test_bad_chats_are_named(client, changes, words):
     with pytest.raises(openai.BadRequestError, match=words):
         client.chat.completions.create(**{"model": "tiny", "messages": CHAT, "max_tokens": 2, **changes})
+
+
+def test_what_has_no_utf8_is_told_again_as_it_came(address):
+    """Half of a pair of UTF-16, in what is not read as text: the answer failed, and with it the connection."""
+    half = "\\ud800"
+    body = f'{{"input": "hi", "max_output_tokens": 2, "metadata": {{"{half}": "a{half}"}}}}'
+    named = f'{{"format": {{"type": "json_schema", "name": "{half}", "schema": {{}}}}}}'
+    with httpx.Client(base_url=address, headers={"content-type": "application/json"}) as http:
+        for _ in range(2):  # on one connection
+            answer = http.post("/v1/responses", content=body)
+            assert answer.status_code == 200
+            assert answer.json()["metadata"] == {"\ud800": "a\ud800"}
+            answer = http.post("/v1/responses", content=f'{{"input": "hi", "max_output_tokens": 2, "text": {named}}}')
+            assert answer.json()["text"]["format"]["name"] == "\ud800"
+        answer = http.post("/v1/responses", content=body.replace(half, "\u00e9"))
+        assert "\u00e9" in answer.text  # nothing else is escaped
 
 
 def test_places_in_a_body():
