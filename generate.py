@@ -181,13 +181,14 @@ def chat(writer: "Writer", conversation: "Conversation", prompt: str | None) -> 
             conversation.messages.clear()
             note("a new conversation")
         elif line.strip():
+            before = list(conversation.messages)
             try:
                 writer.write(conversation.ask(line, room), answer=True)
             except KeyboardInterrupt:  # what was written so far is the answer
                 pass
             except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
-                conversation.messages.pop()
+                conversation.messages[:] = before  # also the turns that were left out for this one
                 continue
             conversation.messages.append({"role": "assistant", "content": writer.text.strip()})
             writer.seed += 1

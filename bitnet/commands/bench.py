@@ -6,11 +6,23 @@ bitnet bench --preset 700m --kernels --twins
 bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
 """
 
+from dataclasses import fields
+
 from bitnet.bench.options import Options
+
+ON_GPU = ("device", "preset", "json", "quick")
+"""Options that count on a GPU."""
 
 
 def run(options: Options) -> int:
-    """Returns 1 where a gate is red or a peer failed."""
+    """Returns 1 where a gate is red or a peer failed. Raises ValueError for an option that the device has no use of."""
+    if options.device != "cpu":
+        for field in fields(options):
+            value = getattr(options, field.name)
+            if field.name not in ON_GPU and value != field.default:
+                what = f"{value}" if field.name == "model" else f"--{field.name} {value}"
+                raise ValueError(f"{what} has no effect with --device {options.device}; leave it out")
+
     import torch
 
     threads = torch.get_num_threads()

@@ -76,11 +76,12 @@ def print_report(result: JsonObject) -> None:
     print(table(lines))
 
 
-def print_histogram(name: str, bins: list[dict[str, float]]) -> None:
+def print_histogram(name: str, bins: list[JsonObject]) -> None:
     total, most = sum(b["count"] for b in bins), max((b["count"] for b in bins), default=1)
     rows = []
     for b in bins:
-        values = f"{b['low']:.5g}" if b["low"] == b["high"] else f"{b['low']:.5g} to {b['high']:.5g}"
+        low, high = (end if isinstance(end, str) else f"{end:.5g}" for end in (b["low"], b["high"]))
+        values = low if b["low"] == b["high"] else f"{low} to {high}"
         rows.append((values, f"{b['count']:,}", f"{b['count'] / total:.1%}", "#" * round(BAR * b["count"] / most)))
     print(f"\n{name}\n{table(rows)}")
 

@@ -265,17 +265,27 @@ def report(contents: Contents) -> JsonObject:
     }
 
 
-def histogram(entry: Entry) -> list[dict[str, float]]:
-    """Counts of a tensor's values, for integer codes one a code, else in equal bins from the least to the greatest."""
+def histogram(entry: Entry) -> list[dict[str, float | str]]:
+    """Counts of a tensor's values, for integer codes one a code, else in equal bins from the least to the greatest, and
+    behind them those of "-inf", "inf" and "nan", as JSON has no such numbers. Raises ValueError for complex numbers."""
     values, _ = entry.load()
+    if values.is_complex():
+        raise ValueError(f"{entry.name} has complex numbers, which have no order")
     if not values.is_floating_point():
         found, counts = values.unique(return_counts=True)
         return [{"low": float(v), "high": float(v), "count": int(n)} for v, n in zip(found, counts, strict=True)]
-    finite = values.float().flatten()
-    finite = finite[finite.isfinite()]
-    if not finite.numel():
-        return []
-    low, high = float(finite.min()), float(finite.max())
-    counts = torch.histc(finite, BINS, low, high) if low < high else torch.tensor([float(finite.numel())])
-    edges = torch.linspace(low, high, len(counts) + 1).tolist()
-    return [{"low": edges[i], "high": edges[i + 1], "count": int(n)} for i, n in enumerate(counts)]
+    values = values.flatten() if values.dtype == torch.float64 else values.float().flatten()
+    finite = values[values.isfinite()]
+    bins: list[dict[str, float | str]] = []
+    if finite.numel():
+        low, high = float(finite.min()), float(finite.max())
+        # A range that its bins multiply beyond the type is made smaller.
+        part = 2.0**-8 if BINS * (high - low) > torch.finfo(values.dtype).max else 1.0
+        counts = torch.tensor([finite.numel()])
+        if low < high:
+            counts = torch.histc(finite * part, BINS, low * part, high * part)
+        ends = torch.linspace(low * part, high * part, len(counts) + 1, dtype=torch.float64)
+        edges = [edge / part for edge in ends.tolist()]
+        bins = [{"low": edges[i], "high": edges[i + 1], "count": int(n)} for i, n in enumerate(counts)]
+    others = {"-inf": values == -torch.inf, "inf": values == torch.inf, "nan": values.isnan()}
+    return bins + [{"low": name, "high": name, "count": int(of.sum())} for name, of in others.items() if of.any()]

@@ -1,6 +1,7 @@
 """bitnet inspect: every kind of file, as text and as JSON."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,30 @@ def test_floats_are_counted_in_bins(tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "w"]) == 0
     assert capsys.readouterr().out.count("#") > 40
+
+
+def test_what_is_no_finite_number_is_counted_too(tmp_path, capsys):
+    inf, nan = math.inf, math.nan
+    tensors = {
+        "some": torch.tensor([1.0, nan, 2.0, inf, -inf, nan]), "none": torch.full((3, 2), nan),
+        "wide": torch.tensor([3e38, -3e38, 0.0]), "small": torch.tensor([1.4e-45, 4.2e-45]),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    def bins(name: str) -> list[tuple[object, int]]:
+        assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", name]) == 0
+        assert name in capsys.readouterr().out
+        found = shown(capsys, tmp_path / "x.safetensors", "--histogram", name)["histogram"]
+        assert sum(b["count"] for b in found) == tensors[name].numel()
+        return [(b["low"], b["count"]) for b in found if b["count"]]
+
+    assert bins("some")[2:] == [("-inf", 1), ("inf", 1), ("nan", 2)]
+    assert bins("none") == [("nan", 6)]
+    assert [count for _, count in bins("wide")] == [1, 1, 1]
+    assert [count for _, count in bins("small")] == [1, 1]
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--histogram", "complex"]) == 2
+    assert "complex has complex numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,8 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         ["inspect", "nowhere"],
         ["bench", "nowhere"],
         ["bench", "--preset", "nonsense"],
+        ["bench", "nowhere", "--device", "cuda"],
+        ["bench", "--device", "cuda", "--twins"],
         ["formats", "1", "--params", "-1"],
         ["formats", "a"],
         ["consolidate", "nowhere"],

@@ -253,3 +253,20 @@ def test_bad_chat_arguments(call, run_folder):
     template.write_text(CHATML)
     assert (status, out) == (2, "")
     assert "has no chat template: it is a base model" in err
+
+
+def test_a_message_that_does_not_fit_forgets_nothing(call, monkeypatch):
+    seen: list[list[tuple[str, str]]] = []
+    encode = ChatTemplate.encode
+
+    def spy(self, messages, add_generation_prompt=True):
+        seen.append([(m["role"], m["content"]) for m in messages])
+        return encode(self, messages, add_generation_prompt)
+
+    monkeypatch.setattr(ChatTemplate, "encode", spy)
+    options = ("--chat", "--interactive", "--max-new-tokens", "4", "--seed", "1")
+    status, _, err = call(*options, stdin="one\n" + "x" * 200 + "\ntwo\n")
+    assert (status, err.count("error: a prompt of")) == (0, 1)
+    assert [role for role, _ in seen[-1]] == ["user", "assistant", "user"]
+    assert seen[-1][0] == ("user", "one")
+    assert seen[-1][-1] == ("user", "two")
