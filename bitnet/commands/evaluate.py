@@ -55,6 +55,9 @@ def run(options: Options) -> None:
         if value is not None:
             raise ValueError(f"{name} {value} has no effect {'beside' if options.tasks else 'without'} --tasks; leave "
                              "it out")  # fmt: skip
+    for name, value, least in (("--shots", options.shots, 0), ("--limit", options.limit, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; give at least {least}")
     if options.tasks:
         _run_tasks(options)
         return

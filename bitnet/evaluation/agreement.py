@@ -1,5 +1,7 @@
 """How far a model's predictions are from a float model's, window by window."""
 
+import errno
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,14 +64,14 @@ class Reference:
         unused: Tensor | None = None,
     ) -> None:
         """words: of each window, where `last_words` found the last words of sentences; unused: rows of the head that
-        are never drawn, int64 `[U]`, which have no share of any softmax."""
+        are never drawn, int64 `[U]`, which have no share of any softmax. Raises OSError where the disk has no room."""
         self.windows, self.unused = windows, unused
         self.words = words or [()] * len(windows)
         rows = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in windows)
         # Tokens times vocabulary is gigabytes for a real model: the float model runs once, and its predictions wait on
         # disk.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as this object
-        self._file.truncate(rows * vocab * 4)
+        _take_room(self._file.fileno(), rows * vocab * 4)
         self.logp = np.memmap(self._file, np.float32, "r+", shape=(rows, vocab))
         at = 0
         for logp, _ in predictions(model, windows, vocab, unused):
@@ -96,6 +98,25 @@ class Reference:
         gap, gap_error = ratio_and_error(torch.tensor(gaps).double(), torch.tensor(counts))
         cloze = Accuracy.of(read, sum(map(len, self.words)))
         return Score(loss, error, gap, gap_error, kl / at, agree / at, cloze)
+
+
+def _take_room(file: int, size: int) -> None:
+    """Give a file so many bytes on disk. Written through a mapping, a disk without them would end the program (SIGBUS).
+
+    Raises OSError, with the place and the size.
+    """
+    os.truncate(file, size)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # a file system that cannot tell
+            return
+        raise OSError(
+            f"the float model's predictions take {size / 1e9:.1f} GB in {tempfile.gettempdir()}, which has no room; "
+            "give fewer --tokens, or another folder in TMPDIR"
+        ) from error
 
 
 def _divergence(logp: Tensor, logq: Tensor) -> float:

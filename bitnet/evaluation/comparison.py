@@ -298,8 +298,11 @@ class Comparison:
                 self.write()
 
     def _missing(self, name: str) -> bool:
-        """Whether a row is not there, or there without the speed that is wanted."""
-        return name not in self.rows or (self.options.speed and self.rows[name].decode is None)
+        """Whether a row is not there, or there without the speed or a task that is wanted: WordNet may have come."""
+        row = self.rows.get(name)
+        if row is None or (self.options.speed and row.decode is None):
+            return True
+        return any(task.questions and getattr(row, task.name) is None for task in self.tasks)
 
     def measure_row(self, name: str, what: str | None) -> Row:
         """The row of the float model (None), of a run, a method or a cache by its name."""

@@ -146,6 +146,8 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         ["quantize", "nowhere", "out", "--method", "hqq-4", "--text", "sotu"],
         ["evaluate", "nowhere", "--tasks", "arc_easy", "--text", "sotu"],
         ["evaluate", "nowhere", "--limit", "5"],
+        ["evaluate", "nowhere", "--tasks", "arc_easy", "--limit", "0"],
+        ["evaluate", "nowhere", "--tasks", "arc_easy", "--shots", "-1"],
         ["compare", "nowhere"],
         ["export", "nowhere", "out"],
         ["export", "nowhere", "out", "--type", "F16"],

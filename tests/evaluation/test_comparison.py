@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -140,6 +142,23 @@ def test_the_tokens_of_a_table_are_those_that_were_read(runs: Path, tmp_path: Pa
     assert f"calibrated on the {all_there_are.calibration.numel():,} tokens that there are" in told
 
 
+def test_a_task_that_can_be_asked_now_is_asked_of_every_row(runs: Path, tmp_path: Path, monkeypatch, undrawn) -> None:
+    monkeypatch.setattr("bitnet.evaluation.definitions.DEBIAN", tmp_path / "nowhere")
+    nouns = enumerate(("dog", "cat", "oak", "hill"))
+    lines = [f"{i:08} 05 n 01 {noun} 0 000 | a thing of kind {noun[0]} {i}" for i, noun in nouns]
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict" / "data.noun").write_text("  1 This software.\n" + "\n".join(lines))
+    command = ["compare", str(runs / "a"), "--methods", "none", "--tokens", "64", "--tasks", "4", "--no-speed",
+               "--calibration-tokens", "64", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    before = read_rows(tmp_path / "out")
+    assert [row["definitions"] for row in before.values()] == [None, None]
+    assert main([*command, "--wordnet", str(tmp_path / "dict")]) == 0
+    after = read_rows(tmp_path / "out")
+    assert all(0 <= row["definitions"] <= 1 for row in after.values())
+    assert [row["perplexity"] for row in after.values()] == [row["perplexity"] for row in before.values()]
+
+
 def change_weights(run: Path) -> None:
     """As if it had been trained on."""
     folder = resolve(run)
@@ -180,6 +199,33 @@ def test_scores_are_what_their_definitions_say() -> None:
         assert error == pytest.approx(math.sqrt(float(residuals.square().sum().detach()) * 3 / 2) / 41, rel=1e-4)
     same = Reference(model, windows, 300).score(model)
     assert (same.gap, same.kl, same.top1) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system gives files no room beforehand")
+def test_a_disk_without_room_for_the_predictions_is_told_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [(torch.arange(16)[None], torch.arange(1, 17)[None])]
+    calls = []
+
+    def model(ids: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch.zeros(*ids.shape, 300)
+
+    reference = Reference(model, windows, 300)
+    assert os.fstat(reference._file.fileno()).st_blocks * 512 >= 16 * 300 * 4
+    assert len(calls) == 1
+
+    def fails(number: int):
+        def fallocate(*arguments: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+    fails(errno.ENOSPC)
+    with pytest.raises(OSError, match=r"predictions take 0\.0 GB in .*, which has no room; give fewer --tokens"):
+        Reference(model, windows, 300)
+    assert len(calls) == 1
+    fails(errno.EOPNOTSUPP)
+    assert Reference(model, windows, 300).score(model).kl == 0
 
 
 def test_layer_errors_compare_the_residual_stream_behind_each_layer() -> None:
