@@ -111,7 +111,7 @@ class BuildKernels(build_ext):
 
 
 _NAMES = (
-    "simd layout outputs activations matmul groups floats product attention forward isa pool sampling blocks "
+    "simd layout outputs activations lines matmul groups floats product attention forward isa pool sampling blocks "
     "blocks_layout blocks_iq_search"
 )
 HEADERS = [f"{FOLDER}/{name}.h" for name in _NAMES.split()]

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "emulated"
 SETS = ("avx_vnni", "avx512_vnni", "amx")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c"]
-COUNTS = (*range(1, 18), 33, 37)
-"""Tokens: around the borders of tiles of 2, 4, 6, 12, 16 and 32."""
+COUNTS = (*range(1, 18), 33, 101)
+"""Tokens: around the borders of tiles of 2, 4, 6, 12, 16 and 32, and of 96 that are worked on together."""
 TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in ("native", "native_choice", "native_layout", "ops", "tiles")),
     *(f"tests/inference/test_{name}.py" for name in ("weights", "cpu_engine", "cpu_rows", "cpu_text", "sampling")),

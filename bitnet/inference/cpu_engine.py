@@ -185,16 +185,15 @@ class Engine:
         logits behind those numbered by `wanted` to `logits` float32 `[len(wanted), V]`, or with `states` to
         `[len(wanted), C]` what the head would multiply. With `hidden`, contiguous float32 `[len(ids), C]`, they begin
         there and not at their embeddings. Any number of threads may."""
-        lib, threads = native.library(), native.threads()
-        assert lib is not None
+        kernels, threads = native.kernels(), native.threads()
         longest = native.round_up(max(row.length + row.tokens for row in rows), 1024)  # not a little more at every step
-        size = lib.bn_workspace_bytes(self._struct, len(ids), len(rows), longest, threads)
+        size = kernels.workspace(self._struct, len(ids), len(rows), longest, threads)
         tokens = ids.data_ptr() if isinstance(ids, Tensor) else ids.buffer_info()[0]
         numbers = array.array("i", wanted)
         stream = None if hidden is None else hidden.data_ptr()
         with self._scratch.piece(size) as workspace:
             target = numbers.buffer_info()[0], len(numbers), logits.data_ptr(), states, workspace, threads
-            native.kernels().forward(self._struct, rows, len(rows), tokens, stream, *target)
+            kernels.forward(self._struct, rows, len(rows), tokens, stream, *target)
 
     def attach(self, adapters: Matrices) -> None:
         """Add LoRA adapters (`bitnet/model/lora.py`), in the place of those that are there; none takes them away. Not

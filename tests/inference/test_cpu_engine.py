@@ -1,5 +1,7 @@
 """The native engine against the packed torch model: logits, bits, caches, and input that is refused."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,7 +115,7 @@ def assert_same_bits(config: ModelConfig, B: int, T: int, cache_dtype: str, mode
             expected = whole if expected is None else expected
             where = f"{isa}, cache {cache_dtype}, batch {B}"
             assert torch.equal(whole, expected), where
-            # Positions lie in blocks of 16, queries go in fours, tokens in tiles of 6, 12 or 16.
+            # Positions lie in blocks of 16, queries go in fours, sixes or twelves, tokens in tiles of 6, 12 or 16.
             for sizes in ([3, 12, 1, T - 16], *([[1] * T, [T - 1, 1]] if B == 1 else [])):
                 assert torch.equal(in_pieces(engine, ids, sizes), expected), f"{where}, pieces {sizes}"
             assert torch.equal(engine(ids, last_only=True), expected[:, -1:]), where
@@ -218,6 +220,26 @@ def test_output_memory_is_used_and_nothing_beside_it() -> None:
     assert torch.equal(last, out[:, -1:])
     with torch.inference_mode():
         assert torch.equal(engine(ids), out)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_workspace_is_as_large_as_the_instruction_set_needs(isa: str, set_threads: None) -> None:
+    """Tiles and what attends together differ between them, and so does what lies there."""
+    config = CONFIGS["base"].replace(max_position_embeddings=256)
+    ids = torch.randint(config.vocab_size, (1, 200))
+    with native.use_instruction_set(isa):
+        engine = engine_of(config)
+        for threads, (first, last) in itertools.product((1, 3), ((0, 200), (0, 7), (190, 197))):
+            torch.set_num_threads(threads)
+            cache = engine.new_cache(1, 256)
+            if first:
+                engine(ids[:, :first], cache)
+            size = native.kernels().workspace(engine._struct, last - first, 1, native.round_up(last, 1024), threads)
+            room = torch.full((size + 4096,), 0x5A, dtype=torch.uint8)
+            engine._scratch._free = [room]
+            engine(ids[:, first:last], cache)
+            assert (room[:size] != 0x5A).any(), "another workspace was taken"
+            assert bool((room[size:] == 0x5A).all()), f"{threads} threads, tokens {first} to {last}"
 
 
 def test_strided_ids_and_several_caches_at_once() -> None:

@@ -37,42 +37,47 @@ template <int dtype> struct head_cache {
     float *value_scale(int64_t b) const { return row.cache->value_scale + at(b); }
 };
 
-// scores[q][s] = query q . key s, for NB runs of 16 positions from s on, whose keys are at k.
+// What NQ queries are worked on together with: for every d (query) or position (score) theirs lie side by side, so that one
+// pointer leads to all of them.
+//     query   [D][NQ]
+//     scores  [positions / 16][NQ][16]
+
+// Scores of NB runs of 16 positions, whose keys are at k.
 template <int dtype, int NQ, int NB>
-BN_INLINE void score_runs(const float *const *query, const typename element<dtype>::type *k, int64_t D,
-                          const float *key_scale, float *const *scores, int64_t s) {
+BN_INLINE void score_runs(const float *query, const typename element<dtype>::type *k, int64_t D, const float *key_scale,
+                          float *scores) {
     vf acc[NQ][NB];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) acc[q][b] = (vf){};
-    for (int64_t d = 0; d < D; d++) {
+    for (int64_t d = 0; d < D; d++, query += NQ) {
         vf key[NB];
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) key[b] = element<dtype>::get(k + (b * D + d) * 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int q = 0; q < NQ; q++) {
-            vf x = splat(query[q][d]);
+            vf x = splat(query[q]);
 #pragma GCC unroll 8
             for (int b = 0; b < NB; b++) acc[q][b] = fma(x, key[b], acc[q][b]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int b = 0; b < NB; b++) {
             vf score = acc[q][b];
             if constexpr (dtype == CACHE_INT8) score = score * load(key_scale + 16 * b);
-            store(scores[q] + s + 16 * b, score);
+            store(scores + (b * NQ + q) * 16, score);
         }
 }
 
-// out[q][d..] = sum over s of p[q][s] * value s, for NV vectors of D.
+// out[q][d..] = sum over s of p[s][q] * value s, for NV vectors of D.
 template <int dtype, int NQ, int NV>
-BN_INLINE void mix_values(const float *const *p, const head_cache<dtype> &cache, int64_t count, float *const *out,
+BN_INLINE void mix_values(const float *p, const head_cache<dtype> &cache, int64_t count, float *const *out,
                           const float *inverse, int64_t d) {
     vf acc[NQ][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[q][v] = (vf){};
@@ -82,62 +87,67 @@ BN_INLINE void mix_values(const float *const *p, const head_cache<dtype> &cache,
         const float *value_scale = dtype == CACHE_INT8 ? cache.value_scale(b) - s : nullptr;
         int64_t end = s + size < count ? s + size : count;
         for (; s < end; s++, values += D) {
+            const float *weights = p + s / 16 * (16 * NQ) + s % 16;
             vf value[NV];
 #pragma GCC unroll 8
             for (int v = 0; v < NV; v++) value[v] = element<dtype>::get(values + 16 * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int q = 0; q < NQ; q++) {
-                float weight = p[q][s];
+                float weight = weights[16 * q];
                 if constexpr (dtype == CACHE_INT8) weight *= value_scale[s];
 #pragma GCC unroll 8
                 for (int v = 0; v < NV; v++) acc[q][v] = fma(splat(weight), value[v], acc[q][v]);
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int q = 0; q < NQ; q++)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) store(out[q] + d + 16 * v, acc[q][v] * splat(inverse[q]));
 }
 
-// How many vectors NQ queries hold at once without leaving the registers.
-#if defined(BN_AVX512) || defined(BN_NEON)
-enum { RUNS_OF_ONE = 4, RUNS_OF_FOUR = 2, VALUES_OF_ONE = 4, VALUES_OF_FOUR = 4 };
+// How many queries are worked on together, and how many vectors of keys and values with them without leaving the registers.
+#if defined(BN_AVX512)
+enum { MAX_QUERIES = 12, RUNS_OF_MANY = 2, VALUES_OF_MANY = 2, RUNS_OF_FOUR = 2, VALUES_OF_FOUR = 4 };
+#elif defined(BN_NEON)
+enum { MAX_QUERIES = 4, RUNS_OF_MANY = 2, VALUES_OF_MANY = 4, RUNS_OF_FOUR = 2, VALUES_OF_FOUR = 4 };
 #else
-enum { RUNS_OF_ONE = 4, RUNS_OF_FOUR = 1, VALUES_OF_ONE = 4, VALUES_OF_FOUR = 1 };
+enum { MAX_QUERIES = 6, RUNS_OF_MANY = 1, VALUES_OF_MANY = 1, RUNS_OF_FOUR = 1, VALUES_OF_FOUR = 1 };
 #endif
+enum { SOME_QUERIES = 4, RUNS_OF_ONE = 4, VALUES_OF_ONE = 4 };
 
 // NQ queries of one key/value head; query q sees the first limit[q] positions, limit ascending.
 template <int dtype, int NQ>
-static void attend(const float *const *query, const head_cache<dtype> &cache, const int64_t *limit, float inv_sqrt,
-                   float *const *scores, float *const *out) {
+static void attend(const float *query, const head_cache<dtype> &cache, const int64_t *limit, float inv_sqrt, float *scores,
+                   float *const *out) {
     float inverse[NQ];
     int64_t D = cache.D, count = limit[NQ - 1], padded = round_up(count, 16), size = cache.block();
-    constexpr int NB = NQ == 1 ? RUNS_OF_ONE : RUNS_OF_FOUR, NV = NQ == 1 ? VALUES_OF_ONE : VALUES_OF_FOUR;
+    constexpr int NB = NQ == 1 ? RUNS_OF_ONE : NQ == SOME_QUERIES ? RUNS_OF_FOUR : RUNS_OF_MANY;
+    constexpr int NV = NQ == 1 ? VALUES_OF_ONE : NQ == SOME_QUERIES ? VALUES_OF_FOUR : VALUES_OF_MANY;
     for (int64_t b = 0, s = 0; s < padded; b++) {
         auto *keys = cache.keys(b);
         const float *key_scale = dtype == CACHE_INT8 ? cache.key_scale(b) : nullptr;
         int64_t end = s + size < padded ? size : padded - s, r = 0;
         for (; r + 16 * NB <= end; r += 16 * NB)
-            score_runs<dtype, NQ, NB>(query, keys + r * D, D, key_scale + r, scores, s + r);
-        for (; r < end; r += 16) score_runs<dtype, NQ, 1>(query, keys + r * D, D, key_scale + r, scores, s + r);
+            score_runs<dtype, NQ, NB>(query, keys + r * D, D, key_scale + r, scores + (s + r) * NQ);
+        for (; r < end; r += 16) score_runs<dtype, NQ, 1>(query, keys + r * D, D, key_scale + r, scores + (s + r) * NQ);
         s += end;
     }
     for (int q = 0; q < NQ; q++) {
-        float *s = scores[q];
-        for (int64_t i = limit[q]; i < padded; i++) s[i] = -INFINITY;
+        float *s = scores + 16 * q; // run i of them at s + i * NQ
+        for (int64_t i = limit[q]; i < padded; i++) s[i / 16 * 16 * NQ + i % 16] = -INFINITY;
         vf peak = splat(-INFINITY), total = {};
-        for (int64_t i = 0; i < padded; i += 16) peak = max(load(s + i), peak);
+        for (int64_t i = 0; i < padded; i += 16) peak = max(load(s + i * NQ), peak);
         vf shift = splat(maximum(peak) * inv_sqrt);
         for (int64_t i = 0; i < padded; i += 16) {
-            vf e = exponential(load(s + i) * splat(inv_sqrt) - shift);
+            vf e = exponential(load(s + i * NQ) * splat(inv_sqrt) - shift);
             if (i + 16 > limit[q]) { // e^-87 is not 0
                 float t[16];
                 store(t, e);
                 for (int64_t r = limit[q] > i ? limit[q] - i : 0; r < 16; r++) t[r] = 0.0f;
                 e = load(t);
             }
-            store(s + i, e);
+            store(s + i * NQ, e);
             total = total + e;
         }
         inverse[q] = 1.0f / sum(total);
@@ -145,16 +155,6 @@ static void attend(const float *const *query, const head_cache<dtype> &cache, co
     int64_t d = 0;
     for (; d + 16 * NV <= D; d += 16 * NV) mix_values<dtype, NQ, NV>(scores, cache, count, out, inverse, d);
     for (; d < D; d += 16) mix_values<dtype, NQ, 1>(scores, cache, count, out, inverse, d);
-}
-
-template <int dtype>
-static void attend_some(int n, const float *const *query, const head_cache<dtype> &cache, const int64_t *limit,
-                        float inv_sqrt, float *const *scores, float *const *out) {
-    if (n == 4) {
-        attend<dtype, 4>(query, cache, limit, inv_sqrt, scores, out);
-        return;
-    }
-    for (int q = 0; q < n; q++) attend<dtype, 1>(query + q, cache, limit + q, inv_sqrt, scores + q, out + q);
 }
 
 // Write one key (rotated) and one value, float [D padded], to a position.

@@ -1,4 +1,4 @@
-// What Python calls: which instruction sets there are, packing, and the workspace's size.
+// What Python calls: which instruction sets there are, and packing.
 #include "layout.h"
 
 #include <math.h>
@@ -109,11 +109,6 @@ BN_EXPORT int64_t bn_struct_sizes(int which) {
     static const int64_t sizes[] = {sizeof(bn_matrix), sizeof(bn_projection), sizeof(bn_layer), sizeof(bn_model),
                                     sizeof(bn_cache), sizeof(bn_row), sizeof(bn_draw), sizeof(bn_kernels)};
     return sizes[which];
-}
-
-// For so many new tokens of so many rows, of which the longest has `longest` afterwards.
-BN_EXPORT int64_t bn_workspace_bytes(const bn_model *m, int64_t tokens, int64_t rows, int64_t longest, int threads) {
-    return bn::common::lay_out(*m, tokens, rows, longest, threads, nullptr, nullptr);
 }
 
 // Scratch of a thread that draws from V logits.

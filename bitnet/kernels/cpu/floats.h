@@ -77,8 +77,10 @@ static void multiply_rows(const bn_matrix &w, const activations &a, int64_t M, c
 #undef BN_TILE
         }
         vf s0 = load(w.scale + 32 * panel), s1 = load(w.scale + 32 * panel + 16);
-        for (int64_t m = 0; m < M; m++)
-            finish(w, to, panel, load(sums + 32 * m) * s0, load(sums + 32 * m + 16) * s1, m);
+        finish_tokens(w, to, panel, 0, M, [&](int64_t m, vf *v0, vf *v1) {
+            *v0 = load(sums + 32 * m) * s0;
+            *v1 = load(sums + 32 * m + 16) * s1;
+        });
     }
 }
 

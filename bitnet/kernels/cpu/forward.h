@@ -22,8 +22,6 @@
 namespace bn {
 namespace BN_ISA {
 
-enum { MAX_QUERIES = 4 };
-
 struct buffers {
     float *h, *a, *b; // [M, C], [M, max of qkv, F, heads and C] twice
     uint8_t *x;       // activations of the tokens
@@ -31,15 +29,19 @@ struct buffers {
     int32_t *row_of, *position; // of every token
     int64_t *items;             // [rows + 1]: where a row's pieces of attention begin
     uint8_t *own;               // of the threads: activations of one token; scratch of products and norms, scores
-    int64_t own_bytes, own_x, scores;
+    int64_t own_bytes, own_x;
 };
+
+// Floats from one token's to the next one's: an odd number of cache lines, or all tokens' outputs of a panel would share a
+// few sets of a cache.
+BN_INLINE int64_t apart_by(int64_t floats) { return round_up(floats, 64) + 16; }
 
 // longest: positions of the longest row after the step.
 static int64_t lay_out(const bn_model &m, int64_t M, int64_t rows, int64_t longest, int threads, uint8_t *base,
                        buffers *to) {
     int64_t D = m.head_dim, Dp = round_up(D, 16), used = 64;
     int64_t qkv = round_up(m.heads * D, 16) + 2 * round_up(m.kv_heads * D, 16);
-    int64_t wide = round_up(max64(max64(qkv, m.intermediate), max64((int64_t)m.heads * Dp, m.hidden)), 32);
+    int64_t wide = apart_by(max64(max64(qkv, m.intermediate), max64((int64_t)m.heads * Dp, m.hidden)));
     int64_t inputs = 0, input = 0, scratch = group_scratch(1); // an embedding: one chunk
     auto most = [&](const bn_projection &p) {
         inputs = max64(inputs, lay_out_inputs(p, M, nullptr, nullptr));
@@ -60,15 +62,15 @@ static int64_t lay_out(const bn_model &m, int64_t M, int64_t rows, int64_t longe
     };
     buffers b;
     b.wide = wide;
-    b.h = (float *)take(M * round_up(m.hidden, 64) * 4);
+    b.h = (float *)take(M * apart_by(m.hidden) * 4);
     b.a = (float *)take(M * wide * 4);
     b.b = (float *)take(M * wide * 4);
     b.x = take(inputs);
     b.row_of = (int32_t *)take(M * 4);
     b.position = (int32_t *)take(M * 4);
     b.items = (int64_t *)take((rows + 1) * 8);
-    b.scores = round_up(longest, 16);
-    int64_t attention = MAX_QUERIES * (b.scores + 2 * Dp) * 4 + 2 * Dp * 4; // scores, padded queries and outputs
+    // A key and a value, a rotated query; queries, padded outputs and scores of some.
+    int64_t attention = (3 * Dp + MAX_QUERIES * (2 * Dp + round_up(longest, 16))) * 4;
     b.own_x = round_up(input, 64);
     b.own_bytes = b.own_x + round_up(max64(scratch, attention), 64) + 64;
     b.own = take(b.own_bytes * threads);
@@ -76,11 +78,18 @@ static int64_t lay_out(const bn_model &m, int64_t M, int64_t rows, int64_t longe
     return used + 64;
 }
 
+static int64_t workspace(const bn_model *m, int64_t tokens, int64_t rows, int64_t longest, int threads) {
+    return lay_out(*m, tokens, rows, longest, threads, nullptr, nullptr);
+}
+
 // Rows whose keys and values are written in a phase of their own. A row of one token has one piece of attention for each
 // key/value head, which writes what it then attends to, unless that makes too few pieces for the threads.
 BN_INLINE bool apart(const bn_row &row, bool few) { return row.tokens > 1 || few; }
+BN_INLINE int64_t queries_of(const bn_model &m, const bn_row &row) { return row.tokens * (m.heads / m.kv_heads); }
+BN_INLINE int64_t queries_at_once(int64_t queries) { return queries < 2 * MAX_QUERIES ? SOME_QUERIES : MAX_QUERIES; }
 BN_INLINE int64_t pieces(const bn_model &m, const bn_row &row, bool few) { // of one key/value head
-    return apart(row, few) ? (row.tokens * (m.heads / m.kv_heads) + MAX_QUERIES - 1) / MAX_QUERIES : 1;
+    int64_t queries = queries_of(m, row), each = queries_at_once(queries);
+    return apart(row, few) ? (queries + each - 1) / each : 1;
 }
 
 // A thread's way through a step. Every function ends with all threads seeing what all of them wrote, and returns false
@@ -135,13 +144,18 @@ struct pass {
             from = normed;
         }
         const float *cos = m.cos + position * m.head_dim, *sin = m.sin + position * m.head_dim;
-        int64_t D = m.head_dim, half = D / 2;
-        for (int64_t i = 0; i < half; i++) {
+        int64_t D = m.head_dim, half = D / 2, i = 0;
+        for (; i + 16 <= half; i += 16) {
+            vf first = load(from + i), second = load(from + half + i);
+            store(out + i, first * load(cos + i) - second * load(sin + i));
+            store(out + half + i, second * load(cos + half + i) + first * load(sin + half + i));
+        }
+        for (; i < half; i++) {
             float first = from[i], second = from[half + i];
             out[i] = first * cos[i] - second * sin[i];
             out[half + i] = second * cos[half + i] + first * sin[half + i];
         }
-        for (int64_t i = D; i < round_up(D, 16); i++) out[i] = 0.0f;
+        for (i = D; i < round_up(D, 16); i++) out[i] = 0.0f;
     }
 
     template <int dtype> head_cache<dtype> cache_of(const bn_row &row, int64_t layer, int64_t g) const {
@@ -160,44 +174,42 @@ struct pass {
         append<dtype>(padded, padded + Dp, cache_of<dtype>(rows[buf.row_of[token]], layer, g), buf.position[token]);
     }
 
-    // Queries `first` to `last` of a group, heads within tokens, of which `token` is the row's first.
-    template <int dtype>
-    void attend_to(const bn_row &row, int64_t token, int64_t layer, int64_t g, int64_t first, int64_t last) const {
-        int64_t D = m.head_dim, Dp = round_up(D, 16), R = m.heads / m.kv_heads;
-        head_cache<dtype> cache = cache_of<dtype>(row, layer, g);
-        float inv_sqrt = 1.0f / sqrtf((float)D);
-        for (; first < last; first += MAX_QUERIES) {
-            int n = (int)(last - first < MAX_QUERIES ? last - first : MAX_QUERIES);
-            const float *query[MAX_QUERIES];
-            float *out[MAX_QUERIES], *scores[MAX_QUERIES];
-            int64_t limit[MAX_QUERIES];
-            float *p = (float *)own + 2 * Dp;
-            for (int j = 0; j < n; j++) {
-                int64_t t = (first + j) / R, head = g * R + (first + j) % R;
-                rope(buf.a + (token + t) * buf.wide + head * D, m.layer[layer].q_norm, row.length + t, p);
-                query[j] = p;
-                out[j] = p + Dp;
-                scores[j] = p + 2 * Dp;
-                limit[j] = row.length + t + 1;
-                p += 2 * Dp + buf.scores;
-            }
-            attend_some<dtype>(n, query, cache, limit, inv_sqrt, scores, out);
-            for (int j = 0; j < n; j++) {
-                int64_t t = (first + j) / R, head = g * R + (first + j) % R;
-                memcpy(buf.b + (token + t) * buf.wide + head * D, out[j], D * 4);
-            }
+    // NQ queries of a group from `first` on, heads within tokens, of which `token` is the row's first.
+    template <int dtype, int NQ>
+    void attend_to(const bn_row &row, int64_t token, int64_t layer, int64_t g, int64_t first) const {
+        int64_t D = m.head_dim, Dp = round_up(D, 16), R = m.heads / m.kv_heads, limit[NQ];
+        float *rotated = (float *)own + 2 * Dp, *query = rotated + Dp, *padded = query + NQ * Dp, *out[NQ];
+        for (int q = 0; q < NQ; q++) {
+            int64_t t = (first + q) / R, at = (token + t) * buf.wide + (g * R + (first + q) % R) * D;
+            rope(buf.a + at, m.layer[layer].q_norm, row.length + t, rotated);
+            for (int64_t d = 0; d < Dp; d++) query[d * NQ + q] = rotated[d];
+            out[q] = D == Dp ? buf.b + at : padded + q * Dp;
+            limit[q] = row.length + t + 1;
+        }
+        attend<dtype, NQ>(query, cache_of<dtype>(row, layer, g), limit, 1.0f / sqrtf((float)D), padded + NQ * Dp, out);
+        for (int q = 0; q < NQ && D != Dp; q++) {
+            int64_t t = (first + q) / R;
+            memcpy(buf.b + (token + t) * buf.wide + (g * R + (first + q) % R) * D, out[q], D * 4);
         }
     }
 
+    // Queries `first` to `last`.
+    template <int dtype>
+    void attend_to(const bn_row &row, int64_t token, int64_t layer, int64_t g, int64_t first, int64_t last) const {
+        for (; first + MAX_QUERIES <= last; first += MAX_QUERIES) attend_to<dtype, MAX_QUERIES>(row, token, layer, g, first);
+        for (; first + SOME_QUERIES <= last; first += SOME_QUERIES) attend_to<dtype, SOME_QUERIES>(row, token, layer, g, first);
+        for (; first < last; first++) attend_to<dtype, 1>(row, token, layer, g, first);
+    }
+
     template <int dtype> void attend_item(const bn_row &row, int64_t token, int64_t layer, int64_t item) const {
-        int64_t per = pieces(m, row, few), g = item / per, queries = row.tokens * (m.heads / m.kv_heads);
+        int64_t per = pieces(m, row, few), g = item / per, queries = queries_of(m, row);
         if (!apart(row, few)) {
             write<dtype>(token, layer, g);
             attend_to<dtype>(row, token, layer, g, 0, queries);
             return;
         }
-        int64_t first = item % per * MAX_QUERIES;
-        attend_to<dtype>(row, token, layer, g, first, first + MAX_QUERIES < queries ? first + MAX_QUERIES : queries);
+        int64_t each = queries_at_once(queries), first = item % per * each;
+        attend_to<dtype>(row, token, layer, g, first, first + each < queries ? first + each : queries);
     }
 
     bool attention(int64_t layer) {
@@ -230,7 +242,7 @@ struct pass {
 
     bool layer(int64_t index) {
         const bn_layer &l = m.layer[index];
-        int64_t C = round_up(m.hidden, 64);
+        int64_t C = apart_by(m.hidden);
         int glu = m.relu2 ? OUT_GLU_RELU2 : OUT_GLU_SILU;
         return prepare_rows(l.qkv, buf.h, C, l.input_norm, M) && multiply_rows(l.qkv, buf.a, buf.wide, OUT_STORE) &&
                attention(index) &&
@@ -243,20 +255,20 @@ struct pass {
     bool go_on(const float *hidden) {
         return self.each(M, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++)
-                memcpy(buf.h + i * round_up(m.hidden, 64), hidden + i * m.hidden, m.hidden * sizeof(float));
+                memcpy(buf.h + i * apart_by(m.hidden), hidden + i * m.hidden, m.hidden * sizeof(float));
         });
     }
 
     bool embed(const int64_t *ids) {
         return self.each(M, [&](int64_t first, int64_t last) {
-            for (int64_t i = first; i < last; i++) read_row(m.embedding, ids[i], buf.h + i * round_up(m.hidden, 64), own);
+            for (int64_t i = first; i < last; i++) read_row(m.embedding, ids[i], buf.h + i * apart_by(m.hidden), own);
         });
     }
 
     bool give_states(const int32_t *wanted, int64_t wanted_count, float *states) {
         return self.each(wanted_count, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; i++)
-                rms_norm(buf.h + wanted[i] * round_up(m.hidden, 64), m.norm, m.hidden, m.eps, states + i * m.hidden);
+                rms_norm(buf.h + wanted[i] * apart_by(m.hidden), m.norm, m.hidden, m.eps, states + i * m.hidden);
         });
     }
 };
@@ -272,7 +284,7 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
     }
     buffers buf;
     lay_out(*m, M, row_count, longest, threads, (uint8_t *)workspace, &buf);
-    bool few = row_count * m->kv_heads < threads && m->heads / m->kv_heads > MAX_QUERIES;
+    bool few = row_count * m->kv_heads < threads && m->heads / m->kv_heads > SOME_QUERIES;
     buf.items[0] = 0;
     for (int64_t i = 0, token = 0; i < row_count; i++) {
         buf.items[i + 1] = buf.items[i] + m->kv_heads * pieces(*m, rows[i], few);
@@ -288,7 +300,7 @@ static int forward(const bn_model *m, const bn_row *rows, int64_t row_count, con
         for (int64_t i = 0; here && i < m->layers; i++) here = p.layer(i);
         if (!here || !wanted_count) return;
         if (states) p.give_states(wanted, wanted_count, out);
-        else if (p.prepare_rows(m->head, buf.h, round_up(m->hidden, 64), m->norm, wanted_count, wanted))
+        else if (p.prepare_rows(m->head, buf.h, apart_by(m->hidden), m->norm, wanted_count, wanted))
             p.multiply_rows(m->head, out, m->vocab, OUT_STORE);
     });
     return 0;

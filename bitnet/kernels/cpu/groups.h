@@ -360,11 +360,11 @@ static void chunk_times_tokens(const bn_matrix &w, const chunk &c, const activat
         else if (w.group == 16) lines_times_tokens<codec, 16, n, D>(w, c, a, m, sums + 32 * m);                        \
         else lines_times_tokens<codec, 32, n, D>(w, c, a, m, sums + 32 * m);                                           \
     }
-        if constexpr (SHORT_SUMS && D == 1 && codec != CODEC_BASE3) {
+        if constexpr (LINE_TOKENS > 1 && D == 1 && codec != CODEC_BASE3) {
             BN_LINES(4)
             BN_LINES(3)
         }
-        if constexpr (SHORT_SUMS && codec != CODEC_BASE3) BN_LINES(2)
+        if constexpr (LINE_TOKENS > 1 && codec != CODEC_BASE3) BN_LINES(2)
         BN_LINES(1)
 #undef BN_LINES
         return;
@@ -445,8 +445,10 @@ static void multiply_groups(const bn_matrix &w, const activations &a, int64_t M,
                 }
         }
         vf s0 = load(w.scale + 32 * panel), s1 = load(w.scale + 32 * panel + 16);
-        for (int64_t m = 0; m < M; m++)
-            finish(w, to, panel, load(sums + 32 * m) * s0, load(sums + 32 * m + 16) * s1, m);
+        finish_tokens(w, to, panel, 0, M, [&](int64_t m, vf *v0, vf *v1) {
+            *v0 = load(sums + 32 * m) * s0;
+            *v1 = load(sums + 32 * m + 16) * s1;
+        });
     }
 }
 BN_INLINE int64_t group_scratch(int64_t M) { return M * 128 + 2 * CHUNK_LINES * 64 + 64; }

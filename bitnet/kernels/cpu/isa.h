@@ -12,5 +12,5 @@
 extern "C" const bn_kernels BN_NAME(BN_ISA);
 extern "C" const bn_kernels BN_NAME(BN_ISA) = {
     BN_STRING(BN_ISA), BN_CODEC, bn::BN_ISA::quantize, bn::BN_ISA::matmul, bn::BN_ISA::linear,
-    bn::BN_ISA::forward, bn::BN_ISA::peak, bn::BN_ISA::sample,
+    bn::BN_ISA::workspace, bn::BN_ISA::forward, bn::BN_ISA::peak, bn::BN_ISA::sample,
 };

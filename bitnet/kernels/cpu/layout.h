@@ -145,9 +145,12 @@ typedef struct {
                   int64_t rows, const float *bias, void *y, int64_t y_stride, int64_t columns, int out, int threads);
     // One matrix of any kind and floats x[rows, inputs], to y[rows, columns]. 1: no memory.
     int (*linear)(const bn_matrix *w, const float *x, int64_t rows, float *y, int64_t y_stride, int64_t columns, int threads);
+    // Bytes of workspace that forward() needs for so many new tokens of so many rows, of which the longest has `longest`
+    // afterwards. What lies in it depends on the instruction set.
+    int64_t (*workspace)(const bn_model *m, int64_t tokens, int64_t rows, int64_t longest, int threads);
     // Of new tokens: their ids, or where `hidden` is not NULL the residual stream [tokens, hidden] before the first layer.
     int (*forward)(const bn_model *m, const bn_row *rows, int64_t row_count, const int64_t *ids, const float *hidden,
-                   const int32_t *wanted, int64_t wanted_count, float *out, int states, void *workspace, int threads);
+                   const int32_t *wanted, int64_t wanted_count, float *out, int states, void *room, int threads);
     // Multiply-adds on registers only, `rounds` times on every thread: returns how many operations (2 a multiply-add) that
     // was. For the machine's limits in bitnet.bench.
     int64_t (*peak)(int64_t rounds, int threads);

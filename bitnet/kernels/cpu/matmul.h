@@ -1,171 +1,17 @@
 // Ternary and integer products: int8 activations, packed weights, int32 sums, exact.
 //
 // Letters: M tokens, N rows of the weights, K columns. A panel is 32 rows, two blocks. For a few tokens the packed lines
-// are multiplied as they are; for more, a panel is unpacked once into the cache and used by all tokens.
+// are multiplied as they are (lines.h); for more, a panel is unpacked, piece by piece, into the cache for many of them.
 #pragma once
 
 #include <stdlib.h>
 
-#include "activations.h"
+#include "lines.h"
 
 namespace bn {
 namespace BN_ISA {
 
-BN_INLINE int offset_of(int codec) { return codec == CODEC_EIGHT_BIT ? 128 : codec == CODEC_FOUR_BIT ? 8 : 1; }
-BN_INLINE constexpr int quads_of(int codec) { // groups of four K in a line
-    return codec == CODEC_BASE3 ? 5 : codec == CODEC_TWO_BIT ? 4 : codec == CODEC_FOUR_BIT ? 2 : 1;
-}
-
-enum { PREFETCH = 8192 }; // bytes ahead: measured best of 0 to 16384 on a Xeon, with huge pages
-
-// Sums of unsigned codes times x for the 16 rows of one block and one token.
-template <int codec> BN_INLINE vi block_times_token(const uint8_t *p, int64_t lines, const int8_t *x) {
-    vi zero = {};
-    if constexpr (codec == CODEC_BASE3) {
-        vi p0 = zero, p1 = zero, p2 = zero, q0 = zero, q1 = zero, q2 = zero;
-        for (int64_t l = 0; l < lines; l++, p += 64, x += 20) {
-            vb v = load_line(p);
-            BN_PREFETCH(p + PREFETCH);
-#define BN_DIGIT(P, Q, i)                                                                                              \
-    {                                                                                                                  \
-        vi t = splat_dword(x + 4 * i);                                                                                 \
-        P = dot4(P, v, t);                                                                                             \
-        v = v + (v + v);                                                                                               \
-        Q = dot4(Q, v, t);                                                                                             \
-    }
-            BN_DIGIT(p0, q0, 0) BN_DIGIT(p1, q1, 1) BN_DIGIT(p2, q2, 2) BN_DIGIT(p0, q0, 3) BN_DIGIT(p1, q1, 4)
-#undef BN_DIGIT
-        }
-        vi s = p0 + p1 + p2; // sums wrap around, which is exact as long as the result itself fits: K < 32768
-        return (s + s + s - q0 - q1 - q2) >> 8;
-    } else if constexpr (codec == CODEC_TWO_BIT) {
-        // Codes keep their place in the byte; the three sums are shifted back once at the end. The fourth field would
-        // reach 192, too much for vpmaddubsw.
-        vi a0 = zero, a1 = zero, a2 = zero, a3 = zero, b0 = zero, b1 = zero, b2 = zero, b3 = zero;
-#define BN_LINE(a0, a1, a2, a3)                                                                                        \
-    {                                                                                                                  \
-        vb v = load_line(p);                                                                                           \
-        BN_PREFETCH(p + PREFETCH);                                                                                     \
-        a0 = dot4_small(a0, v & 3, splat_dword(x));                                                                    \
-        a1 = dot4_small(a1, v & 12, splat_dword(x + 4));                                                               \
-        a2 = dot4_small(a2, v & 48, splat_dword(x + 8));                                                               \
-        a3 = dot4_small(a3, v >> 6, splat_dword(x + 12));                                                              \
-        p += 64;                                                                                                       \
-        x += 16;                                                                                                       \
-    }
-        int64_t l = 0;
-        for (; l + 2 <= lines; l += 2) {
-            BN_LINE(a0, a1, a2, a3)
-            BN_LINE(b0, b1, b2, b3)
-        }
-        if (l < lines) BN_LINE(a0, a1, a2, a3)
-#undef BN_LINE
-        return (a0 + b0) + ((a1 + b1) >> 2) + ((a2 + b2) >> 4) + (a3 + b3);
-    } else if constexpr (codec == CODEC_FOUR_BIT) {
-        vi a0 = zero, a1 = zero, b0 = zero, b1 = zero;
-        for (int64_t l = 0; l < lines; l++, p += 64, x += 8) {
-            vb v = load_line(p);
-            BN_PREFETCH(p + PREFETCH);
-            a0 = dot4_small(a0, v & 15, splat_dword(x));
-            a1 = dot4_small(a1, v >> 4, splat_dword(x + 4));
-            vi t = a0; // two pairs of sums in turn hide the latency
-            a0 = b0; b0 = t; t = a1; a1 = b1; b1 = t;
-        }
-        return a0 + a1 + b0 + b1;
-    } else {
-        vi a0 = zero, a1 = zero, a2 = zero, a3 = zero; // named: gcc keeps an array of them in memory
-        int64_t l = 0;
-        for (; l + 4 <= lines; l += 4, p += 256, x += 16) {
-            BN_PREFETCH(p + PREFETCH);
-            a0 = dot4(a0, load_line(p), splat_dword(x));
-            BN_PREFETCH(p + 64 + PREFETCH);
-            a1 = dot4(a1, load_line(p + 64), splat_dword(x + 4));
-            BN_PREFETCH(p + 128 + PREFETCH);
-            a2 = dot4(a2, load_line(p + 128), splat_dword(x + 8));
-            BN_PREFETCH(p + 192 + PREFETCH);
-            a3 = dot4(a3, load_line(p + 192), splat_dword(x + 12));
-        }
-        for (; l < lines; l++, p += 64, x += 4) a0 = dot4(a0, load_line(p), splat_dword(x));
-        return a0 + a1 + a2 + a3;
-    }
-}
-
-// The same of MT tokens, where short sums are added in 16 bits for as long as those hold them.
-template <int codec, int MT>
-BN_INLINE void block_times_tokens(const uint8_t *p, int64_t lines, const int8_t *x, int64_t stride, vi *total) {
-    constexpr int QUADS = quads_of(codec), BITS = 8 / QUADS, LINES = BITS == 8 ? 1 : every(BITS) / QUADS;
-#pragma GCC unroll 4
-    for (int j = 0; j < MT; j++) total[j] = (vi){};
-    for (int64_t l = 0; l < lines;) {
-        int64_t end = lines - l < LINES ? lines : l + LINES;
-        vi part[MT];
-#pragma GCC unroll 4
-        for (int j = 0; j < MT; j++) part[j] = (vi){};
-        for (; l < end; l++, p += 64, x += 4 * QUADS) {
-            vb v = load_line(p);
-            BN_PREFETCH(p + PREFETCH);
-#define BN_FIELD(i)                                                                                                    \
-    if constexpr (i < QUADS) {                                                                                         \
-        vb codes = BITS == 8 ? v : field<BITS * i, 0>(v, (1 << BITS) - 1);                                             \
-        _Pragma("GCC unroll 4") for (int j = 0; j < MT; j++) {                                                         \
-            vi t = splat_dword(x + j * stride + 4 * i);                                                                \
-            if constexpr (BITS == 8) total[j] = dot4(total[j], codes, t);                                              \
-            else part[j] = add_small(part[j], codes, t);                                                               \
-        }                                                                                                              \
-    }
-            BN_FIELD(0) BN_FIELD(1) BN_FIELD(2) BN_FIELD(3)
-#undef BN_FIELD
-        }
-        if constexpr (BITS < 8)
-#pragma GCC unroll 4
-            for (int j = 0; j < MT; j++) total[j] = total[j] + dot4_of(part[j]);
-    }
-}
-
-BN_INLINE vi block_times_token(const bn_matrix &w, int64_t block, const int8_t *x) {
-    const uint8_t *p = w.lines + block * w.lines_per_block * 64;
-    switch (w.codec) {
-    case CODEC_BASE3: return block_times_token<CODEC_BASE3>(p, w.lines_per_block, x);
-    case CODEC_TWO_BIT: return block_times_token<CODEC_TWO_BIT>(p, w.lines_per_block, x);
-    case CODEC_FOUR_BIT: return block_times_token<CODEC_FOUR_BIT>(p, w.lines_per_block, x);
-    default: return block_times_token<CODEC_EIGHT_BIT>(p, w.lines_per_block, x);
-    }
-}
-
-// One block as unsigned codes, a line for every four K: [quads, 64].
-static void unpack_block(const bn_matrix &w, int64_t block, uint8_t *out, int64_t quads) {
-    const uint8_t *p = w.lines + block * w.lines_per_block * 64;
-    uint8_t *end = out + quads * 64;
-    for (int64_t l = 0; l < w.lines_per_block; l++, p += 64) {
-        vb v = load_line(p);
-        BN_PREFETCH(p + PREFETCH);
-        if (w.codec == CODEC_TWO_BIT) {
-            store_line(out, v & 3);
-            store_line(out + 64, (v >> 2) & 3);
-            store_line(out + 128, (v >> 4) & 3);
-            store_line(out + 192, v >> 6);
-            out += 256;
-        } else if (w.codec == CODEC_BASE3) {
-#pragma GCC unroll 5
-            for (int i = 0; i < 5; i++) { // the digit is how many thirds of 256 are in v
-                vb digit = above(v, 85) + above(v, 170);
-                store_line(out, digit);
-                v = v + (v + v);
-                out += 64;
-            }
-        } else if (w.codec == CODEC_FOUR_BIT) {
-            store_line(out, v & 15);
-            store_line(out + 64, v >> 4);
-            out += 128;
-        } else {
-            store_line(out, v);
-            out += 64;
-        }
-    }
-    if (out < end) memset(out, 0, end - out);
-}
-
-// sums[m][32] of MT tokens with the two blocks at p0 and p1; accumulators are named, since gcc keeps arrays of vectors
+// sums[m][32] += MT tokens with the two blocks at p0 and p1; accumulators are named, since gcc keeps arrays of vectors
 // in memory.
 #if defined(BN_AVX512)
 enum { TILE = 12, BLOCKS = 2 };
@@ -173,58 +19,69 @@ enum { TILE = 12, BLOCKS = 2 };
 enum { TILE = SHORT_SUMS ? 6 : 4, BLOCKS = 1 };
 #endif
 
-// BITS of the codes. They are added up where `add_small` does, for as long as there is room.
+// BITS of the codes. Short sums are added up where `add_small` does, for as long as there is room.
 template <int MT, int NB, int BITS>
 BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride, int32_t *sums) {
-    constexpr bool FULL = BITS == 8 && !SHORT_SUMS;
 #define BN_EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
 #define BN_DECLARE(m) vi a##m = {}, b##m = {};
-    BN_EACH(BN_DECLARE)
-#define BN_BEGIN(m) vi c##m = {}, d##m = {};
+#define BN_LOAD(m)                                                                                                     \
+    if constexpr (m < MT) {                                                                                            \
+        a##m = load(sums + 32 * m);                                                                                    \
+        if constexpr (NB == 2) b##m = load(sums + 32 * m + 16);                                                        \
+    }
 #define BN_STEP(m)                                                                                                     \
     if constexpr (m < MT) {                                                                                            \
         vi t = splat_dword(x + m * stride + 4 * k);                                                                    \
-        c##m = FULL ? dot4(c##m, w0, t) : add_small(c##m, w0, t);                                                      \
-        if constexpr (NB == 2) d##m = FULL ? dot4(d##m, w1, t) : add_small(d##m, w1, t);                               \
+        a##m = SHORT_SUMS ? add_small(a##m, w0, t) : dot4(a##m, w0, t);                                                \
+        if constexpr (NB == 2) b##m = SHORT_SUMS ? add_small(b##m, w1, t) : dot4(b##m, w1, t);                         \
     }
-#define BN_END(m, half)                                                                                                \
+#define BN_ADD(m, half)                                                                                                \
     if constexpr (m < MT) {                                                                                            \
-        a##m = a##m + ((FULL ? c##m : dot4_of(c##m)) << 4 * half);                                                     \
-        if constexpr (NB == 2) b##m = b##m + ((FULL ? d##m : dot4_of(d##m)) << 4 * half);                              \
+        store(sums + 32 * m, load(sums + 32 * m) + (dot4_of(a##m) << 4 * half));                                       \
+        if constexpr (NB == 2) store(sums + 32 * m + 16, load(sums + 32 * m + 16) + (dot4_of(b##m) << 4 * half));      \
     }
-#define BN_HALF(half, end_of)                                                                                          \
-    if constexpr (half < halves(BITS)) {                                                                               \
-        BN_EACH(BN_BEGIN)                                                                                              \
-        for (int64_t k = begin; k < end; k++) {                                                                        \
-            vb w0 = half_of<BITS, half>(load_line(p0 + 64 * k)), w1;                                                   \
-            if constexpr (NB == 2) w1 = half_of<BITS, half>(load_line(p1 + 64 * k));                                   \
-            BN_EACH(BN_STEP)                                                                                           \
-        }                                                                                                              \
-        BN_EACH(end_of)                                                                                                \
-    }
-#define BN_END_LOW(m) BN_END(m, 0)
-#define BN_END_HIGH(m) BN_END(m, 1)
-    constexpr int64_t EVERY = SHORT_SUMS ? every(half_bits(BITS)) : INT64_MAX;
-    for (int64_t begin = 0, end = 0; begin < quads; begin = end) {
-        end = quads - begin < EVERY ? quads : begin + EVERY;
-        BN_HALF(0, BN_END_LOW)
-        BN_HALF(1, BN_END_HIGH)
-    }
-#undef BN_HALF
-#undef BN_END_LOW
-#undef BN_END_HIGH
-#undef BN_BEGIN
-#undef BN_END
 #define BN_STORE(m)                                                                                                    \
     if constexpr (m < MT) {                                                                                            \
         store(sums + 32 * m, a##m);                                                                                    \
         if constexpr (NB == 2) store(sums + 32 * m + 16, b##m);                                                        \
     }
-    BN_EACH(BN_STORE)
+#define BN_STEPS(begin, end, half)                                                                                     \
+    for (int64_t k = begin; k < end; k++) {                                                                            \
+        vb w0 = half_of<BITS, half>(load_line(p0 + 64 * k)), w1;                                                       \
+        if constexpr (NB == 2) w1 = half_of<BITS, half>(load_line(p1 + 64 * k));                                       \
+        BN_EACH(BN_STEP)                                                                                               \
+    }
+#define BN_ADD_LOW(m) BN_ADD(m, 0)
+#define BN_ADD_HIGH(m) BN_ADD(m, 1)
+    if constexpr (!SHORT_SUMS) {
+        BN_EACH(BN_DECLARE)
+        BN_EACH(BN_LOAD)
+        BN_STEPS(0, quads, 0)
+        BN_EACH(BN_STORE)
+    } else {
+        for (int64_t begin = 0, end = 0; begin < quads; begin = end) {
+            end = quads - begin < every(half_bits(BITS)) ? quads : begin + every(half_bits(BITS));
+            {
+                BN_EACH(BN_DECLARE)
+                BN_STEPS(begin, end, 0)
+                BN_EACH(BN_ADD_LOW)
+            }
+            if constexpr (halves(BITS) == 2) {
+                BN_EACH(BN_DECLARE)
+                BN_STEPS(begin, end, 1)
+                BN_EACH(BN_ADD_HIGH)
+            }
+        }
+    }
 #undef BN_EACH
 #undef BN_DECLARE
+#undef BN_LOAD
 #undef BN_STEP
+#undef BN_ADD
 #undef BN_STORE
+#undef BN_STEPS
+#undef BN_ADD_LOW
+#undef BN_ADD_HIGH
 }
 
 template <int MT, int BITS>
@@ -237,7 +94,7 @@ static void tile_both(const uint8_t *p0, const uint8_t *p1, int64_t quads, const
     }
 }
 
-// sums[m][32] of all M tokens with a panel.
+// sums[m][32] += all M tokens with a panel.
 template <int BITS>
 static void panel_times_tokens(const uint8_t *p0, const uint8_t *p1, int64_t quads, const int8_t *x, int64_t stride,
                                int64_t M, int32_t *sums) {
@@ -329,22 +186,25 @@ struct tiles {
 
 // ---- from sums to outputs ----
 
-// The sums of one token with the two blocks of panel `panel`, less the offset, scaled, and on to where they go.
-BN_INLINE void finish_sums(const bn_matrix &w, const target &to, int64_t panel, vi s0, vi s1, float scale, int32_t total,
-                           int64_t m) {
-    vi back = splat(offset_of(w.codec) * total);
+// sums[m][32] of `count` tokens from `first` on with panel `panel`, less the offset, scaled, and on to where they go.
+static void finish_sums(const bn_matrix &w, const target &to, int64_t panel, const int32_t *sums, const float *scale,
+                        const int32_t *total, int64_t first, int64_t count) {
     int64_t n = 32 * panel;
-    s0 = s0 - back;
-    s1 = s1 - back;
     if (to.out == OUT_INT32) {
-        int32_t *y = (int32_t *)to.y + m * to.stride + n, t[32];
-        store(t, s0);
-        store(t + 16, s1);
-        for (int64_t r = 0; r < 32 && n + r < to.columns; r++) y[r] = t[r];
+        for (int64_t m = 0; m < count; m++) {
+            int32_t *y = (int32_t *)to.y + (first + m) * to.stride + n;
+            for (int64_t r = 0; r < 32 && n + r < to.columns; r++)
+                y[r] = sums[32 * m + r] - offset_of(w.codec) * total[first + m];
+        }
         return;
     }
-    finish(w, to, panel, to_float(s0) * splat(scale) * load(w.scale + n),
-           to_float(s1) * splat(scale) * load(w.scale + n + 16), m);
+    vf scale0 = load(w.scale + n), scale1 = load(w.scale + n + 16);
+    finish_tokens(w, to, panel, first, count, [&](int64_t m, vf *v0, vf *v1) {
+        vi back = splat(offset_of(w.codec) * total[first + m]);
+        vf of = splat(scale[first + m]);
+        *v0 = to_float(load(sums + 32 * m) - back) * of * scale0;
+        *v1 = to_float(load(sums + 32 * m + 16) - back) * of * scale1;
+    });
 }
 
 // Up to so many tokens are multiplied one by one with packed lines. Unpacking a panel costs about as much as multiplying
@@ -358,15 +218,24 @@ enum { DIRECT = 3 };
 enum { DIRECT = 6 };
 #endif
 
-// Up to so many tokens, of so many digits, are multiplied with packed lines of codes of so many bits. With short sums it is
-// a few of them at once, as lines come: unpacking and multiplying in turns leaves the memory idle (0.7B shape, two cores of
-// an EPYC, 2 rows: 2.1x).
+// Up to so many tokens, of so many digits, are multiplied with packed lines of codes of so many bits, a few of them at once,
+// as lines come: unpacking and multiplying in turns leaves the memory idle (0.7B shape, two cores of an EPYC, 2 rows: 2.1x).
 BN_INLINE constexpr int64_t in_lines(int bits, int digits = 1) {
+#if defined(BN_AMX)
+    return 6 / digits;
+#elif defined(BN_AVX512)
+    return digits > 1 ? 4 : TILE - 1;
+#else
     return !SHORT_SUMS ? DIRECT / digits : digits > 1 ? 5 : bits == 8 ? 4 : 8;
+#endif
 }
 
-// Bytes of scratch that one thread needs for more than DIRECT tokens.
-BN_INLINE int64_t token_scratch(int64_t K, int64_t M) { return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64; }
+// How many tokens are multiplied with a line at once.
+#if defined(BN_AVX512)
+enum { LINE_TOKENS = 8 };
+#else
+enum { LINE_TOKENS = SHORT_SUMS ? 4 : 1 };
+#endif
 
 // `multiply_tokens` of so few tokens that the packed lines are multiplied as they come from memory.
 template <int codec>
@@ -374,50 +243,104 @@ static void multiply_few(const bn_matrix &w, const int8_t *x, int64_t stride, co
                          int64_t M, const target &to, int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++) {
         const uint8_t *p0 = w.lines + 2 * panel * w.lines_per_block * 64, *p1 = p0 + w.lines_per_block * 64;
+        alignas(64) int32_t sums[LINE_TOKENS * 32];
         int64_t m = 0;
 #define BN_FEW(n)                                                                                                      \
     for (; m + n <= M; m += n) {                                                                                       \
-        vi s0[n], s1[n];                                                                                               \
-        block_times_tokens<codec, n>(p0, w.lines_per_block, x + m * stride, stride, s0);                               \
-        block_times_tokens<codec, n>(p1, w.lines_per_block, x + m * stride, stride, s1);                               \
-        for (int j = 0; j < n; j++) finish_sums(w, to, panel, s0[j], s1[j], scale[m + j], total[m + j], m + j);        \
+        vi of[n];                                                                                                      \
+        block_times_tokens<codec, n>(p0, w.lines_per_block, x + m * stride, stride, of);                               \
+        for (int j = 0; j < n; j++) store(sums + 32 * j, of[j]);                                                       \
+        block_times_tokens<codec, n>(p1, w.lines_per_block, x + m * stride, stride, of);                               \
+        for (int j = 0; j < n; j++) store(sums + 32 * j + 16, of[j]);                                                  \
+        finish_sums(w, to, panel, sums, scale, total, m, n);                                                           \
     }
+        if constexpr (LINE_TOKENS == 8) {
+            BN_FEW(8)
+        }
         BN_FEW(4) BN_FEW(3) BN_FEW(2) BN_FEW(1)
 #undef BN_FEW
     }
 }
 
+// How many columns are unpacked together, in fours: their codes stay in the first-level cache, as do the sums of so many
+// tokens, whose activations stay in the second for all panels of a piece. Tiles of AMX take all of both.
+enum { QUADS_AT_ONCE = 64, TOKENS_AT_ONCE = 96 };
+
+// Bytes of scratch that one thread needs for more than DIRECT tokens.
+BN_INLINE int64_t token_scratch(int64_t K, int64_t M) {
+#if defined(BN_AMX)
+    return round_up(K + 20, 64) * 32 + round_up(M, 32) * 128 + 64;
+#else
+    return 2 * QUADS_AT_ONCE * 64 + (M < TOKENS_AT_ONCE ? M : TOKENS_AT_ONCE) * 128 + 64;
+#endif
+}
+
 // The panels from `first` to `last`. x: [M, stride] int8, zero from K on, with 32 rows to spare for AMX.
 static void multiply_tokens(const bn_matrix &w, const int8_t *x, int64_t stride, const float *scale, const int32_t *total,
                      int64_t M, const target &to, int64_t first, int64_t last, uint8_t *scratch) {
-    if (SHORT_SUMS && w.codec != CODEC_BASE3 && M <= in_lines(8 / quads_of(w.codec))) {
+    if (LINE_TOKENS > 1 && w.codec != CODEC_BASE3 && M > 1 - SHORT_SUMS && M <= in_lines(8 / quads_of(w.codec))) {
         if (w.codec == CODEC_TWO_BIT) return multiply_few<CODEC_TWO_BIT>(w, x, stride, scale, total, M, to, first, last);
         if (w.codec == CODEC_FOUR_BIT) return multiply_few<CODEC_FOUR_BIT>(w, x, stride, scale, total, M, to, first, last);
         return multiply_few<CODEC_EIGHT_BIT>(w, x, stride, scale, total, M, to, first, last);
     }
     if (M <= DIRECT) { // a block is 8 KiB or so: the second token finds it in the first-level cache
         for (int64_t panel = first; panel < last; panel++)
-            for (int64_t m = 0; m < M; m++)
-                finish_sums(w, to, panel, block_times_token(w, 2 * panel, x + m * stride),
-                            block_times_token(w, 2 * panel + 1, x + m * stride), scale[m], total[m], m);
+            for (int64_t m = 0; m < M; m++) {
+                alignas(64) int32_t sums[32];
+                store(sums, block_times_token(w, 2 * panel, x + m * stride));
+                store(sums + 16, block_times_token(w, 2 * panel + 1, x + m * stride));
+                finish_sums(w, to, panel, sums, scale, total, m, 1);
+            }
         return;
     }
-    int64_t quads = round_up(w.lines_per_block * quads_of(w.codec), 16);
-    uint8_t *p0 = (uint8_t *)round_up((int64_t)scratch, 64), *p1 = p0 + quads * 64;
-    int32_t *sums = (int32_t *)(p1 + quads * 64);
-    for (int64_t panel = first; panel < last; panel++) {
-        unpack_block(w, 2 * panel, p0, quads);
-        unpack_block(w, 2 * panel + 1, p1, quads);
+    uint8_t *codes = (uint8_t *)round_up((int64_t)scratch, 64);
 #if defined(BN_AMX)
-        panel_times_tokens_amx(p0, p1, quads, x, stride, M, sums);
-#else
-        if (!SHORT_SUMS || w.codec == CODEC_EIGHT_BIT) panel_times_tokens<8>(p0, p1, quads, x, stride, M, sums);
-        else if (w.codec == CODEC_FOUR_BIT) panel_times_tokens<4>(p0, p1, quads, x, stride, M, sums);
-        else panel_times_tokens<2>(p0, p1, quads, x, stride, M, sums);
-#endif
-        for (int64_t m = 0; m < M; m++)
-            finish_sums(w, to, panel, load(sums + 32 * m), load(sums + 32 * m + 16), scale[m], total[m], m);
+    int64_t quads = round_up(w.lines_per_block * quads_of(w.codec), 16);
+    int32_t *sums = (int32_t *)(codes + 2 * quads * 64);
+    for (int64_t panel = first; panel < last; panel++) {
+        for (int64_t b = 0; b < 2; b++) {
+            uint8_t *from = codes + b * quads * 64, *until = from + quads * 64;
+            from = unpack_lines(w.codec, w.lines + (2 * panel + b) * w.lines_per_block * 64, w.lines_per_block, from);
+            memset(from, 0, until - from);
+        }
+        panel_times_tokens_amx(codes, codes + quads * 64, quads, x, stride, M, sums);
+        finish_sums(w, to, panel, sums, scale, total, 0, M);
     }
+#else
+    // What is unpacked stays in the first-level cache, as do sums; activations stay in the second for a piece's panels.
+    int64_t each = QUADS_AT_ONCE / quads_of(w.codec);
+    int32_t *sums = (int32_t *)(codes + 2 * QUADS_AT_ONCE * 64);
+    for (int64_t from = 0, count; from < M; from += count) {
+        count = M - from < TOKENS_AT_ONCE ? M - from : TOKENS_AT_ONCE;
+        for (int64_t panel = first; panel < last; panel++) {
+            const uint8_t *p0 = w.lines + 2 * panel * w.lines_per_block * 64, *p1 = p0 + w.lines_per_block * 64;
+            const int8_t *some = x + from * stride;
+            // Outputs are in no cache by now: memory brings them while the tiles are computed.
+            auto fetch_outputs = [&](int64_t l, int64_t lines) {
+                if (count < 4 * TILE) return;
+                int64_t width = is_pair(to.out) ? 16 : 32, until = count * (l + lines) / w.lines_per_block;
+                for (int64_t m = count * l / w.lines_per_block; m < until; m++) {
+                    const float *y = to.y + (from + m) * to.stride + width * panel;
+                    BN_PREFETCH(y);
+                    BN_PREFETCH(y + width - 1);
+                }
+            };
+            memset(sums, 0, count * 128);
+            for (int64_t l = 0; l < w.lines_per_block; l += each) {
+                int64_t lines = w.lines_per_block - l < each ? w.lines_per_block - l : each, quads = lines * quads_of(w.codec);
+                uint8_t *c0 = codes, *c1 = unpack_lines(w.codec, p0 + 64 * l, lines, c0);
+                unpack_lines(w.codec, p1 + 64 * l, lines, c1);
+                if (!SHORT_SUMS || w.codec == CODEC_EIGHT_BIT)
+                    panel_times_tokens<8>(c0, c1, quads, some, stride, count, sums);
+                else if (w.codec == CODEC_FOUR_BIT) panel_times_tokens<4>(c0, c1, quads, some, stride, count, sums);
+                else panel_times_tokens<2>(c0, c1, quads, some, stride, count, sums);
+                some += 4 * quads;
+                fetch_outputs(l, lines);
+            }
+            finish_sums(w, to, panel, sums, scale, total, from, count);
+        }
+    }
+#endif
 }
 
 } // namespace BN_ISA

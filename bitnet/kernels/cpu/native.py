@@ -109,6 +109,7 @@ class Kernels(ctypes.Structure):
         ("quantize", ctypes.CFUNCTYPE(None, *c_types("pqqpqppi"))),
         ("matmul", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqppqppqqii"))),
         ("linear", ctypes.CFUNCTYPE(c_int, POINTER(Matrix), *c_types("pqpqqi"))),
+        ("workspace", ctypes.CFUNCTYPE(c_int64, POINTER(Model), *c_types("qqqi"))),
         ("forward", ctypes.CFUNCTYPE(c_int, POINTER(Model), POINTER(Row), *c_types("qpppqpipi"))),
         ("peak", ctypes.CFUNCTYPE(c_int64, *c_types("qi"))),
         ("sample", ctypes.CFUNCTYPE(None, POINTER(Draw), *c_types("qqpi"))),
@@ -163,8 +164,6 @@ def library() -> ctypes.CDLL | None:
             lib.bn_available.argtypes = [POINTER(POINTER(Kernels))]
             lib.bn_struct_sizes.argtypes = [c_int]
             lib.bn_struct_sizes.restype = c_int64
-            lib.bn_workspace_bytes.argtypes = [POINTER(Model), c_int64, c_int64, c_int64, c_int]
-            lib.bn_workspace_bytes.restype = c_int64
             lib.bn_draw_bytes.argtypes, lib.bn_draw_bytes.restype = [c_int64], c_int64
             lib.bn_lines.argtypes = c_types("qi")
             lib.bn_pack.argtypes = c_types("pqqiqpiqqi")

@@ -74,5 +74,36 @@ BN_INLINE void finish(const bn_matrix &w, const target &to, int64_t panel, vf v0
     if (to.columns > n + 16) put(y + 16, v1, to.columns - n - 16, to.out);
 }
 
+// The same of `count` tokens from `first` on; values(m, &v0, &v1) are those of number m of them.
+template <class Values>
+static void finish_tokens(const bn_matrix &w, const target &to, int64_t panel, int64_t first, int64_t count, Values values) {
+    int64_t n = 32 * panel, m = 0;
+    vf v0, v1;
+    float *y = to.y + first * to.stride + (is_pair(to.out) ? n / 2 : n);
+    if (!w.bias && !w.rank && !to.bias && n + 32 <= to.columns) { // what is almost always so costs no question a token
+        if (is_pair(to.out))
+            for (; m < count; m++, y += to.stride) {
+                values(m, &v0, &v1);
+                store(y, gate(v0, to.out) * v1);
+            }
+        else if (to.out == OUT_STORE)
+            for (; m < count; m++, y += to.stride) {
+                values(m, &v0, &v1);
+                store(y, v0);
+                store(y + 16, v1);
+            }
+        else if (to.out == OUT_ADD)
+            for (; m < count; m++, y += to.stride) {
+                values(m, &v0, &v1);
+                store(y, load(y) + v0);
+                store(y + 16, load(y + 16) + v1);
+            }
+    }
+    for (; m < count; m++) {
+        values(m, &v0, &v1);
+        finish(w, to, panel, v0, v1, first + m);
+    }
+}
+
 } // namespace BN_ISA
 } // namespace bn

@@ -30,7 +30,7 @@ const uint32_t OVER = 1u << 31;
 const int64_t SPIN = 20000;        // nanoseconds of spinning before a member sleeps
 const int64_t IDLE_SPIN = 150000;  // and before a helper without a call does: about what Python takes between steps
 const int64_t LOSS = 200000;       // nanoseconds that a call may wait for a helper without further notice
-const int64_t PENALTY = 40;        // times its loss is how long it is then left out: a fortieth is what it can cost
+const int64_t PENALTY = 64;        // times its loss is how long it is then left out at most: a 64th is what it can cost
 const int64_t LONGEST = 500000000; // but no longer than this
 
 int64_t now() {
@@ -76,6 +76,7 @@ struct helper {
     std::atomic<bool> claimed{false};           // by a caller, until it is done with the call
     std::atomic<uint32_t> signal{0}, asleep{0}; // signal: counts the calls it was given
     std::atomic<int64_t> away{0};               // not before this time
+    std::atomic<int64_t> spent{0}, times{1};    // how long it was left out for the last time: so many times its loss
     std::atomic<bool> has_clock{false};
     int id = 0; // in the team
     pool *home = nullptr;
@@ -246,8 +247,15 @@ void pool_run(int threads, void (*body)(void *, member &), void *context) {
         int64_t lost = of->seats[i].lost;
         if (lost < LOSS) continue;
         if (!over) over = now();
-        if (lost > (over - began) / 10)
-            of->seats[i].by->away = over + (lost * PENALTY < LONGEST ? lost * PENALTY : LONGEST);
+        if (lost <= (over - began) / 10) continue;
+        helper &late = *of->seats[i].by;
+        // Once is chance, and costs little; who is late again soon after coming back stays away for longer each time.
+        int64_t times = over - late.away < late.spent ? late.times * 4 : 1;
+        times = times < PENALTY ? times : PENALTY;
+        int64_t spent = lost * times < LONGEST ? lost * times : LONGEST;
+        late.times = times;
+        late.spent = spent;
+        late.away = over + spent;
     }
     release(of);
 }
@@ -259,7 +267,7 @@ bool pool_wait(member &self) {
     if (self.id) leave(of);
     while (of.phase.load(std::memory_order_acquire) == self.phase) {
         if (now() - began < SPIN) {
-            for (int i = 0; i < 32; i++) pool_pause();
+            for (int i = 0; i < 8; i++) pool_pause(); // a microsecond or less
             continue;
         }
         if (!slept) {
