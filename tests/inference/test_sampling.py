@@ -315,3 +315,32 @@ def test_what_a_sampler_refuses() -> None:
     with pytest.raises(ValueError, match="presence_penalty is inf"):
         SamplingConfig(presence_penalty=math.inf)
     assert draw_rows([], torch.empty(0, 10)) == []
+
+
+ENDS: list[dict] = [
+    *({"top_p": p} for p in (1e-300, 1e-40, 1 - 1e-12)),
+    *({"min_p": p} for p in (1.0, 1e-300, 1 - 1e-12)),
+    *({"temperature": t} for t in (1e-6, 1e-5, 1e30)),
+    *({"presence_penalty": p} for p in (1e300, -1e300)),
+    *({"frequency_penalty": p} for p in (3e38, -1e300)),
+    {"logit_bias": {3: 1e300, 4: 1e300}},
+    {"logit_bias": dict.fromkeys(range(50), -1e300)},
+    {"logit_bias": dict.fromkeys(range(50), 3e38)},
+    *({"repetition_penalty": p} for p in (1e-300, 1e-30, 1e30)),
+    *({"top_k": k} for k in (1, 10**15)),
+    {"presence_penalty": 1e308, "frequency_penalty": 1e308},
+    {"presence_penalty": 1e308, "frequency_penalty": -1e308, "logit_bias": {1: 1e308}},
+]
+
+
+@needs_native
+@pytest.mark.parametrize("how", ENDS, ids=str)
+def test_settings_at_the_ends_of_their_ranges_draw_the_same_natively(how: dict) -> None:
+    usual = torch.randn(1, 50, generator=seeded())
+    for logits in (usual, usual * 1e30, torch.zeros(1, 50)):
+        found = []
+        for backend in ("native", "reference"):
+            sampler = RowSampler(SamplingConfig(**how), 5, (1, 2, 3), vocab_size=50, logprobs=2)
+            with kernels.use_backend(backend):
+                found.append([draw_rows([sampler], logits.clone())[0] for _ in range(8)])
+        assert [(one.token, one.finite) for one in found[0]] == [(one.token, one.finite) for one in found[1]]
