@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_model import NativeModel
-from bitnet.inference.cpu_rows import MAX_CHUNK, Meeting, NativeRows, Storage, check_cache_dtype
+from bitnet.inference.cpu_rows import MAX_CHUNK, Meeting, NativeRows, Storage, check_cache_dtype, meeting_of
 from bitnet.inference.engine import check_ids
 from bitnet.inference.weights import ModuleWeights, Weights
 from bitnet.kernels.cpu import native
@@ -196,9 +196,11 @@ class Engine:
             kernels.forward(self._struct, rows, len(rows), tokens, stream, *target)
 
     def attach(self, adapters: Matrices) -> None:
-        """Add LoRA adapters (`bitnet/model/lora.py`), in the place of those that are there; none takes them away. Not
-        while a pass runs. Raises ValueError for projections or shapes that the model does not have."""
-        self._model.attach(adapters)
+        """Add LoRA adapters (`bitnet/model/lora.py`), in the place of those that are there; none takes them away. Waits
+        for a pass over rows that another thread runs; a call of the engine itself must not run. Raises ValueError for
+        projections or shapes that the model does not have."""
+        with meeting_of(self).between_passes():
+            self._model.attach(adapters)
 
     @property
     def rows(self) -> NativeRows:

@@ -12,7 +12,8 @@ import array
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -226,6 +227,20 @@ class Meeting:
         self.company, self.seconds = 1, 0.0
         """Jobs of the last pass, and how long it took."""
 
+    @contextmanager
+    def between_passes(self) -> Iterator[None]:
+        """No pass runs during the `with` block."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.passing)
+            yield
+
+
+def meeting_of(engine: Forward) -> Meeting:
+    """Where the threads of this process meet."""
+    if engine.meeting.process != os.getpid():  # forked: no thread of the parent is here to end its pass
+        engine.meeting = Meeting()
+    return engine.meeting
+
 
 class NativeRows:
     """`Rows` of the native engine."""
@@ -245,10 +260,8 @@ class NativeRows:
         check_step(self.config, rows)
         if not rows:
             return [] if every else torch.empty(0, self.config.vocab_size)
-        if self.engine.meeting.process != os.getpid():  # forked: no thread of the parent is here to end its pass
-            self.engine.meeting = Meeting()
         _reserve(rows)
-        job, meeting = _Job(rows, every), self.engine.meeting
+        job, meeting = _Job(rows, every), meeting_of(self.engine)
         with meeting.changed:
             meeting.jobs.append(job)
             meeting.changed.notify_all()

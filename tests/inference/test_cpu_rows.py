@@ -271,6 +271,36 @@ def test_who_is_interrupted_while_waiting_leaves_no_rows_behind(chosen: bool, mo
     assert engine.rows.step([(cache.new_row(), [1])]).isfinite().all()
 
 
+def test_adapters_are_put_on_between_two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read where they are while a pass runs."""
+    engine = engine_of("base")
+    original = engine._model.attach
+    running, go_on, seen = threading.Event(), threading.Event(), list[str]()
+    forward = engine.forward
+
+    def slow(*arguments) -> None:
+        running.set()
+        assert go_on.wait(30)
+        forward(*arguments)
+        seen.append("pass")
+
+    monkeypatch.setattr(engine, "forward", slow)
+    monkeypatch.setattr(engine._model, "attach", lambda adapters: (seen.append("adapters"), original(adapters)))
+    row = engine.rows.new_cache(64).new_row()
+    threads = [
+        threading.Thread(target=lambda: engine.rows.step([(row, [1, 2])])),
+        threading.Thread(target=lambda: engine.attach({})),
+    ]
+    threads[0].start()
+    assert running.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert seen == ["pass", "adapters"]
+
+
 def test_an_interrupted_wait_for_company_leaves_the_way_free(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of("base")
     row, found = engine.rows.new_cache(64).new_row(), []
