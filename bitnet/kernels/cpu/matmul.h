@@ -46,7 +46,9 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
         if constexpr (NB == 2) store(sums + 32 * m + 16, b##m);                                                        \
     }
 #define BN_STEPS(begin, end, half)                                                                                     \
-    for (int64_t k = begin; k < end; k++) {                                                                            \
+    for (int64_t k = begin; k < end; k++) BN_ONE(half)
+#define BN_ONE(half)                                                                                                   \
+    {                                                                                                                  \
         vb w0 = half_of<BITS, half>(load_line(p0 + 64 * k)), w1;                                                       \
         if constexpr (NB == 2) w1 = half_of<BITS, half>(load_line(p1 + 64 * k));                                       \
         BN_EACH(BN_STEP)                                                                                               \
@@ -56,7 +58,8 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
     if constexpr (!SHORT_SUMS) {
         BN_EACH(BN_DECLARE)
         BN_EACH(BN_LOAD)
-        BN_STEPS(0, quads, 0)
+        int64_t k = 0;
+        do BN_ONE(0) while (++k < quads); // of none, which there is not, gcc would keep all sums twice
         BN_EACH(BN_STORE)
     } else {
         for (int64_t begin = 0, end = 0; begin < quads; begin = end) {
@@ -80,6 +83,7 @@ BN_INLINE void tile(const uint8_t *p0, const uint8_t *p1, int64_t quads, const i
 #undef BN_ADD
 #undef BN_STORE
 #undef BN_STEPS
+#undef BN_ONE
 #undef BN_ADD_LOW
 #undef BN_ADD_HIGH
 }
