@@ -76,7 +76,7 @@ struct helper {
     std::atomic<bool> claimed{false};           // by a caller, until it is done with the call
     std::atomic<uint32_t> signal{0}, asleep{0}; // signal: counts the calls it was given
     std::atomic<int64_t> away{0};               // not before this time
-    std::atomic<int64_t> spent{0}, times{1};    // how long it was left out for the last time: so many times its loss
+    std::atomic<int64_t> times{1};              // for how many times its loss it was left out the last time
     std::atomic<bool> has_clock{false};
     int id = 0; // in the team
     pool *home = nullptr;
@@ -249,12 +249,12 @@ void pool_run(int threads, void (*body)(void *, member &), void *context) {
         if (!over) over = now();
         if (lost <= (over - began) / 10) continue;
         helper &late = *of->seats[i].by;
-        // Once is chance, and costs little; who is late again soon after coming back stays away for longer each time.
-        int64_t times = over - late.away < late.spent ? late.times * 4 : 1;
+        // Now and then is chance, and costs little; who loses a good part of the time since it came back stays away for
+        // longer each time.
+        int64_t times = lost * 5 > over - late.away ? late.times * 4 : 1;
         times = times < PENALTY ? times : PENALTY;
         int64_t spent = lost * times < LONGEST ? lost * times : LONGEST;
         late.times = times;
-        late.spent = spent;
         late.away = over + spent;
     }
     release(of);
