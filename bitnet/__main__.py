@@ -79,7 +79,7 @@ def read_options(command: ModuleType, prog: str, arguments: list[str]) -> Any:
 
     examples = (command.__doc__ or "").replace(f"python {prog.split()[-1]}.py", prog)  # as the command was called
     options = tyro.cli(command.Options, prog=prog, args=arguments, description=examples)
-    require_finite(options)
+    require_finite(options, "--")
     return options
 
 

@@ -60,9 +60,10 @@ def checked(kind: type[T], value: object, where: str) -> T:
 
 def require_finite(record: Any, prefix: str = "") -> None:
     """Raise ValueError, with the name behind `prefix`, for a field of a dataclass that is NaN or infinite, also in
-    tuples and in dataclasses within. Comparisons let such numbers pass."""
+    tuples and in dataclasses within. Comparisons let such numbers pass. Behind "--" the name is the option's."""
     for field in dataclasses.fields(record):
-        _require_finite(getattr(record, field.name), prefix + field.name)
+        name = field.name.replace("_", "-") if prefix.startswith("--") else field.name
+        _require_finite(getattr(record, field.name), prefix + name)
 
 
 def _require_finite(value: Any, name: str) -> None:

@@ -230,7 +230,7 @@ def test_no_option_takes_what_is_no_finite_number(number, capsys, monkeypatch, t
             assert f"{word.rpartition('.')[2]} is {float(number)};" in err or "rope_factors has" in err
             assert code == 2
         else:
-            assert (code, err.replace("text.", "")) == (2, f"error: {word} is {float(number)}; give a finite number")
+            assert (code, err.replace("text.", "")) == (2, f"error: {option} is {float(number)}; give a finite number")
     assert main(["formats", "--", number]) == 0  # what it prints is its bits
 
 
