@@ -199,7 +199,9 @@ def test_chat_answers_one_message(call, run_folder):
     assert open_source(run_folder).chat_template.where.endswith("chat_template.jinja")
 
 
-def test_a_conversation_is_kept_reset_and_forgotten(call, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch) -> list[list[tuple[str, str]]]:
+    """The conversations that templates are asked to write, roles and contents, as they come."""
     seen: list[list[tuple[str, str]]] = []
     encode = ChatTemplate.encode
 
@@ -208,6 +210,10 @@ def test_a_conversation_is_kept_reset_and_forgotten(call, monkeypatch):
         return encode(self, messages, add_generation_prompt)
 
     monkeypatch.setattr(ChatTemplate, "encode", spy)
+    return seen
+
+
+def test_a_conversation_is_kept_reset_and_forgotten(call, seen):
     options = ("--chat", "--interactive", "--system", "S", "--max-new-tokens", "4", "--seed", "1")
     status, out, err = call(*options, stdin="one\n\n/reset\ntwo\nthree\nfour\nfive\n")
     assert (status, err.count("a new conversation")) == (0, 1)
@@ -255,15 +261,7 @@ def test_bad_chat_arguments(call, run_folder):
     assert "has no chat template: it is a base model" in err
 
 
-def test_a_message_that_does_not_fit_forgets_nothing(call, monkeypatch):
-    seen: list[list[tuple[str, str]]] = []
-    encode = ChatTemplate.encode
-
-    def spy(self, messages, add_generation_prompt=True):
-        seen.append([(m["role"], m["content"]) for m in messages])
-        return encode(self, messages, add_generation_prompt)
-
-    monkeypatch.setattr(ChatTemplate, "encode", spy)
+def test_a_message_that_does_not_fit_forgets_nothing(call, seen):
     options = ("--chat", "--interactive", "--max-new-tokens", "4", "--seed", "1")
     status, _, err = call(*options, stdin="one\n" + "x" * 200 + "\ntwo\n")
     assert (status, err.count("error: a prompt of")) == (0, 1)
