@@ -1,6 +1,6 @@
 """One run of the recipe's grid, in a process of its own that waits for the next one: `benchmarks/recipe.py` starts it.
 
-    python benchmarks/recipe_runs.py DATA RUNS DEVICE       jobs as JSON lines on stdin, a result for each on stdout
+    python benchmarks/recipe_runs.py DATA RUNS DEVICE COMPILE       jobs as JSON lines on stdin, results on stdout
 
 DATA has a folder for each corpus: shards as `tokenize_corpus` writes them, and tokenizer.model. What a job does beside
 the configuration of `train.py --preset demo` is a technique of `TECHNIQUES`: something that acts on the layers'
@@ -49,7 +49,7 @@ def open_shards(data: Path, corpus: str, window: int, batch_size: int, seed: int
     return TextFeed(mixture, Tokenizer.load(folder / "tokenizer.model"), None, window, batch_size=batch_size, seed=seed)
 
 
-def configuration(job: dict[str, Any], runs: Path, device: str) -> recipes.TrainConfig:
+def configuration(job: dict[str, Any], runs: Path, device: str, compiled: str) -> recipes.TrainConfig:
     """The demo's recipe with the changes of a job, whose keys are fields of the configuration, dotted those within."""
     base = dataclasses.replace(recipes.PRESETS["demo"], float_start=0.5, ramp=0.0)
     hidden, ffn, heads, layers = SIZES[job["size"]]
@@ -67,19 +67,19 @@ def configuration(job: dict[str, Any], runs: Path, device: str) -> recipes.Train
             parts[""][role] = str(runs / job[role])
     return dataclasses.replace(
         base, model=base.model.replace(**parts["model"]), optim=dataclasses.replace(base.optim, **parts["optim"]),
-        steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, compile="off", threads=1,
+        steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, compile=compiled, threads=1,
         wandb="off", out=str(runs / job["key"]), **parts[""],
     )  # fmt: skip
 
 
-def run(job: dict[str, Any], data: Path, runs: Path, device: str) -> dict[str, Any]:
+def run(job: dict[str, Any], data: Path, runs: Path, device: str, compiled: str) -> dict[str, Any]:
     """Train and validate; what `keep` names is saved as a run."""
     trainer.open_feed = lambda *_, window, batch_size, seed, **__: open_shards(
         data, job["corpus"], window, batch_size, seed
     )
     with TECHNIQUES[job["technique"]]():
         started = time.perf_counter()
-        done = trainer.prepare(configuration(job, runs, device))
+        done = trainer.prepare(configuration(job, runs, device, compiled))
         with contextlib.closing(done.batches):
             begun = time.perf_counter()
             while done.progress.step < done.config.steps:
@@ -97,7 +97,7 @@ def run(job: dict[str, Any], data: Path, runs: Path, device: str) -> dict[str, A
         "key": job["key"], "row": job["row"], "corpus": job["corpus"], "size": job["size"], "lr": job["lr"],
         "seed": job["seed"], "tokens": done.config.steps * done.config.tokens_per_step,
         "parameters": done.model.num_parameters(), "dtype": str(done.dtype).removeprefix("torch."),
-        "device": str(done.device), "machine": describe_machine(),
+        "device": str(done.device), "compiled": done.compiled, "machine": describe_machine(),
         "loss": found.loss, "standard_error": found.standard_error, "bits_per_byte": found.bits_per_byte,
         "start_seconds": round(begun - started, 2), "seconds": round(trained - begun, 2),
         "validation_seconds": round(time.perf_counter() - trained, 2),
@@ -106,20 +106,28 @@ def run(job: dict[str, Any], data: Path, runs: Path, device: str) -> dict[str, A
 
 # Techniques: what acts on the products of the layers before a step.
 
+Product = Callable[[Tensor, Tensor, Tensor | None, str, Tensor, Tensor], Tensor]
+"""Of x, weight, bias and quantizer; of the quantizers' strength and the share of the steps that is left, scalars."""
+
 
 @contextlib.contextmanager
-def with_products(product: Callable[[Trainer, float], Any]) -> Iterator[None]:
-    """`product(trainer, strength)` in the layers, or None for the ordinary one, from the switch on."""
+def with_products(product: Product, *, only_in_ramp: bool) -> Iterator[None]:
+    """`product` in the layers, instead of the ordinary one, from the switch on or in the ramp alone."""
     original = Trainer.set_products
+    # One callable and two tensors for all steps, so that the layers are compiled once.
+    share, rest = torch.ones(()), torch.ones(())
+
+    def chosen(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
+        return product(x, weight, bias, quantizer, share, rest)
 
     def set_products(self: Trainer) -> None:
         original(self)
-        if self.progress.step >= self.config.steps:
+        step, steps = self.progress.step, self.config.steps
+        strength = self.config.quantizer_strength(step)
+        if step >= steps or strength == 0 or (only_in_ramp and strength == 1):
             return  # what is validated is the model itself
-        strength = self.config.quantizer_strength(self.progress.step)
-        chosen = product(self, strength) if strength else None
-        if chosen is None:
-            return
+        share.fill_(strength)
+        rest.fill_(1 - step / steps)
         for _, layer in bit_linears(self.model):
             layer.product = chosen
 
@@ -139,40 +147,25 @@ def soft_codes(weight: Tensor, temperature: Tensor) -> Tensor:
     return (scale * ((-(u - levels).square() / temperature).softmax(-1) * levels).sum(-1)).to(weight.dtype)
 
 
-def soft_product(straight: bool) -> Callable[[Trainer, float], Any]:
+def soft_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, share: Tensor, rest: Tensor, *, straight: bool
+) -> Tensor:
     """Weights through `soft_codes`, whose temperature falls from 1 to 0 as the ramp rises; the gradient is the true one
     or, `straight`, the identity. Activations fade in as in the ramp."""
-
-    def choose(trainer: Trainer, strength: float) -> Any:
-        if strength >= 1:
-            return None
-        share = torch.tensor(strength, device=trainer.device)
-        temperature = (1 - share).square()
-
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
-            quantized = fake_quantize_activations(x)
-            x = x + (share * (quantized - x)).detach().to(x.dtype)
-            if straight:
-                return F.linear(x, straight_through(weight, partial(soft_codes, temperature=temperature)), bias)
-            return F.linear(x, soft_codes(weight, temperature), bias)
-
-        return product
-
-    return choose
+    temperature = (1 - share).square()
+    quantized = fake_quantize_activations(x)
+    x = x + (share * (quantized - x)).detach().to(x.dtype)
+    if straight:
+        return F.linear(x, straight_through(weight, partial(soft_codes, temperature=temperature)), bias)
+    return F.linear(x, soft_codes(weight, temperature), bias)
 
 
-def dead_zone(trainer: Trainer, strength: float) -> Any:
+def dead_zone(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, share: Tensor, rest: Tensor) -> Tensor:
     """Weights whose code is 0 add lambda times their sum to every output (arXiv 2509.23809), so that each gets a
     gradient of its own; lambda falls from 0.01 to 0 by the end, and the model needs no bias."""
-    rest = 1 - trainer.progress.step / trainer.config.steps
-    share, amount = torch.tensor(strength, device=trainer.device), torch.tensor(0.01 * rest, device=trainer.device)
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
-        y = fake_quant_linear(x, weight, bias, quantizer, share if strength < 1 else None)
-        dead = fake_quantize_weight(weight.detach(), quantizer) == 0
-        return y + (amount * (weight * dead).sum(1)).to(y.dtype)
-
-    return product
+    y = fake_quant_linear(x, weight, bias, quantizer, share)
+    dead = fake_quantize_weight(weight.detach(), quantizer) == 0
+    return y + (0.01 * rest * (weight * dead).sum(1)).to(y.dtype)
 
 
 @contextlib.contextmanager
@@ -188,15 +181,15 @@ def median_scale() -> Iterator[None]:
 
 TECHNIQUES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
-    "soft": partial(with_products, soft_product(straight=True)),
-    "soft, true gradient": partial(with_products, soft_product(straight=False)),
-    "dead zone": partial(with_products, dead_zone),
+    "soft": partial(with_products, partial(soft_product, straight=True), only_in_ramp=True),
+    "soft, true gradient": partial(with_products, partial(soft_product, straight=False), only_in_ramp=True),
+    "dead zone": partial(with_products, dead_zone, only_in_ramp=False),
     "median scale": median_scale,
 }
 
 
 def main() -> None:
-    data, runs, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    data, runs, device, compiled = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
     # Results alone go to the pipe; everything that is printed goes where stderr goes.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -204,7 +197,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         print(f"== {job['key']}", flush=True)
-        results.write(json.dumps(run(job, data, runs, device)) + "\n")
+        results.write(json.dumps(run(job, data, runs, device, compiled)) + "\n")
 
 
 if __name__ == "__main__":

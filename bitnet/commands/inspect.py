@@ -47,7 +47,7 @@ def run(options: Options) -> None:
                 )
             result["histogram"] = histogram(entry)
     if options.json:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1, allow_nan=False))
         return
     print_report(result)
     if options.histogram is not None:
@@ -70,7 +70,8 @@ def print_report(result: JsonObject) -> None:
     lines = [("tensor", "type", "shape", "bits", "scale", "zeros")]
     for row in result["tensors"]:
         scale, zeros = row.get("scale"), row.get("zeros")
-        shown = ("" if scale is None else f"{scale:.6g}", "" if zeros is None else f"{zeros:.1%}")
+        scale = f"{scale:.6g}" if isinstance(scale, float) else scale or ""
+        shown = (scale, "" if zeros is None else f"{zeros:.1%}")
         shape = " x ".join(map(str, row["shape"]))
         lines.append((row["name"], row["type"], shape, f"{row['bits_per_weight']:.2f}", *shown))
     print(table(lines))

@@ -1,6 +1,7 @@
 """How far a model's predictions are from a float model's, window by window."""
 
 import errno
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +80,8 @@ class Reference:
             at += len(logp)
 
     def score(self, model: Predictor) -> Score:
-        """Score a model of the same vocabulary."""
+        """Score a model of the same vocabulary. Raises ValueError where its predictions are no numbers: a table cannot
+        rank it."""
         losses, gaps, counts, kl, agree, at = [], [], [], 0.0, 0, 0
         read = 0
         found = predictions(model, self.windows, self.logp.shape[1], self.unused)
@@ -96,6 +98,11 @@ class Reference:
             read += sum(bool(hits[first:behind].all()) for first, behind in words)
         loss, error = ratio_and_error(torch.tensor(losses).double(), torch.tensor(counts))
         gap, gap_error = ratio_and_error(torch.tensor(gaps).double(), torch.tensor(counts))
+        if not math.isfinite(loss + kl):
+            raise ValueError(
+                f"its predictions are no finite numbers (loss {loss:g}, KL {kl:g}); activations or weights went beyond "
+                "what the method's numbers hold"
+            )
         cloze = Accuracy.of(read, sum(map(len, self.words)))
         return Score(loss, error, gap, gap_error, kl / at, agree / at, cloze)
 

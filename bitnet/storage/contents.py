@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,7 +229,8 @@ def _hugging_face(tensors: Tensors, stem: str, form: str) -> tuple[str, tuple[in
 
 
 def report(contents: Contents) -> JsonObject:
-    """Everything the command shows, as plain values: totals, types, tensors."""
+    """Everything the command shows, as plain values: totals, types, tensors. What is no finite number in a file's
+    settings and scales is "inf", "-inf" or "nan", as JSON has no such numbers."""
     rows: list[JsonObject] = []
     zeros = ternary = 0
     types: dict[str, dict[str, int]] = {}
@@ -248,13 +250,13 @@ def report(contents: Contents) -> JsonObject:
             codes, scale = entry.load()
             if not codes.is_floating_point():
                 count = int((codes == 0).sum())
-                row |= {"scale": scale, "zeros": count / max(1, codes.numel())}
+                row |= {"scale": _named(scale), "zeros": count / max(1, codes.numel())}
                 zeros, ternary = zeros + count, ternary + codes.numel()
         rows.append(row)
     parameters, nbytes = (sum(row[key] for row in rows) for key in ("parameters", "bytes"))
     return {
         "kind": contents.kind,
-        "about": contents.about,
+        "about": _named(contents.about),
         "parameters": parameters,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / max(1, parameters),
@@ -263,6 +265,15 @@ def report(contents: Contents) -> JsonObject:
         "types": types,
         "tensors": rows,
     }
+
+
+def _named(value: Any) -> Any:
+    """The same with names for what is no finite number, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _named(each) for key, each in value.items()}
+    return [_named(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def histogram(entry: Entry) -> list[dict[str, float | str]]:

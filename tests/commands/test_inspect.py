@@ -2,11 +2,12 @@
 
 import json
 import math
+import struct
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitnet.__main__ import main
 from bitnet.model import BitNetForCausalLM, ModelConfig
@@ -29,7 +30,7 @@ def model() -> BitNetForCausalLM:
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:
     assert main(["inspect", *map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
 def tensor(result: dict, name: str) -> dict:
@@ -113,6 +114,27 @@ def test_text(tmp_path, capsys, model):
     assert row[1:] == ["TQ2_0", "128", "x", "256", "2.06", f"{scale:.6g}", f"{zeros:.1%}"]
     assert ["general.architecture", "bitnet"] in [line.split() for line in lines]
     assert max(map(len, lines)) <= 120
+
+
+def test_what_is_no_number_has_a_name(tmp_path, capsys, model):
+    """JSON has no NaN and no infinity, and readers of JSON refuse them."""
+    gguf_write.write(model, tmp_path / "x.gguf", "I2_S")
+    data = bytearray((tmp_path / "x.gguf").read_bytes())
+    for key, value in (("bitnet.rope.freq_base", math.inf), ("bitnet.attention.layer_norm_rms_epsilon", math.nan)):
+        place = data.index(key.encode()) + len(key) + 4  # behind the key and the type of its value
+        data[place : place + 4] = struct.pack("<f", value)
+    (tmp_path / "x.gguf").write_bytes(data)
+    about = shown(capsys, tmp_path / "x.gguf")["about"]
+    assert (about["bitnet.rope.freq_base"], about["bitnet.attention.layer_norm_rms_epsilon"]) == ("inf", "nan")
+
+    hf_write.write(model, tmp_path / "hf", form="packed")
+    weights = tmp_path / "hf" / "model.safetensors"
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(load_file(weights) | {f"{name}_scale": torch.tensor([math.nan])}, weights)
+    assert tensor(shown(capsys, tmp_path / "hf"), name)["scale"] == "nan"
+    assert main(["inspect", str(tmp_path / "hf")]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
+    assert row.split()[-2] == "nan"
 
 
 def test_codes_are_counted(tmp_path, capsys, model):

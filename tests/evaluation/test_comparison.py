@@ -199,6 +199,9 @@ def test_scores_are_what_their_definitions_say() -> None:
         assert error == pytest.approx(math.sqrt(float(residuals.square().sum().detach()) * 3 / 2) / 41, rel=1e-4)
     same = Reference(model, windows, 300).score(model)
     assert (same.gap, same.kl, same.top1) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9), 1.0)
+    other.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"its predictions are no finite numbers \(loss nan"):
+        Reference(model, windows, 300).score(other)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system gives files no room beforehand")
