@@ -64,9 +64,6 @@ def run(options: Options) -> None:
     from bitnet.storage.hf import write as hf_write
     from bitnet.storage.hf.card import origin_of
     from bitnet.storage.source import open_source
-    from bitnet.tokenizer import Tokenizer
-    from bitnet.tokenizer.added import GENERATION
-    from bitnet.tokenizer.json_write import sentencepiece_files
 
     source = open_source(options.source, which=options.checkpoint)
     model = source.model() if options.merge_lora is None else _merged(source, options.merge_lora)
@@ -77,13 +74,7 @@ def run(options: Options) -> None:
         save_packed(options.out, model.pack(), source.tokenizer_files())
     elif options.to == "hf":
         form = options.form or ("master" if is_float else "packed")
-        files = source.tokenizer_files()
-        if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
-            positions, chat = model.config.max_position_embeddings, source.chat_template
-            made = sentencepiece_files(source.tokenizer, max_length=positions, chat=chat is not None)
-            kept = json.loads(files.get(GENERATION, b"{}"))  # how the model's makers want its tokens drawn
-            made[GENERATION] = json.dumps(kept | json.loads(made[GENERATION]), indent=1).encode()
-            files |= made | (chat.files() if chat else {})
+        files = _for_transformers(source, model.config.max_position_embeddings)
         hf_write.write(model, options.out, form, tokenizer_files=files, origin=origin_of(source.path, source.settings))
     elif options.to == "gguf":
         template = source.chat_template.source if source.chat_template else None
@@ -101,9 +92,26 @@ def run(options: Options) -> None:
         if rounded:
             print(f"{kind}: the scales of the matrices were rounded to 16 bits, by {rounded:.1e} of themselves at most")
     else:
-        gptq.write(model, options.out, source.tokenizer_files(), origin=origin_of(source.path, source.settings))
+        files = _for_transformers(source, model.config.max_position_embeddings)
+        gptq.write(model, options.out, files, origin=origin_of(source.path, source.settings))
     written = [options.out] if options.out.is_file() else list(options.out.iterdir())
     print(f"{options.out}: {sum(file.stat().st_size for file in written) / 1e6:.2f} MB")
+
+
+def _for_transformers(source: Source, positions: int) -> dict[str, bytes]:
+    """The files of a tokenizer as transformers reads them, with a tokenizer.json where it is one of sentencepiece's."""
+    from bitnet.tokenizer import Tokenizer
+    from bitnet.tokenizer.added import GENERATION
+    from bitnet.tokenizer.json_write import sentencepiece_files
+
+    files = source.tokenizer_files()
+    if isinstance(source.tokenizer, Tokenizer) and "tokenizer.json" not in files:
+        chat = source.chat_template
+        made = sentencepiece_files(source.tokenizer, max_length=positions, chat=chat is not None)
+        kept = json.loads(files.get(GENERATION, b"{}"))  # how the model's makers want its tokens drawn
+        made[GENERATION] = json.dumps(kept | json.loads(made[GENERATION]), indent=1).encode()
+        files |= made | (chat.files() if chat else {})
+    return files
 
 
 def _merged(source: Source, path: Path) -> BitNetForCausalLM:

@@ -6,7 +6,6 @@
 What such settings ask for and this package does not do is said in a note, since it changes the texts.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,12 @@ def _numbers(values: Mapping[str, Any], path: Path) -> Sampling:
     for name, value in values.items():
         if value is None:
             continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
         if not number or (name == "top_k" and value != int(value)):
-            raise CheckpointError(f"{path}: {name} is {value!r}; it must be a number")
+            raise CheckpointError(f"{path}: {name} is {value!r:.60}; it must be a number")
         found[name] = float(value)
     if "top_k" in found:
-        found["top_k"] = max(0, int(found["top_k"]))  # some write -1 for all
+        found["top_k"] = min(max(0, int(found["top_k"])), 2**31 - 1)  # some write -1 for all
     return found
 
 

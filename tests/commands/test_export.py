@@ -124,6 +124,13 @@ def test_gptq_is_written_in_the_layout_of_its_checkpoints(folder: Path, tmp_path
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     about = config["quantization_config"]
     assert (config["model_type"], about["bits"], about["group_size"], about["sym"]) == ("llama", 4, 64, False)
+    # Ends of a text and the tokenizer as transformers reads them, like any other folder for it.
+    assert main(["export", str(folder / "narrow"), str(tmp_path / "floats"), "--to", "hf"]) == 0
+    files = {path.name for path in (tmp_path / "floats").iterdir()}
+    assert files == {path.name for path in (tmp_path / "hf").iterdir()}
+    for name in files - {"config.json", "README.md", "model.safetensors"}:
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "floats" / name).read_bytes()
+    assert config["eos_token_id"] == 2
     tensors = load_tensors(tmp_path / "hf" / "model.safetensors")
     module = open_source(tmp_path / "q").model().model.layers[1].mlp.down_proj
     stem = "model.layers.1.mlp.down_proj"

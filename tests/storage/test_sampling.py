@@ -37,6 +37,7 @@ def test_generation_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert sampling_of_folder(tmp_path) == {}
     assert settings_of(tmp_path, eos_token_id=2, temperature=None, transformers_version="4") == {}
     assert settings_of(tmp_path, do_sample=True, **OURS) == OURS
+    assert settings_of(tmp_path, top_k=10**12) == {"top_k": 2**31 - 1}  # a number that GGUF and the kernels hold
     assert settings_of(tmp_path, do_sample=False, temperature=0.6, top_p=0.9) == {"temperature": 0.0, "top_p": 0.9}
     assert settings_of(tmp_path, top_k=-1) == {"top_k": 0}
     neutral = {"num_beams": 1, "typical_p": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None, "max_length": 99}
@@ -48,7 +49,7 @@ def test_generation_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
-@pytest.mark.parametrize("value", ["hot", [0.2], True, {}, float("inf")])
+@pytest.mark.parametrize("value", ["hot", [0.2], True, {}, float("inf"), 10**400, 1e39])
 def test_settings_that_are_no_numbers_are_refused(tmp_path: Path, value: object) -> None:
     for name in ("temperature", "top_k"):
         with pytest.raises(CheckpointError, match=r"generation_config\.json"):

@@ -22,7 +22,7 @@ from bitnet.quant import unpack_codes
 from bitnet.quant.grouped import QuantizedWeight, group_index
 from bitnet.storage.folders import CONFIG, MODEL
 from bitnet.storage.hf.card import CARD, Origin, model_card
-from bitnet.storage.hf.write import check_class, config_of
+from bitnet.storage.hf.write import check_class, config_of, special_ids
 from bitnet.storage.safetensors import save_tensors
 
 
@@ -56,7 +56,7 @@ def write(
     check_class(model.config)
     bits, group_size, version = kinds.pop()
     trained = model.config.quantizer in GROUP_SIZES
-    config = config_of(model, "master")
+    config = config_of(model, "master") | special_ids(tokenizer_files)
     config["quantization_config"] = {
         "quant_method": "gptq",
         "bits": bits,

@@ -87,10 +87,7 @@ def write(
             bias, factor = state[f"{name}.bias"].detach(), tensors.get(f"{name}.weight_scale")
             # transformers multiplies it with the scale in this form. In float64, so that it comes back to the bit.
             tensors[f"{name}.bias"] = bias.cpu().double() / factor if form == "packed" and factor is not None else bias
-    # transformers takes the ids that begin and end a text from config.json too.
-    special = json.loads(files.get(GENERATION, b"{}"))
-    config = config_of(model, form)
-    config |= {f"{name}_token_id": special.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = config_of(model, form) | special_ids(files)
     with new_folder(Path(folder), "Hugging Face folder") as temporary:
         save_tensors(temporary / MODEL, tensors)
         write_atomic(temporary / CONFIG, json.dumps(config, indent=1))
@@ -169,6 +166,12 @@ def kind_of(config: ModelConfig) -> str:
     """The model_type of a configuration."""
     parts = {"bitnet": config.sub_norm, "qwen3": config.qk_norm, "qwen2": config.qkv_bias}
     return next((kind for kind, part in parts.items() if part), "llama")
+
+
+def special_ids(files: Mapping[str, bytes]) -> JsonObject:
+    """The ids that begin and end a text, which transformers takes from config.json too; `files` are the tokenizer's."""
+    special = json.loads(files.get(GENERATION, b"{}"))
+    return {f"{name}_token_id": special.get(f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def config_of(model: BitNetForCausalLM, form: str) -> JsonObject:
