@@ -163,11 +163,12 @@ def _read(path: Path, options: TextOptions, seed: int, model: list[str]) -> Iter
                 raise ValueError(f"{where} is not JSON ({error})") from None
             if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
                 raise ValueError(f'{where}: give an object with either "prompt" or "messages"')
-            prompt = value.pop("prompt", None)
-            prompt = value.pop("messages", None) if prompt is None else prompt
+            key = "prompt" if "prompt" in value else "messages"
+            prompt = value.pop(key)
             listed = isinstance(prompt, list) and len(prompt) > 0
             ids = listed and all(type(token) is int for token in prompt)
-            if not (isinstance(prompt, str) or ids or (listed and is_conversation(prompt))):
+            text = key == "prompt" and (isinstance(prompt, str) or ids)
+            if not (text or (listed and all(isinstance(each, dict) for each in prompt))):
                 raise ValueError(f'{where}: "prompt" is a text or token ids, "messages" a list of objects')
             if taken := sorted(set(value) & set(_ANSWER) - _OPTIONS):
                 raise ValueError(f'{where}: "{taken[0]}" is a field of the answers; give it another name')
