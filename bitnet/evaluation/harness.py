@@ -110,7 +110,7 @@ class BitnetLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first of the task's stop strings."""
         generations = []
-        for request in requests:
+        for number, request in enumerate(requests):
             context, options = request.args
             if unknown := sorted(set(options) - _WRITING):
                 raise ValueError(f"the task asks for {', '.join(unknown)} in its generation, which is not supported")
@@ -131,7 +131,8 @@ class BitnetLM(TemplateLM):
                 )
             ids = self.tok_encode(context)[count - self._model.positions :]
             stop = tuple(text for text in until if text)
-            generations.append(Generation(tuple(ids), count, sampling, stop=stop))
+            # A task that draws several texts asks the same several times.
+            generations.append(Generation(tuple(ids), count, sampling, seed=number, stop=stop))
         return [
             "".join(event.text for event in events if isinstance(event, Piece)) for events in self._run(generations)
         ]

@@ -96,6 +96,17 @@ def test_likelihoods_are_the_models(model, monkeypatch):
     assert greedy == (logprobs.argmax(-1).tolist() == continuation)
 
 
+def test_texts_that_are_drawn_again_differ(model):
+    """All had one seed: of a task with repeats, every text of a question was the same."""
+    from lm_eval.api.instance import Instance
+
+    from bitnet.evaluation.harness import BitnetLM
+
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, ("def f(x):", options), 0)] * 3
+    assert len(set(BitnetLM(model).generate_until(asked))) == 3
+
+
 def test_the_command(tmp_path, folder, tokenizer, capsys):
     from bitnet.__main__ import main
 
