@@ -142,9 +142,9 @@ def make_app(models: Models, worker: Worker, metrics: Metrics, rules: Rules, cor
         add_page(path, name)
 
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    if cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
-    return Guard(app, rules, metrics, paths)
+    guarded = Guard(app, rules, metrics, paths)
+    # Around all of it, so that a page may also read why it was refused.
+    return CORSMiddleware(guarded, list(cors), allow_methods=["*"], allow_headers=["*"]) if cors else guarded
 
 
 async def _api_error(http: HttpRequest, error: Exception) -> Response:
@@ -153,11 +153,25 @@ async def _api_error(http: HttpRequest, error: Exception) -> Response:
     return Json(error.body(), error.status, headers)
 
 
+def _place(error: dict[str, Any], body: Any) -> tuple[str | int, ...]:
+    """Where in a body an error is. pydantic also names the kinds that it has tried there, which are no part of it."""
+    place: list[str | int] = []
+    parts = error["loc"][1:]
+    for number, part in enumerate(parts):
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+            body = body[part]
+        elif error["type"] != "missing" or number < len(parts) - 1:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
 async def _invalid(http: HttpRequest, error: Exception) -> Response:
-    """The first thing that is wrong with a body, by its name."""
+    """The first thing that is wrong with a body, by its name: of what is none of several kinds, what is the least."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = tuple(first["loc"][1:])
+    errors = [(_place(one, error.body), one) for one in error.errors()]
+    alike = [one for one in errors if one[0][:1] == errors[0][0][:1]]
+    place, first = max(alike, key=lambda one: (len(one[0]), not one[1]["type"].endswith("_type")))
     name = plain_name(place)
     if first["type"] == "extra_forbidden":
         found = ApiError(
@@ -171,7 +185,11 @@ async def _invalid(http: HttpRequest, error: Exception) -> Response:
         )  # fmt: skip
     else:
         what = str(first.get("ctx", {}).get("error", "")) or first["msg"]
-        found = ApiError(400, f"{name[:200]}: {what}" if name else what, param=name[:200] or None)
+        if name:
+            what = f"{name[:200]}: {what}"
+        elif first["type"] != "value_error":
+            what = f"the body cannot be read as a JSON object (Content-Type: application/json): {what}"
+        found = ApiError(400, what, param=name[:200] or None)
     return await _api_error(http, found)
 
 

@@ -75,8 +75,9 @@ class Chat:
         prompt = prompt_of(model, body.messages, **variables)
         if self.forced:
             prompt += model.tokenizer.encode(opening(self.form), special=True)
-        limit = body.max_tokens or body.max_completion_tokens
-        left = model.context - len(prompt)
+        limits = {"max_tokens": body.max_tokens, "max_completion_tokens": body.max_completion_tokens}
+        limited_by, limit = next(((name, given) for name, given in limits.items() if given), ("messages", None))
+        left = model.scheduler.room(len(prompt), body.n or 1)
         generation = Generation(
             tuple(prompt),
             max(1, min(left, model.default_new_tokens)) if limit is None else limit,
@@ -88,6 +89,7 @@ class Chat:
             alternatives=(body.top_logprobs or 0) if body.logprobs else None,
             grammar=self._grammar(),
             ends=not body.ignore_eos,
+            limited_by=limited_by,
         )
         self.request = requests_of([generation], http)[0]
         self.usage = Usage([self.request])

@@ -37,12 +37,13 @@ class Completions:
         self.count = body.n or 1
         self.prompts = prompts_of(model, body.prompt, "prompt")
         samples = max(self.count, body.best_of or 0)
-        new_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-        if not new_tokens and not body.echo:
+        if body.max_tokens == 0 and not body.echo:
             raise invalid("max_tokens is 0, which only echo makes sense of; ask for at least 1", "max_tokens")
-        if body.max_tokens is None:
-            longest = max(len(ids) for _, ids in self.prompts)
-            new_tokens = max(1, min(new_tokens, model.context - longest))
+
+        def new_tokens(prompt: list[int]) -> int:
+            most = max(1, min(DEFAULT_TOKENS, model.scheduler.room(len(prompt), samples)))
+            return most if body.max_tokens is None else body.max_tokens
+
         seed = body.chosen_seed
         alternatives = body.logprobs
         if samples > self.count and alternatives is None:
@@ -50,16 +51,17 @@ class Completions:
         generations = [
             Generation(
                 tuple(ids),
-                new_tokens,
+                new_tokens(ids),
                 sampling=body.sampling(model.tokenizer.drawable, model.own_sampling),
-                seed=seed,
+                seed=seed + number * samples,  # else equal prompts would have equal texts
                 count=samples,
                 stop=body.stops,
                 alternatives=alternatives,
                 scores_from=1 if body.echo and body.logprobs is not None else None,
                 ends=not body.ignore_eos,
+                limited_by="prompt" if body.max_tokens is None else "max_tokens",
             )
-            for _, ids in self.prompts
+            for number, (_, ids) in enumerate(self.prompts)
         ]
         self.requests: list[Request] = requests_of(generations, http)
         self.usage = Usage(self.requests)

@@ -28,8 +28,14 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
             param="model", code="no_embeddings",
         )  # fmt: skip
     texts = [ids for _, ids in prompts_of(model, body.input, "input")]
-    futures = [asyncio.wrap_future(model.scheduler.embed(ids)) for ids in texts]
-    vectors: list[Tensor] = await unless_gone(http, _all(futures))
+    futures: list[asyncio.Future[Tensor]] = []
+    try:
+        for ids in texts:
+            futures.append(asyncio.wrap_future(model.scheduler.embed(ids)))
+        vectors: list[Tensor] = await unless_gone(http, _all(futures))
+    finally:  # of a request that one text has ended, no other is computed
+        for future in futures:
+            future.cancel()
     count = sum(map(len, texts))
     data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format == "base64")}

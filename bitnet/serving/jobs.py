@@ -85,6 +85,8 @@ class Generation:
     """Makes the grammar that each sample keeps to."""
     ends: bool = True
     """An end-of-text token ends the text."""
+    limited_by: str = "max_tokens"
+    """The field of the request that errors of length name."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class PlainResponse:
         if isinstance(wanted, ObjectFormat | ResponseSchema):
             schema = ANY_OBJECT if isinstance(wanted, ObjectFormat) else wanted.schema_
             grammar = model.grammars.json_schema(schema, "text.format")
-        left = max(1, min(model.context - len(prompt), model.default_new_tokens))
+        left = max(1, min(model.scheduler.room(len(prompt), 1), model.default_new_tokens))
         writing = Writing(temperature=body.temperature, top_p=body.top_p)
         generation = Generation(
             tuple(prompt),
@@ -43,6 +43,7 @@ class PlainResponse:
             seed=writing.chosen_seed,
             continues=False,
             grammar=grammar,
+            limited_by="max_output_tokens" if body.max_output_tokens else "input",
         )
         self.request = requests_of([generation], http)[0]
         self.usage = Usage([self.request])

@@ -21,6 +21,7 @@ places and no row is shared.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -36,7 +37,7 @@ from bitnet.inference.rows import CacheFullError, PlainRows, Row, Step, rows_of
 from bitnet.inference.sampling import draw_rows, without
 from bitnet.inference.scoring import Score, embedding, score
 from bitnet.serving.errors import ApiError, invalid
-from bitnet.serving.jobs import Event, Job, Limits, Piece, PromptScores, Sample
+from bitnet.serving.jobs import SLACK, Event, Job, Limits, Piece, PromptScores, Sample
 from bitnet.serving.metrics import ModelMetrics
 from bitnet.serving.prefix import PrefixCache
 from bitnet.serving.queue import FairQueue
@@ -48,6 +49,7 @@ PIECE = 64
 takes long anyway takes a little longer, and those who wait for their first token wait fewer passes."""
 ALONE = 512
 """The same while nobody writes."""
+NOT_FINITE = "the model's numbers are not finite: its training diverged or its dtype overflows"
 
 
 class Scheduler:
@@ -93,7 +95,7 @@ class Scheduler:
             raise invalid(
                 f"the prompt has {len(generation.prompt)} tokens and {generation.max_new_tokens} are asked for; "
                 f"together at most {limits.context} fit the model's context here",
-                "max_tokens", "context_length_exceeded",
+                generation.limited_by, "context_length_exceeded",
             )  # fmt: skip
         if generation.count > limits.parallel:
             raise invalid(f"{generation.count} samples are more than the {limits.parallel} that run at once here", "n")
@@ -101,7 +103,7 @@ class Scheduler:
             raise invalid(
                 f"the request may need memory for {need} tokens and this server has it for {limits.cache_tokens}; ask "
                 "for fewer samples or tokens",
-                "max_tokens", "context_length_exceeded",
+                generation.limited_by, "context_length_exceeded",
             )  # fmt: skip
         if (generation.alternatives or 0) > (known := self._tokenizer.drawable.number):
             raise invalid(f"{generation.alternatives} likely tokens are asked for and there are {known}", "logprobs")
@@ -112,6 +114,11 @@ class Scheduler:
                 raise ApiError(429, f"{limits.queue} requests wait already; ask again later", code="queue_full")
             self._inbox.append(job)
         self._wake()
+
+    def room(self, prompt: int, count: int) -> int:
+        """Tokens that each of so many samples behind a prompt may have, so that `submit` takes it; below 1: none."""
+        prompts = (prompt + SLACK) * (1 if self._shared else count)
+        return min(self.limits.context - prompt, (self.limits.cache_tokens - prompts) // count - SLACK)
 
     def embed(self, ids: list[int]) -> "Future[Tensor]":
         """The vector of a text, computed between two passes. Raises ApiError as `submit` does."""
@@ -190,7 +197,10 @@ class Scheduler:
             ids, future = self._texts.popleft()
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(embedding(self._model, ids))
+                    vector = embedding(self._model, ids)
+                    if not bool(vector.isfinite().all()):
+                        raise ApiError(500, NOT_FINITE)
+                    future.set_result(vector)
                     self.metrics.prompt_tokens.inc(len(ids))
                 except Exception as error:  # for whom it was computed
                     future.set_exception(error)
@@ -350,7 +360,11 @@ class Scheduler:
                 own = logits[: len(wanted), : self._tokenizer.vocab_size]
                 if self._unused is not None:
                     own = without(own, self._unused.to(own.device))
-                sample.scores += score(own, wanted, generation.alternatives or 0)
+                found = score(own, wanted, generation.alternatives or 0)
+                if not all(math.isfinite(each.logprob) for each in found):
+                    self._fail(sample.job, ApiError(500, NOT_FINITE))
+                    return []
+                sample.scores += found
         return [] if sample.pending else self._begin(sample)
 
     def _begin(self, first: Sample) -> list[Sample]:
@@ -384,7 +398,7 @@ class Scheduler:
                 continue
             try:
                 if not drawn.finite:
-                    raise ValueError("the model's logits are not finite: its training diverged or its dtype overflows")
+                    raise ValueError(NOT_FINITE)
                 self._write(sample, drawn.token, None if drawn.logprob is None else Score(drawn.logprob, drawn.top))
             except ValueError as error:
                 self._fail(sample.job, ApiError(500, str(error)))

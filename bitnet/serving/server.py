@@ -51,7 +51,8 @@ class Settings(ServingOptions):
             raise ValueError(f"--context is {self.context}; give room for a prompt and an answer, e.g. 2048")
         for name in ("shutdown_seconds", "body_bytes", "io_seconds", "connections", "max_new_tokens"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a positive number")
+                option = "max-body" if name == "body_bytes" else name.replace("_", "-")
+                raise ValueError(f"--{option} is {getattr(self, name)}; give a positive number")
 
     @property
     def rules(self) -> Rules:

@@ -131,3 +131,18 @@ def test_stop_keeps_what_was_written(page, address):
     page.wait_for_selector("#stop", state="hidden")
     assert page.inner_text("li.assistant .text")
     assert page.is_hidden("#error")
+
+
+def test_a_base_model_writes_as_long_as_fits(browser, tokenizer):
+    """200 tokens were asked for whatever the context had left, and refused."""
+    model = text_model(tokenizer, positions=128)
+    model.source.chat_template = None
+    with running(model) as (address, _):
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#model option", state="attached")
+        page.fill("#prompt", "a " * 30)
+        page.keyboard.press("Enter")
+        written(page)
+        assert page.is_hidden("#error")
+        page.close()

@@ -100,6 +100,19 @@ def test_only_names_of_this_machine_and_no_other_origin(address):
     assert post(f"{address}/v1/completions", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"}).is_error
 
 
+def test_a_page_that_may_use_the_server_reads_why_it_was_refused(model):
+    """Refusals of the guard had no word of the page's origin: a browser hides such answers from it."""
+    origin = {"Origin": "https://page.example"}
+    with running(model, cors=("https://page.example",), api_keys=("secret",), body_bytes=100) as (address, _):
+        for headers, text, status in (({}, "", 401), (HEADERS, "", 400), (HEADERS, " " * 200, 413)):
+            answer = post(f"{address}/v1/completions", content=text, headers=headers | origin)
+            assert answer.status_code == status
+            assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        assert httpx.options(f"{address}/v1/completions", headers=origin | asked).status_code == 200
+        assert "access-control-allow-origin" not in get(f"{address}/health", headers={"Origin": "https://x"}).headers
+
+
 def test_long_bodies_and_bodies_that_are_no_json(strict):
     address, _ = strict
     with connect(address) as one:  # what the headers announce is refused before it comes

@@ -1,6 +1,7 @@
 """The server as OpenAI's own Python client sees it: completions, chats, streams, tools, JSON schemas, errors."""
 
 import json
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.text_model import TextModel
 from bitnet.kernels.cpu import native
-from bitnet.serving.errors import plain_name
+from bitnet.serving.errors import ApiError, plain_name
+from bitnet.serving.jobs import SLACK
 from tests import oracles
 from tests.builders import tiny_model
 from tests.kernels.builders import NOT_BUILT
@@ -65,6 +67,30 @@ def test_a_stream_joins_to_the_answer(client):
     assert texts == [choice.text for choice in whole.choices]
     assert tokens == [choice.logprobs.tokens for choice in whole.choices]
     assert usage.total_tokens == whole.usage.total_tokens
+
+
+def test_prompts_of_one_request_draw_numbers_of_their_own(client):
+    """Every prompt had the request's seed: three times the same prompt, without a seed, gave three times one text."""
+    options = {"model": "tiny", "max_tokens": 12, "seed": 4}
+    texts = [choice.text for choice in client.completions.create(prompt=[PROMPT] * 2, n=2, **options).choices]
+    assert texts == [choice.text for choice in client.completions.create(prompt=PROMPT, n=4, **options).choices]
+    assert len(set(texts)) == 4
+
+
+def test_an_answer_is_as_long_as_there_is_memory_for(model):
+    """Whoever named no length was refused where the longest text of the context did not fit the cache."""
+    with (
+        running(model, cache_tokens=400) as (address, _),
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as own,
+    ):
+        asked = {"model": "tiny", "messages": CHAT, "extra_body": {"ignore_eos": True}}
+        usage = own.chat.completions.create(**asked).usage
+        assert usage.total_tokens == 400 - 2 * SLACK
+        of_two = own.chat.completions.create(**asked, n=2).usage
+        assert 0 < of_two.completion_tokens <= 400 - 3 * SLACK - of_two.prompt_tokens
+        assert own.responses.create(model="tiny", input="Hi").usage.total_tokens <= 400 - 2 * SLACK
+        with pytest.raises(openai.BadRequestError, match="memory for"):
+            own.chat.completions.create(**asked, max_tokens=400)
 
 
 def test_echo_scores_a_text(client, model):
@@ -238,6 +264,23 @@ def test_embeddings_are_the_mean_of_the_last_layer(tokenizer, native_engine):
     assert similarity[0, 2] > similarity[0, 1]
 
 
+def test_texts_of_a_request_that_is_refused_are_not_computed(served, monkeypatch):
+    """They stayed in the queue: a request for more vectors than may wait filled it for everybody."""
+    address, application = served
+    waiting: list[Future] = []
+
+    def embed(ids: list[int]) -> Future:
+        if len(waiting) == 2:
+            raise ApiError(429, "2 texts wait already; ask again later", code="queue_full")
+        waiting.append(Future())
+        return waiting[-1]
+
+    monkeypatch.setattr(application.models.find("tiny").scheduler, "embed", embed)
+    answer = httpx.post(f"{address}/v1/embeddings", json={"input": ["a", "b", "c"]})
+    assert answer.status_code == 429
+    assert [future.cancelled() for future in waiting] == [True, True]
+
+
 def test_embeddings_need_hidden_states(tokenizer):
     engine = LogitsAlone(tiny_model(vocab_size=tokenizer.vocab_size).pack())
     with (
@@ -293,6 +336,56 @@ def test_bad_completions_are_named(client, changes, param, words):
 def test_bad_chats_are_named(client, changes, words):
     with pytest.raises(openai.BadRequestError, match=words):
         client.chat.completions.create(**{"model": "tiny", "messages": CHAT, "max_tokens": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "param", "words"),
+    [
+        ("completions", {"prompt": 5}, "prompt", "valid string"),
+        ("completions", {"prompt": []}, "prompt", "at least 1 item"),
+        ("completions", {"prompt": ["a", 5]}, "prompt[1]", "valid string"),
+        ("completions", {"prompt": "x", "stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias.a", "pattern"),
+        ("completions", {"prompt": "x " * 600}, "prompt", "together at most 512"),
+        ("chat/completions", {"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+        ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "'text'",
+        ),
+        ("chat/completions", {"max_completion_tokens": 1000}, "max_completion_tokens", "together at most 512"),
+        ("chat/completions", {"max_tokens": 1000}, "max_tokens", "together at most 512"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x " * 600}]}, "messages", "at most 512"),
+        (
+            "responses",
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0].type",
+            "",
+        ),
+        ("responses", {"input": "Hi", "max_output_tokens": 1000}, "max_output_tokens", "together at most 512"),
+        ("responses", {"input": "x " * 600}, "input", "together at most 512"),
+    ],
+)
+def test_an_error_names_the_field_that_the_client_sent(address, path, changes, param, words):
+    """A field of several kinds was named with the first kind that was tried ("prompt.str"), and whatever was too long
+    was max_tokens."""
+    body = ({"messages": CHAT} if path.startswith("chat") else {}) | changes
+    answer = httpx.post(f"{address}/v1/{path}", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+    assert words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("{", "application/json"), ("", "application/json"), ("{}", "text/plain")]
+)
+def test_a_body_that_is_no_json_object_is_told_so(address, content, kind):
+    answer = httpx.post(f"{address}/v1/completions", content=content, headers={"Content-Type": kind})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, None)
+    assert error["message"].startswith("the body cannot be read as a JSON object")
 
 
 def test_what_has_no_utf8_is_told_again_as_it_came(address):

@@ -18,10 +18,11 @@ from bitnet.serving.jobs import Generation, Piece, PromptScores
 from bitnet.serving.prefix import BLOCK, PrefixCache
 from bitnet.serving.queue import FairQueue
 from bitnet.serving.server import Application, Settings
+from tests.builders import tiny_model
 from tests.inference.builders import AlwaysDrafts
 from tests.kernels.builders import NOT_BUILT
 from tests.oracles import require
-from tests.serving.builders import Bench, seeded, text_model
+from tests.serving.builders import Bench, Source, seeded, text_model
 
 require("prometheus_client")
 NATIVE = pytest.mark.skipif(not native.instruction_sets(), reason=NOT_BUILT)
@@ -35,6 +36,8 @@ def model(tokenizer):
 def test_no_tokens_are_none_and_not_all(model):
     with pytest.raises(ValueError, match="cache_tokens is 0; give a positive number"):
         Application([("tiny", model)], Settings(port=0, cache_tokens=0))
+    with pytest.raises(ValueError, match="--max-body is 0; give a positive number"):
+        Settings(port=0, body_bytes=0)
 
 
 def test_a_context_that_a_model_does_not_have_is_told(model, caplog):
@@ -51,6 +54,25 @@ def test_settings_of_a_model_that_every_request_would_fail_on(tokenizer):
     broken.source.sampling = {"top_p": 1.5}
     with pytest.raises(ValueError, match=r"tiny: what its files say .* is out of range: top_p is 1\.5; give"):
         Application([("tiny", broken)], Settings(port=0, cache_tokens=4096))
+
+
+def test_numbers_that_are_none_are_told_wherever_they_are(tokenizer):
+    """Of a prompt's scores and a text's vector they went out as NaN, which no JSON has, and into lm_eval's results."""
+    broken = tiny_model(vocab_size=tokenizer.vocab_size)
+    torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
+    bench = Bench(TextModel(broken.pack(), Source(tokenizer)))  # type: ignore[arg-type]
+    asked = [
+        Generation((5, 6, 7), 0, scores_from=1),
+        Generation((5, 6, 7), 2),
+        Generation((5, 6), 0, scores_from=1, count=2),
+    ]
+    jobs = [bench.submit(each) for each in asked]
+    vector = bench.scheduler.embed([5, 6])
+    bench.run()
+    assert [[str(event) for event in bench.of(job)] for job in jobs] == [[scheduling.NOT_FINITE]] * 3
+    with pytest.raises(ApiError, match="not finite"):
+        vector.result()
+    assert bench.scheduler.counts[:2] == (0, 0)
 
 
 def choice(seed: int, **changes: float) -> dict:

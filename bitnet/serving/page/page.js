@@ -107,7 +107,7 @@ async function loadModels() {
   }
 }
 
-function requestFor(messages) {
+async function requestFor(messages) {
   const common = { model: $("model").value, stream: true, stream_options: { include_usage: true }, ...readSettings() };
   if (currentModel().chat) {
     const system = $("system").value.trim();
@@ -117,7 +117,15 @@ function requestFor(messages) {
   }
   // A base model goes on with the text so far.
   const prompt = messages.map((node) => node.text).join("");
-  return ["v1/completions", { ...common, prompt, max_tokens: common.max_tokens || 200, logprobs: ALTERNATIVES }];
+  const max_tokens = common.max_tokens || await fitting(prompt);
+  return ["v1/completions", { ...common, prompt, max_tokens, logprobs: ALTERNATIVES }];
+}
+
+// 200 tokens, or what is left behind the prompt.
+async function fitting(prompt) {
+  const body = JSON.stringify({ model: $("model").value, prompt });
+  const { count, max_model_len } = await (await call("tokenize", { method: "POST", body })).json();
+  return Math.max(1, Math.min(200, max_model_len - count));
 }
 
 function tokensOf(choice) {
@@ -137,12 +145,13 @@ async function write(parent) {
   const controller = new AbortController();
   running = { node, controller };
   fail("");
-  const [place, body] = requestFor(path().slice(0, -1));
+  const said = path().slice(0, -1);
   draw();
   const started = performance.now();
   let first = 0;
   let usage = null;
   try {
+    const [place, body] = await requestFor(said);
     const answer = await call(place, { method: "POST", body: JSON.stringify(body), signal: controller.signal });
     for await (const chunk of serverSentEvents(answer)) {
       if (chunk.error) throw new Error(chunk.error.message);
