@@ -31,6 +31,8 @@ from bitnet.data.records import DATA_SUFFIXES, Kind, decode, kind_of, read_recor
 from bitnet.data.unpack import compression_of, open_unpacked, unpacked_name
 from bitnet.files import JsonObject
 
+NAME_BYTES = 180
+"""Of a corpus's name: files are called by it, and something stands before and behind."""
 PIECE_BYTES = 1 << 20  # the largest document: what is longer, in a file of text or a record, is cut
 _FULL_HASH_BYTES = 64 << 20
 
@@ -144,10 +146,15 @@ def open_corpus(spec: str | Path, *, max_bytes: int | None = None, field: str | 
         )
     name = unpacked_name(path.resolve().name)
     name = name[: len(name) - len(suffix_of(name))] if suffix_of(name) in DATA_SUFFIXES else name
-    name = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "corpus"
+    name = short(re.sub(r"[^\w.-]+", "-", name).strip(".-")) or "corpus"
     kinds = {file: kind_of(file) for file in files}
     read = partial(_read_file, field=field or "text")
     return _files_corpus(name, root, files, max_bytes, read, kinds, field or "text", left_out)
+
+
+def short(name: str) -> str:
+    """The beginning of a name that is too long for a file's."""
+    return name.encode()[:NAME_BYTES].decode(errors="ignore")
 
 
 def _relative_to(path: Path) -> str:
@@ -237,7 +244,7 @@ def mixed(corpora: Sequence[Corpus], weights: Sequence[float]) -> Corpus:
             yield document
 
     return Corpus(
-        "+".join(corpus.name for corpus in corpora),
+        short("+".join(corpus.name for corpus in corpora)),
         read,
         lambda: sha256_of(*(f"{w!r} {c.fingerprint()}" for c, w in zip(corpora, weights, strict=True))),
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bitnet.data import corpus as corpora
+from bitnet.data.chats import name_of
 from bitnet.data.corpus import open_corpus
 from tests import oracles
 
@@ -326,3 +327,16 @@ def test_hub_without_datasets_or_network(monkeypatch):
     assert next(documents) == "first"
     with pytest.raises(ValueError, match="connection reset"):
         next(documents)
+
+
+def test_names_are_no_longer_than_files_can_have(tmp_path):
+    files = [tmp_path / f"shard-{number:02}-{'a' * 40}.txt" for number in range(12)]
+    files += [tmp_path / f"{'x' * 250}.txt", tmp_path / f"{chr(233) * 120}.txt"]
+    for file in files:
+        file.write_text(f"{file.name} and some text")
+    one = [open_corpus(file) for file in files]
+    together = corpora.mixed(one, [1.0] * len(one))  # whose tokenizer is called by it
+    assert max(len(corpus.name.encode()) for corpus in (*one, together)) <= corpora.NAME_BYTES
+    assert one[0].name == files[0].stem
+    assert together.name.startswith(f"{files[0].stem}+{files[1].stem}")
+    assert len(name_of(files[-2])) == corpora.NAME_BYTES
