@@ -160,6 +160,8 @@ class TrainConfig:
         for name in ("sample_every", "loss_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 0 for none, or more")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
         for name, most in LARGEST.items():
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} is {getattr(self, name)}; more than {most:,} helps nobody")

@@ -100,6 +100,10 @@ class LayerwiseStart:
             before = load_record(trainer.folder / STATE, Found)
         except CheckpointError:
             before = self.found
+            if self.folder.exists() and any(self.folder.iterdir()):  # which would be removed at the end
+                raise ValueError(
+                    f"{self.folder} is there already and this run has not written it; move it away"
+                ) from None
         whole = all(self._file(index).is_file() for index in range(len(before.errors)))
         if before.fingerprint == self.found.fingerprint and whole:
             self.found = before
@@ -111,6 +115,7 @@ class LayerwiseStart:
         to end before the last one."""
         layers, longest = self.model.model.layers, 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._save()  # from here on the folder is this run's
         batches = self._batches()
         own = [self.model.model.embed_tokens(ids).detach() for ids, _ in batches]
         theirs, masks = list(own), [mask for _, mask in batches]
@@ -131,7 +136,7 @@ class LayerwiseStart:
                     save_tensors(self._file(index), layer.state_dict())
                     self.found.errors.append(errors)
                     self.found.seconds += time.perf_counter() - started
-                    write_atomic(self.trainer.folder / STATE, json.dumps(asdict(self.found)))
+                    self._save()
                     say(f"layer {index:>3}/{len(layers)}  error {errors[0]:.4f} rounded, {errors[1]:.4f} with codes of "
                         f"least squares, {errors[2]:.4f} learned")  # fmt: skip
                 own, theirs = self._forward(layer, own, masks), targets
@@ -139,6 +144,9 @@ class LayerwiseStart:
         say(f"layers    mean error {rounded:.4f} rounded, {fitted:.4f} with codes of least squares, {learned:.4f} "
             f"learned, in {self.found.seconds:.0f} s")  # fmt: skip
         return True
+
+    def _save(self) -> None:
+        write_atomic(self.trainer.folder / STATE, json.dumps(asdict(self.found)))
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:03}.safetensors"
@@ -195,7 +203,7 @@ class LayerwiseStart:
             layer.load_state_dict(kept)
         optimizer = layer_optimizer(layer, self.config.layer_rate)
         rows, order = max(1, LAYER_STEP_TOKENS // self.config.window), list[int]()
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + index)
+        generator = torch.Generator().manual_seed((self.config.seed * 100_003 + index) % 2**63)
         steps = self.config.layer_steps
         for step in range(steps):
             if self.trainer.stop_signal is not None:

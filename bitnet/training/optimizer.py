@@ -69,8 +69,15 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; a learning rate must be above 0")
-        if not 0 <= self.second_from <= 1:
-            raise ValueError(f"second_from is {self.second_from}; it is a share of the steps, from 0 to 1")
+        for name in ("weight_decay", "weight_decay_second", "warmup_steps", "grad_clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 0 for none, or more")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) < 0 or getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
+        for name, whole in (("second_from", "steps"), ("lr_min_ratio", "peak")):
+            if getattr(self, name) < 0 or getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share of the {whole}, from 0 to 1")
 
 
 def schedule(step: int, total_steps: int, config: OptimConfig, at: float | None = None) -> tuple[float, float]:

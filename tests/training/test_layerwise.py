@@ -98,6 +98,11 @@ def test_every_layer_comes_nearer_to_what_it_said_in_float(tmp_path, corpus, sou
 def test_errors_are_what_they_are_called(tmp_path, corpus, source):
     """Rounded and learned errors of the first layer, computed again from the weights before and behind."""
     run = trainer.prepare(conversion(tmp_path, corpus, source))
+    (run.folder / "layers").mkdir(parents=True)
+    (run.folder / "layers" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="layers is there already and this run has not written it"):
+        LayerwiseStart(run)
+    (run.folder / "layers" / "mine.txt").unlink()
     start = LayerwiseStart(run)
     before = float_copy(run.model.model.layers[0])
     assert start.run(lambda _: None, lambda _: False)

@@ -86,7 +86,14 @@ def test_clip_gradients_scales_and_reports():
     assert math.isclose(float(weight.grad.norm()), 1.0, rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"optimizer": "sgd"}, {"decay": "step"}, {"lr": 0.0}, {"lr_second": -1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"optimizer": "sgd"}, {"decay": "step"}, {"lr": 0.0}, {"lr_second": -1.0}, {"warmup_steps": -5}),
+        *({"weight_decay": -0.1}, {"weight_decay_second": -0.1}, {"grad_clip": -1.0}, {"beta1": 1.0}, {"beta2": 95.0}),
+        *({"lr_min_ratio": -1.0}, {"lr_min_ratio": 10.0}, {"second_from": -0.1}),
+    ],
+)
 def test_bad_configuration_names_the_value(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         OptimConfig(**bad)
