@@ -96,7 +96,7 @@ def distillation_loss(
 def chunked_loss(
     loss: Callable[..., Tensor],
     h: Tensor,
-    head: Tensor,
+    head: Tensor | None,
     labels: Tensor,
     reduction: str,
     chunk: int,

@@ -248,13 +248,19 @@ class BitNetForCausalLM(nn.Module):
         given, as `document_ids` gives them, or that attribute is set. `unused`: rows of the head, int64 `[U]`,
         that have no share of the softmax (`drawable_logits`)."""
         h = self.states(input_ids, documents)
-        if self.head_is_packed:
+        loss: Any = self.next_token_loss
+        head = None if self.head_is_packed else self.head_weight
+        if head is None:
             assert taught is None
-            return cross_entropy(self._logits(h), labels, reduction, unused)
+            loss = self._packed_loss
         if self.loss_chunk and labels.numel() > self.loss_chunk:
-            chunk = self.loss_chunk
-            return chunked_loss(self.next_token_loss, h, self.head_weight, labels, reduction, chunk, taught, unused)
-        return self.next_token_loss(h, self.head_weight, labels, reduction, taught, unused)
+            return chunked_loss(loss, h, head, labels, reduction, self.loss_chunk, taught, unused)
+        return loss(h, head, labels, reduction, taught, unused)
+
+    def _packed_loss(
+        self, h: Tensor, head: None, labels: Tensor, reduction: str, taught: None, unused: Tensor | None
+    ) -> Tensor:
+        return cross_entropy(self._logits(h), labels, reduction, unused)
 
     def states(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the head multiplies, `[B, T, C]`, of ids and documents as `loss` takes them."""

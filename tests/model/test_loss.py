@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bitnet.model import PRESETS
 from bitnet.model.loss import Taught, chunked_loss, cross_entropy, next_token_loss
+from tests.builders import packed_model, random_ids
 
 
 def inputs(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,3 +64,16 @@ def test_chunks_give_the_same(reduction):
     torch.testing.assert_close(parts, whole)
     wanted, got = (torch.autograd.grad(loss.sum(), (h, head)) for loss in (whole, parts))
     torch.testing.assert_close(got, wanted)
+
+
+def test_chunks_of_an_int8_head(monkeypatch):
+    """Adapters train on such models, and --loss-chunk is to save memory there too."""
+    model = packed_model(PRESETS["tiny"].replace(num_hidden_layers=1))
+    ids, labels = random_ids(model.config, 2, 20), random_ids(model.config, 2, 20)
+    with torch.no_grad():
+        whole, singles = model.loss(ids, labels), model.loss(ids, labels, "none")
+        model.loss_chunk, shapes, original = 16, [], model._logits
+        monkeypatch.setattr(model, "_logits", lambda h: shapes.append(h.shape[:2]) or original(h))
+        torch.testing.assert_close(model.loss(ids, labels), whole)
+        torch.testing.assert_close(model.loss(ids, labels, "none"), singles)
+    assert shapes == [(1, 16), (1, 16), (1, 8)] * 2
