@@ -64,6 +64,10 @@ class DataConfig:
         corpus = corpora[0] if isinstance(self.corpus, str) else tuple(corpora)
         return replace(self, corpus=corpus, chat=chat, tokenizer=tokenizer)
 
+    def given_tokenizer(self) -> BaseTokenizer | None:
+        """The one that `tokenizer` names; None where one is to be trained. Raises ValueError for what is none."""
+        return load_tokenizer(self.tokenizer) if self.tokenizer else None
+
 
 class HeldOut(NamedTuple):
     """A held-out part of the data: that of one corpus, or of the conversations."""
@@ -197,7 +201,7 @@ class TextFeed:
         ) + "".join(f"; {what}" for what in mixture.losses())
 
     def prompt(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, bos=True) or [self.tokenizer.eos_id or 0]
+        return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos) or [self.tokenizer.eos_id or 0]
 
 
 class ChatFeed:
@@ -303,8 +307,8 @@ def _own_tokenizer(
     data: DataConfig, vocab_size: int, name: str, fingerprint: str, texts: Callable[[], Iterable[str]]
 ) -> BaseTokenizer:
     """The tokenizer of the configuration, or one trained on the texts, once."""
-    if data.tokenizer:
-        return load_tokenizer(data.tokenizer)
+    if given := data.given_tokenizer():
+        return given
     path = Path(data.cache) / f"{name}-{fingerprint[:12]}-{vocab_size}.model"
     if not path.exists():
         print(f"training a tokenizer of {vocab_size} pieces on {name}")

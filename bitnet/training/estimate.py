@@ -283,6 +283,9 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
             config, frozen = replace(config, model=source.config), frozen_bytes(source)
         else:
             config = replace(config, model=source.config.replace(quantizer=config.model.quantizer))
+    elif config.data.tokenizer or config.teacher:  # which decide on the vocabulary
+        tokenizer = config.data.given_tokenizer() or open_source(str(config.teacher)).tokenizer
+        config = replace(config, model=config.model.replace(vocab_size=tokenizer.vocab_size))
     config.check_window()
     world = World(0, processes, strategy)
     work = config.workload(device, dtype, world, compiled=compiled, teacher=teacher, frozen=frozen)

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from bitnet.data import tokens_write
 from bitnet.data.corpus import Corpus, open_corpus
+from bitnet.data.feed import TextFeed
 from bitnet.data.tokens import IGNORE_INDEX, TokenArray, TokenizedCorpus, iter_eval_batches
 from bitnet.data.tokens_write import cut_text, is_validation, tokenize_corpus
 from bitnet.tokenizer import Tokenizer
@@ -369,3 +371,12 @@ def test_eval_stops_after_max_batches():
     assert len(list(iter_eval_batches(tokens_of(20), 16, 2, max_batches=3))) == 1
     with pytest.raises(ValueError, match="1 token"):
         next(iter_eval_batches(tokens_of(1, 1), 16, 2))
+
+
+def test_a_sample_begins_as_documents_do(tokenizer):
+    """Behind a <s> only where the stream has one."""
+    encoded = tokenizer.encode("def f")
+    for adds_bos, begin in ((True, tokenizer.bos_id), (False, tokenizer.eos_id)):
+        feed = SimpleNamespace(tokenizer=Tokenizer(tokenizer.model_proto, adds_bos=adds_bos))
+        assert TextFeed.prompt(feed, "") == [begin]
+        assert TextFeed.prompt(feed, "def f") == [*[begin] * adds_bos, *encoded]

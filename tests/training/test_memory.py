@@ -23,6 +23,7 @@ from bitnet.training.memory import Workload, estimate, meta_model, projection_pa
 from bitnet.training.optimizer import OptimConfig, Optimizer
 from bitnet.training.saved import storages_saved
 from bitnet.training.teacher import Teacher
+from tests.builders import save_run, tiny_model
 
 SHAPES = {
     "grouped": {"num_key_value_heads": 2, "intermediate_size": 80},
@@ -178,6 +179,17 @@ def test_the_command_reports_and_touches_nothing(tmp_path, monkeypatch, capsys, 
         assert word in out
     assert ("communication" in out) == bool(processes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--data.tokenizer", "--teacher"])
+def test_the_vocabulary_is_that_of_the_tokenizer_to_be(tmp_path, monkeypatch, capsys, tokenizer, option):
+    monkeypatch.setattr(estimate_module, "seconds", lambda function, device, budget=0.1: 1e-3)
+    run = save_run(tmp_path / "run", tiny_model(vocab_size=600), tokenizer)
+    given = tmp_path / "t.model"
+    tokenizer.save(given)
+    argv = ["--preset", "tiny", "--model.vocab-size", "999", option, str(run if option == "--teacher" else given)]
+    assert trainer.main([*argv, "--device", "cpu", "--estimate"]) == 0
+    assert f"parameters  {107_200 + 64 * (tokenizer.vocab_size - 512):,}," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [["--estimate", "0"], ["--estimate", "3"], ["--estimate", "--device", "nonsense"]])
