@@ -99,8 +99,8 @@ def draw_loss(runs: dict[str, list[dict[str, float]]], path: Path, *, switch: tu
                 axes.axvline(begin, color="#888888", lw=1, ls="--", label="float before, quantized from here")
         for index, (name, rows) in enumerate(runs.items()):
             color = f"C{index}"
-            training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-            validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+            training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+            validation = [(row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
             axes.plot(*zip(*training, strict=True), color=color, alpha=0.35, lw=1) if training else None
             if validation:
                 axes.plot(*zip(*validation, strict=True), "o-", color=color, ms=4, label=f"{name}, validation")

@@ -39,10 +39,10 @@ class Reporter:
         self.config, self.silent = config, silent
         self.path, self.picture = folder / "metrics.jsonl", folder / "loss.png"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= step] if step and not silent else []
-        self._warned = False
+        self._warned = self._torn = False
         self._wandb: Any = None
         if not silent:
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._write()
             self._wandb = _start_wandb(folder, dataclasses.asdict(config), config.wandb)
         self._bar = progress_bar(total=config.steps, done=step, unit="step", enabled=not silent, lines=False)
         self._lines = EveryFewSeconds()
@@ -57,10 +57,15 @@ class Reporter:
         """Append a row of values to the metrics."""
         if self.silent:
             return
-        row = {"step": step, **values}
+        # JSON has no other numbers than finite ones.
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
         self.rows.append(row)
-        with self._warning(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._warning():
+            if self._torn:  # by a full disk, within a line
+                self._write()
+            else:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
         if self._wandb:
             with only_for_looking("wandb"):
                 self._wandb.log(values, step=step)
@@ -97,7 +102,12 @@ class Reporter:
         self.rows = [row for row in self.rows if row["step"] <= step]
         if not self.silent:
             with self._warning():
-                write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+                self._write()
+
+    def _write(self) -> None:
+        """All rows anew."""
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._torn = False
 
     def validation(self, step: int, result: Evaluation, *, whole: bool = False) -> None:
         """Log and print the result on the held-out part, or with `whole` on all of it."""
@@ -134,6 +144,7 @@ class Reporter:
         try:
             yield
         except OSError as error:
+            self._torn = True
             if not self._warned:
                 print(f"warning: metrics are not being written: {error}", file=sys.stderr)
             self._warned = True
