@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bitnet.storage.gguf.read import holds_ternary
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import CONFIG, MODEL
 from bitnet.storage.source import open_source
@@ -117,7 +118,8 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
 
     config = tyro.cli(TrainConfig, prog=prog, default=default, args=rest)
     if known.resume and resolved != list(arguments):  # auto: a tokenizer has decided on the vocabulary since
-        config = dataclasses.replace(config, model=config.model.replace(vocab_size=default.model.vocab_size))
+        model = config.model.replace(vocab_size=default.model.vocab_size)
+        config = dataclasses.replace(config, model=model, minutes=default.minutes)  # and the minutes on the steps
     if known.resume:
         if (Path(source) / MODEL).is_file():
             raise ValueError(f"{source} is a checkpoint; --resume takes its run folder")
@@ -127,9 +129,13 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
             check_resumed(config, default, source)
     elif config.init:
         check_shape(config, default)
+        if known.preset == "chat" and not any(word.startswith("--model.quantizer") for word in rest):
+            config = dataclasses.replace(config, model=config.model.replace(quantizer=trained_as(config.init)))
     check_owners(config, default)
     if known.preset == "lora" and config.lora is None and known.estimate is None:
         raise ValueError("--preset lora has the rates of adapters; give --lora RANK, and --init MODEL")
+    if known.preset == "chat" and config.data.chat is None and known.estimate is None:
+        raise ValueError("--preset chat trains on conversations; give --data.chat FILE, and --init MODEL")
     return Arguments(config, known.resume is not None, known.estimate, known.presets)
 
 
@@ -138,6 +144,8 @@ def check_resumed(config: TrainConfig, default: TrainConfig, run: str) -> None:
     config = config.absolute()
     for name, counts in (
         ("init", config.lora is None),  # adapters stand on it
+        ("lora", True),
+        ("lora_alpha", True),  # by which what was learned is multiplied
         ("data.tokenizer", True),
         ("layer_steps", config.layer_steps > 0),  # 0 allows what a start does not, as --parallel fsdp
         ("layer_tokens", True),
@@ -166,6 +174,12 @@ def check_shape(config: TrainConfig, default: TrainConfig) -> None:
             )
 
 
+def trained_as(path: str) -> str:
+    """The quantizer of a model, as fine-tuning keeps it. Raises as `open_source` does."""
+    source = open_source(path)
+    return "ternary" if source.file is not None and holds_ternary(source.file) else source.config.quantizer
+
+
 def check_owners(config: TrainConfig, default: TrainConfig) -> None:
     """Raise ValueError for an option that has no effect without another one, or beside it."""
     optim = config.optim
@@ -187,11 +201,17 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
     for beside, there, owner in (
         (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),
         (("data.tokenizer",), config.init, "--init, whose tokenizer the model knows"),
+        (("optim.lr_rest", "optim.weight_decay", "product"), config.lora, "--lora"),
+        (
+            ("float_start", "ramp"),
+            config.model.quantizer == "none" and config.float_start + config.ramp,
+            "--model.quantizer none",
+        ),
     ):
         for name in beside:
             if there and (option := given(name)):
                 raise ValueError(f"{option} has no effect beside {owner}; leave it out")
-    if config.minutes and config.minutes != default.minutes and config.steps != default.steps:
+    if config.minutes and config.steps != default.steps:
         raise ValueError(
             f"--minutes {config.minutes:g} chooses the number of steps, and --steps {config.steps} gives it; leave "
             "one out"

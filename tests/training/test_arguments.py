@@ -106,6 +106,12 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
         (["--minutes", "2", "--steps", "5"], "--minutes 2 chooses the number of steps, and --steps 5 gives it"),
         (["--init", base, "--model.hidden-size", "128"], "--model.hidden-size 128 is not what .*base has .64."),
         (["--preset", "lora", "--init", base], "--preset lora has the rates of adapters; give --lora RANK"),
+        (["--preset", "chat", "--init", base], "--preset chat trains on conversations; give --data.chat FILE"),
+        (
+            ["--preset", "lora", "--init", base, "--lora", "4", "--optim.weight-decay", "0.5"],
+            "weight-decay 0.5 has no effect beside --lora",
+        ),
+        (["--model.quantizer", "none", "--ramp", "0.5"], "--ramp 0.5 has no effect beside --model.quantizer none"),
         (
             ["--preset", "lora", "--init", base, "--lora", "4", "--model.quantizer", "int4"],
             "quantizer int4 is not what",
@@ -122,8 +128,10 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(ValueError, match="context 257"):
         estimate.estimate_run(config, 1)
     (tmp_path / "base" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert parse(["--model.quantizer", "none", "--ramp", "0", "--float-start", "0"]).config.ramp == 0
     for given in (
         ["--init", "elsewhere"],
+        ["--lora", "4"],
         ["--data.tokenizer", "/t.model"],
         ["--layer-steps", "9", "--layer-rate", "1"],
     ):
@@ -132,6 +140,24 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(["--resume", base, "--init", "base"]).config.init  # that of the run
     assert parse(["--resume", "auto", "--out", base, "--init", "elsewhere"]).resume
+    # One command line is given again and again: its minutes are those of the start.
+    assert parse(["--resume", "auto", "--out", base, "--minutes", "5"]).config.minutes is None
+    assert parse(["--resume", base, "--minutes", "5"]).config.minutes == 5
+    for changes, given, message in (
+        ({"lora": 4, "lora_alpha": 8.0}, ["--lora-alpha", "4"], "nothing of --lora-alpha 4.0 would be used"),
+        ({"minutes": 5.0}, ["--steps", "7"], "--minutes 5 chooses the number of steps, and --steps 7 gives it"),
+    ):
+        (tmp_path / "base" / "config.json").write_text(json.dumps(dataclasses.asdict(config) | changes))
+        with pytest.raises(ValueError, match=message):
+            parse(["--resume", base, *given])
+
+
+def test_fine_tuning_keeps_the_quantizer(tmp_path, tokenizer):
+    base = str(save_run(tmp_path / "base", tiny_model("ternary-g64"), tokenizer))
+    chat = ["--preset", "chat", "--init", base, "--data.chat", "c.jsonl"]
+    assert parse(chat).config.model.quantizer == "ternary-g64"
+    assert parse([*chat, "--model.quantizer", "ternary"]).config.model.quantizer == "ternary"
+    assert parse(["--preset", "tiny", "--init", base]).config.model.quantizer == "ternary"  # converts
 
 
 @pytest.mark.parametrize(
@@ -140,6 +166,8 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
         ({"sample_every": -1}, "sample_every is -1; give 0 for none"),
         ({"loss_chunk": -1}, "loss_chunk is -1; give 0 for none"),
         ({"eval_tokens": 0}, "eval_tokens is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must be from 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be from 0"),
         ({"minutes": math.nan}, "minutes is nan; give a finite number"),
         ({"max_minutes": math.nan}, "max_minutes is nan; give a finite number"),
         ({"data": DataConfig(val_fraction=math.inf)}, r"data\.val_fraction is inf; give a finite number"),
