@@ -100,6 +100,15 @@ def prepare(config: TrainConfig, resume: bool = False, world: World | None = Non
             "or delete the folder"
         )
 
+    if not begun and (folder / checkpoint.CONFIG).exists():
+        try:
+            load_record(folder / checkpoint.CONFIG, TrainConfig)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} has a {checkpoint.CONFIG} that no run has written ({error}), and it would be overwritten; "
+                "choose another --out"
+            ) from error
+
     if config.pace and config.pace[-1][1] != config.steps:  # other steps were asked for, and a schedule over them
         config = dataclasses.replace(config, pace=())
 
@@ -254,7 +263,8 @@ def start_layers(trainer: Trainer, started: float) -> bool:
             return False
         result = trainer.validate(whole=False)
         say(f"layers    validation loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
-        trainer.progress.seconds, trainer.progress.best_loss = start.found.seconds, result.loss
+        trainer.progress.seconds = start.found.seconds
+        trainer.is_best(result)
         saver.save(best=True, must=True)
         start.remove()
     return True

@@ -57,6 +57,8 @@ class State:
     seconds: Annotated[float, Bounds(0, 1e12)] = 0.0
     best_loss: float | None = None
     """None for infinity, which JSON has no number for."""
+    best_tokens: Count = 0
+    """That `best_loss` is of, 0 in earlier versions."""
     data: Any = None
     """The feed's fingerprint."""
     teacher: str | None = None

@@ -279,12 +279,16 @@ class Progress:
     """Spent in steps, by all processes of this run that were started one behind the other."""
     best_loss: float = math.inf
     """Of the validations, warm start and ramp left out."""
+    best_tokens: int = 0
+    """That were validated on then; losses on another number are of another part of the text. 0 where nobody knows."""
     data_shift: int = 0
     """Batches that rewinds have jumped over: step s computes batch s + data_shift."""
     history: list[tuple[float, float]] = field(default_factory=list)
     """Loss and gradient norm of the last good steps."""
     faults: int = 0
     """Bad steps in a row up to now; a checkpoint is written behind a good one."""
+    worst: int = -1
+    """The furthest of the bad steps: a run that is rewound has got no further before it is past that one."""
 
     def state(self, fingerprint: object, teacher: str | None) -> JsonObject:
         """The contents of state.json; `fingerprint` is the feed's, `teacher` that of the model to learn from."""
@@ -292,6 +296,7 @@ class Progress:
             "step": self.step,
             "seconds": self.seconds,
             "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "best_tokens": self.best_tokens,
             "data": fingerprint,
             "teacher": teacher,
             "data_shift": self.data_shift,
@@ -371,7 +376,8 @@ def restore(
     if state.data != fingerprint:
         raise CheckpointError(
             f"the run was trained on data {state.data}, and {config.data.chat or config.data.corpus} gives "
-            f"{fingerprint}: the corpus has changed. Restore it, or start a new run"
+            f"{fingerprint}: the corpus has changed, or what is read of it (--data.val-fraction, say). Restore it, or "
+            "start a new run"
         )
     if teacher and state.teacher and state.teacher != teacher:
         raise CheckpointError(
@@ -385,6 +391,7 @@ def restore(
         step=state.step,
         seconds=state.seconds,
         best_loss=math.inf if state.best_loss is None else state.best_loss,
+        best_tokens=state.best_tokens,
         data_shift=state.data_shift,
         history=state.history,
     )

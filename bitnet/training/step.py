@@ -118,7 +118,8 @@ class Trainer:
             require_gradients(self.optimizer.names, progress.step, compiled=self.compiled)
             self.optimizer.step()
             progress.step += 1
-            progress.faults = 0
+            if progress.step > progress.worst:
+                progress.faults = 0
             progress.history = [*progress.history[1 - HISTORY :], (loss, norm)]
         return StepResult(loss, norm, lr, fault)
 
@@ -201,7 +202,9 @@ class Trainer:
         Diverged where that is not wanted or has not helped."""
         progress, folder = self.progress, self.folder
         progress.faults += 1
-        rewind = fault.remedy == "rewind" and checkpoint.has_checkpoint(folder)
+        progress.worst = max(progress.worst, progress.step)
+        # The first process says, since it writes.
+        rewind = fault.remedy == "rewind" and self.world.broadcast(checkpoint.has_checkpoint(folder))
         stop_if_hopeless(fault, progress.faults, progress.step, self.config, saved=rewind)
         remedy = "rewinding" if rewind else "the update is skipped"
         say(f"warning: step {progress.step}: {fault.what}; {remedy}", sys.stderr)
@@ -215,7 +218,8 @@ class Trainer:
             saved, self.config, self.feed.fingerprint, teacher, self.model, self.optimizer, self.device
         )
         self.progress.data_shift = progress.step + progress.data_shift + 1 - self.progress.step
-        self.progress.faults, self.progress.best_loss = progress.faults, progress.best_loss
+        for name in ("faults", "worst", "best_loss", "best_tokens"):
+            setattr(self.progress, name, getattr(progress, name))
 
     @property
     def folder(self) -> Path:
@@ -269,7 +273,8 @@ class Trainer:
             self.step()
             times.append(time.perf_counter() - start)
             # The first ones compile, and touch memory for the first time; one that takes long does not need company.
-            if len(times) > 2 and time.perf_counter() - begun > 0.2 * left:
+            # Of several processes the first one's clock counts: a step of one alone would wait for the others.
+            if len(times) > 2 and self.world.broadcast(time.perf_counter() - begun > 0.2 * left):
                 break
         step = statistics.median(times[2:])
         self.progress.step, self.progress.history = start_step, history
@@ -337,11 +342,14 @@ class Trainer:
         )
 
     def is_best(self, result: Evaluation) -> bool:
-        """Whether a validation is the best one yet, which it then is for those to come."""
+        """Whether a validation is the best one yet, which it then is for those to come. The first one on another part
+        of the text is, since its loss does not compare with the best."""
+        progress = self.progress
         # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
-        best = self.config.quantizer_strength(self.progress.step) == 1 and result.loss < self.progress.best_loss
+        quantized = self.config.quantizer_strength(progress.step) == 1
+        best = quantized and (result.loss < progress.best_loss or progress.best_tokens not in (0, result.tokens))
         if best:
-            self.progress.best_loss = result.loss
+            progress.best_loss, progress.best_tokens = result.loss, result.tokens
         return best
 
     def sample(self, tokens: int = 60) -> str:

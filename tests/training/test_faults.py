@@ -17,7 +17,7 @@ from bitnet.model import bit_linears
 from bitnet.storage.folders import MODEL, OPTIMIZER, STATE, resolve
 from bitnet.storage.safetensors import CheckpointError, load_json
 from bitnet.training import saver
-from bitnet.training.faults import Diverged
+from bitnet.training.faults import Diverged, Fault
 from bitnet.training.reporter import read_metrics
 from bitnet.training.step import Trainer
 from tests.builders import SMALL, configuration, tensors
@@ -61,6 +61,21 @@ def test_faults_without_end_stop_the_run(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(Trainer, "forward_backward", lambda self, batch: torch.tensor(math.nan).double())
     with pytest.raises(Diverged, match="after 10 remedies in a row"):
         trainer.train(configuration(tmp_path, corpus, steps=50, eval_every=50, on_nan="skip"))
+
+
+def test_rewinding_to_one_checkpoint_without_end_stops_the_run(tmp_path, corpus, monkeypatch):
+    """The good steps between that checkpoint and the bad step are no progress."""
+    steps = []
+
+    def find_fault(loss, norm, history, config):
+        steps.append(len(history))
+        assert len(steps) < 100
+        return Fault("it is bad", "rewind") if len(history) == 6 else None
+
+    monkeypatch.setattr("bitnet.training.step.find_fault", find_fault)
+    with pytest.raises(Diverged, match="step 6: it is bad, after 10 remedies in a row"):
+        trainer.train(configuration(tmp_path, corpus))
+    assert steps == [*range(4), *[4, 5, 6] * 11]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

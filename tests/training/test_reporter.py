@@ -14,6 +14,7 @@ import train as trainer
 from bitnet.evaluation.loss import Tally
 from bitnet.training import config as recipes
 from bitnet.training import reporter
+from bitnet.training.processes import World
 from bitnet.training.step import Trainer
 from tests import ROOT
 from tests.builders import configuration
@@ -108,6 +109,23 @@ def test_too_few_minutes_are_refused_before_anything_is_written(
     ):
         trainer.train(configuration(tmp_path, corpus, minutes=1e-5))
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_processes_time_as_many_steps_as_the_first(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that stops timing a step earlier, by its own clock, would leave the others waiting in it."""
+
+    class Second(World):
+        def broadcast(self, value: object) -> object:
+            return False if isinstance(value, bool) else value  # the first one is in no haste
+
+    more, steps, original = trainer.prepare(configuration(tmp_path, corpus)), list[int](), Trainer.step
+    more.world = Second()
+    monkeypatch.setattr(Trainer, "step", lambda self: steps.append(1) or original(self))
+    with pytest.raises(ValueError, match="are time for"):
+        more.plan(1e-5)
+    assert len(steps) == 7
 
 
 def test_minutes_count_validation(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

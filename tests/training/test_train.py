@@ -145,10 +145,11 @@ def test_init_starts_from_the_weights_shape_and_tokenizer_of_another_run(tmp_pat
 
 def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp_path, corpus, monkeypatch):
     losses = {(2, False): 1.0, (4, False): 3.0, (6, False): 2.0, (8, False): 2.5, (8, True): 0.5}
+    losses |= {(10, False): 4.0, (12, False): 4.5, (12, True): 0.5}
 
     def evaluations(self, *limits):
         for limit in limits:
-            yield Evaluation(losses[self.progress.step, limit is None], 0.0, 1.0, tokens=1 + (limit is None))
+            yield Evaluation(losses[self.progress.step, limit is None], 0.0, 1.0, tokens=limit or 10_000)
 
     monkeypatch.setattr(Trainer, "evaluations", evaluations)
     run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.5))
@@ -156,6 +157,10 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     assert resolve(run.folder, "best").name == "step-00000006"
     assert resolve(run.folder, "last").name == "step-00000008"
     assert run.progress.best_loss == 2.0
+    # Fewer tokens are another text, on which 2.0 may be out of reach.
+    run = trainer.train(dataclasses.replace(run.config, steps=12, eval_tokens=64), resume=True)
+    assert resolve(run.folder, "best").name == "step-00000010"
+    assert (run.progress.best_loss, run.progress.best_tokens) == (4.0, 64)
 
 
 def test_an_end_in_the_last_validation_loses_nothing_else(tmp_path, corpus, monkeypatch):
@@ -228,6 +233,20 @@ def test_metrics_on_a_full_disk_warn_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("metrics are not being written") == 1
 
 
+def test_metrics_are_whole_again_when_there_is_room(tmp_path, monkeypatch):
+    """What a full disk left of a line would be the end of the file to whoever reads it, as a resumed run does."""
+    tracker, missing = Reporter(recipes.TrainConfig(out=str(tmp_path), wandb="off")), tmp_path / "nowhere" / "x"
+    tracker.log(1, loss=1.0, grad_norm=math.nan)
+    path, tracker.path = tracker.path, missing
+    tracker.log(2, loss=2.0)
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    tracker.path = path
+    tracker.log(3, loss=3.0)
+    tracker.log(4, loss=4.0)
+    assert [row["loss"] for row in read_metrics(path)] == [1.0, 2.0, 3.0, 4.0]
+    assert "NaN" not in path.read_text()
+
+
 def test_a_run_whose_first_save_failed_can_start_again(tmp_path, corpus):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert trainer.train(configuration(tmp_path, corpus, steps=2)).progress.step == 2
@@ -277,7 +296,7 @@ def test_resume_refuses_a_changed_corpus(tmp_path, corpus):
     config = configuration(tmp_path, text, steps=2)
     trainer.train(config)
     text.write_text(lines.replace("cat", "cow"))
-    with pytest.raises(CheckpointError, match="corpus has changed"):
+    with pytest.raises(CheckpointError, match="corpus has changed, or what is read of it"):
         trainer.train(dataclasses.replace(config, steps=4), resume=True)
 
 
@@ -358,6 +377,11 @@ def test_an_existing_run_is_not_overwritten(tmp_path, corpus):
     trainer.train(config)
     with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume"):
         trainer.train(config)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config\.json that no run has written .*; choose another --out"):
+        trainer.train(dataclasses.replace(config, out=str(tmp_path / "model")))
+    assert (tmp_path / "model" / "config.json").read_text() == '{"model_type": "llama"}'
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
