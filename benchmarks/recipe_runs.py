@@ -140,11 +140,12 @@ def with_products(product: Product, *, only_in_ramp: bool) -> Iterator[None]:
 
 def soft_codes(weight: Tensor, temperature: Tensor) -> Tensor:
     """Expected ternary codes times scale, where -1, 0 and 1 have the probabilities softmax(-(w / gamma - k)^2 / T):
-    arXiv 2601.20745's relaxation."""
+    arXiv 2601.20745's relaxation. Of 0 and the code that is nearer e^0 and e^((2 |u| - 1) / T) are left, and little of
+    the third."""
     scale = ternary.absmean_scale(weight.detach())
-    u = (weight.float() / scale).unsqueeze(-1)
-    levels = torch.tensor([-1.0, 0.0, 1.0], device=weight.device)
-    return (scale * ((-(u - levels).square() / temperature).softmax(-1) * levels).sum(-1)).to(weight.dtype)
+    u = weight.float() / scale
+    near, far = (((sign * 2 * u.abs() - 1) / temperature).clamp(max=80).exp() for sign in (1, -1))
+    return (scale * u.sign() * (near - far) / (1 + near + far)).to(weight.dtype)
 
 
 def soft_product(
