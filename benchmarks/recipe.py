@@ -72,8 +72,7 @@ ROWS: dict[str, Row] = {
     "long ramp, rate / 2 behind": Row({**LONG, "optim.lr_second": 5e-3, "optim.second_from": 0.5}),
     "long ramp, no decay at all": Row({**LONG, "optim.weight_decay": 0.0}),
     "long ramp, cosine rate": Row({**LONG, "optim.decay": "cosine"}),
-    "long ramp, soft": Row(LONG, technique="soft"),
-    "long ramp, soft, true gradient": Row(LONG, technique="soft, true gradient"),
+    "long ramp, soft": Row({**LONG, "ramp_shape": "soft"}),
     "long ramp, dead zone": Row(LONG, technique="dead zone"),
     "long ramp, median scale": Row(LONG, technique="median scale"),
     # How much of a teacher.

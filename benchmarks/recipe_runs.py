@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,11 +27,10 @@ from bitnet.bench.report import describe_machine
 from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import TokenizedCorpus
-from bitnet.kernels.reference import fake_quant_linear, fake_quantize_activations, fake_quantize_weight
+from bitnet.kernels.reference import fake_quant_linear, fake_quantize_weight
 from bitnet.model import bit_linears
 from bitnet.quant import ternary
 from bitnet.quant.affine import SCALE_EPS
-from bitnet.quant.straight_through import straight_through
 from bitnet.tokenizer import Tokenizer
 from bitnet.training import config as recipes
 from bitnet.training.checkpoint import save_checkpoint
@@ -49,7 +47,7 @@ def open_shards(data: Path, corpus: str, window: int, batch_size: int, seed: int
     return TextFeed(mixture, Tokenizer.load(folder / "tokenizer.model"), None, window, batch_size=batch_size, seed=seed)
 
 
-def configuration(job: dict[str, Any], runs: Path, device: str, compiled: str) -> recipes.TrainConfig:
+def configuration(job: dict[str, Any], runs: Path, device: str, compiled: Any) -> recipes.TrainConfig:
     """The demo's recipe with the changes of a job, whose keys are fields of the configuration, dotted those within."""
     base = dataclasses.replace(recipes.PRESETS["demo"], float_start=0.5, ramp=0.0)
     hidden, ffn, heads, layers = SIZES[job["size"]]
@@ -111,8 +109,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None, str, Tensor, Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def with_products(product: Product, *, only_in_ramp: bool) -> Iterator[None]:
-    """`product` in the layers, instead of the ordinary one, from the switch on or in the ramp alone."""
+def with_products(product: Product) -> Iterator[None]:
+    """`product` in the layers, instead of the ordinary one, from the switch on."""
     original = Trainer.set_products
     # One callable and two tensors for all steps, so that the layers are compiled once.
     share, rest = torch.ones(()), torch.ones(())
@@ -124,7 +122,7 @@ def with_products(product: Product, *, only_in_ramp: bool) -> Iterator[None]:
         original(self)
         step, steps = self.progress.step, self.config.steps
         strength = self.config.quantizer_strength(step)
-        if step >= steps or strength == 0 or (only_in_ramp and strength == 1):
+        if step >= steps or strength == 0:
             return  # what is validated is the model itself
         share.fill_(strength)
         rest.fill_(1 - step / steps)
@@ -136,29 +134,6 @@ def with_products(product: Product, *, only_in_ramp: bool) -> Iterator[None]:
         yield
     finally:
         Trainer.set_products = original  # type: ignore[method-assign]
-
-
-def soft_codes(weight: Tensor, temperature: Tensor) -> Tensor:
-    """Expected ternary codes times scale, where -1, 0 and 1 have the probabilities softmax(-(w / gamma - k)^2 / T):
-    arXiv 2601.20745's relaxation. Of 0 and the code that is nearer e^0 and e^((2 |u| - 1) / T) are left, and little of
-    the third."""
-    scale = ternary.absmean_scale(weight.detach())
-    u = weight.float() / scale
-    near, far = (((sign * 2 * u.abs() - 1) / temperature).clamp(max=80).exp() for sign in (1, -1))
-    return (scale * u.sign() * (near - far) / (1 + near + far)).to(weight.dtype)
-
-
-def soft_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, share: Tensor, rest: Tensor, *, straight: bool
-) -> Tensor:
-    """Weights through `soft_codes`, whose temperature falls from 1 to 0 as the ramp rises; the gradient is the true one
-    or, `straight`, the identity. Activations fade in as in the ramp."""
-    temperature = (1 - share).square()
-    quantized = fake_quantize_activations(x)
-    x = x + (share * (quantized - x)).detach().to(x.dtype)
-    if straight:
-        return F.linear(x, straight_through(weight, partial(soft_codes, temperature=temperature)), bias)
-    return F.linear(x, soft_codes(weight, temperature), bias)
 
 
 def dead_zone(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, share: Tensor, rest: Tensor) -> Tensor:
@@ -182,9 +157,7 @@ def median_scale() -> Iterator[None]:
 
 TECHNIQUES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "": contextlib.nullcontext,
-    "soft": partial(with_products, partial(soft_product, straight=True), only_in_ramp=True),
-    "soft, true gradient": partial(with_products, partial(soft_product, straight=False), only_in_ramp=True),
-    "dead zone": partial(with_products, dead_zone, only_in_ramp=False),
+    "dead zone": partial(with_products, dead_zone),
     "median scale": median_scale,
 }
 

@@ -196,28 +196,30 @@ def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str)
 
 
 class FadingProduct:
-    """Fake quantization of a strength between 0 and 1, a scalar tensor: see `reference.fake_quant_linear`."""
+    """Fake quantization of a strength between 0 and 1, a scalar tensor, `soft` or not: see
+    `reference.fake_quant_linear`."""
 
-    def __init__(self, strength: Tensor) -> None:
-        self.strength = strength
+    def __init__(self, strength: Tensor, *, soft: bool = False) -> None:
+        self.strength, self.soft = strength, soft
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str) -> Tensor:
-        return reference.fake_quant_linear(x, weight, bias, quantizer, self.strength)
+        return reference.fake_quant_linear(x, weight, bias, quantizer, self.strength, soft=self.soft)
 
 
 def training_product(
-    before: Product, weight: Tensor, quantizer: str, strength: float | Tensor, *, int8: bool
+    before: Product, weight: Tensor, quantizer: str, strength: float | Tensor, *, int8: bool, soft: bool = False
 ) -> Product:
     """What a layer of this weight `[N, K]` computes in the next step, behind a step with the product `before`.
 
     strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
     int8: multiply codes, made here and valid until the weight changes, where the strength is 1; not of groups, whose
-    sums have as many scales.
+    sums have as many scales. soft: of `FadingProduct`.
     """
     if quantizer == "none":
         return fake_quant_linear
     if isinstance(strength, Tensor):
-        return before if isinstance(before, FadingProduct) and before.strength is strength else FadingProduct(strength)
+        same = isinstance(before, FadingProduct) and before.strength is strength
+        return before if same else FadingProduct(strength, soft=soft)
     if strength == 0:
         return float_linear
     columns = weight.shape[1]

@@ -180,7 +180,13 @@ def fake_quantize_weight(weight: Tensor, quantizer: str) -> Tensor:
 
 
 def fake_quant_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, quantizer: str, strength: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    quantizer: str,
+    strength: Tensor | None = None,
+    *,
+    soft: bool = False,
 ) -> Tensor:
     """Training product: a float matmul of the dequantized operands, differentiable by the straight-through rule.
 
@@ -188,13 +194,20 @@ def fake_quant_linear(
     this is `F.linear`, bit for bit.
 
     `strength`, a scalar tensor from 0 to 1, fades the quantizers in: each operand is `v + strength * (Q(v) - v)`, the
-    gradual lambda for turning a trained float model into a quantized one. None is full strength.
+    gradual lambda for turning a trained float model into a quantized one. None is full strength. `soft`: ternary
+    weights are what their codes are on average instead (`soft_ternary`), at the temperature (1 - strength)^2.
     """
     if quantizer == "none":
         return F.linear(x, weight, bias)
-    x_q, weight_q = fake_quantize_activations(x), fake_quantize_weight(weight, quantizer)
-    if strength is not None:
-        x_q, weight_q = _fade(x, x_q, strength), _fade(weight, weight_q, strength)
+    x_q = fake_quantize_activations(x)
+    if strength is None:
+        return F.linear(x_q, fake_quantize_weight(weight, quantizer), bias)
+    x_q = _fade(x, x_q, strength)
+    if soft:
+        group_size, temperature = GROUP_SIZES.get(quantizer, 0), (1 - strength).square()
+        weight_q = straight_through(weight, lambda value: ternary.soft_ternary(value, temperature, group_size))
+    else:
+        weight_q = _fade(weight, fake_quantize_weight(weight, quantizer), strength)
     return F.linear(x_q, weight_q, bias)
 
 

@@ -82,6 +82,23 @@ def fake_quantize_ternary(weight: Tensor) -> Tensor:
     return (codes * scale).to(weight.dtype)
 
 
+def soft_ternary(weight: Tensor, temperature: Tensor, group_size: int = 0) -> Tensor:
+    """What `codes * scale` is on average where each code k of -1, 0, 1 has the probability
+    softmax(-(w / scale - k)^2 / T): W's shape and dtype, of matrices or, with a group_size, of groups of columns.
+
+    temperature: T, a scalar tensor from 0, where this is `fake_quantize_ternary` but for weights on a border. Source:
+    arXiv 2601.20745.
+    """
+    scale = absmean_scale(weight)
+    if group_size:
+        scale = scale_of_columns(_group_scales(weight.float(), group_size), group_size, weight.shape[1])
+    u = weight.float() / scale
+    # Of the three exponents that of 0 is taken from the others, which e^80 bounds: more is 1 in float32.
+    T = temperature.clamp(min=1e-12)
+    near, far = (((sign * 2 * u.abs() - 1) / T).clamp(max=80).exp() for sign in (1, -1))
+    return (scale * (u.sign() * ((near - far) / (1 + near + far)))).to(weight.dtype)
+
+
 def fake_quantize_binary(weight: Tensor) -> Tensor:
     """`codes * scale` of `quantize_binary` in the weight's dtype."""
     codes, scale = _binary(weight)
@@ -95,8 +112,13 @@ def _ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ternary_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     weight = weight.float()
-    scale = _round_to_float16(group_means(weight.abs(), group_size).clamp(min=FLOAT16_TINY))
+    scale = _group_scales(weight, group_size)
     return (weight / scale_of_columns(scale, group_size, weight.shape[1])).round().clamp(-1, 1), scale
+
+
+def _group_scales(weight: Tensor, group_size: int) -> Tensor:
+    """Of float32 `[N, K]`."""
+    return _round_to_float16(group_means(weight.abs(), group_size).clamp(min=FLOAT16_TINY))
 
 
 def _round_to_float16(values: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ RAMPS: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
     "square": lambda x: x * x,
     "root": math.sqrt,
+    "soft": lambda x: x,
 }
 """Strength of the quantizers by the share of the ramp that is done; from 0 at 0 to 1 at 1."""
 
@@ -72,8 +73,9 @@ class TrainConfig:
     """Share of the steps trained without quantization before going ternary (0.2 to 0.4 in published long runs)."""
     ramp: float = 0.0
     """Share of the steps, behind those of float_start, over which the quantizers fade in; 0 switches at once."""
-    ramp_shape: Literal["linear", "cosine", "square", "root"] = "linear"
-    """How the strength rises over the ramp's share x: x, (1 - cos pi x) / 2, x^2 or sqrt x."""
+    ramp_shape: Literal["linear", "cosine", "square", "root", "soft"] = "linear"
+    """How the strength rises over the ramp's share x: x, (1 - cos pi x) / 2, x^2 or sqrt x. soft: as linear, and
+    ternary weights are not a mixture of float and quantized ones but their codes' mean at a temperature that falls."""
     init: str | None = None
     """Start from the weights, shape, tokenizer and chat template of this run, Hugging Face folder or GGUF file:
     fine-tuning, and with another model.quantizer than its own, conversion."""
@@ -194,6 +196,10 @@ class TrainConfig:
             )
         if not 0 <= self.float_start < 1:
             raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
+        if self.ramp_shape == "soft" and self.model.quantizer not in ("ternary", "none", *GROUP_SIZES):
+            raise ValueError(
+                f"ramp_shape soft is of ternary codes, and the quantizer is {self.model.quantizer}; give linear"
+            )
         if not 0 <= self.ramp <= 1 - self.float_start:
             raise ValueError(
                 f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"

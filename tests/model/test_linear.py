@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet import kernels
-from bitnet.kernels import FadingProduct, fake_quant_linear, float_linear, training_product
+from bitnet.kernels import GROUP_SIZES, FadingProduct, fake_quant_linear, float_linear, training_product
 from bitnet.kernels.reference import fake_quantize_activations, fake_quantize_weight
 from bitnet.model.linear import BitLinear, PackedLinear, pack, replace_linear
 from bitnet.quant import quantize_ternary
+from bitnet.quant.ternary import soft_ternary
 from tests.builders import mlp
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -126,6 +127,21 @@ def test_a_fading_product_fades_both_operands_in_and_keeps_the_gradient_straight
     torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64"])
+def test_a_soft_fading_product_has_the_mean_of_the_codes_and_a_straight_gradient(quantizer: str) -> None:
+    layer, x = BitLinear(72, 12, quantizer=quantizer), torch.randn(5, 72, requires_grad=True)
+    layer.product = FadingProduct(torch.tensor(0.25), soft=True)
+    group_size = GROUP_SIZES.get(quantizer, 0)
+    weight = soft_ternary(layer.weight.detach(), torch.tensor(0.75**2), group_size)
+    operand = x.detach() * 0.75 + fake_quantize_activations(x).detach() * 0.25
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(operand, weight, layer.bias), rtol=1e-5, atol=1e-6)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_float_product_is_a_plain_linear_and_back(quantizer: str) -> None:
     layer, x = BitLinear(20, 10, quantizer=quantizer), torch.randn(3, 20)
@@ -144,11 +160,15 @@ class Beside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
-        products = [(1.0, False), (1.0, True), (torch.tensor(0.25), False), (0.0, False)]
+        fading = torch.tensor(0.25)
+        products = [(1.0, False, False), (1.0, True, False), (fading, False, False), (0.0, False, False)]
         for quantizer in QUANTIZERS:
-            for strength, int8 in products if LONG or quantizer == "ternary" else products[:1]:
+            soft = [(fading, False, True)] if quantizer in ("ternary", *GROUP_SIZES) else []
+            for strength, int8, is_soft in products + soft if LONG or quantizer == "ternary" else products[:1]:
                 layer = BitLinear(72, 16, quantizer=quantizer)
-                layer.product = training_product(layer.product, layer.weight, quantizer, strength, int8=int8)
+                layer.product = training_product(
+                    layer.product, layer.weight, quantizer, strength, int8=int8, soft=is_soft
+                )
                 self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:

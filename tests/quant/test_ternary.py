@@ -15,7 +15,7 @@ from bitnet.quant import (
     quantize_ternary_groups,
     scale_of_columns,
 )
-from bitnet.quant.ternary import _round_to_float16
+from bitnet.quant.ternary import _round_to_float16, soft_ternary
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -30,6 +30,25 @@ def test_ternary_by_hand_with_ties() -> None:
     assert scale.shape == ()
     assert codes.tolist() == [[0, 0, 1, -1], [1, -1, 0, 0], [1, -1, 0, 1]]
     assert codes.dtype == torch.int8
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_soft_ternary_is_the_mean_of_the_codes(group_size: int) -> None:
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    levels = torch.tensor([-1.0, 0.0, 1.0])
+    if group_size:
+        codes, scale = quantize_ternary_groups(weight, group_size)
+        scale = scale_of_columns(scale, group_size, 10)
+    else:
+        codes, scale = quantize_ternary(weight)
+    for temperature in (1.0, 0.3, 0.01):
+        chances = (-((weight / scale)[..., None] - levels).square() / temperature).softmax(-1)
+        found = soft_ternary(weight, torch.tensor(temperature), group_size)
+        torch.testing.assert_close(found, scale * (chances * levels).sum(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(soft_ternary(weight, torch.tensor(0.0), group_size), codes * scale)
+    # Borders, zeros and a matrix of nothing else give no NaN.
+    assert soft_ternary(torch.tensor([[0.5, 1.5, 0.0, -2.0]]), torch.tensor(0.0), group_size).isfinite().all()
+    assert torch.equal(soft_ternary(torch.zeros(2, 4), torch.tensor(0.0), group_size), torch.zeros(2, 4))
 
 
 def test_ternary_scale_is_the_mean_of_the_whole_matrix() -> None:

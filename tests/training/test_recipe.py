@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import recipe, recipe_runs
+from bitnet.model import ModelConfig
 from bitnet.quant import quantize_ternary
 from bitnet.training.config import RAMPS, TrainConfig
 from bitnet.training.optimizer import OptimConfig, schedule
@@ -20,7 +21,7 @@ def test_a_ramp_rises_from_nothing_to_all(shape):
     assert strengths[70:] == [1.0] * 30
     assert 0 < strengths[40] < strengths[69] < 1
     assert strengths == sorted(strengths)
-    middle = {"linear": 0.5, "cosine": 0.5, "square": 0.25, "root": 0.5**0.5}[shape]
+    middle = {"linear": 0.5, "cosine": 0.5, "square": 0.25, "root": 0.5**0.5, "soft": 0.5}[shape]
     assert RAMPS[shape](0.5) == pytest.approx(middle)
 
 
@@ -72,10 +73,15 @@ def test_a_failed_run_takes_only_those_with_it_that_need_it(tmp_path):
     assert {job.row for job in play(grid)} == {"float", "ramp"}
 
 
-def test_soft_codes_harden_to_the_ternary_ones():
+def test_a_soft_ramp_is_of_ternary_codes():
+    with pytest.raises(ValueError, match="ramp_shape soft is of ternary codes, and the quantizer is int4"):
+        TrainConfig(ramp=0.5, ramp_shape="soft", model=ModelConfig(quantizer="int4"))
+    TrainConfig(ramp=0.5, ramp_shape="soft", model=ModelConfig(quantizer="ternary-g64"))
+
+
+def test_the_median_takes_the_mean_s_place_and_gives_it_back():
     weight = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    codes, scale = quantize_ternary(weight)
-    torch.testing.assert_close(recipe_runs.soft_codes(weight, torch.tensor(1e-4)), codes * scale)
+    _, scale = quantize_ternary(weight)
     with recipe_runs.median_scale():
         _, median = quantize_ternary(weight)
     assert float(median) == float(weight.abs().median())

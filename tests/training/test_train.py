@@ -106,9 +106,10 @@ def test_a_float_start_trains_without_quantization_first(tmp_path, corpus):
     assert not any(layer.product is float_linear for _, layer in bit_linears(run.model))
 
 
-def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
-    run = trainer.prepare(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5))
-    strengths = []
+@pytest.mark.parametrize("shape", ["linear", "soft"])
+def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus, shape):
+    run = trainer.prepare(configuration(tmp_path, corpus, steps=8, float_start=0.25, ramp=0.5, ramp_shape=shape))
+    strengths, soft = [], set()
     for run.progress.step in range(8):
         run.set_products()
         _, layer = next(bit_linears(run.model))
@@ -118,6 +119,9 @@ def test_a_ramp_fades_the_quantizers_in(tmp_path, corpus):
                 float(layer.product.strength) if isinstance(layer.product, FadingProduct) else None,
             )
         )
+        if isinstance(layer.product, FadingProduct):
+            soft.add(layer.product.soft)
+    assert soft == {shape == "soft"}
     fading = [(True, pytest.approx(s)) for s in (0.2, 0.4, 0.6, 0.8)]
     assert strengths == [(False, None), (False, None), *fading, (True, None), (True, None)]
     with pytest.raises(ValueError, match=r"ramp is 0\.6"):
