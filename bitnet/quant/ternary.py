@@ -96,7 +96,8 @@ def soft_ternary(weight: Tensor, temperature: Tensor, group_size: int = 0) -> Te
     # Of the three exponents that of 0 is taken from the others, which e^80 bounds: more is 1 in float32.
     T = temperature.clamp(min=1e-12)
     near, far = (((sign * 2 * u.abs() - 1) / T).clamp(max=80).exp() for sign in (1, -1))
-    return (scale * (u.sign() * ((near - far) / (1 + near + far)))).to(weight.dtype)
+    mean = (near - far) / (1 + near + far)
+    return (scale * torch.where(u < 0, -mean, mean)).to(weight.dtype)  # which compiles to faster code than sign()
 
 
 def fake_quantize_binary(weight: Tensor) -> Tensor:
