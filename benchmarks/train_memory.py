@@ -98,7 +98,7 @@ def child(config: recipes.TrainConfig, steps: int) -> dict[str, float]:
     before = process_memory("VmRSS") or 0.0
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, 1 << 17, dtype=np.uint16)
     data: Any = Mixture({"random": SimpleNamespace(split=lambda _: TokenArray([ids]))}, (1,))  # type: ignore[dict-item]
-    tokenizer: Any = SimpleNamespace(vocab_size=config.model.vocab_size, encode=lambda *_, **__: [1])
+    tokenizer: Any = SimpleNamespace(vocab_size=config.model.vocab_size, adds_bos=False, encode=lambda *_, **__: [1])
     trainer.open_feed = lambda *_, window, batch_size, **__: TextFeed(
         data, tokenizer, None, window, batch_size=batch_size
     )

@@ -213,13 +213,13 @@ def training_product(
 
     strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
     int8: multiply codes, made here and valid until the weight changes, where the strength is 1; not of groups, whose
-    sums have as many scales. soft: of `FadingProduct`.
+    sums have as many scales. soft: of `FadingProduct`, where weights are ternary.
     """
     if quantizer == "none":
         return fake_quant_linear
     if isinstance(strength, Tensor):
         same = isinstance(before, FadingProduct) and before.strength is strength
-        return before if same else FadingProduct(strength, soft=soft)
+        return before if same else FadingProduct(strength, soft=soft and quantizer in ("ternary", *GROUP_SIZES))
     if strength == 0:
         return float_linear
     columns = weight.shape[1]

@@ -142,6 +142,13 @@ def test_a_soft_fading_product_has_the_mean_of_the_codes_and_a_straight_gradient
     torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
 
 
+def test_other_quantizers_have_no_soft_codes() -> None:
+    layer = BitLinear(72, 12, quantizer="int4")
+    product = training_product(layer.product, layer.weight, "int4", torch.tensor(0.25), int8=False, soft=True)
+    assert isinstance(product, FadingProduct)
+    assert not product.soft
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_the_float_product_is_a_plain_linear_and_back(quantizer: str) -> None:
     layer, x = BitLinear(20, 10, quantizer=quantizer), torch.randn(3, 20)
@@ -161,14 +168,12 @@ class Beside(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         fading = torch.tensor(0.25)
-        products = [(1.0, False, False), (1.0, True, False), (fading, False, False), (0.0, False, False)]
+        products = [(1.0, False, False), (1.0, True, False), (fading, False, False), (fading, False, True),
+                    (0.0, False, False)]  # fmt: skip
         for quantizer in QUANTIZERS:
-            soft = [(fading, False, True)] if quantizer in ("ternary", *GROUP_SIZES) else []
-            for strength, int8, is_soft in products + soft if LONG or quantizer == "ternary" else products[:1]:
+            for strength, int8, soft in products if LONG or quantizer == "ternary" else products[:1]:
                 layer = BitLinear(72, 16, quantizer=quantizer)
-                layer.product = training_product(
-                    layer.product, layer.weight, quantizer, strength, int8=int8, soft=is_soft
-                )
+                layer.product = training_product(layer.product, layer.weight, quantizer, strength, int8=int8, soft=soft)
                 self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:

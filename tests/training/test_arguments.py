@@ -94,6 +94,10 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
         (["--teacher-temperature", "2"], "--teacher-temperature 2.0 has no effect without --teacher"),
         (["--layer-rate", "0.5"], "--layer-rate 0.5 has no effect without --layer-steps"),
         (["--preset", "tiny", "--ramp-shape", "root"], "--ramp-shape root has no effect without --ramp"),
+        (
+            ["--preset", "tiny", "--ramp", "0.5", "--ramp-shape", "soft", "--model.quantizer", "int4"],
+            "--ramp-shape soft is of ternary codes, and the quantizer is int4",
+        ),
         (["--spike-factor", "3"], "has no effect without --on-spike"),
         (["--optim.second-from", "0.2"], "has no effect without --optim.lr-second"),
         (

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import recipe, recipe_runs
-from bitnet.model import ModelConfig
 from bitnet.quant import quantize_ternary
 from bitnet.training.config import RAMPS, TrainConfig
 from bitnet.training.optimizer import OptimConfig, schedule
@@ -71,12 +70,6 @@ def test_a_failed_run_takes_only_those_with_it_that_need_it(tmp_path):
     grid = recipe.Grid(["float", "ramp", "ramp, teacher"], ["a"], ["64x2"], [0], 1e5, tmp_path)
     grid.failed.add(next(grid.jobs()).key)
     assert {job.row for job in play(grid)} == {"float", "ramp"}
-
-
-def test_a_soft_ramp_is_of_ternary_codes():
-    with pytest.raises(ValueError, match="ramp_shape soft is of ternary codes, and the quantizer is int4"):
-        TrainConfig(ramp=0.5, ramp_shape="soft", model=ModelConfig(quantizer="int4"))
-    TrainConfig(ramp=0.5, ramp_shape="soft", model=ModelConfig(quantizer="ternary-g64"))
 
 
 def test_the_median_takes_the_mean_s_place_and_gives_it_back():
