@@ -49,7 +49,7 @@ def open_shards(data: Path, corpus: str, window: int, batch_size: int, seed: int
 
 def configuration(job: dict[str, Any], runs: Path, device: str, compiled: Any) -> recipes.TrainConfig:
     """The demo's recipe with the changes of a job, whose keys are fields of the configuration, dotted those within."""
-    base = dataclasses.replace(recipes.PRESETS["demo"], float_start=0.5, ramp=0.0, ramp_shape="linear")
+    base = dataclasses.replace(recipes.PRESETS["demo"], float_start=0.5, ramp=0.0)
     hidden, ffn, heads, layers = SIZES[job["size"]]
     shape = {
         "hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": heads, "num_key_value_heads": heads,

@@ -426,12 +426,10 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # Tuned on 1.2 M tokens of speeches and of code: dev/LOG.md has the attempts, docs/results.md the ramps.
     "demo": TrainConfig(
-        model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.2, ramp=0.6, ramp_shape="soft",
-        out="runs/demo",
+        model=MODELS["demo"], optim=SHORT_RUN, batch_size=8, float_start=0.2, ramp=0.6, out="runs/demo",
     ),
     "small": TrainConfig(
-        model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.2, ramp=0.6, ramp_shape="soft",
-        out="runs/small",
+        model=MODELS["small"], optim=SHORT_RUN, steps=5000, float_start=0.2, ramp=0.6, out="runs/small",
     ),
     # With --init and --data.chat, which give the model and what to say.
     "chat": TrainConfig(
