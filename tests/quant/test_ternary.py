@@ -46,6 +46,9 @@ def test_soft_ternary_is_the_mean_of_the_codes(group_size: int) -> None:
         found = soft_ternary(weight, torch.tensor(temperature), group_size)
         torch.testing.assert_close(found, scale * (chances * levels).sum(-1), rtol=1e-5, atol=1e-6)
     assert torch.equal(soft_ternary(weight, torch.tensor(0.0), group_size), codes * scale)
+    # No number that is too small for full precision, of which products are slow.
+    means = torch.cat([soft_ternary(weight, torch.tensor(t), group_size).abs() for t in (0.02, 0.01, 0.005)])
+    assert means[means > 0].min() > 1e-20
     # Borders, zeros and a matrix of nothing else give no NaN.
     assert soft_ternary(torch.tensor([[0.5, 1.5, 0.0, -2.0]]), torch.tensor(0.0), group_size).isfinite().all()
     assert torch.equal(soft_ternary(torch.zeros(2, 4), torch.tensor(0.0), group_size), torch.zeros(2, 4))
