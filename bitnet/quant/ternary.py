@@ -93,8 +93,8 @@ def soft_ternary(weight: Tensor, temperature: Tensor, group_size: int = 0) -> Te
     if group_size:
         scale = scale_of_columns(_group_scales(weight.float(), group_size), group_size, weight.shape[1])
     u = weight.float() / scale
-    # Of the three exponents that of 0 is taken from the others. e^80 is 1 in the end; below e^-30 both are alike, and 0:
-    # means of 1e-40 would make the products that they are operands of a hundred times as slow.
+    # Of the three exponents that of 0 is taken from the others. e^80 is 1 in the end; below e^-30 both are alike, and
+    # make 0: means of 1e-40 would make the products that they are operands of a hundred times as slow.
     T = temperature.clamp(min=1e-12)
     near, far = (((sign * 2 * u.abs() - 1) / T).clamp(-30, 80).exp() for sign in (1, -1))
     mean = (near - far) / (1 + near + far)

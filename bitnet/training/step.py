@@ -317,7 +317,7 @@ class Trainer:
         seconds, result = 0.0, None
         for _ in range(2):  # the first one compiles
             start = time.perf_counter()
-            result = next(self.evaluations(1))  # a batch of each corpus
+            result = next(self.evaluations(1, shown=False))  # a batch of each corpus
             seconds = time.perf_counter() - start
         assert result is not None
         return seconds / result.tokens
@@ -330,7 +330,7 @@ class Trainer:
         """Loss on the held-out part of the data, its first `eval_tokens` or the `whole`."""
         return next(self.evaluations(None if whole else self.config.eval_tokens))
 
-    def evaluations(self, *limits: int | None) -> Iterator[Evaluation]:
+    def evaluations(self, *limits: int | None, shown: bool = True) -> Iterator[Evaluation]:
         """Losses on the first so many tokens of the held-out data, None for all, in one pass that goes on when the next
         one is asked for, unless a signal came."""
         self.set_products()
@@ -340,7 +340,7 @@ class Trainer:
             limits,
             batch_size=self.config.batch_size // self.config.micro_batches,
             dtype=self.dtype,
-            progress=self.world.is_first,
+            progress=shown and self.world.is_first,
             stop=self.stopping,
         )
 
