@@ -85,9 +85,9 @@ def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeyp
         clock[0] += 3.0 if self.progress.step >= 30 else 1.0
         return real_step(self)
 
-    def evaluations(self, *limits):
+    def evaluations(self, *limits, **shown):
         read = 0
-        for result in real_evaluations(self, *limits):
+        for result in real_evaluations(self, *limits, **shown):
             clock[0] += (result.tokens - read) / 300
             read = result.tokens
             yield result
