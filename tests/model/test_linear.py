@@ -108,6 +108,16 @@ def test_autocast_returns_bfloat16_and_float32_gradients() -> None:
     assert layer.weight.grad.dtype == torch.float32
 
 
+def check_product(layer: BitLinear, x: Tensor, operand: Tensor, weight: Tensor) -> None:
+    """That a layer multiplies these, and that their gradients go to x and the latent weight as they are."""
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(operand, weight, layer.bias), rtol=1e-5, atol=1e-6)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
 def test_a_fading_product_fades_both_operands_in_and_keeps_the_gradient_straight(quantizer: str) -> None:
     layer, x = BitLinear(24, 12, quantizer=quantizer), torch.randn(5, 24, requires_grad=True)
@@ -119,12 +129,7 @@ def test_a_fading_product_fades_both_operands_in_and_keeps_the_gradient_straight
     layer.product = FadingProduct(torch.tensor(0.25))
     weight = layer.weight.detach() * 0.75 + fake_quantize_weight(layer.weight, quantizer).detach() * 0.25
     operand = x.detach() * 0.75 + fake_quantize_activations(x).detach() * 0.25
-    y = layer(x)
-    torch.testing.assert_close(y, F.linear(operand, weight, layer.bias), rtol=1e-5, atol=1e-6)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
+    check_product(layer, x, operand, weight)
 
 
 @pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64"])
@@ -134,12 +139,7 @@ def test_a_soft_fading_product_has_the_mean_of_the_codes_and_a_straight_gradient
     group_size = GROUP_SIZES.get(quantizer, 0)
     weight = soft_ternary(layer.weight.detach(), torch.tensor(0.75**2), group_size)
     operand = x.detach() * 0.75 + fake_quantize_activations(x).detach() * 0.25
-    y = layer(x)
-    torch.testing.assert_close(y, F.linear(operand, weight, layer.bias), rtol=1e-5, atol=1e-6)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ weight, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.weight.grad, grad.T @ operand, rtol=1e-5, atol=1e-6)
+    check_product(layer, x, operand, weight)
 
 
 def test_other_quantizers_have_no_soft_codes() -> None:
