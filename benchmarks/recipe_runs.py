@@ -1,6 +1,6 @@
 """One run of the recipe's grid, in a process of its own that waits for the next one: `benchmarks/recipe.py` starts it.
 
-    python benchmarks/recipe_runs.py DATA RUNS DEVICE COMPILE       jobs as JSON lines on stdin, results on stdout
+    python benchmarks/recipe_runs.py DATA RUNS DEVICE compiled|eager     jobs as JSON lines on stdin, results on stdout
 
 DATA has a folder for each corpus: shards as `tokenize_corpus` writes them, and tokenizer.model. What a job does beside
 the configuration of `train.py --preset demo` is a technique of `TECHNIQUES`: something that acts on the layers'
@@ -47,7 +47,7 @@ def open_shards(data: Path, corpus: str, window: int, batch_size: int, seed: int
     return TextFeed(mixture, Tokenizer.load(folder / "tokenizer.model"), None, window, batch_size=batch_size, seed=seed)
 
 
-def configuration(job: dict[str, Any], runs: Path, device: str, compiled: Any) -> recipes.TrainConfig:
+def configuration(job: dict[str, Any], runs: Path, device: str, *, compiled: bool) -> recipes.TrainConfig:
     """The demo's recipe with the changes of a job, whose keys are fields of the configuration, dotted those within."""
     base = dataclasses.replace(recipes.PRESETS["demo"], float_start=0.5, ramp=0.0)
     hidden, ffn, heads, layers = SIZES[job["size"]]
@@ -65,19 +65,19 @@ def configuration(job: dict[str, Any], runs: Path, device: str, compiled: Any) -
             parts[""][role] = str(runs / job[role])
     return dataclasses.replace(
         base, model=base.model.replace(**parts["model"]), optim=dataclasses.replace(base.optim, **parts["optim"]),
-        steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, compile=compiled, threads=1,
-        wandb="off", out=str(runs / job["key"]), **parts[""],
+        steps=steps, minutes=None, sample_every=0, seed=job["seed"], device=device, threads=1,
+        compile="on" if compiled else "off", wandb="off", out=str(runs / job["key"]), **parts[""],
     )  # fmt: skip
 
 
-def run(job: dict[str, Any], data: Path, runs: Path, device: str, compiled: str) -> dict[str, Any]:
+def run(job: dict[str, Any], data: Path, runs: Path, device: str, *, compiled: bool) -> dict[str, Any]:
     """Train and validate; what `keep` names is saved as a run."""
     trainer.open_feed = lambda *_, window, batch_size, seed, **__: open_shards(
         data, job["corpus"], window, batch_size, seed
     )
     with TECHNIQUES[job["technique"]]():
         started = time.perf_counter()
-        done = trainer.prepare(configuration(job, runs, device, compiled))
+        done = trainer.prepare(configuration(job, runs, device, compiled=compiled))
         with contextlib.closing(done.batches):
             begun = time.perf_counter()
             while done.progress.step < done.config.steps:
@@ -163,7 +163,7 @@ TECHNIQUES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 
 
 def main() -> None:
-    data, runs, device, compiled = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+    data, runs, device, compiled = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "compiled"
     # Results alone go to the pipe; everything that is printed goes where stderr goes.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -171,7 +171,7 @@ def main() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         print(f"== {job['key']}", flush=True)
-        results.write(json.dumps(run(job, data, runs, device, compiled)) + "\n")
+        results.write(json.dumps(run(job, data, runs, device, compiled=compiled)) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 
 from bitnet.data.conversations import CHAT_SUFFIXES, chat_files, read_conversations
-from bitnet.data.corpus import sha256_of, short
+from bitnet.data.corpus import file_name, sha256_of
 from bitnet.data.tokens import IGNORE_INDEX, samples_of
 from bitnet.data.tokens_write import is_validation
 from bitnet.data.unpack import unpacked_name
@@ -56,7 +55,7 @@ def name_of(path: str | Path) -> str:
     """A file's or folder's name, fit for a folder in the cache."""
     name = unpacked_name(Path(path).resolve().name)
     name = name[: name.rindex(".")] if name.lower().endswith(CHAT_SUFFIXES) else name
-    return short(re.sub(r"[^\w.-]+", "-", name).strip(".-")) or "chats"
+    return file_name(name) or "chats"
 
 
 def fingerprint_of(path: str | Path, field: str | None = None) -> str:

@@ -146,10 +146,15 @@ def open_corpus(spec: str | Path, *, max_bytes: int | None = None, field: str | 
         )
     name = unpacked_name(path.resolve().name)
     name = name[: len(name) - len(suffix_of(name))] if suffix_of(name) in DATA_SUFFIXES else name
-    name = short(re.sub(r"[^\w.-]+", "-", name).strip(".-")) or "corpus"
+    name = file_name(name) or "corpus"
     kinds = {file: kind_of(file) for file in files}
     read = partial(_read_file, field=field or "text")
     return _files_corpus(name, root, files, max_bytes, read, kinds, field or "text", left_out)
+
+
+def file_name(name: str) -> str:
+    """What a file may be called of a name; nothing is left of some."""
+    return short(re.sub(r"[^\w.-]+", "-", name).strip(".-"))
 
 
 def short(name: str) -> str:

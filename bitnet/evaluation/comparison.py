@@ -32,7 +32,7 @@ from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import time_generation
 from bitnet.inference.loading import open_model
-from bitnet.kernels import GROUP_SIZES, native_wanted
+from bitnet.kernels import TERNARY_QUANTIZERS, native_wanted
 from bitnet.machine import process_memory, reset_peak_memory
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.compound import OutlierInt8Linear
@@ -52,7 +52,7 @@ NATIVE_NAMES = {
 CACHES = {"kv-int8": 8, "kv-int4": 4}
 """Rows of the float model whose keys and values are stored in so many bits."""
 NATIVE_BITS = {
-    **dict.fromkeys(("ternary", *GROUP_SIZES), math.log2(3)), "none": 32.0, "binary": 1.0, "int4": 4.0, "int8": 8.0,
+    **dict.fromkeys(TERNARY_QUANTIZERS, math.log2(3)), "none": 32.0, "binary": 1.0, "int4": 4.0, "int8": 8.0,
 }  # fmt: skip
 LONGEST = 2048
 """Tokens behind which decoding is timed where the cache is what matters, or as many as the model takes."""

@@ -33,6 +33,7 @@ from bitnet.kernels.reference import (
     GROUP_SIZES,
     INT32_COLUMNS,
     PACKED_BITS,
+    TERNARY_QUANTIZERS,
     WEIGHT_QUANTIZERS,
     check_columns,
     check_quantizer,
@@ -45,6 +46,7 @@ __all__ = [
     "GROUP_SIZES",
     "INT32_COLUMNS",
     "PACKED_BITS",
+    "TERNARY_QUANTIZERS",
     "WEIGHT_QUANTIZERS",
     "FadingProduct",
     "Int8Product",
@@ -219,7 +221,7 @@ def training_product(
         return fake_quant_linear
     if isinstance(strength, Tensor):
         same = isinstance(before, FadingProduct) and before.strength is strength
-        return before if same else FadingProduct(strength, soft=soft and quantizer in ("ternary", *GROUP_SIZES))
+        return before if same else FadingProduct(strength, soft=soft and quantizer in TERNARY_QUANTIZERS)
     if strength == 0:
         return float_linear
     columns = weight.shape[1]

@@ -25,6 +25,7 @@ from bitnet.quant.straight_through import straight_through
 ACTIVATION_BITS = 8
 GROUP_SIZES = {"ternary-g64": 64, "ternary-g128": 128}
 """Columns that share a scale, of the quantizers whose rows have several."""
+TERNARY_QUANTIZERS = ("ternary", *GROUP_SIZES)
 WEIGHT_QUANTIZERS = ("ternary", "binary", "int8", "int4", "none", *GROUP_SIZES)
 PACKED_BITS = {"ternary": 2, "binary": 2, **dict.fromkeys(GROUP_SIZES, 2), "int4": 4, "int8": 8}
 INT32_COLUMNS = {bits: (2**31 - 1) // (128 * (1 if bits == 2 else 2 ** (bits - 1))) for bits in (2, 4, 8)}

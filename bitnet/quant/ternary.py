@@ -89,9 +89,10 @@ def soft_ternary(weight: Tensor, temperature: Tensor, group_size: int = 0) -> Te
     temperature: T, a scalar tensor from 0, where this is `fake_quantize_ternary` but for weights on a border. Source:
     arXiv 2601.20745.
     """
-    scale = absmean_scale(weight)
     if group_size:
         scale = scale_of_columns(_group_scales(weight.float(), group_size), group_size, weight.shape[1])
+    else:
+        scale = absmean_scale(weight)
     u = weight.float() / scale
     # Of the three exponents that of 0 is taken from the others. e^80 is 1 in the end; below e^-30 both are alike, and
     # make 0: means of 1e-40 would make the products that they are operands of a hundred times as slow.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet.files import JsonObject
-from bitnet.kernels import GROUP_SIZES, PACKED_BITS, quantize_weight
+from bitnet.kernels import PACKED_BITS, TERNARY_QUANTIZERS, quantize_weight
 from bitnet.model import ModelConfig
 from bitnet.quant import packed_width, unpack_codes
 from bitnet.quant.blocks.ternary import SIZES
@@ -147,7 +147,7 @@ def _entries(contents: Contents, tensors: Tensors, config: ModelConfig | None, f
                 type, shape, load, ternary = _hugging_face(tensors, stem, form)
         elif (
             config is not None
-            and config.quantizer in ("ternary", *GROUP_SIZES)
+            and config.quantizer in TERNARY_QUANTIZERS
             and ".layers." in name
             and name.endswith("_proj.weight")
         ):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitnet.files import JsonObject
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import TERNARY_QUANTIZERS
 from bitnet.model import BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear, bit_linears
 from bitnet.model.linear import codes_and_scale, latent_weight, ternary_latent
 from bitnet.storage import folders
@@ -160,7 +160,7 @@ class Source:
                 f"{self.path} was quantized after training and cannot be trained; give the model it was made from"
             )
         model = self.model()
-        if quantizer in ("ternary", *GROUP_SIZES) and model.config.quantizer == "none":
+        if quantizer in TERNARY_QUANTIZERS and model.config.quantizer == "none":
             with torch.no_grad():
                 for _, layer in bit_linears(model):
                     found = ternary_latent(layer.weight, quantizer)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import TERNARY_QUANTIZERS
 from bitnet.storage.gguf.read import holds_ternary
 from bitnet.storage.json_files import load_record
 from bitnet.storage.safetensors import CONFIG, MODEL
@@ -200,7 +200,7 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
             if not there and (option := given(name)):
                 raise ValueError(f"{option} has no effect without {owner}; give that too, or leave it out")
     shape, quantizer = config.ramp_shape, config.model.quantizer
-    if shape == "soft" != default.ramp_shape and quantizer not in ("ternary", *GROUP_SIZES):
+    if shape == "soft" != default.ramp_shape and quantizer not in TERNARY_QUANTIZERS:
         raise ValueError(f"--ramp-shape soft is of ternary codes, and the quantizer is {quantizer}; give linear")
     for beside, there, owner in (
         (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),

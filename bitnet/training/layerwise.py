@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bitnet import kernels
 from bitnet.console import progress_bar
 from bitnet.files import write_atomic
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import GROUP_SIZES, TERNARY_QUANTIZERS
 from bitnet.machine import eager
 from bitnet.model import ModelConfig, bit_linears
 from bitnet.model.transformer import DecoderLayer, document_mask
@@ -194,7 +194,7 @@ class LayerwiseStart:
         quantize_products(layer)
         best, kept = error(), state_of(layer)
         rounded = best
-        if self.config.model.quantizer in ("ternary", *GROUP_SIZES):
+        if self.config.model.quantizer in TERNARY_QUANTIZERS:
             self._fit_codes(layer, inputs[:cut], targets[:cut], masks[:cut])
         fitted = error()
         if fitted < best:

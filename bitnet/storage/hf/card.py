@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.files import JsonObject
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import GROUP_SIZES, TERNARY_QUANTIZERS
 from bitnet.model import ModelConfig
 from bitnet.storage.folders import STATE
 from bitnet.storage.json_files import CheckpointError, State, load_record, read_metrics
@@ -92,7 +92,7 @@ def model_card(
             for name, size in GROUP_SIZES.items()
         },
     }.get(config.quantizer, f"projections of {config.quantizer.upper()} with a scale a row, INT8 activations")
-    ternary = dict.fromkeys(("ternary", *GROUP_SIZES), "tags:\n- bitnet\n- 1.58-bit\n")
+    ternary = dict.fromkeys(TERNARY_QUANTIZERS, "tags:\n- bitnet\n- 1.58-bit\n")
     tags = {**ternary, "binary": "tags:\n- bitnet\n"}.get(config.quantizer, "")
     count = config.num_hidden_layers
     shape = (
