@@ -5,6 +5,7 @@ A causal model was not trained for this: the vectors compare texts roughly, and 
 
 import asyncio
 import base64
+from concurrent.futures import Future
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -28,12 +29,12 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
             param="model", code="no_embeddings",
         )  # fmt: skip
     texts = [ids for _, ids in prompts_of(model, body.input, "input")]
-    futures: list[asyncio.Future[Tensor]] = []
+    futures: list[Future[Tensor]] = []
     try:
         for ids in texts:
-            futures.append(asyncio.wrap_future(model.scheduler.embed(ids)))
+            futures.append(model.scheduler.embed(ids))
         vectors: list[Tensor] = await unless_gone(http, _all(futures))
-    finally:  # of a request that one text has ended, no other is computed
+    finally:  # of a request that one text has ended, no other is computed, by the time it is answered
         for future in futures:
             future.cancel()
     count = sum(map(len, texts))
@@ -45,9 +46,9 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
     return Json({"object": "list", "model": model.name, "data": data, "usage": usage})
 
 
-async def _all(futures: list[asyncio.Future[Tensor]]) -> list[Tensor]:
+async def _all(futures: list[Future[Tensor]]) -> list[Tensor]:
     try:
-        return list(await asyncio.gather(*futures))
+        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     except asyncio.CancelledError:
         if asyncio.current_task().cancelling():  # type: ignore[union-attr]
             raise
