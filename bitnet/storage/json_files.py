@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-METRICS_LIMIT = 256 * 2**20
+METRICS_LINE = 2**20  # characters
 
 Count = Annotated[int, Bounds(0, 2**53)]
 StepName = Annotated[str, Form(r"step-\d{8,16}", "the name of a checkpoint, like step-00000500")]
@@ -90,15 +90,16 @@ def load_record(path: Path, kind: type[T]) -> T:
 def read_metrics(path: Path) -> list[JsonObject]:
     """Rows of a metrics.jsonl, `{"step": whole number, name: number, ...}` each, up to the first line that is none: a
     crash leaves half of one. None for numbers that are not finite; a missing file has no rows."""
-    if not is_plain_file(path) or path.stat().st_size > METRICS_LIMIT:
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = checked(dict[str, Any], parse_json(line), "row")
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            checked(Count, finite.get("step"), "step")
-            rows.append(checked(dict[str, float | None], finite, "row"))
-        except ValueError:
-            break
+    rows: list[JsonObject] = []
+    if not is_plain_file(path):
+        return rows
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in iter(lambda: file.readline(METRICS_LINE), ""):
+            try:
+                values = checked(dict[str, Any], parse_json(line), "row")
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                checked(Count, finite.get("step"), "step")
+                rows.append(checked(dict[str, float | None], finite, "row"))
+            except ValueError:
+                break
     return rows

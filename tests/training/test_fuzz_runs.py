@@ -22,7 +22,7 @@ from bitnet.data.tokens_write import tokenize_corpus
 from bitnet.evaluation.table import Row, Table, write
 from bitnet.evaluation.twins import find_twins
 from bitnet.storage.hf.card import origin_of
-from bitnet.storage.json_files import load_record, read_metrics
+from bitnet.storage.json_files import METRICS_LINE, load_record, read_metrics
 from bitnet.storage.source import open_source
 from bitnet.tokenizer import ChatTemplate, chat_worker, load_tokenizer
 from bitnet.training import checkpoint
@@ -112,6 +112,8 @@ def test_metrics(run):
         go_on(run)
     path.write_text('{"step": 3, "loss": NaN, "lr": Infinity}\n')
     assert read_metrics(path) == [{"step": 3, "loss": None, "lr": None}]
+    path.write_text('{"step": 1}\n{"step": 2, "loss": ' + "0" * METRICS_LINE + '}\n{"step": 3}\n')
+    assert read_metrics(path) == [{"step": 1}]
     rng, prepare = random.Random(3), prepare_file(path)
     for _ in range(50 * MANY):
         rows = bounded(prepare(rng), lambda: read_metrics(path))
