@@ -18,11 +18,11 @@ DEFAULT_TOKENS = 16
 MAX_PROMPTS = 128
 
 
-def prompts_of(model: ServedModel, given: Any, param: str) -> list[tuple[str | None, list[int]]]:
-    """Every prompt of a request as text, where it was one, and as token ids."""
+def prompts_of(model: ServedModel, given: Any, param: str, most: int) -> list[tuple[str | None, list[int]]]:
+    """Every prompt of a request, of which there may be `most`, as text, where it was one, and as token ids."""
     several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if len(several) > MAX_PROMPTS:
-        raise invalid(f"{len(several)} texts are more than the {MAX_PROMPTS} of one request", param)
+    if len(several) > most:
+        raise invalid(f"{len(several)} texts are more than the {most} of one request; ask more than once", param)
     return [
         (one, model.encode(one, param)) if isinstance(one, str) else (None, model.check_ids(one, param))
         for one in several
@@ -35,7 +35,8 @@ class Completions:
     def __init__(self, model: ServedModel, body: CompletionBody, http: HttpRequest) -> None:
         self.model, self.body, self.http = model, body, http
         self.count = body.n or 1
-        self.prompts = prompts_of(model, body.prompt, "prompt")
+        most = min(MAX_PROMPTS, model.scheduler.limits.queue)  # of more, one would always find the queue full
+        self.prompts = prompts_of(model, body.prompt, "prompt", most)
         samples = max(self.count, body.best_of or 0)
         if body.max_tokens == 0 and not body.echo:
             raise invalid("max_tokens is 0, which only echo makes sense of; ask for at least 1", "max_tokens")
@@ -60,6 +61,7 @@ class Completions:
                 scores_from=1 if body.echo and body.logprobs is not None else None,
                 ends=not body.ignore_eos,
                 limited_by="prompt" if body.max_tokens is None else "max_tokens",
+                counted_by="n" if samples == self.count else "best_of",
             )
             for number, (_, ids) in enumerate(self.prompts)
         ]

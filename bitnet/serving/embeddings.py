@@ -18,7 +18,13 @@ from bitnet.serving.completions import prompts_of
 from bitnet.serving.errors import ApiError
 from bitnet.serving.models import ServedModel
 from bitnet.serving.requests import EmbeddingBody
+from bitnet.serving.scheduler import Scheduler
 from bitnet.serving.streams import unless_gone
+
+MAX_TEXTS = 2048
+"""Of one request, as OpenAI's."""
+WAITING = 16
+"""Texts of a request that are in the queue."""
 
 
 async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> Response:
@@ -28,15 +34,8 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
             501, f"{model.name!r} runs on an engine that gives logits alone; embeddings need one of the CPU, or torch",
             param="model", code="no_embeddings",
         )  # fmt: skip
-    texts = [ids for _, ids in prompts_of(model, body.input, "input")]
-    futures: list[Future[Tensor]] = []
-    try:
-        for ids in texts:
-            futures.append(model.scheduler.embed(ids))
-        vectors: list[Tensor] = await unless_gone(http, _all(futures))
-    finally:  # of a request that one text has ended, no other is computed, by the time it is answered
-        for future in futures:
-            future.cancel()
+    texts = [ids for _, ids in prompts_of(model, body.input, "input", MAX_TEXTS)]
+    vectors = await unless_gone(http, _vectors(model.scheduler, texts))
     count = sum(map(len, texts))
     data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format == "base64")}
@@ -46,13 +45,24 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
     return Json({"object": "list", "model": model.name, "data": data, "usage": usage})
 
 
-async def _all(futures: list[Future[Tensor]]) -> list[Tensor]:
-    try:
-        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-    except asyncio.CancelledError:
-        if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-            raise
-        raise ApiError(503, "the server has shut down", code="shutting_down") from None
+async def _vectors(scheduler: Scheduler, texts: list[list[int]]) -> list[Tensor]:
+    """Of all texts, a few at a time, so that one request leaves room in the queue."""
+    vectors: list[Tensor] = []
+    waiting = min(WAITING, scheduler.limits.queue)
+    for start in range(0, len(texts), waiting):
+        futures: list[Future[Tensor]] = []
+        try:
+            for ids in texts[start : start + waiting]:
+                futures.append(scheduler.embed(ids))
+            vectors += await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            raise ApiError(503, "the server has shut down", code="shutting_down") from None
+        finally:  # of a request that one text has ended, no other is computed, by the time it is answered
+            for future in futures:
+                future.cancel()
+    return vectors
 
 
 def _encoded(vector: Tensor, base64_wanted: bool) -> str | list[float]:

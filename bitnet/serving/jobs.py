@@ -87,6 +87,8 @@ class Generation:
     """An end-of-text token ends the text."""
     limited_by: str = "max_tokens"
     """The field of the request that errors of length name."""
+    counted_by: str = "n"
+    """The one that `count` comes from."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,10 @@ class Scheduler:
                 generation.limited_by, "context_length_exceeded",
             )  # fmt: skip
         if generation.count > limits.parallel:
-            raise invalid(f"{generation.count} samples are more than the {limits.parallel} that run at once here", "n")
+            raise invalid(
+                f"{generation.count} samples are more than the {limits.parallel} that run at once here",
+                generation.counted_by,
+            )
         if (need := job.need(self._shared)) > limits.cache_tokens:
             raise invalid(
                 f"the request may need memory for {need} tokens and this server has it for {limits.cache_tokens}; ask "

@@ -281,6 +281,28 @@ def test_texts_of_a_request_that_is_refused_are_not_computed(served, monkeypatch
     assert [future.cancelled() for future in waiting] == [True, True]
 
 
+def test_a_request_for_many_texts_leaves_room_in_the_queue(served, monkeypatch):
+    """Clients send a thousand texts at once; each of them counted as a request of the queue, and 128 were the most."""
+    address, application = served
+    scheduler = application.models.find("tiny").scheduler
+    embed, waited = scheduler.embed, list[int]()
+
+    def watched(ids: list[int]) -> Future:
+        future = embed(ids)
+        waited.append(len(scheduler._texts))
+        return future
+
+    monkeypatch.setattr(scheduler, "embed", watched)
+    texts = [[5, 6, 7 + number % 40] for number in range(300)]
+    data = httpx.post(f"{address}/v1/embeddings", json={"input": texts}, timeout=60).json()["data"]
+    assert [one["index"] for one in data] == [*range(300)]
+    assert max(waited) <= 16
+    assert data[0]["embedding"] == data[40]["embedding"] != data[1]["embedding"]
+    answer = httpx.post(f"{address}/v1/embeddings", json={"input": [[5]] * 2049})
+    assert answer.status_code == 400
+    assert "2048 of one request" in answer.json()["error"]["message"]
+
+
 def test_embeddings_need_hidden_states(tokenizer):
     engine = LogitsAlone(tiny_model(vocab_size=tokenizer.vocab_size).pack())
     with (
@@ -305,6 +327,8 @@ def test_embeddings_need_hidden_states(tokenizer):
         ({"n": 3, "best_of": 2}, None, "at least n"),
         ({"logit_bias": {"9999": 1}}, "logit_bias", "9999"),
         ({"n": 100}, "n", "64"),
+        ({"best_of": 100}, "best_of", "64"),
+        ({"prompt": ["x"] * 129}, "prompt", "128 of one request"),
         ({"stream_options": {"include_usage": True}}, None, "stream: true"),
     ],
 )
