@@ -175,3 +175,8 @@ def has_compiler(device: torch.device) -> bool:
 def eager() -> contextlib.AbstractContextManager[None]:
     """Run compiled modules uncompiled inside a `with` block: for code whose shapes change at every call."""
     return torch.compiler.set_stance("force_eager")
+
+
+def compiled() -> contextlib.AbstractContextManager[None]:
+    """Run them compiled again, inside a block that is `eager`."""
+    return torch.compiler.set_stance("default")

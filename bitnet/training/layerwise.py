@@ -32,7 +32,7 @@ from bitnet import kernels
 from bitnet.console import progress_bar
 from bitnet.files import write_atomic
 from bitnet.kernels import GROUP_SIZES, TERNARY_QUANTIZERS
-from bitnet.machine import eager
+from bitnet.machine import compiled, eager
 from bitnet.model import ModelConfig, bit_linears
 from bitnet.model.transformer import DecoderLayer, document_mask
 from bitnet.ptq.walk import STAGES, projection
@@ -213,7 +213,9 @@ class LayerwiseStart:
             chosen, order = order[:rows], order[rows:]
             hidden, wanted = torch.cat([inputs[i] for i in chosen]), torch.cat([targets[i] for i in chosen])
             mask = None if masks[0] is None else torch.cat([m for i in chosen if (m := masks[i]) is not None])
-            relative_error(self._call(layer, hidden, mask), wanted).backward()
+            with compiled():  # the shapes of the steps that follow
+                given = self._call(layer, hidden, mask)
+            relative_error(given, wanted).backward()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - step / steps) * min(1.0, (step + 1) / 5)
             optimizer.step()

@@ -281,7 +281,7 @@ def at_the_start(work: Workload, P: int) -> Estimate:
     a step of M tokens keeps; of an input of K channels two Hessians and what GPTQ makes of them, 48 K^2."""
     c, layer = work.model, projection_parameters(work.model)
     N = max(2 * work.window, work.layer_tokens)
-    step = replace(work, sequences=max(1, LAYER_STEP_TOKENS // work.window), compiled=False, int8=False)
+    step = replace(work, sequences=max(1, LAYER_STEP_TOKENS // work.window), int8=False)
     widest = max(K for _, K in c.projections().values())
     parts = {
         "parameters": 4.0 * P,
@@ -290,7 +290,7 @@ def at_the_start(work: Workload, P: int) -> Estimate:
         "the layer that learns": 24.0 * layer + layer_weights(step),
         "activations kept by layers": float(layer_activations(step)),
         "workspace": 48.0 * widest**2,
-        PROCESS_PART: PROCESS[False],
+        PROCESS_PART: PROCESS[work.compiled],
     }
     return Estimate(parts, "the layer-wise start", work)
 

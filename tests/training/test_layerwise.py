@@ -234,6 +234,29 @@ def test_what_cannot_be_is_refused(tmp_path, corpus, source, changes, message):
         conversion(tmp_path, corpus, source, **changes)
 
 
+def test_steps_are_compiled_and_everything_else_is_not(tmp_path, corpus, source):
+    """One graph for the steps of all layers: their sequences come eight at a time, others one by one."""
+    captured, ran = list[int](), list[int]()
+
+    def backend(graph, inputs):
+        captured.append(1)
+        return lambda *arguments: (ran.append(1), graph(*arguments))[1]
+
+    errors = []
+    for compiled in (False, True):
+        run = trainer.prepare(conversion(tmp_path / str(compiled), corpus, source, layer_steps=6))
+        if compiled:
+            for layer in run.model.model.layers:
+                layer.compile(backend=backend)
+        start = LayerwiseStart(run)
+        assert start.run(lambda _: None, lambda _: False)
+        errors.append(start.found.errors)
+        run.batches.close()
+    assert len(captured) == 1
+    assert len(ran) == 2 * 6
+    torch.testing.assert_close(torch.tensor(errors[1]), torch.tensor(errors[0]))
+
+
 def test_a_start_wants_a_float_model(tmp_path, corpus, tokenizer):
     with pytest.raises(ValueError, match="begins with --init"):
         trainer.prepare(conversion(tmp_path, corpus, tmp_path, init=None, teacher=None))
