@@ -21,7 +21,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -92,6 +92,7 @@ class LayerwiseStart:
         config = trainer.config
         self.trainer, self.config, self.model = trainer, config, trainer.model
         self.folder = trainer.folder / LAYERS
+        self.rows = max(1, LAYER_STEP_TOKENS // config.window)
         settings = (config.layer_steps, config.layer_tokens, config.layer_rate, config.window, config.batch_size,
                     config.seed, config.model.quantizer, str(trainer.dtype), trainer.feed.fingerprint)  # fmt: skip
         text = f"{settings} {sum_of_weights(self.model)}"
@@ -116,9 +117,8 @@ class LayerwiseStart:
         layers, longest = self.model.model.layers, 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save()  # from here on the folder is this run's
-        batches = self._batches()
-        own = [self.model.model.embed_tokens(ids).detach() for ids, _ in batches]
-        theirs, masks = list(own), [mask for _, mask in batches]
+        ids, masks = self._sequences()
+        own = theirs = self.model.model.embed_tokens(ids).detach()
         with eager(), progress_bar(range(len(layers)), "layers", enabled=True, leave=False) as bar:
             for index in bar:
                 layer, started = layers[index], time.perf_counter()
@@ -155,67 +155,72 @@ class LayerwiseStart:
         """The files of the layers, once a checkpoint holds them."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _batches(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Ids `[1, T]` and masks of the training data's first `layer_tokens` tokens."""
-        feed, rows = self.trainer.feed, list[tuple[Tensor, Tensor | None]]()
-        wanted, step = max(2, self.config.layer_tokens // self.config.window), 0
-        while len(rows) < wanted:
-            ids, _, *documents = (tensor.to(self.trainer.device) for tensor in feed.batch(step))
+    def _sequences(self) -> tuple[Tensor, Tensor | None]:
+        """Ids int64 `[B, T]` of the training data's first `layer_tokens` tokens, and masks bool `[B, 1, T, T]`."""
+        feed, batches, masks = self.trainer.feed, list[Tensor](), list[Tensor]()
+        wanted = max(2, self.config.layer_tokens // self.config.window)
+        while sum(map(len, batches)) < wanted:
+            ids, _, *documents = (tensor.to(self.trainer.device) for tensor in feed.batch(len(batches)))
             if not documents and feed.document_ids:
                 documents = [feed.document_ids(ids)]
-            masks = document_mask(documents[0]) if documents else None
-            rows += [(ids[i : i + 1], None if masks is None else masks[i : i + 1]) for i in range(len(ids))]
-            step += 1
-        return rows[:wanted]
+            batches.append(ids)
+            masks += [document_mask(each) for each in documents]
+        return torch.cat(batches)[:wanted], torch.cat(masks)[:wanted] if masks else None
+
+    def _parts(self, start: int, end: int) -> list[slice]:
+        """Sequences as a step has them, for each of which the weights are quantized again."""
+        return [slice(i, min(i + self.rows, end)) for i in range(start, end, self.rows)]
 
     @torch.no_grad()
-    def _forward(self, layer: DecoderLayer, inputs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Tensor]:
-        """What a layer makes of hidden states, each `[1, T, C]`."""
-        return [self._call(layer, hidden, mask) for hidden, mask in zip(inputs, masks, strict=True)]
+    def _forward(self, layer: DecoderLayer, inputs: Tensor, masks: Tensor | None) -> Tensor:
+        """What a layer makes of hidden states `[B, T, C]`."""
+        outputs = torch.empty_like(inputs)
+        for part in self._parts(0, len(inputs)):
+            outputs[part] = self._call(layer, inputs, masks, part)
+        return outputs
 
-    def _call(self, layer: DecoderLayer, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        decoder, T, dtype = self.model.model, hidden.shape[1], self.trainer.dtype
-        with torch.autocast(hidden.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return layer(hidden, decoder.cos[:T], decoder.sin[:T], None, mask)
+    def _call(self, layer: DecoderLayer, inputs: Tensor, masks: Tensor | None, chosen: slice | list[int]) -> Tensor:
+        decoder, T, dtype = self.model.model, inputs.shape[1], self.trainer.dtype
+        with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            mask = None if masks is None else masks[chosen]
+            return layer(inputs[chosen], decoder.cos[:T], decoder.sin[:T], None, mask)
 
     def _learn(
-        self, index: int, layer: DecoderLayer, inputs: list[Tensor], targets: list[Tensor], masks: list[Tensor | None]
+        self, index: int, layer: DecoderLayer, inputs: Tensor, targets: Tensor, masks: Tensor | None
     ) -> tuple[float, float, float] | None:
         """Codes, then steps; returns the errors on the held-out sequences, None where the run is to stop."""
         cut = len(inputs) - max(1, len(inputs) // 5)
-        held_out = range(cut, len(inputs))
 
         @torch.no_grad()
         def error() -> float:
             return sum(
-                float(relative_error(self._call(layer, inputs[i], masks[i]), targets[i])) for i in held_out
-            ) / len(held_out)
+                float(relative_error(self._call(layer, inputs, masks, part), targets[part])) * len(targets[part])
+                for part in self._parts(cut, len(inputs))
+            ) / (len(inputs) - cut)
 
         quantize_products(layer)
         best, kept = error(), state_of(layer)
         rounded = best
         if self.config.model.quantizer in TERNARY_QUANTIZERS:
-            self._fit_codes(layer, inputs[:cut], targets[:cut], masks[:cut])
+            self._fit_codes(layer, inputs, targets, masks, cut)
         fitted = error()
         if fitted < best:
             best, kept = fitted, state_of(layer)
         else:
             layer.load_state_dict(kept)
         optimizer = layer_optimizer(layer, self.config.layer_rate)
-        rows, order = max(1, LAYER_STEP_TOKENS // self.config.window), list[int]()
+        order = list[int]()
         generator = torch.Generator().manual_seed((self.config.seed * 100_003 + index) % 2**63)
         steps = self.config.layer_steps
         for step in range(steps):
             if self.trainer.stop_signal is not None:
                 return None
-            if len(order) < rows:
+            if len(order) < self.rows:
                 order += torch.randperm(cut, generator=generator).tolist()
-            chosen, order = order[:rows], order[rows:]
-            hidden, wanted = torch.cat([inputs[i] for i in chosen]), torch.cat([targets[i] for i in chosen])
-            mask = None if masks[0] is None else torch.cat([m for i in chosen if (m := masks[i]) is not None])
+            chosen, order = order[: self.rows], order[self.rows :]
             with compiled():  # the shapes of the steps that follow
-                given = self._call(layer, hidden, mask)
-            relative_error(given, wanted).backward()
+                given = self._call(layer, inputs, masks, chosen)
+            relative_error(given, targets[chosen]).backward()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1 - step / steps) * min(1.0, (step + 1) / 5)
             optimizer.step()
@@ -228,25 +233,26 @@ class LayerwiseStart:
 
     @torch.no_grad()
     def _fit_codes(
-        self, layer: DecoderLayer, inputs: list[Tensor], targets: list[Tensor], masks: list[Tensor | None]
+        self, layer: DecoderLayer, inputs: Tensor, targets: Tensor, masks: Tensor | None, count: int
     ) -> None:
-        """Latents whose codes and scales are near the weights by what they do to the layer's activations.
+        """Latents whose codes and scales are near the weights by what they do to the layer's activations, of the first
+        `count` sequences.
 
         A token counts as it does in the error, by 1 / |t|^2: pretrained models have a few with states thousands of
         times larger, which would be all that the codes suit.
         """
         quantizer = self.config.model.quantizer
-        few = max(1, HESSIAN_TOKENS // self.config.window)
+        few = min(count, max(1, HESSIAN_TOKENS // self.config.window))
         for names in STAGES:
             # Anew for each stage: its inputs depend on the projections that were just quantized.
             first = projection(layer, names[0])
             seen = HessianSum(first.in_features, inputs[0].device)
-            for hidden, target, mask in zip(inputs[:few], targets[:few], masks[:few], strict=True):
-                share = target.float().norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
+            for part in self._parts(0, few):
+                share = targets[part].float().norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
                 hook = first.register_forward_pre_hook(
                     lambda _, args, share=share, seen=seen: seen.update(args[0] * share)
                 )
-                self._call(layer, hidden, mask)
+                self._call(layer, inputs, masks, part)
                 hook.remove()
             hessian = seen.matrix()
             for name in names:

@@ -109,8 +109,7 @@ def test_errors_are_what_they_are_called(tmp_path, corpus, source):
     (rounded, fitted, learned), *_ = start.found.errors
     assert learned <= fitted
     assert learned < rounded
-    held_out = start._batches()[16:]
-    hidden = torch.cat([run.model.model.embed_tokens(ids) for ids, _ in held_out])
+    hidden = run.model.model.embed_tokens(start._sequences()[0][16:])
     cos, sin = run.model.model.cos[:32], run.model.model.sin[:32]
     with torch.no_grad():
         wanted = before(hidden, cos, sin, None)
