@@ -16,6 +16,7 @@ errors of all layers stay in OUT/layers.json.
 Letters: B sequences, T tokens, C hidden_size, N rows and K columns of a weight.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -248,15 +249,31 @@ class LayerwiseStart:
             first = projection(layer, names[0])
             seen = HessianSum(first.in_features, inputs[0].device)
             for part in self._parts(0, few):
-                share = targets[part].float().norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
-                hook = first.register_forward_pre_hook(
-                    lambda _, args, share=share, seen=seen: seen.update(args[0] * share)
-                )
-                self._call(layer, inputs, masks, part)
-                hook.remove()
+                hidden = self._input_of(first, layer, inputs, masks, part)
+                seen.update(hidden / targets[part].float().norm(dim=-1, keepdim=True).clamp(min=1e-6))
             hessian = seen.matrix()
             for name in names:
                 fit(projection(layer, name), hessian, GROUP_SIZES.get(quantizer, 0))
+
+    def _input_of(
+        self, projection: nn.Module, layer: DecoderLayer, inputs: Tensor, masks: Tensor | None, part: slice
+    ) -> Tensor:
+        """What reaches a projection; nothing behind it is computed."""
+        found: list[Tensor] = []
+
+        def end(_: nn.Module, arguments: tuple[Tensor]) -> None:
+            found.append(arguments[0])
+            raise _ReachedError
+
+        hook = projection.register_forward_pre_hook(end)
+        with contextlib.suppress(_ReachedError):
+            self._call(layer, inputs, masks, part)
+        hook.remove()
+        return found[0]
+
+
+class _ReachedError(Exception):
+    """A layer ends at a projection whose input was asked for."""
 
 
 def fit(linear: nn.Linear, hessian: Tensor, group_size: int) -> None:
