@@ -188,14 +188,14 @@ def teacher_seconds(work: Workload, device: torch.device) -> float:
 
 
 def start_seconds(work: Workload, device: torch.device) -> float:
-    """Seconds of the layer-wise start: its steps, and its tokens seven times forward, in float products."""
+    """Seconds of the layer-wise start: its steps, and its tokens four times forward, in float products."""
     step = replace(work, recompute=False)
     tokens = max(LAYER_STEP_TOKENS, work.window)
     seconds = 0.0
     for (N, K), n in matrix_shapes(work.model).items():
         learning = product_seconds(N, K, tokens, step, device, False)
         forward = product_seconds(N, K, work.layer_tokens, step, device, False, learns=False)
-        seconds += n * (work.layer_steps * learning + 7 * forward)
+        seconds += n * (work.layer_steps * learning + 4 * forward)
     return seconds
 
 
