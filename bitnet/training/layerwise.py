@@ -169,7 +169,7 @@ class LayerwiseStart:
         return torch.cat(batches)[:wanted], torch.cat(masks)[:wanted] if masks else None
 
     def _parts(self, start: int, end: int) -> list[slice]:
-        """Sequences as a step has them, for each of which the weights are quantized again."""
+        """As many sequences at once as a step has: the weights are quantized again for each part."""
         return [slice(i, min(i + self.rows, end)) for i in range(start, end, self.rows)]
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ class LayerwiseStart:
         for names in STAGES:
             # Anew for each stage: its inputs depend on the projections that were just quantized.
             first = projection(layer, names[0])
-            seen = HessianSum(first.in_features, inputs[0].device)
+            seen = HessianSum(first.in_features, inputs.device)
             for part in self._parts(0, few):
                 hidden = self._input_of(first, layer, inputs, masks, part)
                 seen.update(hidden / targets[part].float().norm(dim=-1, keepdim=True).clamp(min=1e-6))
@@ -256,7 +256,7 @@ class LayerwiseStart:
                 fit(projection(layer, name), hessian, GROUP_SIZES.get(quantizer, 0))
 
     def _input_of(
-        self, projection: nn.Module, layer: DecoderLayer, inputs: Tensor, masks: Tensor | None, part: slice
+        self, linear: nn.Linear, layer: DecoderLayer, inputs: Tensor, masks: Tensor | None, part: slice
     ) -> Tensor:
         """What reaches a projection; nothing behind it is computed."""
         found: list[Tensor] = []
@@ -265,10 +265,8 @@ class LayerwiseStart:
             found.append(arguments[0])
             raise _ReachedError
 
-        hook = projection.register_forward_pre_hook(end)
-        with contextlib.suppress(_ReachedError):
+        with linear.register_forward_pre_hook(end), contextlib.suppress(_ReachedError):
             self._call(layer, inputs, masks, part)
-        hook.remove()
         return found[0]
 
 

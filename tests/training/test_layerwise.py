@@ -234,7 +234,7 @@ def test_what_cannot_be_is_refused(tmp_path, corpus, source, changes, message):
 
 
 def test_steps_are_compiled_and_everything_else_is_not(tmp_path, corpus, source):
-    """One graph for the steps of all layers: their sequences come eight at a time, others one by one."""
+    """One graph for the steps of all layers."""
     torch.compiler.reset()  # what other tests have captured of a layer's code
     captured, ran = list[int](), list[int]()
 
