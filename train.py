@@ -34,7 +34,7 @@ from bitnet.console import error, only_for_looking, say, warn
 from bitnet.data.feed import open_feed
 from bitnet.files import write_atomic
 from bitnet.inference.generation import limit_new_tokens
-from bitnet.machine import pick_device, pick_dtype, return_freed_blocks
+from bitnet.machine import MAPPED_BLOCK_COMPILED, pick_device, pick_dtype, return_freed_blocks
 from bitnet.model import BitNetForCausalLM
 from bitnet.storage.json_files import load_record
 from bitnet.storage.source import open_source
@@ -76,6 +76,8 @@ def train(config: TrainConfig, resume: bool = False) -> Trainer:
             checkpoint.alone_in(Path(config.out), world),
         ):
             trainer = prepare(config, resume, world)
+            if trainer.workload.stays_in_heap:
+                return_freed_blocks(MAPPED_BLOCK_COMPILED)
             with contextlib.closing(trainer.batches):
                 carry_out(trainer, started)
             return trainer

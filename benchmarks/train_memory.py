@@ -28,7 +28,7 @@ from bitnet.data.feed import TextFeed
 from bitnet.data.mixture import Mixture
 from bitnet.data.tokens import TokenArray
 from bitnet.files import write_atomic
-from bitnet.machine import process_memory, reset_peak_memory, return_freed_blocks
+from bitnet.machine import MAPPED_BLOCK_COMPILED, process_memory, reset_peak_memory, return_freed_blocks
 from bitnet.training import config as recipes
 from bitnet.training.memory import estimate
 from bitnet.training.weight_stats import weight_codes, weight_statistics
@@ -54,7 +54,7 @@ def configuration(
     defaults = {"batch_size": 4, "device": "cpu", "dtype": "float32", "compile": "off", "out": "runs/memory"}
     return dataclasses.replace(
         base, model=base.model.replace(**shape), optim=dataclasses.replace(base.optim, optimizer=optimizer),
-        float_start=0.0, wandb="off", **{**defaults, **changes},
+        float_start=0.0, ramp=0.0, wandb="off", **{**defaults, **changes},
     )  # fmt: skip
 
 
@@ -74,6 +74,10 @@ CONFIGURATIONS: dict[str, recipes.TrainConfig] = {
     "compiled int8 adamw": configuration(product="int8", compile="on", optimizer="adamw"),
     "compiled int8 muon 2 micro-batches": configuration(product="int8", compile="on", micro_batches=2),
     "compiled int8 muon loss_chunk": configuration(product="int8", compile="on", loss_chunk=256),
+    "compiled int8 256 x 4 muon": configuration(4, 256, product="int8", compile="on"),
+    "compiled fake-quant 384 x 8 muon": configuration(
+        8, 384, model={"num_attention_heads": 6, "num_key_value_heads": 6}, product="float", compile="on"
+    ),
     "compiled float recompute": configuration(model=FLOAT, compile="on", recompute=True),
     "compiled int8 60 M adamw": configuration(11, 640, model={"num_attention_heads": 10, "num_key_value_heads": 10},
                                               product="int8", compile="on", optimizer="adamw"),
@@ -104,6 +108,8 @@ def child(config: recipes.TrainConfig, steps: int) -> dict[str, float]:
     )
     run = trainer.prepare(config)
     found = estimate(run.workload)
+    if run.workload.stays_in_heap:
+        return_freed_blocks(MAPPED_BLOCK_COMPILED)
     for _ in range(steps - 1):
         run.step()
     codes = weight_codes(run.model)  # which a step is surrounded by when statistics are due

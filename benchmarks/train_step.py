@@ -63,6 +63,7 @@ class Contender:
         self.grad_clip = config.optim.grad_clip
         quantized = model.quantizer != "none"
         self.int8 = quantized and int8_pays(options.product, self.device, self.dtype)
+        self.gradients_int8 = options.product == "int8-all"
         torch.manual_seed(0)
         with torch.device(self.device):
             self.model = BitNetForCausalLM(model)
@@ -75,7 +76,8 @@ class Contender:
     def quantize(self, wanted: bool = True) -> None:
         """What train.py does once a step, if this contender does."""
         for _, layer in bit_linears(self.model) if self.int8 else ():
-            layer.product = training_product(layer.product, layer.weight, layer.quantizer, 1.0, int8=wanted)
+            layer.product = training_product(layer.product, layer.weight, layer.quantizer, 1.0, int8=wanted,
+                                             gradients=self.gradients_int8)  # fmt: skip
 
     def saved_bytes(self) -> int:
         """Bytes that autograd keeps from the forward for the backward, parameters and their codes left out."""

@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MMAP_THRESHOLD = 1 << 20
+MAPPED_BLOCK = 1 << 20
+"""Bytes from which a block of memory comes from the system and goes back to it, where every step may ask for others."""
+MAPPED_BLOCK_COMPILED = 4 << 20
+"""The same where a small compiled model trains: its steps ask for the same blocks again, and the heap has them."""
 
 
 MAX_THREADS = 1024
@@ -104,12 +107,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def int8_pays(product: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether training multiplies int8 codes (`bitnet/kernels/int8_training.py`): `auto` does in float32 on a CPU with
     instructions for it. Raises ValueError for an int8 that is asked for elsewhere."""
-    possible = device.type == "cpu" and dtype == torch.float32
-    if product == "int8" and not possible:
-        raise ValueError(f"product int8 runs in float32 on a CPU, and this is {dtype} on {device}; choose auto")
+    possible, asked = device.type == "cpu" and dtype == torch.float32, product.startswith("int8")
+    if asked and not possible:
+        raise ValueError(f"product {product} runs in float32 on a CPU, and this is {dtype} on {device}; choose auto")
     found = cpu_capabilities()
     fast = any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "avx2_vnni", "amx_int8", "neon_i8mm", "i8mm"))
-    return product == "int8" or (product == "auto" and possible and fast)
+    return asked or (product == "auto" and possible and fast)
 
 
 def cpu_capabilities() -> dict[str, object]:
@@ -149,20 +152,20 @@ def available_memory() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
-def return_freed_blocks() -> None:
-    """Have glibc take blocks above 1 MiB from the system and give them back, for this process from now on, and torch
-    ask for huge pages where a tensor has 2 MiB.
+def return_freed_blocks(border: int = MAPPED_BLOCK) -> None:
+    """Have glibc take blocks above `border` bytes from the system and give them back, for this process from now on, and
+    torch ask for huge pages where a tensor has 2 MiB.
 
     Its heap cannot put an aligned block into a gap of its own size, so a step took 1.0 to 1.7 times the memory that
-    it used. What comes from the system is cleared page by page as it is written, 4 KiB or 2 MiB. Does nothing
-    elsewhere, or where the environment has MALLOC_MMAP_THRESHOLD_.
+    it used. What comes from the system is cleared page by page as it is written, which was a fifth of a small model's
+    step. Does nothing elsewhere, or where the environment has MALLOC_MMAP_THRESHOLD_.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # -3 is M_MMAP_THRESHOLD, -1 is M_TRIM_THRESHOLD
-        mallopt(-3, MMAP_THRESHOLD)
-        mallopt(-1, MMAP_THRESHOLD)
+        mallopt(-3, border)
+        mallopt(-1, border)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks at the first large block
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitnet.console import note
 from bitnet.kernels import cpu, ops, reference, triton
-from bitnet.kernels.int8_training import Int8Product
+from bitnet.kernels.int8_training import Int8Product, sums_exactly
 from bitnet.kernels.ops import constant
 from bitnet.kernels.reference import (
     GROUP_SIZES,
@@ -64,6 +64,7 @@ __all__ = [
     "quantize_weight",
     "requested_backend",
     "select_backend",
+    "sums_exactly",
     "training_product",
     "triton_wanted",
     "use_backend",
@@ -209,13 +210,15 @@ class FadingProduct:
 
 
 def training_product(
-    before: Product, weight: Tensor, quantizer: str, strength: float | Tensor, *, int8: bool, soft: bool = False
-) -> Product:
+    before: Product, weight: Tensor, quantizer: str, strength: float | Tensor, *, int8: bool, gradients: bool = False,
+    soft: bool = False,
+) -> Product:  # fmt: skip
     """What a layer of this weight `[N, K]` computes in the next step, behind a step with the product `before`.
 
     strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
     int8: multiply codes, made here and valid until the weight changes, where the strength is 1; not of groups, whose
-    sums have as many scales. soft: of `FadingProduct`, where weights are ternary.
+    sums have as many scales, nor of 8-bit weights where those are cut off (`sums_exactly`). gradients: multiply int8 in
+    the backward too. soft: of `FadingProduct`, where weights are ternary.
     """
     if quantizer == "none":
         return fake_quant_linear
@@ -224,10 +227,10 @@ def training_product(
         return before if same else FadingProduct(strength, soft=soft and quantizer in TERNARY_QUANTIZERS)
     if strength == 0:
         return float_linear
-    columns = weight.shape[1]
-    if not int8 or quantizer in GROUP_SIZES or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
+    columns, cut_off = weight.shape[1], quantizer == "int8" and not sums_exactly()
+    if not int8 or cut_off or quantizer in GROUP_SIZES or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
         return fake_quant_linear
     if not isinstance(before, Int8Product):
-        return Int8Product(weight, quantizer)
+        return Int8Product(weight, quantizer, gradients=gradients)
     before.refresh(weight, quantizer)
     return before

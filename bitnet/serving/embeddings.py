@@ -35,6 +35,8 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
             param="model", code="no_embeddings",
         )  # fmt: skip
     texts = [ids for _, ids in prompts_of(model, body.input, "input", MAX_TEXTS)]
+    for ids in texts:  # before the first is computed
+        model.scheduler.check_text(ids)
     vectors = await unless_gone(http, _vectors(model.scheduler, texts))
     count = sum(map(len, texts))
     data: list[dict[str, Any]] = [

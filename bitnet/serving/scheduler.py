@@ -125,8 +125,7 @@ class Scheduler:
 
     def embed(self, ids: list[int]) -> "Future[Tensor]":
         """The vector of a text, computed between two passes. Raises ApiError as `submit` does."""
-        if len(ids) > self.limits.context:
-            raise invalid(f"a text has {len(ids)} tokens; at most {self.limits.context} fit here", "input")
+        self.check_text(ids)
         future: Future[Tensor] = Future()
         with self._lock:
             if self._draining:
@@ -136,6 +135,11 @@ class Scheduler:
             self._texts.append((ids, future))
         self._wake()
         return future
+
+    def check_text(self, ids: list[int]) -> None:
+        """Raise ApiError for a text that has no place here."""
+        if len(ids) > self.limits.context:
+            raise invalid(f"a text has {len(ids)} tokens; at most {self.limits.context} fit here", "input")
 
     def cancel(self, job: Job) -> None:
         """Stop working for a job, whose client has gone."""

@@ -10,7 +10,7 @@ import torch
 
 from bitnet.data.feed import DataConfig
 from bitnet.files import JsonObject
-from bitnet.kernels import GROUP_SIZES
+from bitnet.kernels import GROUP_SIZES, sums_exactly
 from bitnet.machine import MAX_THREADS, int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
@@ -126,9 +126,10 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the matrix products; auto takes bfloat16 where the hardware multiplies it faster.
     Parameters, norms, residual stream and optimizer stay float32."""
-    product: Literal["auto", "float", "int8"] = "auto"
+    product: Literal["auto", "float", "int8", "int8-all"] = "auto"
     """Forward product of quantized layers in float32 on a CPU: float multiplies dequantized operands; int8 is exact,
-    quantizes weights once a step and keeps activations as int8; auto is int8 where the processor multiplies int8."""
+    quantizes weights once a step and keeps activations as int8; int8-all rounds gradients to int8 for the backward's
+    products too; auto is int8 where the processor multiplies int8."""
     recompute: bool = False
     """Keep only the input of each layer for the backward, and compute the rest again: a third more time."""
     loss_chunk: int = 0
@@ -333,11 +334,19 @@ class TrainConfig:
     def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
         """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError
         where `product` asks for int8 and this device, type or quantizer has none."""
+        asked = self.product.startswith("int8")
         if self.model.quantizer in GROUP_SIZES:
-            if self.product == "int8":
+            if asked:
                 raise ValueError(
-                    f"product int8 sums whole rows, and {self.model.quantizer} has a scale for each group of columns; "
-                    "leave product out"
+                    f"product {self.product} sums whole rows, and {self.model.quantizer} has a scale for each group of "
+                    "columns; leave product out"
+                )
+            return False
+        if (self.model.quantizer == "int8" or self.product == "int8-all") and not sums_exactly():
+            if asked:
+                raise ValueError(
+                    f"product {self.product} would cut off sums of 8-bit codes at 16 bits on this processor, which has "
+                    "no VNNI; leave product out"
                 )
             return False
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"

@@ -1,11 +1,17 @@
 """The int8 product of training against the fake-quant reference: outputs, gradients, and what the backward keeps."""
 
+import math
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitnet.kernels import Int8Product, Product, quantize_weight, reference, training_product
+from bitnet.kernels import Int8Product, Product, quantize_weight, reference, sums_exactly, training_product
 from bitnet.kernels.int8_training import int8_linear
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS, BitLinear, BitNetForCausalLM, bit_linears
@@ -71,6 +77,74 @@ def test_int8_is_for_float32_on_a_cpu():
     assert not int8_pays("auto", cpu, torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16 on cpu"):
         int8_pays("int8", cpu, torch.bfloat16)
+
+
+@pytest.mark.skipif(not sums_exactly(), reason="int8 products of 8-bit codes are not exact here")
+@pytest.mark.parametrize("quantizer", ["ternary", "binary", "int8", "int4"])
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_int8_gradients_are_exact_products_of_their_codes(quantizer, size):
+    generator = torch.Generator().manual_seed(1)
+    x, upstream = (torch.randn(60, n, generator=generator) for n in (48, 33))
+    x.requires_grad_()
+    weight = (torch.randn(33, 48, generator=generator) / 8).requires_grad_()
+    upstream = upstream * size * torch.rand(60, 1, generator=generator) ** 3
+    codes, scale = quantize_weight(weight.detach(), quantizer)
+    y = int8_linear(x, weight, None, codes, scale, gradients=True)
+    assert torch.equal(y, int8_linear(x, weight, None, codes, scale))
+    found = torch.autograd.grad(y, (x, weight), upstream)
+
+    x_codes, x_scale = reference.quantize_activations(x.detach())
+    expected = []
+    for grad, dim, right in ((upstream * scale.view(-1), 1, codes), (upstream * x_scale, 0, x_codes)):
+        step = grad.abs().amax(dim, keepdim=True) / 127
+        q = (grad / step).round().double()
+        left, step = (q.t(), step.view(-1, 1)) if dim == 0 else (q, step)
+        expected.append((left @ right.double()) * step.double())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-6, atol=0)
+    wanted = torch.autograd.grad(reference.fake_quant_linear(x, weight, None, quantizer), (x, weight), upstream)
+    assert 1e-3 < max(error(*pair) for pair in zip(found, wanted, strict=True)) < 0.02
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_int8_gradients_hide_no_overflow(wrong):
+    weight = torch.randn(40, 64).requires_grad_()
+    y = int8_linear(torch.randn(40, 64), weight, None, *quantize_weight(weight.detach(), "ternary"), gradients=True)
+    upstream = torch.zeros_like(y)
+    upstream[3, 5] = wrong
+    assert not torch.autograd.grad(y, weight, upstream)[0][5].isfinite().all()
+
+
+WITHOUT_VNNI = """
+import torch
+from bitnet.kernels import Int8Product, sums_exactly, training_product
+from bitnet.training.config import TrainConfig
+from bitnet.model import ModelConfig
+print(sums_exactly())
+for quantizer in ("int8", "int4", "ternary"):
+    product = training_product(None, torch.ones(8, 64), quantizer, 1.0, int8=True)
+    print(quantizer, isinstance(product, Int8Product))
+for quantizer, product in (("int8", "int8"), ("ternary", "int8-all"), ("int8", "auto"), ("ternary", "int8")):
+    config = TrainConfig(model=ModelConfig(quantizer=quantizer), product=product)
+    try:
+        print(config.multiplies_int8(torch.device("cpu"), torch.float32, "none"))
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 instructions")
+def test_sums_of_8_bit_weights_are_not_cut_off_without_vnni():
+    """torch's int8 product adds two products in 16 bits there: 127 * 127 twice came out as 32,767."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_VNNI], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    exact, *products, first, second, automatic, ternary = done.stdout.splitlines()
+    assert exact == "False"
+    assert products == ["int8 False", "int4 True", "ternary True"]
+    assert "product int8 would cut off sums of 8-bit codes" in first
+    assert "product int8-all would cut off" in second
+    assert (automatic, ternary) == ("False", "True")
 
 
 def loss_and_gradients(

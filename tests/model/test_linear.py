@@ -168,12 +168,14 @@ class Beside(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         fading = torch.tensor(0.25)
-        products = [(1.0, False, False), (1.0, True, False), (fading, False, False), (fading, False, True),
-                    (0.0, False, False)]  # fmt: skip
+        products: list[tuple[float | Tensor, dict[str, bool]]] = [
+            (1.0, {"int8": False}), (1.0, {"int8": True}), (1.0, {"int8": True, "gradients": True}),
+            (fading, {"int8": False}), (fading, {"int8": False, "soft": True}), (0.0, {"int8": False}),
+        ]  # fmt: skip
         for quantizer in QUANTIZERS:
-            for strength, int8, soft in products if LONG or quantizer == "ternary" else products[:1]:
+            for strength, how in products if LONG or quantizer == "ternary" else products[:1]:
                 layer = BitLinear(72, 16, quantizer=quantizer)
-                layer.product = training_product(layer.product, layer.weight, quantizer, strength, int8=int8, soft=soft)
+                layer.product = training_product(layer.product, layer.weight, quantizer, strength, **how)
                 self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -281,6 +281,15 @@ def test_texts_of_a_request_that_is_refused_are_not_computed(served, monkeypatch
     assert [future.cancelled() for future in waiting] == [True, True]
 
 
+def test_no_text_is_computed_where_one_is_too_long(served, monkeypatch):
+    address, application = served
+    scheduler = application.models.find("tiny").scheduler
+    monkeypatch.setattr(scheduler, "embed", lambda _: pytest.fail("a text was computed"))
+    answer = httpx.post(f"{address}/v1/embeddings", json={"input": [[5]] * 20 + [[5] * 2000]})
+    assert answer.status_code == 400
+    assert "a text has 2000 tokens; at most" in answer.json()["error"]["message"]
+
+
 def test_a_request_for_many_texts_leaves_room_in_the_queue(served, monkeypatch):
     """Clients send a thousand texts at once; each of them counted as a request of the queue, and 128 were the most."""
     address, application = served
