@@ -303,23 +303,29 @@ def orthogonalize(matrices: Tensor, eps: float = 1e-7) -> Tensor:
     """The nearest matrices whose singular values are about 1, of `[N, K]` or a batch `[B, N, K]`, in their type: Muon's
     Newton-Schulz iteration, X <- R X with R = a I + b G + c G^2, G = X X^T. Source: Jordan, "Muon", 2024.
 
-    In bfloat16 it is torch's, five times the same R. In float32 four times another one do as much, behind a scale by
-    |G^2|^(1/4): the tightest bound of the singular values that needs no product of its own. And where one side is 1.5
-    times the other, R is then collected in a product P of small matrices, and X is multiplied once: G <- R G R,
-    P <- R P, X <- P X, the same numbers but for rounding. In bfloat16 G is too coarse for either."""
+    In bfloat16 R is torch's, five times. In float32 four others do as much, behind a scale by |G^2|^(1/4), the tightest
+    bound of the singular values that needs no product of its own; and where one side is 1.5 times the other, they are
+    collected in a product P of small matrices, and X is multiplied once: G <- R G R, P <- R P, X <- P X, the same
+    numbers but for rounding. In bfloat16 G is too coarse for either."""
     add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     # X X^T of the shorter side: fewer products, and the same result.
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
+    coefficients, collected = _coefficients(x.dtype), collects(x.shape[-2], x.shape[-1], x.dtype)
+    square, product, shrink = None, None, torch.ones((), device=x.device)
     # The iteration converges for singular values up to about 1, which the Frobenius norm bounds.
-    x = x / _norm(x).clamp(min=eps)
-    coefficients, square, product = _coefficients(x.dtype), None, None
-    gram = x @ x.mT
-    if x.dtype != torch.bfloat16:
+    if x.dtype == torch.bfloat16:
+        x = x / _norm(x).clamp(min=eps)
+        gram = x @ x.mT
+    else:
+        gram = x @ x.mT
+        norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt().clamp(min=eps)
+        gram = gram / norm**2
         square = gram @ gram
         bound = MARGIN * _norm(square).sqrt().sqrt().clamp(min=eps)
-        x, gram, square = x / bound, gram / bound**2, square / bound**4
-    collected, last = collects(x.shape[-2], x.shape[-1], x.dtype), len(coefficients) - 1
+        gram, square, shrink = gram / bound**2, square / bound**4, 1 / (norm * bound)
+        x = x if collected else x * shrink
+    last = len(coefficients) - 1
     for step, (a, b, c) in enumerate(coefficients):
         # R without its a I, which has no rounding where it is not added.
         factor = add_product(gram, gram, gram, beta=b, alpha=c) if square is None else b * gram + c * square
@@ -331,7 +337,7 @@ def orthogonalize(matrices: Tensor, eps: float = 1e-7) -> Tensor:
         else:
             x = add_product(x, factor, x, beta=a)
             gram = gram if step == last else x @ x.mT
-    x = x if product is None else product @ x
+    x = x if product is None else (product * shrink) @ x
     return x.mT if tall else x
 
 
