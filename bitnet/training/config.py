@@ -129,7 +129,8 @@ class TrainConfig:
     product: Literal["auto", "float", "int8", "int8-all"] = "auto"
     """Forward product of quantized layers in float32 on a CPU: float multiplies dequantized operands; int8 is exact,
     quantizes weights once a step and keeps activations as int8; int8-all rounds gradients to int8 for the backward's
-    products too; auto is int8 where the processor multiplies int8."""
+    products too; auto is int8 where the processor multiplies int8. Behind --float-start and --ramp, which multiply
+    floats."""
     recompute: bool = False
     """Keep only the input of each layer for the backward, and compute the rest again: a third more time."""
     loss_chunk: int = 0
@@ -349,6 +350,8 @@ class TrainConfig:
                     "no VNNI; leave product out"
                 )
             return False
+        if self.product == "int8-all" and strategy == "fsdp":
+            raise ValueError("product int8-all multiplies codes, and shards arrive as floats; leave product out")
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 
     def check_graphs(self, device: torch.device, strategy: str, borders: bool) -> None:

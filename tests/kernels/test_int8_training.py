@@ -1,5 +1,6 @@
 """The int8 product of training against the fake-quant reference: outputs, gradients, and what the backward keeps."""
 
+import dataclasses
 import math
 import os
 import platform
@@ -15,6 +16,7 @@ from bitnet.kernels import Int8Product, Product, quantize_weight, reference, sum
 from bitnet.kernels.int8_training import int8_linear
 from bitnet.machine import int8_pays
 from bitnet.model import PRESETS, BitLinear, BitNetForCausalLM, bit_linears
+from bitnet.training.config import TrainConfig
 
 
 def next_product(layer: BitLinear, *, int8: bool) -> Product:
@@ -77,6 +79,19 @@ def test_int8_is_for_float32_on_a_cpu():
     assert not int8_pays("auto", cpu, torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16 on cpu"):
         int8_pays("int8", cpu, torch.bfloat16)
+    with pytest.raises(ValueError, match="int8-all runs in float32"):
+        int8_pays("int8-all", cpu, torch.bfloat16)
+
+
+@pytest.mark.skipif(not sums_exactly(), reason="int8 products of 8-bit codes are not exact here")
+def test_int8_gradients_are_not_for_shards_or_groups():
+    cpu, config = torch.device("cpu"), TrainConfig(product="int8-all")
+    assert config.multiplies_int8(cpu, torch.float32, "ddp")
+    with pytest.raises(ValueError, match="shards arrive as floats"):
+        config.multiplies_int8(cpu, torch.float32, "fsdp")
+    groups = dataclasses.replace(config, model=config.model.replace(quantizer="ternary-g64"))
+    with pytest.raises(ValueError, match="int8-all sums whole rows"):
+        groups.multiplies_int8(cpu, torch.float32, "none")
 
 
 @pytest.mark.skipif(not sums_exactly(), reason="int8 products of 8-bit codes are not exact here")
