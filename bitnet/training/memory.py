@@ -22,8 +22,7 @@ size of a value in the matrix products: 4, or 2 in bfloat16, where weights are c
     workspace       gradients of activations within a layer; in the optimizer, Muon's work on the largest matrix, and
                     with FSDP its updates in bfloat16, sent, received and answered: 6 P' / W
     save            a copy of parameters and moments, where checkpoints are written beside the steps
-    gaps            where a small compiled model's blocks stay in the heap: GAPS of activations, loss, gradients and
-                    workspace
+    gaps            where a small compiled model's blocks stay in the heap, GAPS of what comes and goes
 
 A compiled layer keeps less, since it makes again in the backward what is cheap to make: of the norms x and 1/rms, of
 the feed-forward gate and up, the inputs once for each norm, of int8 codes those of width C alone, and 4 M of every
@@ -53,13 +52,10 @@ from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
 CUDA_LIBRARIES = 290e6 if torch.backends.cuda.is_built() else 0.0
 """What a torch that is built for CUDA takes more on a CPU too. Measured on Linux: 2.11 248 MB, 2.12 306 MB."""
 PROCESS = {False: 425e6 + CUDA_LIBRARIES, True: 530e6 + CUDA_LIBRARIES}
-"""Python, torch, what it loads for an optimizer, and the ends of huge pages; compiled or not. Measured on Linux, torch
-2.13 without CUDA."""
+"""Python, torch, its optimizer, and the ends of huge pages; compiled or not. Measured on Linux, torch 2.13."""
 PROCESS_PART = "Python and torch"
-GAPS = 0.15
-"""Of what comes and goes in a step, what the heap cannot use of itself. Measured: 0.10 to 0.14."""
-LAYER_STEP_TOKENS = 2048
-"""In a step of the layer-wise start, or one sequence where that is longer."""
+GAPS = 0.15  # of what comes and goes in a step, what the heap cannot use of itself; measured 0.10 to 0.14
+LAYER_STEP_TOKENS = 2048  # in a step of the layer-wise start, or one sequence where that is longer
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,7 @@ class Workload:
 
     @property
     def stays_in_heap(self) -> bool:
-        """Whether the blocks of a step are taken from the heap and left there (`machine.return_freed_blocks`): of a
-        small model, whose step would spend a fifth of its time on clearing new ones."""
+        """Whether a step's blocks are left in the heap, since clearing new ones would be a fifth of its time."""
         return self.compiled and 4 * self.tokens * self.model.hidden_size < MAPPED_BLOCK_COMPILED
 
     @property
@@ -280,9 +275,8 @@ def estimate(work: Workload) -> Estimate:
         step = StepSizes(phase, model.num_parameters(), max(matrices))
         for moment, parts in MOMENTS.items():
             passing = parts(step)
-            gaps = GAPS * sum(passing.values()) if work.stays_in_heap else 0.0
-            rest = {"gaps in the heap": gaps, PROCESS_PART: PROCESS[work.compiled]}
-            found.append(Estimate(constant | passing | rest, moment, phase))
+            passing["gaps in the heap"] = GAPS * sum(passing.values()) if work.stays_in_heap else 0.0
+            found.append(Estimate(constant | passing | {PROCESS_PART: PROCESS[work.compiled]}, moment, phase))
     if work.layer_steps:
         found.append(at_the_start(work, model.num_parameters()))
     return max(found, key=lambda each: each.total)
