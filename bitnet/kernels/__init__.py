@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bitnet.console import note
 from bitnet.kernels import cpu, ops, reference, triton
-from bitnet.kernels.int8_training import Int8Product, sums_exactly
+from bitnet.kernels.int8_training import Int8Product, cuts_off, sums_exactly
 from bitnet.kernels.ops import constant
 from bitnet.kernels.reference import (
     GROUP_SIZES,
@@ -54,6 +54,7 @@ __all__ = [
     "check_columns",
     "check_quantizer",
     "constant",
+    "cuts_off",
     "dequantize_weight",
     "fake_quant_linear",
     "float_linear",
@@ -217,8 +218,8 @@ def training_product(
 
     strength: 0 for no quantization, 1 for all of it, or a scalar tensor between them, which all layers share.
     int8: multiply codes, made here and valid until the weight changes, where the strength is 1; not of groups, whose
-    sums have as many scales, nor of 8-bit weights where those are cut off (`sums_exactly`). gradients: multiply int8 in
-    the backward too. soft: of `FadingProduct`, where weights are ternary.
+    sums have as many scales, nor where they are cut off (`cuts_off`). gradients: multiply int8 in the backward too.
+    soft: of `FadingProduct`, where weights are ternary.
     """
     if quantizer == "none":
         return fake_quant_linear
@@ -227,8 +228,10 @@ def training_product(
         return before if same else FadingProduct(strength, soft=soft and quantizer in TERNARY_QUANTIZERS)
     if strength == 0:
         return float_linear
-    columns, cut_off = weight.shape[1], quantizer == "int8" and not sums_exactly()
-    if not int8 or cut_off or quantizer in GROUP_SIZES or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
+    columns = weight.shape[1]
+    if not int8 or quantizer in GROUP_SIZES or not 0 < columns <= INT32_COLUMNS[PACKED_BITS[quantizer]]:
+        return fake_quant_linear
+    if cuts_off(quantizer, gradients=gradients):
         return fake_quant_linear
     if not isinstance(before, Int8Product):
         return Int8Product(weight, quantizer, gradients=gradients)

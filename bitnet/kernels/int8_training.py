@@ -36,6 +36,11 @@ def sums_exactly() -> bool:
     return int(torch._int_mm(codes, codes.t()).min()) == 127 * 127 * 256
 
 
+def cuts_off(quantizer: str, *, gradients: bool) -> bool:
+    """Whether products of this weight quantizer, and with `gradients` of the backward, would be wrong here."""
+    return (quantizer == "int8" or gradients) and not sums_exactly()
+
+
 class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -10,7 +10,7 @@ import torch
 
 from bitnet.data.feed import DataConfig
 from bitnet.files import JsonObject
-from bitnet.kernels import GROUP_SIZES, sums_exactly
+from bitnet.kernels import GROUP_SIZES, cuts_off
 from bitnet.machine import MAX_THREADS, int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
@@ -332,6 +332,11 @@ class TrainConfig:
             moved += f"; the run is at step {step} and goes back to float ones until then"
         return f"{moved} (a share of the steps: --float-start and --ramp)"
 
+    @property
+    def rounds_gradients(self) -> bool:
+        """Whether the backward of quantized layers multiplies int8 too."""
+        return self.product == "int8-all"
+
     def multiplies_int8(self, device: torch.device, dtype: torch.dtype, strategy: str) -> bool:
         """Whether quantized layers multiply int8 codes; shards travel as codes and arrive as floats. Raises ValueError
         where `product` asks for int8 and this device, type or quantizer has none."""
@@ -343,14 +348,14 @@ class TrainConfig:
                     "columns; leave product out"
                 )
             return False
-        if (self.model.quantizer == "int8" or self.product == "int8-all") and not sums_exactly():
+        if cuts_off(self.model.quantizer, gradients=self.rounds_gradients):
             if asked:
                 raise ValueError(
                     f"product {self.product} would cut off sums of 8-bit codes at 16 bits on this processor, which has "
                     "no VNNI; leave product out"
                 )
             return False
-        if self.product == "int8-all" and strategy == "fsdp":
+        if self.rounds_gradients and strategy == "fsdp":
             raise ValueError("product int8-all multiplies codes, and shards arrive as floats; leave product out")
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 

@@ -312,13 +312,13 @@ def orthogonalize(matrices: Tensor, eps: float = 1e-7) -> Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     coefficients, collected = _coefficients(x.dtype), collects(x.shape[-2], x.shape[-1], x.dtype)
-    square, product, shrink = None, None, torch.ones((), device=x.device)
+    square, product = None, None
+    shrink: Tensor | float = 1.0
     # The iteration converges for singular values up to about 1, which the Frobenius norm bounds.
     if x.dtype == torch.bfloat16:
         x = x / _norm(x).clamp(min=eps)
-        gram = x @ x.mT
-    else:
-        gram = x @ x.mT
+    gram = x @ x.mT
+    if x.dtype != torch.bfloat16:
         norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].sqrt().clamp(min=eps)
         gram = gram / norm**2
         square = gram @ gram

@@ -129,12 +129,11 @@ class Trainer:
         share = self.config.quantizer_strength(self.progress.step)
         strength = self._strength.fill_(share) if 0 < share < 1 else share
         int8 = self.config.multiplies_int8(self.device, self.dtype, self.world.strategy)
-        gradients, soft = self.config.product == "int8-all", self.config.ramp_shape == "soft"
+        gradients, soft = self.config.rounds_gradients, self.config.ramp_shape == "soft"
         for _, layer in bit_linears(self.model):
             layer.product = kernels.training_product(
-                layer.product, layer.weight, layer.quantizer, strength, int8=int8, gradients=gradients,
-                soft=soft,
-            )  # fmt: skip
+                layer.product, layer.weight, layer.quantizer, strength, int8=int8, gradients=gradients, soft=soft
+            )
         if self.world.strategy == "fsdp":
             prepare_gathers(self.model, self.world, self.dtype)
 

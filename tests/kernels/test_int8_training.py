@@ -139,6 +139,8 @@ print(sums_exactly())
 for quantizer in ("int8", "int4", "ternary"):
     product = training_product(None, torch.ones(8, 64), quantizer, 1.0, int8=True)
     print(quantizer, isinstance(product, Int8Product))
+product = training_product(None, torch.ones(8, 64), "ternary", 1.0, int8=True, gradients=True)
+print("gradients", isinstance(product, Int8Product))
 for quantizer, product in (("int8", "int8"), ("ternary", "int8-all"), ("int8", "auto"), ("ternary", "int8")):
     config = TrainConfig(model=ModelConfig(quantizer=quantizer), product=product)
     try:
@@ -156,7 +158,7 @@ def test_sums_of_8_bit_weights_are_not_cut_off_without_vnni():
     assert done.returncode == 0, done.stderr
     exact, *products, first, second, automatic, ternary = done.stdout.splitlines()
     assert exact == "False"
-    assert products == ["int8 False", "int4 True", "ternary True"]
+    assert products == ["int8 False", "int4 True", "ternary True", "gradients False"]
     assert "product int8 would cut off sums of 8-bit codes" in first
     assert "product int8-all would cut off" in second
     assert (automatic, ternary) == ("False", "True")

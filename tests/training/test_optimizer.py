@@ -196,3 +196,5 @@ def test_a_batch_of_matrices_is_made_orthogonal_like_single_ones(shape):
         torch.testing.assert_close(optimizer.orthogonalize(one), result, rtol=1e-9, atol=1e-9)
         singular = torch.linalg.svdvals(result)
         assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.5
+    for one, result in zip(batch.float(), optimizer.orthogonalize(batch.float()), strict=True):
+        assert float((optimizer.orthogonalize(one) - result).norm() / result.norm()) < 1e-4
