@@ -15,10 +15,10 @@ from bitnet.machine import MAX_THREADS, int8_pays
 from bitnet.model import PRESETS as MODELS
 from bitnet.model import ModelConfig
 from bitnet.storage.json_files import checked, require_finite
-from bitnet.training.memory import Workload
 from bitnet.training.optimizer import OptimConfig
 from bitnet.training.pace import Pace, check_pace, decided, place
 from bitnet.training.processes import Strategy, World
+from bitnet.training.workload import Workload
 
 Remedy = Literal["stop", "skip", "rewind"]
 MOST_LAYERS = 4096
@@ -397,7 +397,9 @@ class TrainConfig:
             window=self.window,
             optimizer=self.optim.optimizer,
             dtype=dtype,
+            device=device.type,
             int8=int8 and self.model.quantizer != "none" and not self.lora,
+            int8_gradients=self.rounds_gradients,
             lora=self.lora or 0,
             frozen=frozen,
             compiled=compiled,

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bitnet.console import duration, table
 from bitnet.kernels import PACKED_BITS
@@ -32,7 +33,6 @@ from bitnet.training.memory import (
     LAYER_STEP_TOKENS,
     PROCESS_PART,
     Estimate,
-    Workload,
     adapter_parameters,
     estimate,
     head_activations,
@@ -43,6 +43,7 @@ from bitnet.training.memory import (
 from bitnet.training.optimizer import iteration_dtype, iteration_flops, orthogonalize
 from bitnet.training.processes import World
 from bitnet.training.sizes import SIZES
+from bitnet.training.workload import Workload
 
 ROWS, COLUMNS = 512, 8192
 """Tokens, and rows of a weight, that a timed product has at most."""
@@ -115,16 +116,19 @@ def product_seconds(
     x, weight, grad = (
         torch.randn(s, dtype=work.dtype, device=device) for s in ((rows, K), (columns, K), (rows, columns))
     )
-    if int8:
-        x_codes, codes = x.to(torch.int8), weight.to(torch.int8)
-        forward = seconds(lambda: torch._int_mm(x_codes, codes.t()), device)
-    else:
-        forward = seconds(lambda: x @ weight.t(), device)
+
+    def timed(a: Tensor, b: Tensor, of_codes: bool) -> float:
+        if of_codes:
+            a, b = a.to(torch.int8), b.to(torch.int8)
+        return seconds(lambda: torch._int_mm(a, b) if of_codes else a @ b, device)
+
+    forward = timed(x, weight.t(), int8)
     if not learns:
         return forward * (tokens / rows) * (N / columns)
-    backward = seconds(lambda: grad @ weight, device)
+    gradients = int8 and work.int8_gradients
+    backward = timed(grad, weight, gradients)
     if not work.lora:
-        backward += seconds(lambda: grad.t() @ x, device)
+        backward += timed(grad.t(), x, gradients)
     return (forward * (2 if work.recompute else 1) + backward) * (tokens / rows) * (N / columns)
 
 

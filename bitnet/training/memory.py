@@ -46,8 +46,8 @@ import torch
 
 from bitnet.console import table
 from bitnet.kernels import PACKED_BITS
-from bitnet.machine import MAPPED_BLOCK_COMPILED
 from bitnet.model import BitNetForCausalLM, ModelConfig, bit_linears
+from bitnet.training.workload import Workload
 
 CUDA_LIBRARIES = 290e6 if torch.backends.cuda.is_built() else 0.0
 """What a torch that is built for CUDA takes more on a CPU too. Measured on Linux: 2.11 248 MB, 2.12 306 MB."""
@@ -56,82 +56,6 @@ PROCESS = {False: 425e6 + CUDA_LIBRARIES, True: 530e6 + CUDA_LIBRARIES}
 PROCESS_PART = "Python and torch"
 GAPS = 0.15  # of what comes and goes in a step, what the heap cannot use of itself; measured 0.10 to 0.14
 LAYER_STEP_TOKENS = 2048  # in a step of the layer-wise start, or one sequence where that is longer
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What the memory of a step depends on, in one of `processes` processes."""
-
-    model: ModelConfig
-    sequences: int
-    """B, of a micro-batch in this process."""
-    window: int
-    """T."""
-    optimizer: str = "adamw"
-    dtype: torch.dtype = torch.float32
-    """Of the matrix products."""
-    int8: bool = False
-    """Whether the quantized products are int8."""
-    compiled: bool = False
-    recompute: bool = False
-    loss_chunk: int = 0
-    masked: bool = False
-    """Whether attention keeps to documents."""
-    micro_batches: int = 1
-    strategy: str = "none"
-    """none, ddp or fsdp."""
-    processes: int = 1
-    reduced: int = 4
-    """Bytes of a value of the gradients that FSDP sends."""
-    float_start: bool = False
-    """Whether the run begins without quantizers."""
-    ramp: bool = False
-    """Whether it fades them in, on float products."""
-    timed: bool = False
-    """Whether some steps are timed first, and undone."""
-    async_save: bool = False
-    """Whether checkpoints are written from a copy, beside the steps."""
-    teacher: ModelConfig | None = None
-    """The shape of a model that runs beside every step, whole in each process, to learn from."""
-    lora: int = 0
-    """Rank of the adapters that train, on a model that is frozen; 0: all of it trains."""
-    frozen: int = 0
-    """Bytes of that model as it lies in memory."""
-    tempered: bool = False
-    """Whether its distribution is taken at a temperature other than 1."""
-    layer_steps: int = 0
-    """Of each layer in the layer-wise start; 0 without one."""
-    layer_tokens: int = 0
-    """Tokens that it sees."""
-
-    @property
-    def owners(self) -> int:
-        """Processes that parameters, gradients and moments are cut for."""
-        return self.processes if self.strategy == "fsdp" else 1
-
-    @property
-    def tokens(self) -> int:
-        """M, of a micro-batch in this process."""
-        return self.sequences * self.window
-
-    @property
-    def value(self) -> int:
-        """a, bytes of a value in the matrix products."""
-        return 2 if self.dtype == torch.bfloat16 else 4
-
-    @property
-    def quantized(self) -> bool:
-        return self.model.quantizer != "none"
-
-    @property
-    def stays_in_heap(self) -> bool:
-        """Whether a step's blocks are left in the heap, since clearing new ones would be a fifth of its time."""
-        return self.compiled and 4 * self.tokens * self.model.hidden_size < MAPPED_BLOCK_COMPILED
-
-    @property
-    def copies_weights(self) -> bool:
-        """Whether the float products read another tensor than the parameter."""
-        return not self.int8 and self.strategy != "fsdp" and (self.quantized or self.value == 2)
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,13 @@ from bitnet.training.checkpoint import Progress
 from bitnet.training.config import TrainConfig
 from bitnet.training.faults import HISTORY, Fault, find_fault, require_gradients, stop_if_hopeless
 from bitnet.training.graphs import GraphedBackward
-from bitnet.training.memory import Workload, estimate
+from bitnet.training.memory import estimate
 from bitnet.training.optimizer import Optimizer, clip_gradients
 from bitnet.training.pace import Clock
 from bitnet.training.processes import World, replicate
 from bitnet.training.sharding import prepare_gathers
 from bitnet.training.teacher import Teacher
+from bitnet.training.workload import Workload
 
 MIN_STEPS = 10
 """Fewer steps train nothing, and are no answer to --minutes."""

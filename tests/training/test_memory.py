@@ -18,11 +18,12 @@ from bitnet.kernels import Int8Product
 from bitnet.machine import return_freed_blocks
 from bitnet.model import PRESETS, BitNetForCausalLM, ModelConfig, bit_linears
 from bitnet.training import estimate as estimate_module
-from bitnet.training.estimate import disk_bytes, flops_per_token, memory_warning
-from bitnet.training.memory import Workload, estimate, meta_model, projection_parameters, saved_bytes
+from bitnet.training.estimate import disk_bytes, flops_per_token, memory_warning, product_seconds
+from bitnet.training.memory import estimate, meta_model, projection_parameters, saved_bytes
 from bitnet.training.optimizer import OptimConfig, Optimizer
 from bitnet.training.saved import storages_saved
 from bitnet.training.teacher import Teacher
+from bitnet.training.workload import Workload
 from tests.builders import save_run, tiny_model
 
 SHAPES = {
@@ -154,6 +155,26 @@ def test_a_float_start_counts_where_it_takes_more_than_the_quantized_model():
     found = estimate(dataclasses.replace(work, float_start=True))
     assert found.total == estimate(twin).total
     assert not found.parts["int8 codes of the weights"]
+
+
+def test_gaps_are_a_heaps_alone():
+    work = Workload(PRESETS["tiny"], 4, 128, compiled=True)
+    assert estimate(work).parts["gaps in the heap"] > 0
+    for other in ({"device": "cuda"}, {"compiled": False}, {"sequences": 4096}):
+        assert estimate(dataclasses.replace(work, **other)).parts["gaps in the heap"] == 0, other
+
+
+@pytest.mark.parametrize(
+    ("options", "products"), [({}, 0), ({"int8": True}, 1), ({"int8": True, "int8_gradients": True}, 3)]
+)
+def test_the_time_is_that_of_the_products_that_a_step_does(monkeypatch, options, products):
+    counted = []
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: counted.append((a.dtype, b.dtype)))
+    monkeypatch.setattr(estimate_module, "seconds", lambda function, device: function() is None)
+    work = Workload(PRESETS["tiny"], 4, 128, **options)
+    took = product_seconds(64, 32, 16, work, torch.device("cpu"), work.int8)
+    assert took == products  # a product of codes counts one second here, one of floats none
+    assert counted == [(torch.int8, torch.int8)] * products
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM")
