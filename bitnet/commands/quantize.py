@@ -74,6 +74,7 @@ def run(options: Options) -> None:
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
     check_writable(options.out)
 
+    from bitnet.evaluation.loss import unused_rows
     from bitnet.evaluation.texts import calibration_sequences, open_text
     from bitnet.storage.folders import save_quantized
     from bitnet.storage.source import open_source
@@ -83,10 +84,11 @@ def run(options: Options) -> None:
     if model.is_packed:
         raise ValueError(f"{options.source} is packed; quantize the float model it was made from")
     tokenizer_files = source.tokenizer_files()  # what is wrong with them is said before the work
-    ids = None
+    ids = unused = None
     if calibrates(options):
         feed = open_text(source, options.text, options.context)
         ids = calibration_sequences(feed.mixture, feed.window, options.calibration_tokens)
+        unused = unused_rows(feed.tokenizer, model.config.vocab_size)
     start = time.perf_counter()
     chosen = drivers.Options(
         group_size=options.group_size,
@@ -95,6 +97,7 @@ def run(options: Options) -> None:
         calibration=options.calibration,
         tuning_steps=options.tuning_steps,
         target_bits=options.target_bits,
+        unused=unused,
         outlier_threshold=options.outlier_threshold,
         compatible=options.compatible,
     )

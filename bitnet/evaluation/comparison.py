@@ -327,7 +327,11 @@ class Comparison:
         # Embedding and head as a file of that method would have them; in float32 they would hide what the method saves.
         embeddings = "int8" if method.int8_activations else "float16"
         options = drivers.Options(
-            group_size=self.group_size, progress=False, embeddings=embeddings, importance=importance
+            group_size=self.group_size,
+            progress=False,
+            embeddings=embeddings,
+            importance=importance,
+            unused=self.unused,
         )
         model = quantize_model(copy.deepcopy(self.model), name, self.calibration, options)
         seconds += time.perf_counter() - start

@@ -76,6 +76,8 @@ class Options:
     """autoround: steps of each block."""
     target_bits: float | None = None
     """mixed: bits of a weight with its scales, if not those of the method's name."""
+    unused: Tensor | None = None
+    """mixed: rows of the head that are never drawn, int64 `[U]`; they have no share of its predictions."""
     batch_size: int = 8
     """Calibration sequences at a time."""
     progress: bool = True
