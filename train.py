@@ -409,10 +409,9 @@ def run(arguments: Arguments) -> int:
         return 1
     if trainer.stop_signal is not None and (trainer.cut or trainer.progress.step < trainer.config.steps):
         return 128 + trainer.stop_signal
-    print(
-        f"{trainer.progress.seconds / 60:.1f} minutes of training steps; write with it: "
-        f"python generate.py {trainer.config.out}"
-    )
+    made, base = trainer.config.out, trainer.config.init
+    model = f"{base} --lora {made}" if trainer.config.lora else made
+    print(f"{trainer.progress.seconds / 60:.1f} minutes of training steps; write with it: python generate.py {model}")
     return 0
 
 

@@ -11,7 +11,7 @@ Every request has a prompt of its own, of random tokens, of which `--shared` beg
 turn, whose text ends where the model ends it. When all is measured, some of ours are asked again, alone: their texts
 must be equal, and with drafts those without, or the number is not printed. A text behind random tokens must have the
 tokens that were asked for, of any server. With `--llama-server` both servers have the same GGUF file, ours and
-llama.cpp's in turn for each number of streams; `--preset` makes one of random weights. Needs `pip install bitnet[serve]
+llama.cpp's in turn for each number of streams; `--preset` makes one of random weights. Needs `pip install -e '.[serve]'
 httpx`. The soak is benchmarks/serve_soak.py.
 """
 

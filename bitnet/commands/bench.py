@@ -1,9 +1,11 @@
 """Speeds of generation on this machine, beside its own limits, float twins and other engines.
 
-bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
-bitnet bench runs/demo --batch 1 4 16              a trained one
-bitnet bench --preset 700m --kernels --twins
-bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
+    bitnet bench --threads 1 2 --json result.json      a random model of the 2B shape
+    bitnet bench runs/demo --batch 1 4 16              a trained one
+    bitnet bench --preset 700m --kernels --twins
+    bitnet bench --device cuda --json gpu.json         the Triton kernels, the GPU engine and training
+
+It ends with status 1 where a correctness gate is red or a peer failed.
 """
 
 from dataclasses import fields

@@ -1,7 +1,9 @@
 """Held-out loss of one or several models; of a run of train.py, at its best checkpoint.
 
-bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one of the same text and tokens
-bitnet evaluate runs/demo --tasks arc_easy     tasks of lm-evaluation-harness (pip install bitnet[evaluate])
+    bitnet evaluate runs/demo runs/demo-float      one line a run, and the gap to the last one
+    bitnet evaluate runs/demo --tasks arc_easy     tasks of lm-evaluation-harness (pip install -e '.[evaluate]')
+
+The text is the held-out part of the corpus of a run, or of --text.
 """
 
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ def _run_tasks(options: Options) -> None:
     try:
         from bitnet.evaluation.harness import load, run_tasks
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; run pip install 'bitnet[evaluate]'") from error
+        raise ValueError(f"{error.name} is not installed; run pip install -e '.[evaluate]' in the clone") from error
 
     rows = [["model", "task", "metric", "value", "± standard error"]]
     for path in options.runs:

@@ -16,7 +16,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    source: tyro.conf.Positional[str]
+    source: Annotated[str, tyro.conf.arg(metavar="IN"), tyro.conf.Positional]
     """A run folder of train.py or one checkpoint of it, a packed or quantized folder, a Hugging Face folder, a GGUF
     file."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
     """What to write; it must not exist."""
     to: Literal["packed", "hf", "gguf", "gptq"] = "packed"
+    """packed: for this project's engine; hf: for transformers; gguf: for llama.cpp; gptq: GPTQ's layout, for others."""
     type: str | None = None
     """gguf: TQ2_0 (ternary models, unless given), TQ1_0, I2_S, F16, Q2_0 (with scales of groups, unless given), Q1_0
     (binary ones), or for float models any block type, Q8_0 unless given."""

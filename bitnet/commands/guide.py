@@ -10,13 +10,14 @@ wide and narrow minima, which takes less than a minute.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Options:
-    model: tyro.conf.Positional[Path] = Path("runs/demo")
+    model: Annotated[Path, tyro.conf.arg(metavar="MODEL"), tyro.conf.Positional] = Path("runs/demo")
     """A run of train.py, or a model of any format that has its float weights."""
     out: Path = Path("guide.html")
     qat: Path | None = None

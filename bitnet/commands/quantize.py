@@ -12,16 +12,16 @@ or the one of --text.
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 
 @dataclass(frozen=True)
 class Options:
-    source: tyro.conf.Positional[str | None] = None
+    source: Annotated[str | None, tyro.conf.arg(metavar="IN"), tyro.conf.Positional] = None
     """A run, a folder or a file of a float model."""
-    out: tyro.conf.Positional[Path | None] = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional] = None
     """The folder to write; it must not exist."""
     method: str | None = None
     """One of --list."""

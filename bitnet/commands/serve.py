@@ -1,10 +1,10 @@
 """Models behind a URL: OpenAI's HTTP interface, and a page to talk to them.
 
-bitnet serve runs/demo                              http://127.0.0.1:8000, the page at /
-bitnet serve small=runs/demo big=model.gguf --port 8080
-bitnet serve model.gguf --host 0.0.0.0 --api-key "$KEY"
+    bitnet serve runs/demo                              http://127.0.0.1:8000, the page at /
+    bitnet serve small=runs/demo big=model.gguf --port 8080
+    bitnet serve model.gguf --host 0.0.0.0 --api-key "$KEY"
 
-Needs `pip install bitnet[serve]`.
+Needs `pip install -e '.[serve]'` in a clone.
 """
 
 import os
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     try:
         from bitnet.serving import server
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; run pip install 'bitnet[serve]'") from error
+        raise ValueError(f"{error.name} is not installed; run pip install -e '.[serve]' in the clone") from error
     from bitnet.machine import use_threads
     from bitnet.serving.models import open_all
 

@@ -48,7 +48,9 @@ class Grammars:
         try:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError as error:
-            raise ApiError(501, "this server has no llguidance for JSON schemas; install bitnet[serve]") from error
+            raise ApiError(
+                501, "this server has no llguidance for JSON schemas; run pip install -e '.[serve]' in the clone"
+            ) from error
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer)))
 
 

@@ -21,7 +21,7 @@ from bitnet.model.quantized import (
     model_bits,
 )
 from bitnet.model.weight_only import BlockEmbedding, BlockLinear, FloatEmbedding, FloatLinear, GroupLinear, NF4Linear
-from bitnet.ptq import drivers, mixture
+from bitnet.ptq import drivers
 from bitnet.ptq.drivers import Options, measure_importance
 from bitnet.ptq.methods import BLOCK_TYPES, IMPORTANT_TYPES, METHODS, quantize_model
 from bitnet.ptq.walk import STAGES
@@ -414,34 +414,6 @@ def test_outlier_channels_stay_in_16_bits_and_none_is_w8a8() -> None:
     assert relative_error(found, original) < 0.5 * relative_error(plain, original)
     never = quantize_model(copy.deepcopy(original), "llm-int8", ids(), replace(QUICK, outlier_threshold=1e9))
     assert torch.equal(logits(never), logits(plain))
-
-
-def test_mixtures_keep_their_target_and_layers_differ() -> None:
-    for target in (3.2, 4.5):
-        model = quantize_model(float_model(), "mixed-3", ids(), replace(QUICK, target_bits=target))
-        assert target - 0.5 < model_bits(model)[1] <= target
-        bits = [[layer.get_submodule(name).bits for name in names] for layer in model.model.layers for names in STAGES]
-        assert all(len(set(stage)) == 1 for stage in bits)  # what shares an input
-        assert len({stage[0] for stage in bits}) > 1
-
-
-@torch.no_grad()
-def test_rows_that_no_text_has_do_not_decide_on_a_mixture() -> None:
-    padded = float_model(vocab_size=192, tie_word_embeddings=False)
-    padded.lm_head.weight[160:] *= 8  # likelier than any token
-    plain = float_model(tie_word_embeddings=False)
-    plain.load_state_dict({
-        name: value[:160] if name in ("lm_head.weight", "model.embed_tokens.weight") else value
-        for name, value in padded.state_dict().items()
-    })  # fmt: skip
-    units = [(layer, names) for layer in range(2) for names in STAGES]
-
-    def sensitivities(model: BitNetForCausalLM, unused: Tensor | None = None) -> list[float]:
-        return list(mixture._divergences(model, ids(), units, replace(QUICK, unused=unused)).values())
-
-    wanted = sensitivities(plain)
-    assert sensitivities(padded, torch.arange(160, 192)) == pytest.approx(wanted, rel=1e-3)
-    assert sensitivities(padded) != pytest.approx(wanted, rel=0.5)
 
 
 def test_learned_rounding_lowers_the_error_of_the_first_block() -> None:

@@ -335,4 +335,4 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, tokenizer
     monkeypatch.delitem(sys.modules, "bitnet.serving.server", raising=False)
     monkeypatch.delattr("bitnet.serving.server", raising=False)
     assert main(["serve", str(tmp_path)]) == 2
-    assert "bitnet[serve]" in capsys.readouterr().err
+    assert "pip install -e '.[serve]'" in capsys.readouterr().err
