@@ -40,6 +40,8 @@ COMMANDS = {
     "formats": "a number in FP32, FP16, BF16, FP8 and INT8: bits, error, memory",
     "consolidate": "make the sharded checkpoints of a run plain ones",
 }
+TEXTS = ("--prompt", "--sample-prompt", "--stop", "--system")
+"""Options that an empty value says something of."""
 HELP = f"""usage: bitnet COMMAND ...
 
 Train, compare and run BitNet b1.58 (ternary) language models.
@@ -72,7 +74,8 @@ def execute(command: ModuleType | str, prog: str, arguments: Sequence[str] | Non
 
 def read_options(command: ModuleType, prog: str, arguments: list[str]) -> Any:
     """The command's options, by its own `parse(arguments, prog)` where it has one. Raises ValueError for a number that
-    is none, or infinite."""
+    is none, or infinite, and for an empty argument."""
+    refuse_empty(arguments)
     if hasattr(command, "parse"):
         return command.parse(arguments, prog)
     import tyro
@@ -81,6 +84,19 @@ def read_options(command: ModuleType, prog: str, arguments: list[str]) -> Any:
     options = tyro.cli(command.Options, prog=prog, args=arguments, description=examples)
     require_finite(options, "--")
     return options
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an empty argument: most often a variable of the shell that is not set, and to paths and to
+    what is asked with `if` the same as one that was not given."""
+    option = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = name.replace("_", "-")
+        if (not argument or (argument.startswith("--") and equals and not value)) and option not in TEXTS:
+            place = f"behind {option}" if option else "among the arguments"
+            raise ValueError(f"an empty value stands {place}; give one, or leave it out (a variable that is not set?)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

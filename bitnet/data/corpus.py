@@ -193,8 +193,11 @@ def open_corpora(
                     f"corpus {place!r} holds the documents of another one: give it once, with both weights"
                 )
             known.add(fingerprint)
-        number = sum(other.name == corpus.name for other in corpora.values()) + 1
-        corpora[corpus.name if number == 1 else f"{corpus.name}-{number}"] = corpus
+        name, number = corpus.name, 1
+        while name in corpora:
+            number += 1
+            name = f"{corpus.name}-{number}"
+        corpora[name] = corpus
         weights.append(weight)
     if field and not any(corpus.has_records for corpus in corpora.values()):
         raise ValueError(

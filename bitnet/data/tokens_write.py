@@ -297,6 +297,7 @@ class _ShardWriter:
 
     def resume(self, state: JsonObject) -> None:
         """Return to a state that `flush` gave, cutting off what was written after it. OSError for shorter files."""
+        self._close_file()
         for shard in state["shards"]:
             path, size = self._folder / shard["file"], shard["tokens"] * self._dtype.itemsize
             if path.stat().st_size < size:

@@ -44,7 +44,7 @@ def pack_codes(codes: Tensor, bits: int, *, checked: bool = True) -> Tensor:
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 [N, K], got {codes.dtype} {list(codes.shape)}")
     low, high = (-1, 1) if bits == 2 else (-OFFSET[bits], OFFSET[bits] - 1)
-    if checked and codes.numel() and (codes.min() < low or codes.max() > high):
+    if checked and codes.numel() and not codes.is_meta and (codes.min() < low or codes.max() > high):
         raise ValueError(f"codes span [{int(codes.min())}, {int(codes.max())}], {bits} bits hold [{low}, {high}]")
     padding = -codes.shape[1] % block
     unsigned = torch.nn.functional.pad(codes.to(torch.int16) + OFFSET[bits], (0, padding), value=OFFSET[bits])

@@ -137,6 +137,8 @@ def parse(arguments: Sequence[str], prog: str = "train.py") -> Arguments:
         raise ValueError("--preset lora has the rates of adapters; give --lora RANK, and --init MODEL")
     if known.preset == "chat" and config.data.chat is None and known.estimate is None:
         raise ValueError("--preset chat trains on conversations; give --data.chat FILE, and --init MODEL")
+    if known.preset == "chat" and config.init is None and known.estimate is None:
+        raise ValueError("--preset chat goes on with a model that was trained on text; give --init MODEL")
     return Arguments(config, known.resume is not None, known.estimate, known.presets)
 
 
@@ -195,6 +197,8 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
         (("ramp_shape",), config.ramp, "--ramp"),
         (("spike_factor",), config.on_spike != "off", "--on-spike"),
         (("optim.second_from", "optim.weight_decay_second"), optim.lr_second, "--optim.lr-second"),
+        (("optim.lr_min_ratio",), optim.decay != "constant", "a decay of the rate (--optim.decay)"),
+        (("sample_prompt",), config.sample_every, "--sample-every"),
     ):
         for name in names:
             if not there and (option := given(name)):
@@ -205,7 +209,7 @@ def check_owners(config: TrainConfig, default: TrainConfig) -> None:
     for beside, there, owner in (
         (("data.corpus", "data.max_bytes", "data.document_mask"), config.data.chat, "--data.chat"),
         (("data.tokenizer",), config.init, "--init, whose tokenizer the model knows"),
-        (("optim.lr_rest", "optim.weight_decay", "product"), config.lora, "--lora"),
+        (("optim.lr_rest", "optim.weight_decay", "optim.weight_decay_second", "product"), config.lora, "--lora"),
         (
             ("float_start", "ramp"),
             config.model.quantizer == "none" and config.float_start + config.ramp,

@@ -199,7 +199,7 @@ class TrainConfig:
             )
         if not 0 <= self.float_start < 1:
             raise ValueError(f"float_start is {self.float_start}; it is a share of the steps, from 0 to below 1")
-        if not 0 <= self.ramp <= 1 - self.float_start:
+        if self.ramp < 0 or self.float_start + self.ramp > 1:
             raise ValueError(
                 f"ramp is {self.ramp}; it is a share of the steps, at most what float_start {self.float_start} leaves"
             )
@@ -298,7 +298,7 @@ class TrainConfig:
     def quantizer_strength(self, step: int) -> float:
         """How much of the quantizers a step runs: 0 in the 16-bit warm start, then rising over the ramp to 1, the model
         that a checkpoint becomes."""
-        if self.model.quantizer == "none":
+        if self.model.quantizer == "none" or step >= self.steps:  # which rounding in `place` could leave a part out of
             return 1.0
         at, steps = self.place(step)
         behind, ramp = at - int(self.float_start * steps), int(self.ramp * steps)
@@ -355,8 +355,9 @@ class TrainConfig:
                     "no VNNI; leave product out"
                 )
             return False
-        if self.rounds_gradients and strategy == "fsdp":
-            raise ValueError("product int8-all multiplies codes, and shards arrive as floats; leave product out")
+        if asked and (self.model.quantizer == "none" or strategy == "fsdp"):
+            floats = "shards arrive as floats" if strategy == "fsdp" else "the model is a float one"
+            raise ValueError(f"product {self.product} multiplies codes, and {floats}; leave product out")
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 
     def check_graphs(self, device: torch.device, strategy: str, borders: bool) -> None:

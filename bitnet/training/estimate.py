@@ -293,7 +293,7 @@ def estimate_run(config: TrainConfig, processes: int) -> str:
     config.check_window()
     world = World(0, processes, strategy)
     work = config.workload(device, dtype, world, compiled=compiled, teacher=teacher, frozen=frozen)
-    return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 1)
+    return report(work, device, steps=config.steps, minutes=config.minutes, checkpoints=config.keep_last + 2)
 
 
 def frozen_bytes(source: Source) -> int:

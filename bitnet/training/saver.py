@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -60,7 +61,7 @@ class Saver:
             state=trainer.progress.state(feed.fingerprint, trainer.teacher.fingerprint if trainer.teacher else None),
             config=dataclasses.asdict(config),
             tokenizer=feed.tokenizer.files() | (feed.template.files() if feed.template else {}) | dict(trainer.files),
-            best=best,
+            best=best or math.isinf(trainer.progress.best_loss),  # until one is ranked, the newest is what there is
             keep=config.keep_last,
         )
         weights, moments = trainer.model.state_dict(), trainer.optimizer.state()

@@ -351,7 +351,8 @@ class Trainer:
         progress = self.progress
         # A loss of the warm start or the ramp is not that of the quantized model which its checkpoint becomes.
         quantized = self.config.quantizer_strength(progress.step) == 1
-        best = quantized and (result.loss < progress.best_loss or progress.best_tokens not in (0, result.tokens))
+        other = progress.best_tokens not in (0, result.tokens) and not math.isnan(result.loss)
+        best = quantized and (result.loss < progress.best_loss or other)
         if best:
             progress.best_loss, progress.best_tokens = result.loss, result.tokens
         return best

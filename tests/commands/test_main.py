@@ -12,7 +12,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
-from bitnet.__main__ import COMMANDS, execute, main
+from bitnet.__main__ import COMMANDS, execute, main, refuse_empty
 from bitnet.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,26 @@ def test_the_table_is_printed_without_torch():
     text, modules = loaded_after(["--help"])
     assert all(name in text for name in COMMANDS)
     assert not modules & {"torch", "numpy", "tyro"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["train", "--resume", ""], "behind --resume"), (["train", "--out="], "behind --out"),
+        (["train", "--data.corpus", ""], "behind --data.corpus"), (["generate", ""], "among the arguments"),
+        (["evaluate", "", "--device", "cpu"], "among the arguments"),
+        (["train", "--data_field", ""], "behind --data-field"),
+    ],
+)  # fmt: skip
+def test_an_empty_argument_is_not_one_that_was_left_out(tmp_path, monkeypatch, capsys, arguments, place):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert f"an empty value stands {place}" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_text_is_a_text():
+    refuse_empty(["--prompt", "", "--sample_prompt=", "--system", "", "--stop", ".", ""])
 
 
 HELPED = sorted(set(COMMANDS) - {"train"})  # whose help shows the values of a preset

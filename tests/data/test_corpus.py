@@ -329,6 +329,18 @@ def test_hub_without_datasets_or_network(monkeypatch):
         next(documents)
 
 
+def test_equal_names_are_told_apart(tmp_path):
+    places = [tmp_path / "x" / "a.txt", tmp_path / "a-2.txt", tmp_path / "y" / "a.txt", tmp_path / "z" / "a.txt"]
+    for number, place in enumerate(places):
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(f"text number {number}")
+    found, weights = corpora.open_corpora([f"{place}=0.25" for place in places])
+    assert weights == (0.25,) * 4
+    assert {name: next(iter(corpus.documents())) for name, corpus in found.items()} == {
+        "a": "text number 0", "a-2": "text number 1", "a-3": "text number 2", "a-4": "text number 3"
+    }  # fmt: skip
+
+
 def test_names_are_no_longer_than_files_can_have(tmp_path):
     files = [tmp_path / f"shard-{number:02}-{'a' * 40}.txt" for number in range(12)]
     files += [tmp_path / f"{'x' * 250}.txt", tmp_path / f"{chr(233) * 120}.txt"]

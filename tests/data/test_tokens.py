@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -219,6 +220,33 @@ def test_a_killed_call_is_gone_on_with(tmp_path, tokenizer, monkeypatch, stop_at
         found = tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100).folder
     assert texts == numbered(50)  # nothing was tokenized twice
     assert [p.name for p in (tmp_path / "killed").iterdir()] == [found.name]
+    for file in expected.iterdir():
+        assert (found / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("lost", ["missing", "short"])
+def test_a_killed_call_whose_shards_are_lost_is_begun_anew(tmp_path, tokenizer, monkeypatch, split, lost):
+    corpus = corpus_of(numbered(50))
+    expected = tokenize_corpus(corpus, tokenizer, tmp_path / "straight").folder
+    encode, count = Tokenizer.encode_batch, itertools.count()
+
+    def encoding(self, batch, threads=1):
+        if next(count) == 49:
+            raise KeyboardInterrupt
+        return encode(self, batch, threads)
+
+    monkeypatch.setattr(tokens_write, "_batches", lambda documents: ([d] for d in documents))
+    monkeypatch.setattr(tokens_write, "FLUSH_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_batch", encoding)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_corpus(corpus, tokenizer, tmp_path / "killed")
+    (work,) = (tmp_path / "killed").iterdir()
+    shard = work / f"{split}-00000.bin"
+    assert shard.stat().st_size > 1
+    shard.unlink() if lost == "missing" else shard.write_bytes(b"")
+    found = tokenize_corpus(corpus, tokenizer, tmp_path / "killed").folder
     for file in expected.iterdir():
         assert (found / file.name).read_bytes() == file.read_bytes(), file.name
 

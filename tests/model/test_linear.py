@@ -36,6 +36,18 @@ def test_constructor_is_positional_like_linears() -> None:
     assert (layer.quantizer, BitLinear(4, 3, quantizer="int4").quantizer) == ("ternary", "int4")
 
 
+@pytest.mark.parametrize("quantizer", ["ternary", "ternary-g64", "binary", "int4", "int8"])
+def test_a_packed_model_is_made_without_memory(quantizer: str) -> None:
+    wanted = pack(replace_linear(mlp(), quantizer=quantizer))
+    with torch.device("meta"):
+        empty = replace_linear(mlp(), quantizer=quantizer)
+    empty = pack(empty)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    empty.load_state_dict(wanted.state_dict(), assign=True)
+    x = torch.randn(5, next(wanted.children()).in_features)
+    assert torch.equal(empty(x), wanted(x))
+
+
 @pytest.mark.parametrize("make", [lambda q: BitLinear(4, 3, quantizer=q), lambda q: PackedLinear(4, 3, quantizer=q),
                                   lambda q: replace_linear(mlp(), quantizer=q)])  # fmt: skip
 def test_unknown_quantizer_is_named(make) -> None:

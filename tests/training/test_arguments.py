@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
+import torch
 
 import train as trainer
 from bitnet.__main__ import main
 from bitnet.data.feed import DataConfig
 from bitnet.training import arguments, estimate, help
+from bitnet.training import config as config_module
 from bitnet.training.arguments import ELSEWHERE, parse
 from bitnet.training.config import PRESETS, TrainConfig
 from bitnet.training.optimizer import OptimConfig
@@ -115,6 +118,16 @@ def test_what_would_have_no_effect_is_refused(tmp_path, tokenizer, monkeypatch):
             ["--preset", "lora", "--init", base, "--lora", "4", "--optim.weight-decay", "0.5"],
             "weight-decay 0.5 has no effect beside --lora",
         ),
+        (["--preset", "chat", "--data.chat", "c.jsonl"], "--preset chat goes on with a model .*; give --init MODEL"),
+        (
+            ["--preset", "lora", "--init", base, "--lora", "4", "--optim.weight-decay-second", "0.5"],
+            "weight-decay-second 0.5 has no effect",
+        ),
+        (
+            ["--optim.decay", "constant", "--optim.lr-min-ratio", "0.5"],
+            "0.5 has no effect without a decay of the rate",
+        ),
+        (["--preset", "tiny", "--sample-prompt", "The"], "--sample-prompt The has no effect without --sample-every"),
         (["--model.quantizer", "none", "--ramp", "0.5"], "--ramp 0.5 has no effect beside --model.quantizer none"),
         (
             ["--preset", "lora", "--init", base, "--lora", "4", "--model.quantizer", "int4"],
@@ -182,3 +195,25 @@ def test_fine_tuning_keeps_the_quantizer(tmp_path, tokenizer):
 def test_numbers_that_mean_nothing_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PRESETS["tiny"], **changes)
+
+
+@pytest.mark.parametrize("quantizer", ["ternary", "none"])
+@pytest.mark.parametrize("strategy", ["none", "fsdp"])
+@pytest.mark.parametrize("product", ["int8", "int8-all"])
+def test_a_product_of_codes_wants_codes(monkeypatch, quantizer, strategy, product):
+    monkeypatch.setattr(config_module, "cuts_off", lambda *_, **__: False)
+    config = dataclasses.replace(PRESETS["tiny"], model=PRESETS["tiny"].model.replace(quantizer=quantizer))
+    config = dataclasses.replace(config, product=product)
+    ask = partial(config.multiplies_int8, torch.device("cpu"), torch.float32, strategy)
+    if quantizer == "ternary" and strategy == "none":
+        assert ask()
+    else:
+        with pytest.raises(ValueError, match=f"product {product} multiplies codes, and .*leave product out"):
+            ask()
+
+
+@pytest.mark.parametrize(("start", "ramp"), [(0.8, 0.2), (0.9, 0.1), (0.34, 0.66), (0.2, 0.8)])
+def test_shares_that_make_one_are_taken(start, ramp):
+    dataclasses.replace(PRESETS["tiny"], float_start=start, ramp=ramp)
+    with pytest.raises(ValueError, match=f"at most what float_start {start} leaves"):
+        dataclasses.replace(PRESETS["tiny"], float_start=start, ramp=ramp + 0.01)

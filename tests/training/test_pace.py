@@ -117,6 +117,15 @@ def test_a_run_ends_in_time_and_is_repeated_to_the_bit(tmp_path, corpus, monkeyp
     assert trainer.prepare(dataclasses.replace(again, steps=90), resume=True).config.pace == ()
 
 
+def test_a_ramp_to_the_end_is_whole_there():
+    """Where a decision of the clock left the last step is rounded."""
+    config = dataclasses.replace(recipes.PRESETS["tiny"], steps=5, pace=((0, 11), (2, 5)), float_start=0.2, ramp=0.8)
+    where, of = config.place(5)
+    assert 0 < of - where < 1e-9
+    assert config.quantizer_strength(5) == 1
+    assert config.quantizer_strength(4) < 1
+
+
 def test_one_long_step_costs_its_own_time_alone():
     """A graph that is compiled in the middle of a run: 30 s in which the others take 1 s."""
     clock, now, steps = Clock(300.0, 1.0, 0.0, 0.0, 5.0), 0.0, 290

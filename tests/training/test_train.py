@@ -167,6 +167,26 @@ def test_best_is_ranked_on_one_part_of_the_split_and_never_in_the_warm_start(tmp
     assert (run.progress.best_loss, run.progress.best_tokens) == (4.0, 64)
 
 
+def test_until_one_is_ranked_the_newest_is_best(tmp_path, corpus, monkeypatch):
+    """Nothing in the ramp is, and the first checkpoint, of the warm start, is worse than all behind it."""
+    evaluations, seen = Trainer.evaluations, {}
+
+    def looking(self, *limits):
+        seen[self.progress.step] = resolve(self.folder, "best").name if seen else ""
+        return evaluations(self, *limits)
+
+    monkeypatch.setattr(Trainer, "evaluations", looking)
+    run = trainer.train(configuration(tmp_path, corpus, eval_every=2, float_start=0.25, ramp=0.75))
+    assert seen == {2: "", 4: "step-00000002", 6: "step-00000004", 8: "step-00000006"}
+    assert resolve(run.folder, "best").name == "step-00000008"
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path, corpus):
+    run = trainer.prepare(configuration(tmp_path, corpus))
+    for loss, tokens, best in ((3.0, 64, True), (math.nan, 64, False), (math.nan, 128, False), (4.0, 128, True)):
+        assert run.is_best(Evaluation(loss, 0.0, 1.0, tokens=tokens)) == best, (loss, tokens)
+
+
 def test_an_end_in_the_last_validation_loses_nothing_else(tmp_path, corpus, monkeypatch):
     original = Trainer.evaluations
 
