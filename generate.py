@@ -18,6 +18,7 @@ same seed gives the same text) and why the text ends there: stop (an end-of-text
 """
 
 import dataclasses
+import io
 import re
 import secrets
 import sys
@@ -135,6 +136,8 @@ def run(options: Options) -> None:
         if options.prompt_lookup_num_tokens and options.samples > 1:
             note("--prompt-lookup-num-tokens is of single texts and --prompts; samples are written without drafts")
         writer = Writer(options, model)
+        if options.interactive and isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is one error, not the end
         if options.prompts is not None and options.out is not None:
             from bitnet.inference.batch import write_answers
 
@@ -152,19 +155,16 @@ def continue_lines(writer: "Writer") -> None:
     """Continue the lines of an interactive session, each or, with an empty one, the last text."""
     ids = list[int]()
     while (line := read_line()) is not None:
-        if line:
-            ids = writer.model.encode(line)
-        elif not ids:
+        if not line and not ids:
             continue
-        # A text that is continued again and again keeps its second half, so that there is always room.
-        ids = ids if line else ids[-(writer.model.positions // 2) :]
         try:
-            writer.write(ids)
+            # A text that is continued again and again keeps its second half, so that there is always room.
+            writer.write(writer.model.encode(line) if line else ids[-(writer.model.positions // 2) :])
         except KeyboardInterrupt:  # the text goes on from what was written so far
             pass
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
-            writer.ids = []
+            continue
         ids = writer.ids
         writer.seed += 1
 

@@ -52,7 +52,7 @@ def call(capsys, monkeypatch, checkpoint):
 
 
 STATS = (
-    r"prefill \d+ tokens \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| "
+    r"prefill \d+ tokens(?: \(\d+ known\))? \d+ tok/s \| decode \d+ tokens \d+ tok/s \d+\.\d\d GB/s \| "
     r"(?:native int8|torch) \| seed (\d+) \| stop reason (?:stop|length|context|interrupted)\n"
 )
 
@@ -133,6 +133,8 @@ def test_interactive_session(call):
     assert re.findall(r"seed (\d+)", err) == ["1", "2", "3"]  # the empty line before any text is no prompt
     prefills = [int(n) for n in re.findall(r"prefill (\d+)", err)]
     assert prefills[1] >= prefills[0] + 4  # continues the first text
+    if "native" in err:  # and reads what is new: the token that was drawn last
+        assert f"prefill {prefills[1]} tokens ({prefills[1] - 1} known)" in err
     assert call(*options, stdin=b"first line\n")[1] == call("--prompt", "first line", "--no-echo", *options[1:])[1]
     # An error ends the text, not the session; a text that fills the model can still be continued.
     long = ("--interactive", "--max-new-tokens", "30", "--temperature", "0")
@@ -140,6 +142,12 @@ def test_interactive_session(call):
     assert status == 0
     assert err.count("error: a prompt of ") == 1
     assert len(re.findall("seed", err)) == 7
+    # So it is where a line is no text; an empty one goes on with the text before.
+    status, _, err = call(*options, stdin=b"first line\n\xff\xfe\n\nsecond\n")
+    assert status == 0
+    assert "half of a surrogate pair" in err
+    again = [int(n) for n in re.findall(r"prefill (\d+)", err)]
+    assert (len(again), again[:2]) == (3, prefills[:2])
 
 
 def test_ctrl_c_ends_the_text_and_shows_what_it_took(call, monkeypatch):

@@ -218,3 +218,24 @@ def has_case_or_marks(text: str) -> bool:
 
 
 GGUF_TEXTS = [*NASTY, *fragments(0, 250), *random_texts(3, 60), stdlib_text()[:4000]]
+
+
+def spaced_tokenizer(front: str, flags: dict[str, bool], limited: bool) -> HuggingFaceTokenizer:
+    """One of single letters. U+2581 is a space, and stands in front of the first text ("first") or of each between
+    special tokens; `flags` are those of the chat's tokens; `limited`: with an expression that may take any time."""
+    letters = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", "\u2581", "\n", *map(chr, range(33, 127))]
+    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    rules = [normalizers.Replace(tokenizers.Regex("(?:x+x+)+y$"), "")] if limited else []
+    if front == "prepend":
+        rules += [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(parts)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=front, split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme=front)
+    backend.normalizer = normalizers.Sequence(rules) if rules else None
+    backend.add_special_tokens([
+        tokenizers.AddedToken(text, normalized=False, special=True, **(flags if text.startswith("<|") else {}))
+        for text in letters[:5]
+    ])  # fmt: skip
+    return HuggingFaceTokenizer(backend, bos_id=1, eos_id=2)

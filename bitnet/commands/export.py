@@ -13,6 +13,7 @@ of the latent weights, or from the file as they are. What a target cannot expres
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    if options.out.exists():
+    if os.path.lexists(options.out):
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
     check_writable(options.out)  # before the work, not behind it
     for name, target in (("type", "gguf"), ("form", "hf")):

@@ -61,7 +61,7 @@ def print_report(result: JsonObject) -> None:
     )
     if result["zeros"] is not None:
         print(f"{result['ternary_parameters']:,} parameters are ternary, {result['zeros']:.1%} of them 0")
-    print(f"\n{table([(key, _short(value)) for key, value in result['about'].items()])}\n")
+    print(f"\n{table([(printable(key), _short(value)) for key, value in result['about'].items()])}\n")
     kinds = [("type", "tensors", "parameters", "bytes", "bits")]
     for kind, total in result["types"].items():
         bits = 8 * total["bytes"] / max(1, total["parameters"])
@@ -73,7 +73,7 @@ def print_report(result: JsonObject) -> None:
         scale = f"{scale:.6g}" if isinstance(scale, float) else scale or ""
         shown = (scale, "" if zeros is None else f"{zeros:.1%}")
         shape = " x ".join(map(str, row["shape"]))
-        lines.append((row["name"], row["type"], shape, f"{row['bits_per_weight']:.2f}", *shown))
+        lines.append((printable(row["name"]), row["type"], shape, f"{row['bits_per_weight']:.2f}", *shown))
     print(table(lines))
 
 
@@ -84,9 +84,14 @@ def print_histogram(name: str, bins: list[JsonObject]) -> None:
         low, high = (end if isinstance(end, str) else f"{end:.5g}" for end in (b["low"], b["high"]))
         values = low if b["low"] == b["high"] else f"{low} to {high}"
         rows.append((values, f"{b['count']:,}", f"{b['count'] / total:.1%}", "#" * round(BAR * b["count"] / most)))
-    print(f"\n{name}\n{table(rows)}")
+    print(f"\n{printable(name)}\n{table(rows)}")
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value.replace("\n", "\\n")
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what would steer the terminal: such characters escaped, as Python writes them."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

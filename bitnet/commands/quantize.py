@@ -9,6 +9,7 @@ and `bitnet export` take. Methods that look at activations are calibrated on the
 or the one of --text.
 """
 
+import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,7 +71,7 @@ def run(options: Options) -> None:
     if options.method not in METHODS:
         raise ValueError(f"method {options.method!r} is unknown; choose one of {', '.join(METHODS)}")
     check(options)
-    if options.out.exists():  # before the work, not behind it
+    if os.path.lexists(options.out):  # before the work, not behind it
         raise ValueError(f"{options.out} already exists; choose another name or delete it")
     check_writable(options.out)
 
@@ -98,6 +99,7 @@ def run(options: Options) -> None:
         tuning_steps=options.tuning_steps,
         target_bits=options.target_bits,
         unused=unused,
+        version=2 if options.algorithm == "original" else 1,  # whose zero points may be 0, which version 1 can't hold
         outlier_threshold=options.outlier_threshold,
         compatible=options.compatible,
     )

@@ -47,6 +47,8 @@ class GenerationStats:
     """
 
     prompt_tokens: int = 0
+    known_tokens: int = 0
+    """The part of prompt_tokens that need not be read: it was before, or another row has the same."""
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     """All generated tokens, the end-of-text tokens included."""
@@ -58,11 +60,14 @@ class GenerationStats:
     bytes_read: int = 0
     """Bytes that the decoding steps had to read: the model's `weight_bytes` and the filled cache at every step."""
 
-    def count(self, running: int, prompt_tokens: int, bytes_read: int, seconds: float, passes: int = 1) -> None:
-        """One more step, which gave a token to so many rows; the first one has read the prompts. Logits of a step may
-        be there already, without a pass."""
+    def count(
+        self, running: int, prompt_tokens: int, bytes_read: int, seconds: float, passes: int = 1, known: int = 0
+    ) -> None:
+        """One more step, which gave a token to so many rows; the first one has read the prompts, but for tokens that
+        are known. Logits of a step may be there already, without a pass."""
         if not self.new_tokens:
             self.prompt_tokens += prompt_tokens
+            self.known_tokens += known
             self.prefill_seconds += seconds
         else:
             self.decode_tokens += running
@@ -73,8 +78,8 @@ class GenerationStats:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Prompt tokens per second, of those that were read."""
+        return (self.prompt_tokens - self.known_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
@@ -92,9 +97,10 @@ class GenerationStats:
         return self.bytes_read / self.decode_seconds / 1e9 if self.decode_seconds else 0.0
 
     def __str__(self) -> str:
+        known = f" ({self.known_tokens} known)" if self.known_tokens else ""
         return (
-            f"prefill {self.prompt_tokens} tokens {self.prefill_rate:.0f} tok/s | decode {self.new_tokens} tokens "
-            f"{self.decode_rate:.0f} tok/s {self.bandwidth:.2f} GB/s"
+            f"prefill {self.prompt_tokens} tokens{known} {self.prefill_rate:.0f} tok/s | "
+            f"decode {self.new_tokens} tokens {self.decode_rate:.0f} tok/s {self.bandwidth:.2f} GB/s"
         )
 
 
@@ -232,12 +238,19 @@ class Memory:
 
     def __init__(self, lookup: PromptLookup) -> None:
         self.lookup = lookup
-        self._kept: dict[int, tuple[BlockRow | None, list[int]]] = {}  # one, as 0, taken out by a single operation
+        self._kept: dict[int, tuple[BlockRow | None, list[int], int]] = {}  # one, as 0, taken out by one operation
+        self._weights = 0
 
-    def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int]:
+    def forget(self) -> None:
+        """Use nothing that was read by now, nor what texts that have begun by now still read: by other weights."""
+        self._weights += 1
+
+    def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int, int]:
         """A row with room for so many tokens that has read as much of `ids` as is known, and how many that are: not
-        the last, whose logits are wanted."""
-        row, known = self._kept.pop(0, (None, []))
+        the last, whose logits are wanted. Then the number of the weights, for `put`."""
+        weights = self._weights
+        row, known, read_by = self._kept.pop(0, (None, [], weights))
+        known = known if read_by == weights else []
         pairs = enumerate(zip(known, ids[:-1], strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
         if row is not None:
@@ -245,10 +258,10 @@ class Memory:
         if row is None or row.cache.tokens < tokens:
             cache = cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
             row = cache.new_row() if row is None else row.move(cache)
-        return row, row.length
+        return row, row.length, weights
 
-    def put(self, row: BlockRow, ids: list[int]) -> None:
-        self._kept[0] = row, ids[: row.length]
+    def put(self, row: BlockRow, ids: list[int], weights: int) -> None:
+        self._kept[0] = row, ids[: row.length], weights
 
 
 def cache_of(model: LanguageModel, tokens: int) -> Any:
@@ -272,9 +285,10 @@ def _draw_rows(
     ids = [list(prompt) for prompt in prompts]
     texts: dict[int, Any] = {}  # the rows that have not ended
     ahead: Ahead | None = None
+    known = weights = 0
     started = time.perf_counter()
     if memory is not None and isinstance(model, Engine) and len(ids) == 1:
-        texts[0], known = memory.take(model, ids[0], len(ids[0]) + rooms[0])
+        texts[0], known, weights = memory.take(model, ids[0], len(ids[0]) + rooms[0])
         logits = rows.step([(texts[0], ids[0][known:])])
         ahead = Ahead(memory.lookup, model.rows, texts[0], ids[0]) if memory.lookup.tokens else None
     else:
@@ -285,6 +299,7 @@ def _draw_rows(
         read = [cache.new_row() for _ in first]
         logits = rows.step([(row, prompt) for row, prompt in zip(read, first, strict=True)])[which]
         texts = {row: read[place].fork() for row, place in enumerate(which)}
+        known = sum(map(len, prompts)) - sum(map(len, first))
         for row in read:
             row.close()
     step = 0
@@ -299,7 +314,8 @@ def _draw_rows(
             now = time.perf_counter()
             filled = sum(texts[row].nbytes for row in running)
             passes = 1 if ahead is None else int(ahead.passed)
-            stats.count(len(running), sum(map(len, prompts)), bytes_of_weights + filled, now - started, passes)
+            read = bytes_of_weights + filled
+            stats.count(len(running), sum(map(len, prompts)), read, now - started, passes, known)
             step += 1
             yield [drawn.get(row) for row in range(len(ids))]
             started = time.perf_counter()
@@ -320,7 +336,7 @@ def _draw_rows(
         if ahead is not None:
             ahead.forget()
         if memory is not None and 0 in texts:
-            memory.put(texts[0], ids[0])
+            memory.put(texts[0], ids[0], weights)
 
 
 @torch.inference_mode()

@@ -308,14 +308,14 @@ class TextModel:
         weights, which are read for that, and on a GPU for a model that was opened without one."""
         adapter = load_adapter(path)
         adapter.check(self.source.frozen(), self.source.path)
-        self._memory = Memory(self.lookup)  # of texts that the other weights have read
         put_on(self.model, adapter)
+        self._memory.forget()  # what the other weights have read
         self.adapter = adapter.path
 
     def unload_lora(self) -> None:
         """Write as the base again."""
-        self._memory = Memory(self.lookup)
         take_off(self.model)
+        self._memory.forget()
         self.adapter = None
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bitnet import kernels
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear, codes_and_scale
 from bitnet.model.transformer import BitNetForCausalLM
-from bitnet.model.weight_only import GroupLinear, StoredLayer, WeightOnlyLayer
+from bitnet.model.weight_only import FloatLinear, StoredLayer, WeightOnlyLayer
 from bitnet.quant.packing import pack_codes, unpack_codes
 
 Matrices = Mapping[str, tuple[Tensor, Tensor]]
@@ -38,10 +38,8 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return unpack_codes(layer.packed_weight, 8, layer.embedding_dim) * layer.weight_scale
     if isinstance(layer, PackedLinear) or (isinstance(layer, BitLinear) and layer.quantizer != "none"):
         return kernels.dequantize_weight(*codes_and_scale(layer), layer.quantizer)
-    if isinstance(layer, GroupLinear) and layer.input_scale is not None:
-        return layer.dequantize() / layer.input_scale
     if isinstance(layer, WeightOnlyLayer):
-        return layer.dequantize()
+        return layer.weight
     if isinstance(layer, nn.Linear):
         return layer.weight.detach().float()
     raise ValueError(f"{type(layer).__name__} {NO_GRADIENT}")
@@ -85,16 +83,14 @@ class LoRALinear(nn.Module):
         rows, columns = base.out_features, base.in_features
         assert isinstance(rows, int)
         assert isinstance(columns, int)
-        if not 1 <= rank <= min(rows, columns):
-            raise ValueError(
-                f"a rank of {rank} does not fit a weight of {rows} x {columns}; give 1 to {min(rows, columns)}"
-            )
         self.base, self.scaling = base, alpha / rank
         self.in_features, self.out_features = columns, rows
         self.lora_A, self.lora_B = nn.Parameter(torch.zeros(rank, columns)), nn.Parameter(torch.zeros(rows, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _frozen(x, self.base) + F.linear(F.linear(x, self.lora_A), self.lora_B * self.scaling)
+        y = _frozen(x, self.base)
+        own = F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B * self.scaling)
+        return (y + own).to(y.dtype)  # of a model in 16 bits too, whose adapter stays float32
 
 
 def projections(model: BitNetForCausalLM) -> Iterator[tuple[str, nn.Module]]:
@@ -149,6 +145,11 @@ def make_trainable(model: BitNetForCausalLM, rank: int, alpha: float) -> None:
     for name, layer in projections(model):
         if not isinstance(layer, (PackedLinear, WeightOnlyLayer, nn.Linear)):
             raise ValueError(f"{name}: {type(layer).__name__} {NO_GRADIENT}")
+        rows, columns = layer.out_features, layer.in_features
+        if not 1 <= rank <= min(rows, columns):  # more would train no more
+            raise ValueError(
+                f"a rank of {rank} does not fit a weight of {rows} x {columns}; give 1 to {min(rows, columns)}"
+            )
         adapter = LoRALinear(layer, rank, alpha)
         nn.init.kaiming_uniform_(adapter.lora_A, a=math.sqrt(5))
         _replace(model, name, adapter.to(model.device))
@@ -203,6 +204,8 @@ def fingerprint(model: BitNetForCausalLM) -> str:
                 codes, scale = codes_and_scale(layer)
                 packed = PackedLinear(1, 1, quantizer=layer.quantizer)
                 add(name, pack_codes(codes, packed.bits), scale.to(packed.weight_scale.dtype))
+        elif isinstance(layer, FloatLinear) and layer.dtype != "float8":
+            add(name, layer.weight)
         elif isinstance(layer, StoredLayer):
             add(name + repr(layer.description()), *(buffer for _, buffer in sorted(layer.named_buffers())))
         else:
@@ -271,6 +274,7 @@ def _nearest(weight: Tensor, scale: Tensor, quantizer: str) -> tuple[Tensor, Ten
         found = torch.where(squares > 0, products / squares.clamp(min=1), scale).half().float()
     elif scale.numel() == 1:
         found = (products.double().sum() / squares.double().sum().clamp(min=1)).float().view(1, 1)
+        found = torch.where(squares.any(), found, scale)  # of zeros alone any scale is right, but 0
     else:
         found = torch.where(
             squares.sum(1, keepdim=True) > 0,

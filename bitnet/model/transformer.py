@@ -275,8 +275,9 @@ class BitNetForCausalLM(nn.Module):
         With `embeddings` no float matrix is left but the norms, and the native engine
         (`bitnet/inference/cpu_engine.py`) runs exactly this model; without, the logits are the trained model's. What is
         packed already stays as it is, so a second call packs the embeddings of a model that came without. In a float
-        twin only embedding and head become INT8.
+        twin only embedding and head become INT8. Raises ValueError for weights that are NaN or infinite.
         """
+        check_finite(self)
         if embeddings and not self.head_is_packed:
             if self.lm_head is not None:
                 self.lm_head = PackedLinear.from_linear(self.lm_head, "int8")
@@ -379,3 +380,12 @@ def _projection(config: ModelConfig, name: str) -> Any:
     # Any, because pack() puts a PackedLinear in its place.
     out_features, in_features = config.projections()[name]
     return BitLinear(in_features, out_features, bias=name in config.biases(), quantizer=config.quantizer)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for a parameter with NaN or infinity in it, before something is made of it."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{name.removesuffix('.weight')} has NaN or infinite weights; did the model's training diverge?"
+            )

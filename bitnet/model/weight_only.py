@@ -238,6 +238,11 @@ class GroupLinear(WeightOnlyLayer):
         """The weight without `input_scale`, which the input takes."""
         return self.quantized().dequantize()
 
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies its input by, float32 `[N, K]`."""
+        return self.dequantize() if self.input_scale is None else self.dequantize() / self.input_scale
+
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.input_scale is None else (x / self.input_scale).to(x.dtype)
 

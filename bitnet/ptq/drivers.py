@@ -175,6 +175,8 @@ class Grouped(Driver):
         return TERNARY if self.ternary else Grid(self.bits, options.symmetric)
 
     def check(self, linears: NamedLinears, options: Options) -> None:
+        if self.ternary and options.symmetric:
+            raise ValueError("codes -1, 0 and 1 are symmetric by themselves; leave --symmetric out")
         # Codes share 32-bit words; 3-bit codes fill three of them with 32.
         step = 32 if self.bits == 3 else 32 // self.bits
         for name, linear in linears:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bitnet.model import BitNetForCausalLM
 from bitnet.model.linear import BitLinear, PackedEmbedding, PackedLinear
+from bitnet.model.transformer import check_finite
 from bitnet.model.weight_only import FloatLinear, nominal_bits
 from bitnet.ptq.drivers import (
     AWQ,
@@ -153,7 +154,8 @@ def quantize_model(
     wanted = driver.calibration == "required" or (driver.calibration == "optional" and calibration_ids is not None)
     if wanted:
         check_ids(model, name, calibration_ids)
-    check_options(options, linears)
+    check_finite(model)
+    check_options(options)
     driver.check(linears, options)
     with torch.no_grad():
         if METHODS[name].rotated:
@@ -209,7 +211,7 @@ def check_ids(model: BitNetForCausalLM, name: str, ids: Tensor | None) -> None:
     METHODS[name].driver.check_tokens(ids.numel(), model.config)
 
 
-def check_options(options: Options, linears: list[tuple[str, BitLinear]]) -> None:
+def check_options(options: Options) -> None:
     """Raise ValueError for what no method can take."""
     if options.embeddings not in ("float32", "float16", "bfloat16", "int8"):
         raise ValueError(f"embeddings {options.embeddings!r} are unknown; choose float32, float16, bfloat16 or int8")
@@ -219,6 +221,3 @@ def check_options(options: Options, linears: list[tuple[str, BitLinear]]) -> Non
         raise ValueError(f"tuning_steps is {options.tuning_steps}; autoround needs 1 or more (200 are usual)")
     if not options.outlier_threshold > 0:
         raise ValueError(f"outlier_threshold is {options.outlier_threshold}; give a magnitude above 0 (6 is usual)")
-    for name, linear in linears:
-        if not linear.weight.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinite weights; was the model's training diverging?")

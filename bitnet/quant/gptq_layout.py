@@ -69,9 +69,13 @@ def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     """The four tensors of a checkpoint, drawn at the top of this file; scales are stored in float16.
 
     Raises ValueError for sizes that do not fill 32-bit words (K and N must be multiples of 32 for 3 bits, of 32 / bits
-    otherwise), and for a zero point that the version cannot hold.
+    otherwise), for a zero point that the version cannot hold, and for a scale beyond float16.
     """
     offset = _zero_offset(version)
+    if (large := weight.scale.half().isinf()).any():
+        raise ValueError(
+            f"a scale of {float(weight.scale[large].max()):.3g} is too large for float16; rescale the weight"
+        )
     # Version 1 stores the zero point minus one, and so cannot hold a zero point of 0.
     zeros = weight.zero_point - offset
     if (zeros < 0).any():

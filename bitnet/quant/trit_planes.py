@@ -40,7 +40,7 @@ def quantize_planes(weight: Tensor, group_size: int = 128) -> TritPlanes:
     weight = check_weight(weight)
     rows, columns = weight.shape
     count = int(group_index(columns, group_size)[-1]) + 1
-    groups = weight.view(-1, columns // count)
+    groups = weight.reshape(-1, columns // count)
     largest = groups.abs().amax(1)
     # Thirds make nine levels that are evenly spaced, as far as the largest weight or less.
     even = [_best_trits(groups, torch.stack([0.75 * largest, 0.25 * largest]) * reach) for reach in REACHES]

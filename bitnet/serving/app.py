@@ -1,5 +1,6 @@
 """The application: every path, the form of every error, and the page."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -105,9 +106,10 @@ def make_app(models: Models, worker: Worker, metrics: Metrics, rules: Rules, cor
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         model = models.find(body.model)
         if body.messages is not None:
-            ids = chat.prompt_of(model, body.messages)
+            ids = await asyncio.to_thread(chat.prompt_of, model, body.messages)
         else:
-            ids = model.encode(body.prompt or "", "prompt", special=body.add_special_tokens)
+            text, special = body.prompt or "", body.add_special_tokens
+            ids = await asyncio.to_thread(model.encode, text, "prompt", special=special)
         return {"tokens": ids, "count": len(ids), "max_model_len": model.context}
 
     @app.post("/detokenize", responses=_documented(*ASKED))

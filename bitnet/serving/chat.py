@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: a conversation is answered, with the model's own template."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any, cast
@@ -14,7 +15,7 @@ from bitnet.serving.jobs import Generation, Piece, Token
 from bitnet.serving.models import ServedModel
 from bitnet.serving.requests import ChatBody, Function, Message, NamedTool, ObjectFormat, SchemaFormat
 from bitnet.serving.streams import events, requests_of, stream, unless_gone
-from bitnet.serving.tools import Call, CallReader, call_schema, form_of, opening, refuse
+from bitnet.serving.tools import Call, CallReader, call_schema, finite, form_of, opening, refuse
 
 
 def conversation(messages: list[Message]) -> list[dict[str, Any]]:
@@ -33,7 +34,7 @@ def conversation(messages: list[Message]) -> list[dict[str, Any]]:
             calls = []
             for call in message.tool_calls:
                 try:
-                    arguments = json.loads(call.function.arguments, parse_constant=refuse)
+                    arguments = json.loads(call.function.arguments, parse_constant=refuse, parse_float=finite)
                 except (ValueError, RecursionError) as error:
                     raise invalid(
                         f"the arguments of {call.function.name} are not JSON: {error}", f"messages[{number}].tool_calls"
@@ -50,6 +51,8 @@ def prompt_of(model: ServedModel, messages: list[Message], **variables: object) 
     template = model.require_template()
     try:
         return template.encode(conversation(messages), True, **variables)
+    except RecursionError as error:
+        raise invalid("arguments or parameters of a tool are nested too deeply", "messages") from error
     except ValueError as error:
         # Without the path that the template was read from.
         raise invalid(str(error).replace(template.where, "the chat template"), "messages") from error
@@ -222,5 +225,5 @@ class Chat:
 
 async def answer(model: ServedModel, body: ChatBody, http: HttpRequest) -> Response:
     """Raises ApiError for what cannot be asked of this model."""
-    chat = Chat(model, body, http)
+    chat = await asyncio.to_thread(Chat, model, body, http)
     return await stream(http, chat.chunks()) if body.stream else await chat.answer()

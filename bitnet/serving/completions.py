@@ -1,5 +1,6 @@
 """POST /v1/completions: a text goes on."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -152,5 +153,5 @@ async def complete(model: ServedModel, body: CompletionBody, http: HttpRequest) 
     """Raises ApiError for what cannot be asked of this model."""
     if body.echo and body.best_of is not None and body.best_of > (body.n or 1) and body.max_tokens == 0:
         raise ApiError(400, "best_of chooses among texts and max_tokens is 0; leave it out", param="best_of")
-    completions = Completions(model, body, http)
+    completions = await asyncio.to_thread(Completions, model, body, http)  # others are served while it is encoded
     return await stream(http, completions.chunks()) if body.stream else await completions.answer()

@@ -34,10 +34,16 @@ async def embed(model: ServedModel, body: EmbeddingBody, http: HttpRequest) -> R
             501, f"{model.name!r} runs on an engine that gives logits alone; embeddings need one of the CPU, or torch",
             param="model", code="no_embeddings",
         )  # fmt: skip
-    texts = [ids for _, ids in prompts_of(model, body.input, "input", MAX_TEXTS)]
+    prompts = await asyncio.to_thread(prompts_of, model, body.input, "input", MAX_TEXTS)
+    texts = [ids for _, ids in prompts]
     for ids in texts:  # before the first is computed
         model.scheduler.check_text(ids)
-    vectors = await unless_gone(http, _vectors(model.scheduler, texts))
+    longest = model.scheduler.limits.request_seconds
+    try:
+        async with asyncio.timeout(longest):
+            vectors = await unless_gone(http, _vectors(model.scheduler, texts))
+    except TimeoutError:
+        raise ApiError(504, f"the answer took longer than {longest:g} s", code="deadline_exceeded") from None
     count = sum(map(len, texts))
     data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format == "base64")}

@@ -60,12 +60,15 @@ class _Vocabulary:
     def __init__(self, tokenizer: BaseTokenizer) -> None:
         pieces = [(i, tokenizer.surface_bytes(i)) for i in range(tokenizer.vocab_size)]
         self._tokenizer = tokenizer
-        self.eos_token_id = tokenizer.eos_id if tokenizer.eos_id is not None else 0
+        # Without an end of text a text ends with its grammar; llguidance wants a token for it, which no model draws.
+        self.eos_token_id = len(pieces) if tokenizer.eos_id is None else tokenizer.eos_id
         self.bos_token_id = tokenizer.bos_id
         # A token without bytes, or that is never drawn, is no way to go on; under a name of its own no text has it.
         nameless = tokenizer.unused.union(i for i, piece in pieces if not piece)
         self.tokens = [f"<|token {i}|>".encode() if i in nameless else piece for i, piece in pieces]
-        self.special_token_ids = sorted(nameless.union(tokenizer.specials.values()))
+        self.special_token_ids = sorted(nameless.union(tokenizer.specials.values(), [self.eos_token_id]))
+        if tokenizer.eos_id is None:
+            self.tokens.append(b"<|end of text|>")
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
@@ -76,7 +79,8 @@ class GrammarMatcher:
 
     def __init__(self, matcher: Any, tokenizer: BaseTokenizer) -> None:
         self._matcher = matcher
-        self._words = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.int32)
+        known = tokenizer.vocab_size + (tokenizer.eos_id is None)  # as `_Vocabulary` has them
+        self._words = np.zeros(-(-known // 32), dtype=np.int32)
         self._size = tokenizer.drawable.vocab_size
         self._ends = list(tokenizer.eos_ids)
 

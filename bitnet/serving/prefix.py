@@ -7,6 +7,7 @@ A row is found by the hashes of its blocks of BLOCK tokens, each over all tokens
 themselves: equal hashes alone never join two texts.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -21,9 +22,7 @@ class PrefixCache:
     """Rows by what they begin with. Used by one thread."""
 
     def __init__(self) -> None:
-        self._rows: OrderedDict[int, tuple[Row, tuple[int, ...]]] = (
-            OrderedDict()
-        )  # by number, least recently used first
+        self._rows: OrderedDict[int, tuple[Row, array[int]]] = OrderedDict()  # by number, least recently used first
         self._places: dict[int, list[int]] = {}  # hash of a beginning to the numbers of the rows that have it
         self._next = 0
 
@@ -33,7 +32,7 @@ class PrefixCache:
     def fork(self, ids: Sequence[int]) -> Row | None:
         """A new row with the longest known beginning of `ids`, short of the last one, whose logits are still wanted;
         None where not even a block is known."""
-        wanted, start = tuple(ids[:-1]), 0
+        wanted, start = array("i", ids[:-1]), 0
         numbers: list[int] = []
         for place in _hashes(wanted):
             if place not in self._places:
@@ -53,7 +52,7 @@ class PrefixCache:
 
     def keep(self, row: Row, ids: Sequence[int]) -> None:
         """Take over a row that holds these tokens."""
-        known = tuple(ids[: row.length])
+        known = array("i", ids[: row.length])
         places = list(_hashes(known))
         if not places:
             row.close()

@@ -3,6 +3,7 @@
 Nothing is stored on the server: the conversation is sent again with every turn, and `previous_response_id` is refused.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -138,5 +139,5 @@ def _format(body: ResponseBody) -> dict[str, Any]:
 
 async def respond(model: ServedModel, body: ResponseBody, http: HttpRequest) -> Response:
     """Raises ApiError for what cannot be asked of this model."""
-    response = PlainResponse(model, body, http)
+    response = await asyncio.to_thread(PlainResponse, model, body, http)
     return await stream(http, response.chunks(), done=False) if body.stream else await response.answer()

@@ -246,7 +246,9 @@ class Scheduler:
     def _admit(self) -> None:
         while (job := self._queue.peek()) is not None:
             need = job.need(self._shared)
-            if len(self._running) + job.generation.count > self.limits.parallel:
+            # Those to come of jobs whose prompt is being read have their places.
+            coming = sum(job.generation.count - len(job.samples) for job in self._jobs(self._running))
+            if len(self._running) + coming + job.generation.count > self.limits.parallel:
                 return
             if self._reserved + need > self.limits.cache_tokens:
                 return

@@ -9,6 +9,7 @@ prompt goes on with the beginning of a call, and a grammar keeps the rest to the
 """
 
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ class CallReader:
 
     def _parse(self, body: str) -> list[Call] | None:
         try:
-            value = json.loads(body, parse_constant=refuse)
+            value = json.loads(body, parse_constant=refuse, parse_float=finite)
         except (ValueError, RecursionError):
             return None
         entries = value if isinstance(value, list) else [value]
@@ -170,3 +171,11 @@ class CallReader:
 def refuse(word: str) -> None:
     """NaN and Infinity, which Python reads. Raises ValueError."""
     raise ValueError(f"{word} is no JSON")
+
+
+def finite(number: str) -> float:
+    """A number of a JSON text. Raises ValueError for one that would be infinite, which JSON has no way to write."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is too large a number")
+    return value

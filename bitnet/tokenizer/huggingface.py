@@ -99,6 +99,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
         self._json: str = backend.to_str()
         cost = _cost_of(backend, source)
         self._limited = LimitedEncoder(self._json, cost, source) if cost else None
+        self._marked: tuple[str, HuggingFaceTokenizer, dict[int, int]] | None = None
         said = f"{bos_id} {self.eos_ids} {self._json}"
         if bos_id is not None and backend.post_processor is not None:
             with library_errors(source):
@@ -176,8 +177,8 @@ class HuggingFaceTokenizer(BaseTokenizer):
             raise error
 
     def _encode_special(self, text: str, mark: str = "") -> list[int]:
-        if mark and mark in text:  # the library knows no marks
-            return super()._encode_special(text, mark)
+        if mark and mark in text:
+            return self._encode_marked(text, mark)
         if self._limited:
             return self._limited.encode([text], special=True)[0]
         with self._lock:  # the setting is everyone's
@@ -186,6 +187,32 @@ class HuggingFaceTokenizer(BaseTokenizer):
                 return self.encode_batch([text])[0]
             finally:
                 self._backend.encode_special_tokens = True
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """The library knows no marks, and what stands beside a special token is not a text of its own to it. So special
+        tokens that count are written as others, which stand for them, where those that do not are text."""
+        with self._lock:
+            if self._marked is None or self._marked[0] != mark:
+                self._marked = mark, *self._with_marks(mark)
+            _, tokenizer, meant = self._marked
+        parts = self._special_pattern.split(text) if self._special_pattern else [text]
+        parts[::2] = [part.replace(mark, "") for part in parts[::2]]
+        parts[1::2] = [mark + part for part in parts[1::2]]
+        return [meant.get(i, i) for i in tokenizer.encode_batch(["".join(parts)])[0]]
+
+    def _with_marks(self, mark: str) -> tuple[HuggingFaceTokenizer, dict[int, int]]:
+        """A tokenizer that knows each special token behind a mark, as text that is always one token, and of those the
+        ids that they stand for."""
+        backend, added = backend_from_json(self._json, self._source), self._backend.get_added_tokens_decoder()
+        tokens = {mark + token.content: (i, token) for i, token in added.items() if token.special}
+        _add(backend, [
+            (text, {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word,
+                    "normalized": False, "special": False})
+            for text, (_, token) in tokens.items()
+        ])  # fmt: skip
+        meant = {i: tokens[token.content][0] for i, token in backend.get_added_tokens_decoder().items()
+                 if token.content in tokens}  # fmt: skip
+        return HuggingFaceTokenizer(backend, source=self._source), meant
 
 
 def backend_from_json(text: str, source: str, rows: object = None) -> tokenizers.Tokenizer:

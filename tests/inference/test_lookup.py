@@ -66,10 +66,10 @@ def test_two_threads_may_want_what_is_left_at_once() -> None:
     taken = list[int]()
 
     def take() -> None:
-        row, known = memory.take(engine, ids, 8)
+        row, known, weights = memory.take(engine, ids, 8)
         taken.append(known)
         engine.rows.step([(row, ids[known:])])
-        memory.put(row, ids)
+        memory.put(row, ids, weights)
 
     take()
     assert between_instructions(take, Memory.take.__code__, memory._kept.clear) > 20

@@ -1,7 +1,9 @@
 """The server as OpenAI's own Python client sees it: completions, chats, streams, tools, JSON schemas, errors."""
 
+import dataclasses
 import json
-from concurrent.futures import Future
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from tests.serving.builders import Source, running
 openai = oracles.require("openai")
 httpx = oracles.require("httpx")
 PROMPT = "def wrap(text"
+SLOW = [{"role": "user", "content": "slow"}]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say <s> something"}]
+TOO_LARGE = {"type": "function", "function": {"name": "f", "arguments": '{"days": -1e999}'}}
 CALLED = {"type": "function", "function": {"name": "f", "arguments": '{"days": NaN}'}}
 TOOL = {
     "type": "function",
@@ -290,6 +294,53 @@ def test_no_text_is_computed_where_one_is_too_long(served, monkeypatch):
     assert "a text has 2000 tokens; at most" in answer.json()["error"]["message"]
 
 
+def test_vectors_that_take_too_long_are_given_up(served, monkeypatch):
+    address, application = served
+    scheduler = application.models.find("tiny").scheduler
+    waiting: list[Future] = []
+
+    def embed(ids: list[int]) -> Future:
+        waiting.append(Future())  # which nobody computes
+        return waiting[-1]
+
+    monkeypatch.setattr(scheduler, "embed", embed)
+    monkeypatch.setattr(scheduler, "limits", dataclasses.replace(scheduler.limits, request_seconds=0.1))
+    answer = httpx.post(f"{address}/v1/embeddings", json={"input": ["a", "b"]}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert [future.cancelled() for future in waiting] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("v1/completions", {"prompt": "slow", "max_tokens": 1}), ("v1/embeddings", {"input": "slow"}),
+        ("tokenize", {"prompt": "slow"}), ("v1/chat/completions", {"messages": SLOW, "max_tokens": 1}),
+        ("tokenize", {"messages": SLOW}), ("v1/responses", {"input": "slow", "max_output_tokens": 1}),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_takes_long_to_encode_holds_nobody_up(served, monkeypatch, path, body):
+    address, application = served
+    tokenizer = application.models.find("tiny").tokenizer
+    begun, end, encode = threading.Event(), threading.Event(), type(tokenizer).encode_batch
+
+    def slow(self, texts, threads=1):
+        if any("slow" in text for text in texts):
+            begun.set()
+            assert end.wait(60)
+        return encode(self, texts, threads)
+
+    monkeypatch.setattr(type(tokenizer), "encode_batch", slow)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{address}/{path}", json=body, timeout=120)
+        try:
+            assert begun.wait(60)
+            assert httpx.get(f"{address}/health", timeout=30).status_code == 200
+            assert not asked.done()
+        finally:
+            end.set()
+        assert asked.result().status_code == 200
+
+
 def test_a_request_for_many_texts_leaves_room_in_the_queue(served, monkeypatch):
     """Clients send a thousand texts at once; each of them counted as a request of the queue, and 128 were the most."""
     address, application = served
@@ -363,6 +414,10 @@ def test_bad_completions_are_named(client, changes, param, words):
         (
             {"messages": [{"role": "assistant", "tool_calls": [{**CALLED, "id": "x"}]}]},
             "f are not JSON: NaN is no JSON",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{**TOO_LARGE, "id": "x"}]}]},
+            "f are not JSON: -1e999 is too large a number",
         ),
     ],
 )

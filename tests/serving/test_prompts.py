@@ -4,12 +4,15 @@ No special token counts anywhere in a conversation.
 """
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from bitnet.serving.chat import conversation
 from bitnet.serving.grammar import Grammars
 from bitnet.serving.requests import Function, FunctionCall, Message, ToolCall
 from bitnet.serving.tools import CallReader, Form, call_schema
-from bitnet.tokenizer import ChatTemplate
+from bitnet.tokenizer import ChatTemplate, HuggingFaceTokenizer
+from bitnet.tokenizer.huggingface import byte_of_character
 from tests.oracles import require
 from tests.serving.builders import TOOL_TEMPLATE
 
@@ -52,6 +55,34 @@ NAMES = {
 }
 
 
+def test_without_an_end_of_text_no_token_stands_for_it() -> None:
+    """Token 0 did, so that a number could end with it: "4!"."""
+    require("llguidance")
+    letters = sorted(byte_of_character(), key=lambda letter: (letter != "!", letter))  # 256 of them
+    backend = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    endless = HuggingFaceTokenizer(backend)
+    assert (endless.eos_ids, endless.id_to_piece(0)) == ((), "!")
+    matcher = Grammars(endless).json_schema({"type": "integer"}, "x")()
+    matcher.take(letters.index("4"))
+    assert {endless.id_to_piece(i) for i in matcher.mask().nonzero().flatten().tolist()} == set("0123456789")
+    matcher = Grammars(endless).json_schema({"enum": ["a"]}, "x")()
+    for letter in '"a"':
+        assert not matcher.complete
+        assert matcher.mask().nonzero().flatten().tolist() == [letters.index(letter)]
+        matcher.take(letters.index(letter))
+    assert matcher.complete
+
+
+def test_what_is_nested_too_deeply_is_the_clients(client, monkeypatch) -> None:
+    def deep(*_: object, **__: object) -> list[int]:
+        raise RecursionError
+
+    monkeypatch.setattr(ChatTemplate, "encode", deep)
+    with pytest.raises(require("openai").BadRequestError, match="nested too deeply"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x"}])
+
+
 @pytest.mark.parametrize("form", ["tagged", "mistral", "bare"])
 def test_each_tool_has_definitions_of_its_own(tokenizer, form: Form) -> None:
     require("llguidance")
@@ -75,7 +106,13 @@ def test_each_tool_has_definitions_of_its_own(tokenizer, form: Form) -> None:
     assert [taken(*call) for call in bad] == [False] * 3
 
 
-@pytest.mark.parametrize("call", ['{"name": ["look"], "arguments": {}}', '{"name": "look", "arguments": {"x": NaN}}'])
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": ["look"], "arguments": {}}', '{"name": "look", "arguments": {"x": NaN}}',
+        '{"name": "look", "arguments": {"x": 1e999}}',
+    ],
+)  # fmt: skip
 def test_what_is_no_call_is_text(call: str) -> None:
     reader = CallReader("tagged", ["look"])
     text, calls = reader.push(f"<tool_call>{call}</tool_call>")

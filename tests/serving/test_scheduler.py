@@ -335,6 +335,20 @@ def test_limits_are_named(model):
         Bench(model, cache_tokens=100).submit(Generation((5,), 50))
 
 
+@pytest.mark.parametrize("counts", [(4, 4, 4, 4), (1, 3, 1, 3, 3), (2, 4, 1, 1)])
+def test_samples_to_come_have_their_places(model, counts):
+    """Those of a prompt that is being read counted as one, and others took the places of the rest."""
+    bench, most = Bench(model, parallel=4), 0
+    jobs = [
+        bench.submit(Generation(prompt, 8, **choice(3), count=count))
+        for prompt, count in zip(seeded(len(counts), 9, 10, 500), counts, strict=True)
+    ]
+    while bench.scheduler.step():
+        most = max(most, bench.scheduler.counts[0])
+    assert most <= 4
+    assert [len(job.samples) for job in jobs] == list(counts)
+
+
 def test_requests_on_their_way_to_the_queue_are_counted(model):
     """Another request comes while the engine's thread moves one from the door to the queue."""
     bench = Bench(model, queue=1)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -19,7 +20,7 @@ from bitnet.tokenizer.chat import require
 from bitnet.training.checkpoint import save_checkpoint
 from tests import oracles
 from tests.conversations import CHATML, DEFAULT_SYSTEM, EVERYTHING, LLAMA2, LLAMA3, ZEPHYR
-from tests.vocabularies import byte_tokenizer
+from tests.vocabularies import byte_tokenizer, spaced_tokenizer
 
 TEMPLATES = {
     "chatml": CHATML, "smollm2": DEFAULT_SYSTEM, "llama-2": LLAMA2, "llama-3": LLAMA3, "zephyr": ZEPHYR,
@@ -71,6 +72,25 @@ def test_the_begin_of_text_token_comes_once():
         assert ids[0] == eager.bos_id
         assert ids.count(eager.bos_id) == 1
     assert ChatTemplate(CHATML, byte_tokenizer()).encode(messages)[0] != eager.bos_id
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"rstrip": True}, {"lstrip": True}, {"single_word": True}])
+@pytest.mark.parametrize("front", ["first", "always", "prepend"])
+def test_a_special_token_as_text_changes_no_token_beside_it(front, flags, limited):
+    """What stands between special tokens was encoded as a text of its own as soon as one of them was text."""
+    tokenizer = spaced_tokenizer(front, flags, limited)
+    template = ChatTemplate("{% for m in messages %}<|user|>\n{{ m.content }} <|end|>\n{% endfor %}", tokenizer)
+
+    def pieces(*contents: str) -> list[str]:
+        messages = [{"role": "user", "content": content} for content in contents]
+        return [tokenizer.id_to_piece(i) for i in template.encode(messages)]
+
+    plain, marked = pieces("ab", "cd"), pieces("ab</s>", "cd")
+    assert plain.count("<|user|>") == plain.count("<|end|>") == 2
+    at = plain.index("b") + 1
+    assert marked == [*plain[:at], *"</s>", *plain[at:]]
+    assert pieces("<|end|>")[:-3].count("<|end|>") == 0
 
 
 def test_complaints_of_a_template_are_ours(tokenizer):
@@ -169,7 +189,9 @@ def run_folder(tokenizer, tmp_path_factory):
 @pytest.fixture
 def call(capsys, monkeypatch, run_folder):
     def run_main(*arguments: str, stdin: str = ""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode(errors="surrogateescape")), encoding="utf-8")
+        )
         status = cli.main([str(run_folder), "--device", "cpu", "--backend", "reference", *arguments])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -234,6 +256,13 @@ def test_a_message_that_is_too_long_ends_nothing(call):
     assert status == 0
     assert err.count("error: a prompt of ") == 1
     assert err.count("seed") == 1
+
+
+def test_a_line_that_is_no_text_ends_nothing(call):
+    status, _, err = call("--chat", "--interactive", "--max-new-tokens", "4", stdin="one\n\udcff\udcfe\ntwo\n")
+    assert status == 0
+    assert err.count("half of a surrogate pair") == 1
+    assert len(re.findall("seed", err)) == 2
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(call, monkeypatch):

@@ -11,8 +11,10 @@ import torch
 import generate
 import train as trainer
 from bitnet.__main__ import main
+from bitnet.inference import text_model
+from bitnet.inference.adapters import put_on
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.text_model import load
+from bitnet.inference.text_model import TextModel, load
 from bitnet.model.lora import fingerprint, make_trainable
 from bitnet.ptq.methods import quantize_model
 from bitnet.storage.adapters import ADAPTER_BASE, load_adapter
@@ -27,6 +29,7 @@ from tests.builders import configuration, save_run, tensors, tiny_model
 from tests.faults import stop_after
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40 + "one two three\n"
+SCORED = {"max_new_tokens": 4, "temperature": 0.0, "logprobs": 0}
 OPTIM = OptimConfig(lr=2e-2, warmup_steps=1)
 
 
@@ -107,6 +110,31 @@ def test_adapters_learn_are_saved_apart_and_run(tmp_path: Path, corpus: Path, ba
     arguments = [str(bases / base), "--prompt", "The quick", "--max-new-tokens", "4", "--temperature", "0"]
     for backend in ("native", "reference"):
         assert generate.main([*arguments, "--lora", str(folder), "--backend", backend]) == 0
+    assert generate.main([*arguments, "--lora", str(folder), "--dtype", "bfloat16"]) == 0
+
+    # What the base has read is not taken for what the adapter reads: not by a text that was asked for before, nor from
+    # one of another thread that ended just before the adapter was on.
+    def scores(model: TextModel) -> list[float]:
+        return [drawn.logprob for drawn in model.generate("The quick brown fox", **SCORED).drawn]
+
+    wanted, base_scores = scores(load(bases / base, lora=folder)), scores(load(bases / base))
+    assert wanted != base_scores
+    model = load(bases / base)
+    assert scores(model) == base_scores
+    stream = model.stream("The quick brown fox", **SCORED)
+
+    def late(engine: object, adapter: object) -> None:
+        assert scores(model) == base_scores
+        put_on(engine, adapter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_model, "put_on", late)
+        model.load_lora(folder)
+    assert "".join(stream)
+    assert [drawn.logprob for drawn in stream.completion.drawn] == wanted
+    assert scores(model) == scores(model) == wanted
+    model.unload_lora()
+    assert scores(model) == base_scores
 
 
 def test_the_same_codes_are_the_same_base_and_others_are_refused(

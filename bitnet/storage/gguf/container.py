@@ -314,6 +314,7 @@ def write_file(
         header.append(_packed_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
         header.append(struct.pack(f"<{len(tensor.shape)}QIQ", *reversed(tensor.shape), NUMBERS[tensor.type], offset))
         offset += size + -size % alignment
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         _write_padded(file, b"".join(header), alignment)
         for tensor, size in zip(tensors, sizes, strict=True):

@@ -280,13 +280,10 @@ def trained_groups(file: GGUFFile) -> str | None:
 
 
 def holds_ternary(file: GGUFFile) -> bool:
-    """Whether a file's projections are in blocks of ternary codes and, as far as one of them shows, have one scale a
-    matrix or those that the metadata name, as models that were trained ternary: these have kernels, and
+    """Whether a file's projections are ternary codes, in blocks or as floats, and, as far as one of them shows, have
+    one scale a matrix or those that the metadata name, as models that were trained ternary: these have kernels, and
     `Source.model()` finds out the rest."""
-    if trained_groups(file):
-        return True
-    name = "blk.0.ffn_down"
-    return file.tensors[f"{name}.weight"].type in TERNARY and read_ternary(file, name) is not None
+    return bool(trained_groups(file)) or read_ternary(file, "blk.0.ffn_down") is not None
 
 
 def _grouped_tensors(file: GGUFFile, config: ModelConfig, group_size: int) -> dict[str, Tensor]:

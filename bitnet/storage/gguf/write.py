@@ -19,7 +19,6 @@ equal; in F16 and F32 it leaves activations alone.
 What an engine cannot express is refused with the reason and the alternative.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -316,13 +315,9 @@ def encode(weight: Tensor, type: str) -> Tensor:
     if type not in FLOATS:
         return blocks.quantize(weight, type)
     stored = weight.to(FLOATS[type])
-    if not all(end.isfinite() for end in stored.aminmax()):  # NaN is both
+    if not bool(stored.isfinite().all()):
         largest = float(weight.abs().max())
-        raise ValueError(
-            f"a weight of {largest:g} is beyond {type}; choose BF16 or F32"
-            if math.isfinite(largest)
-            else "its weights are NaN or infinite; did the model's training diverge?"
-        )
+        raise ValueError(f"a weight of {largest:g} is beyond {type}; choose BF16 or F32")
     return stored
 
 
@@ -383,4 +378,6 @@ def _table(type: str, module: Any) -> Tensor:
 
 
 def _floats(weight: Tensor) -> Tensor:
+    if not bool(weight.isfinite().all()):
+        raise ValueError("its weights are NaN or infinite; did the model's training diverge?")
     return weight.detach().float().cpu()

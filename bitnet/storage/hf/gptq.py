@@ -17,7 +17,8 @@ from bitnet.files import new_folder, write_atomic
 from bitnet.kernels import GROUP_SIZES
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
-from bitnet.model.weight_only import GroupLinear
+from bitnet.model.transformer import check_finite
+from bitnet.model.weight_only import GroupLinear, WeightOnlyLayer
 from bitnet.quant import unpack_codes
 from bitnet.quant.grouped import QuantizedWeight, group_index
 from bitnet.storage.folders import CONFIG, MODEL
@@ -34,6 +35,7 @@ def write(
     Raises ValueError, with the reason and the alternative, for a model that is not quantized in groups or whose layers
     the layout cannot hold, and OSError, also for a folder that exists.
     """
+    check_finite(model)
     layers = {name: _of_groups(module) for name, module in model.named_modules() if name.endswith("_proj")}
     other = [name for name, module in layers.items() if not isinstance(module, GroupLinear)]
     if other:
@@ -89,14 +91,19 @@ def _of_groups(module: nn.Module) -> nn.Module:
 
 
 def _tensors(model: BitNetForCausalLM, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """What is written: the layers' tensors, and the others of the model, an INT8 table as the floats it stands for."""
-    tables = {name: m for name, m in model.named_modules() if isinstance(m, (PackedEmbedding, PackedLinear))}
+    """What is written: the layers' tensors, and the others of the model, tables of few bits as the floats they stand
+    for."""
+    kinds = (PackedEmbedding, PackedLinear, WeightOnlyLayer)
+    tables = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
     replaced = {*layers, *tables}
     tensors = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in replaced}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     for name in tables.keys() - layers.keys():
         table = tables[name]
+        if isinstance(table, WeightOnlyLayer):
+            tensors[f"{name}.weight"] = table.weight
+            continue
         columns = table.embedding_dim if isinstance(table, PackedEmbedding) else table.in_features
         tensors[f"{name}.weight"] = unpack_codes(table.packed_weight, 8, columns) * table.weight_scale
     return tensors

@@ -22,6 +22,8 @@ from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.kernels import GROUP_SIZES, PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
+from bitnet.model.transformer import check_finite
+from bitnet.model.weight_only import StoredLayer, WeightOnlyLayer
 from bitnet.quant import unpack_codes
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER
 from bitnet.storage.hf.card import CARD, Origin, model_card
@@ -61,9 +63,10 @@ def write(
     """Write a folder that transformers loads, whole or not at all.
 
     form: packed, packed-inverse or master. tokenizer_files: contents by name, from `sentencepiece_files` or
-    `Source.tokenizer_files`, or none. origin: what the model card, README.md, says of the training. An INT8 embedding
-    is written as the floats that it stands for. Raises ValueError, with the reason and the alternative, for what
-    transformers' classes cannot express, and OSError for a folder that exists or a disk that is full.
+    `Source.tokenizer_files`, or none. origin: what the model card, README.md, says of the training. An INT8 embedding,
+    and weights that were quantized after training, are written as the floats that they stand for. Raises ValueError,
+    with the reason and the alternative, for what transformers' classes cannot express and for weights that are NaN or
+    infinite, and OSError for a folder that exists or a disk that is full.
     """
     files = dict(tokenizer_files or {})
     if unknown := sorted(set(files) - set(TOKENIZER_FILES)):
@@ -81,6 +84,8 @@ def write(
         elif isinstance(module, (PackedEmbedding, PackedLinear)):
             columns = module.embedding_dim if isinstance(module, PackedEmbedding) else module.in_features
             tensors[f"{name}.weight"] = unpack_codes(module.packed_weight, 8, columns) * module.weight_scale
+        elif isinstance(module, WeightOnlyLayer):
+            tensors[f"{name}.weight"] = module.weight
         elif f"{name}.weight" in state:
             tensors[f"{name}.weight"] = state[f"{name}.weight"].detach()
         if f"{name}.bias" in state:
@@ -99,7 +104,8 @@ def write(
 def _described(model: BitNetForCausalLM, form: str) -> str:
     """The weights of a form in a few words, for the model card."""
     if model.config.quantizer == "none":
-        return "dense floats"
+        kinds = {type(module).__name__ for module in model.modules() if isinstance(module, WeightOnlyLayer)}
+        return "dense floats" + (", made from weights of few bits" if kinds - {"FloatLinear", "FloatEmbedding"} else "")
     return {
         "packed": "2-bit codes, four rows a byte, and their scale (form packed)",
         "packed-inverse": "2-bit codes, four rows a byte, and the reciprocal of their scale (form packed-inverse)",
@@ -118,6 +124,13 @@ def check_expressible(model: BitNetForCausalLM, form: str) -> None:
             f"transformers' BitNet has one scale a matrix and the quantizer is {config.quantizer!r}; write GPTQ's "
             "layout (bitnet export --to gptq) or GGUF's Q2_0, which hold codes and scales exactly"
         )
+    check_finite(model)
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLayer) and not isinstance(module, WeightOnlyLayer):
+            raise ValueError(
+                f"{name} multiplies INT8 activations ({type(module).__name__}), which no class of transformers does; "
+                "quantize weights alone (bitnet quantize --list), or write the float model"
+            )
     if form == "master":
         if model.is_packed:
             raise ValueError("the model is packed and has no latent floats; write it as packed or from its run")
