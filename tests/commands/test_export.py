@@ -20,6 +20,7 @@ from bitnet.storage.source import open_source
 from bitnet.tokenizer import train_tokenizer
 from bitnet.training.checkpoint import save_checkpoint
 from bitnet.training.optimizer import OptimConfig, Optimizer
+from tests.builders import save_run
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -175,14 +176,54 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(
         (["--method", "gptq-7"], "'gptq-7' is unknown"),
         ([], "--list has the names"),
         (["--method", "rtn-int4", "--group-size", "100"], "group_size 100 does not divide"),
+        (
+            ["--method", "gptq-ternary", "--symmetric", "--text", "TEXT"],
+            "symmetric by themselves; leave --symmetric out",
+        ),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_with_the_reason(
     folder: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = [str(folder / "text.txt") if option == "TEXT" else option for option in options]
     assert main(["quantize", str(folder / "plain"), str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_known_before_the_work(folder: Path, tmp_path: Path, capsys) -> None:
+    """A link to nowhere too, which only the renaming at the end met."""
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    for command in (["export"], ["quantize", "--method", "nf4"]):
+        assert main([command[0], str(folder / "plain"), str(tmp_path / "out"), *command[1:]]) == 2
+        assert "already exists" in capsys.readouterr().err
+
+
+def test_folders_on_the_way_are_made(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "er" / "m.gguf"
+    assert main(["export", str(folder / "plain"), str(path), "--to", "gguf", "--type", "F16"]) == 0
+    assert path.is_file()
+
+
+def test_the_published_gptq_may_have_zero_points_of_0(tmp_path: Path) -> None:
+    """As one large weight in a group gives, in 2 bits; it ended in the midst of the work."""
+    tokenizer = train_tokenizer([TEXT], 300, threads=1)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "sub_norm": False}
+    model = BitNetForCausalLM(CONFIG.replace(quantizer="none", vocab_size=tokenizer.vocab_size, **shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter[1, 5] = 1.3
+    base, text = save_run(tmp_path / "base", model, tokenizer), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = ["--text", str(text), "--calibration-tokens", "512", "--group-size", "32", "--method", "gptq-2"]
+    assert main(["quantize", str(base), str(tmp_path / "q"), *options, "--algorithm", "original"]) == 0
+    assert main(["export", str(tmp_path / "q"), str(tmp_path / "hf"), "--to", "gptq"]) == 0
+    ids = torch.randint(0, 300, (1, 32))
+    with torch.no_grad():
+        wanted, found = (open_source(tmp_path / name).model()(ids) for name in ("q", "hf"))
+    assert torch.equal(wanted, found)
 
 
 def test_the_list_of_methods_and_a_packed_source(folder: Path, tmp_path: Path, capsys) -> None:

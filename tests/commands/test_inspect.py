@@ -208,3 +208,12 @@ def test_a_damaged_safetensors_file(tmp_path, capsys):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 100)
     assert main(["inspect", str(tmp_path / "x.safetensors")]) == 2
     assert "is not a complete safetensors file" in capsys.readouterr().err
+
+
+def test_a_strangers_names_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"x.\n\x1b[31m\u202e": torch.zeros(2)}, tmp_path / "w.safetensors", {"made\x1b[2J": "by\r\x07"})
+    for extra in ([], ["--histogram", "x.\n\x1b[31m\u202e"]):
+        assert main(["inspect", str(tmp_path / "w.safetensors"), *extra]) == 0
+        text = capsys.readouterr().out
+        assert r"x.\n\x1b[31m\u202e" in text
+        assert all(letter.isprintable() or letter == "\n" for letter in text)
