@@ -177,7 +177,7 @@ class Speed:
     decode: dict[str, float]
     gbs: float
     peak_mb: float | None
-    batch_ratio: float | None
+    batch_ratio: float | None = None
     """Decoding rate over that of one text with as many threads; None where that was not measured."""
 
     def row(self, **more: Value) -> Row:
@@ -187,19 +187,20 @@ class Speed:
 
 def measure(model: LanguageModel, tokenizer: BaseTokenizer, prompt: list[int], plan: Plan, label: str) -> list[Speed]:
     """Rates of prefill and decoding for every number of threads and texts."""
-    speeds, single = list[Speed](), dict[int, float]()
+    speeds = list[Speed]()
     for threads, batch in itertools.product(plan.threads, plan.options.batch):
         torch.set_num_threads(threads)
         stage(f"{label}: {threads} threads, batch {batch}")
         generate_once(model, tokenizer, prompt, 1, batch)
         runs = [generate_once(model, tokenizer, prompt, plan.new, batch) for _ in range(plan.options.repeat)]
         prefill, decode = spread([run.prefill_rate for run in runs]), spread([run.decode_rate for run in runs])
-        if batch == 1:
-            single[threads] = decode["median"]
         gbs = statistics.median(run.bandwidth for run in runs)
-        ratio = share(decode["median"], single.get(threads))
-        speeds.append(Speed(threads, batch, prefill, decode, gbs, process_memory(), ratio))
-    return speeds
+        speeds.append(Speed(threads, batch, prefill, decode, gbs, process_memory()))
+    single = {speed.threads: speed.decode["median"] for speed in speeds if speed.batch == 1}
+    return [
+        dataclasses.replace(speed, batch_ratio=share(speed.decode["median"], single.get(speed.threads)))
+        for speed in speeds
+    ]
 
 
 def measure_ours(
