@@ -101,15 +101,16 @@ def _errors(model: BitNetForCausalLM, ids: Tensor, options: Options) -> dict[Uni
 
 def _divergences(model: BitNetForCausalLM, ids: Tensor, units: list[Unit], options: Options) -> dict[Unit, float]:
     """Mean KL divergence from the float model with one unit in PROBE bits, nats a token."""
+    unused = None if options.unused is None else options.unused.to(ids.device)
     labels = ids.roll(-1, 1)  # a text's own tokens keep their rows
-    float_logp = drawable_logits(model(ids), labels, options.unused).log_softmax(-1)
+    float_logp = drawable_logits(model(ids), labels, unused).log_softmax(-1)
     found = {}
     for unit in progress_bar(units, "sensitivity", enabled=options.progress, leave=False):
         linears = _linears(model, unit)
         kept = [copy.deepcopy(linear.weight.data) for linear in linears]
         for linear in linears:
             linear.weight.data = _nearest(linear.weight.data, PROBE, options)
-        logp = drawable_logits(model(ids), labels, options.unused).log_softmax(-1)
+        logp = drawable_logits(model(ids), labels, unused).log_softmax(-1)
         found[unit] = max(0.0, float((float_logp.exp() * (float_logp - logp)).sum(-1).double().mean()))
         for linear, weight in zip(linears, kept, strict=True):
             linear.weight.data = weight

@@ -357,7 +357,7 @@ class TrainConfig:
             return False
         if asked and (self.model.quantizer == "none" or strategy == "fsdp"):
             floats = "shards arrive as floats" if strategy == "fsdp" else "the model is a float one"
-            raise ValueError(f"product {self.product} multiplies codes, and {floats}; leave product out")
+            raise ValueError(f"product {self.product} multiplies codes, and {floats}; take auto")
         return int8_pays(self.product, device, dtype) and strategy != "fsdp"
 
     def check_graphs(self, device: torch.device, strategy: str, borders: bool) -> None:

@@ -208,7 +208,7 @@ def test_a_product_of_codes_wants_codes(monkeypatch, quantizer, strategy, produc
     if quantizer == "ternary" and strategy == "none":
         assert ask()
     else:
-        with pytest.raises(ValueError, match=f"product {product} multiplies codes, and .*leave product out"):
+        with pytest.raises(ValueError, match=f"product {product} multiplies codes, and .*take auto"):
             ask()
 
 
