@@ -73,7 +73,7 @@ def train_twin(run: Path, quantizer: str, train: Sequence[str]) -> None:
         if quantizer == "none":
             optim = checked(dict[str, Any], load_json(run / CONFIG).get("optim"), f"{run / CONFIG}: optim")
             lr: float = checked(float, optim.get("lr"), f"{run / CONFIG}: optim.lr")
-            arguments += ["--optim.lr", f"{lr / 2:g}"]
+            arguments += ["--optim.lr", f"{lr / 2:g}", "--product", "auto"]  # which may be one of codes
         arguments += ["--out", str(out)]
     say(f"training  the {quantizer} twin of {run} in {out}")
     if not train or subprocess.run([*train, *arguments]).returncode:

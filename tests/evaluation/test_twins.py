@@ -35,7 +35,16 @@ def test_a_twin_is_trained_like_the_run_by_the_command_given(run: Path, tmp_path
 
 def test_a_float_twin_gets_half_the_learning_rate(run: Path, tmp_path: Path) -> None:
     train_twin(run, "none", recorder(tmp_path))
-    wanted = ["--model.quantizer", "none", "--optim.lr", "0.005", "--out", str(tmp_path / "demo-float")]
+    wanted = [
+        "--model.quantizer",
+        "none",
+        "--optim.lr",
+        "0.005",
+        "--product",
+        "auto",
+        "--out",
+        str(tmp_path / "demo-float"),
+    ]
     assert (tmp_path / "log").read_text() == repr(["--like", str(run), *wanted])
 
 
