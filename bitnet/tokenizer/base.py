@@ -100,10 +100,8 @@ class BaseTokenizer(ABC):
 
     def _encode_special(self, text: str, mark: str = "") -> list[int]:
         """Token ids of a text in which special tokens count, but for those with the mark in them."""
-        parts = self._special_pattern.split(text) if self._special_pattern else [text]
-        if mark:
-            parts[::2] = [part.replace(mark, "") for part in parts[::2]]
-        # Texts stand at even places, special tokens at odd ones. An empty text has no ids, not even a space's.
+        parts = self._parts(text, mark)
+        # An empty text has no ids, not even a space's.
         encoded = iter(self._encode_parts([part for part in parts[::2] if part], bool(parts[0])))
         ids = []
         for place, part in enumerate(parts):
@@ -112,6 +110,13 @@ class BaseTokenizer(ABC):
             elif part:
                 ids += next(encoded)
         return ids
+
+    def _parts(self, text: str, mark: str) -> list[str]:
+        """A text cut at its special tokens: texts at even places, without the mark, and these tokens at odd ones."""
+        parts = self._special_pattern.split(text) if self._special_pattern else [text]
+        if mark:
+            parts[::2] = [part.replace(mark, "") for part in parts[::2]]
+        return parts
 
     def _encode_parts(self, texts: Sequence[str], at_start: bool) -> list[list[int]]:
         """Token ids of the texts between special tokens; at_start: nothing stands in front of the first one."""

@@ -195,8 +195,7 @@ class HuggingFaceTokenizer(BaseTokenizer):
             if self._marked is None or self._marked[0] != mark:
                 self._marked = mark, *self._with_marks(mark)
             _, tokenizer, meant = self._marked
-        parts = self._special_pattern.split(text) if self._special_pattern else [text]
-        parts[::2] = [part.replace(mark, "") for part in parts[::2]]
+        parts = self._parts(text, mark)
         parts[1::2] = [mark + part for part in parts[1::2]]
         return [meant.get(i, i) for i in tokenizer.encode_batch(["".join(parts)])[0]]
 
