@@ -29,8 +29,8 @@ from bitnet.console import EveryFewSeconds, note, progress_bar, say
 from bitnet.files import parse_json
 from bitnet.inference.cpu_rows import BLOCK
 from bitnet.inference.engine import check_ids
-from bitnet.inference.generation import cache_of
 from bitnet.inference.lookup import Drafter
+from bitnet.inference.memory import cache_of
 from bitnet.inference.options import TextOptions
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import draw_rows

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.cpu_rows import BLOCK, BlockRow
+from bitnet.inference.cpu_rows import BLOCK
 from bitnet.inference.engine import NOT_FINITE, LanguageModel, check_ids
-from bitnet.inference.lookup import Ahead, PromptLookup
+from bitnet.inference.lookup import Ahead
+from bitnet.inference.memory import Memory, cache_of
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.rows import rows_of
 from bitnet.inference.sampling import Drawn, RowSampler, choose, draw_rows, without
@@ -182,7 +183,7 @@ def draw_texts(
     rooms: Sequence[int],
     ends: Collection[int],
     stats: GenerationStats,
-    memory: "Memory | None" = None,
+    memory: Memory | None = None,
 ) -> Iterator[list[Drawn | None]]:
     """Continue every prompt by at most its `rooms` tokens: what was drawn in each step, None for rows that have ended.
 
@@ -232,45 +233,6 @@ def time_generation(
     return stats
 
 
-class Memory:
-    """The last text that a native engine has read, for the next one that begins alike, and what was seen of drafts. Any
-    thread may use it."""
-
-    def __init__(self, lookup: PromptLookup) -> None:
-        self.lookup = lookup
-        self._kept: dict[int, tuple[BlockRow | None, list[int], int]] = {}  # one, as 0, taken out by one operation
-        self._weights = 0
-
-    def forget(self) -> None:
-        """Use nothing that was read by now, nor what texts that have begun by now still read: by other weights."""
-        self._weights += 1
-
-    def take(self, engine: Engine, ids: list[int], tokens: int) -> tuple[BlockRow, int, int]:
-        """A row with room for so many tokens that has read as much of `ids` as is known, and how many that are: not
-        the last, whose logits are wanted. Then the number of the weights, for `put`."""
-        weights = self._weights
-        row, known, read_by = self._kept.pop(0, (None, [], weights))
-        known = known if read_by == weights else []
-        pairs = enumerate(zip(known, ids[:-1], strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(known), len(ids) - 1))
-        if row is not None:
-            row.truncate(same)
-        if row is None or row.cache.tokens < tokens:
-            cache = cache_of(engine, min(2 * tokens, engine.config.max_position_embeddings))
-            row = cache.new_row() if row is None else row.move(cache)
-        return row, row.length, weights
-
-    def put(self, row: BlockRow, ids: list[int], weights: int) -> None:
-        self._kept[0] = row, ids[: row.length], weights
-
-
-def cache_of(model: LanguageModel, tokens: int) -> Any:
-    """A cache of rows in the type that `model.new_cache` has."""
-    if isinstance(model, Engine):
-        return model.rows.new_cache(tokens, model.cache_dtype or "float32")
-    return rows_of(model).new_cache(tokens)
-
-
 @torch.inference_mode()
 def _draw_rows(
     model: LanguageModel,
@@ -314,8 +276,7 @@ def _draw_rows(
             now = time.perf_counter()
             filled = sum(texts[row].nbytes for row in running)
             passes = 1 if ahead is None else int(ahead.passed)
-            read = bytes_of_weights + filled
-            stats.count(len(running), sum(map(len, prompts)), read, now - started, passes, known)
+            stats.count(len(running), sum(map(len, prompts)), bytes_of_weights + filled, now - started, passes, known)
             step += 1
             yield [drawn.get(row) for row in range(len(ids))]
             started = time.perf_counter()

@@ -25,7 +25,6 @@ from bitnet.inference.cpu_engine import Engine
 from bitnet.inference.engine import LanguageModel
 from bitnet.inference.generation import (
     GenerationStats,
-    Memory,
     TextStream,
     check_vocab_size,
     draw_texts,
@@ -34,6 +33,7 @@ from bitnet.inference.generation import (
 from bitnet.inference.gpu_engine import GpuEngine
 from bitnet.inference.loading import open_model
 from bitnet.inference.lookup import PromptLookup
+from bitnet.inference.memory import Memory
 from bitnet.inference.options import SamplingConfig, TextOptions
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.split_engine import SplitEngine

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bitnet.inference.cpu_engine import Engine
-from bitnet.inference.generation import GenerationStats, Memory, draw_texts
+from bitnet.inference.generation import GenerationStats, draw_texts
 from bitnet.inference.lookup import PromptLookup, Repeats
+from bitnet.inference.memory import Memory
 from bitnet.inference.options import SamplingConfig
 from bitnet.inference.sampling import Drawn, RowSampler
 from bitnet.inference.text_model import TextModel
