@@ -23,7 +23,7 @@ grids of this project never use it (`Grid`).
 import torch
 from torch import Tensor
 
-from bitnet.quant.grouped import GPTQ_BITS, QuantizedWeight
+from bitnet.quant.grouped import GPTQ_BITS, QuantizedWeight, half_scale
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
@@ -72,10 +72,6 @@ def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     otherwise), for a zero point that the version cannot hold, and for a scale beyond float16.
     """
     offset = _zero_offset(version)
-    if (large := weight.scale.half().isinf()).any():
-        raise ValueError(
-            f"a scale of {float(weight.scale[large].max()):.3g} is too large for float16; rescale the weight"
-        )
     # Version 1 stores the zero point minus one, and so cannot hold a zero point of 0.
     zeros = weight.zero_point - offset
     if (zeros < 0).any():
@@ -83,7 +79,7 @@ def pack_gptq(weight: QuantizedWeight, version: int = 1) -> dict[str, Tensor]:
     return {
         "qweight": pack_words(weight.codes.t(), weight.bits),
         "qzeros": pack_words(zeros, weight.bits).t().contiguous(),
-        "scales": weight.scale.t().half().contiguous(),
+        "scales": half_scale(weight.scale).t().contiguous(),
         "g_idx": weight.g_idx.to(torch.int32),
     }
 

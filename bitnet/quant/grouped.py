@@ -82,12 +82,17 @@ def check_weight(weight: Tensor) -> Tensor:
     return weight
 
 
+def half_scale(scale: Tensor) -> Tensor:
+    """A scale in float16. Raises ValueError where that overflows."""
+    half = scale.half()
+    if half.isinf().any():
+        raise ValueError(f"a scale of {float(scale.max()):.3g} is too large for float16; rescale the weight")
+    return half
+
+
 def round_scale(scale: Tensor) -> Tensor:
     """A scale as float16 stores it, in float32; at least 2^-24. Raises ValueError where float16 overflows."""
-    rounded = scale.half().float()
-    if rounded.isinf().any():
-        raise ValueError(f"a scale of {float(scale.max()):.3g} is too large for float16; rescale the weight")
-    return rounded.clamp(min=SMALLEST_SCALE)
+    return half_scale(scale).float().clamp(min=SMALLEST_SCALE)
 
 
 def min_max_qparams(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -194,6 +194,17 @@ def test_second_call_reuses_and_a_change_makes_another_folder(tmp_path, tokenize
     assert set(tmp_path.iterdir()) == folders
 
 
+def killed(corpus, tokenizer, folder, monkeypatch, encoding, **options):
+    """The work of a call, flushed text by text, until `encoding` raises KeyboardInterrupt: what a kill leaves."""
+    monkeypatch.setattr(tokens_write, "_batches", lambda documents: ([d] for d in documents))
+    monkeypatch.setattr(tokens_write, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(Tokenizer, "encode_batch", encoding)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(corpus, tokenizer, folder, **options)
+    (work,) = folder.iterdir()
+    return work
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 17, 49])
 def test_a_killed_call_is_gone_on_with(tmp_path, tokenizer, monkeypatch, stop_at):
     corpus, encode, texts = corpus_of(numbered(50)), Tokenizer.encode_batch, []
@@ -205,19 +216,13 @@ def test_a_killed_call_is_gone_on_with(tmp_path, tokenizer, monkeypatch, stop_at
         texts.extend(batch)
         return encode(self, batch, threads)
 
-    monkeypatch.setattr(tokens_write, "_batches", lambda documents: ([d] for d in documents))
-    monkeypatch.setattr(tokens_write, "FLUSH_BYTES", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", encoding)
-        with pytest.raises(KeyboardInterrupt):
-            tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100)
-        stop_at = -1
-        (work,) = (tmp_path / "killed").iterdir()
-        assert work.name.startswith(".")
-        for file in work.glob("*.bin"):  # written later than the journal's last entry, perhaps in part
-            with open(file, "ab") as stream:
-                stream.write(b"\1\2\3")
-        found = tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100).folder
+    work = killed(corpus, tokenizer, tmp_path / "killed", monkeypatch, encoding, shard_tokens=100)
+    stop_at = -1
+    assert work.name.startswith(".")
+    for file in work.glob("*.bin"):  # written later than the journal's last entry, perhaps in part
+        with open(file, "ab") as stream:
+            stream.write(b"\1\2\3")
+    found = tokenize_corpus(corpus, tokenizer, tmp_path / "killed", shard_tokens=100).folder
     assert texts == numbered(50)  # nothing was tokenized twice
     assert [p.name for p in (tmp_path / "killed").iterdir()] == [found.name]
     for file in expected.iterdir():
@@ -236,13 +241,7 @@ def test_a_killed_call_whose_shards_are_lost_is_begun_anew(tmp_path, tokenizer, 
             raise KeyboardInterrupt
         return encode(self, batch, threads)
 
-    monkeypatch.setattr(tokens_write, "_batches", lambda documents: ([d] for d in documents))
-    monkeypatch.setattr(tokens_write, "FLUSH_BYTES", 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", encoding)
-        with pytest.raises(KeyboardInterrupt):
-            tokenize_corpus(corpus, tokenizer, tmp_path / "killed")
-    (work,) = (tmp_path / "killed").iterdir()
+    work = killed(corpus, tokenizer, tmp_path / "killed", monkeypatch, encoding)
     shard = work / f"{split}-00000.bin"
     assert shard.stat().st_size > 1
     shard.unlink() if lost == "missing" else shard.write_bytes(b"")

@@ -17,9 +17,9 @@ from bitnet.files import new_folder, write_atomic
 from bitnet.kernels import GROUP_SIZES
 from bitnet.model import BitLinear, BitNetForCausalLM, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
+from bitnet.model.lora import dense_weight
 from bitnet.model.transformer import check_finite
 from bitnet.model.weight_only import GroupLinear, WeightOnlyLayer
-from bitnet.quant import unpack_codes
 from bitnet.quant.grouped import QuantizedWeight, group_index
 from bitnet.storage.folders import CONFIG, MODEL
 from bitnet.storage.hf.card import CARD, Origin, model_card
@@ -100,12 +100,7 @@ def _tensors(model: BitNetForCausalLM, layers: Mapping[str, nn.Module]) -> dict[
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     for name in tables.keys() - layers.keys():
-        table = tables[name]
-        if isinstance(table, WeightOnlyLayer):
-            tensors[f"{name}.weight"] = table.weight
-            continue
-        columns = table.embedding_dim if isinstance(table, PackedEmbedding) else table.in_features
-        tensors[f"{name}.weight"] = unpack_codes(table.packed_weight, 8, columns) * table.weight_scale
+        tensors[f"{name}.weight"] = dense_weight(tables[name])
     return tensors
 
 

@@ -22,9 +22,9 @@ from bitnet.files import JsonObject, new_folder, write_atomic
 from bitnet.kernels import GROUP_SIZES, PACKED_BITS
 from bitnet.model import BitLinear, BitNetForCausalLM, ModelConfig, PackedEmbedding, PackedLinear
 from bitnet.model.linear import codes_and_scale
+from bitnet.model.lora import dense_weight
 from bitnet.model.transformer import check_finite
 from bitnet.model.weight_only import StoredLayer, WeightOnlyLayer
-from bitnet.quant import unpack_codes
 from bitnet.storage.folders import CONFIG, MODEL, TOKENIZER
 from bitnet.storage.hf.card import CARD, Origin, model_card
 from bitnet.storage.hf.read import PACKED_ROWS, pack_rows
@@ -81,11 +81,8 @@ def write(
             scale = scale.detach().float().view(1).cpu()
             # In float64: 1 / (1 / scale) in float32 loses the last bit of some scales.
             tensors[f"{name}.weight_scale"] = scale if form == "packed" else 1 / scale.double()
-        elif isinstance(module, (PackedEmbedding, PackedLinear)):
-            columns = module.embedding_dim if isinstance(module, PackedEmbedding) else module.in_features
-            tensors[f"{name}.weight"] = unpack_codes(module.packed_weight, 8, columns) * module.weight_scale
-        elif isinstance(module, WeightOnlyLayer):
-            tensors[f"{name}.weight"] = module.weight
+        elif isinstance(module, (PackedEmbedding, PackedLinear, WeightOnlyLayer)):
+            tensors[f"{name}.weight"] = dense_weight(module)
         elif f"{name}.weight" in state:
             tensors[f"{name}.weight"] = state[f"{name}.weight"].detach()
         if f"{name}.bias" in state:
